@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Triton device code, installed as `mikernels.kernels`. Imports torch, triton and siblings only."""

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The compiled extension: loaded once, its absence remembered with the reason and the remedy."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+LEVELS = ("portable", "avx2", "avx512", "amx")
+
+
+def build_facts() -> dict[str, Any]:
+    """What setup.py recorded when it built (or did not build) the extension."""
+    path = Path(__file__).with_name("_build.json")
+    if not path.exists():
+        return {"extension": False, "reason": "not installed: run `pip install -e .`"}
+    return json.loads(path.read_text())
+
+
+def _load() -> tuple[ModuleType | None, str]:
+    try:
+        return importlib.import_module("mikernels._C"), ""
+    except ImportError as error:
+        reason = build_facts().get("reason") or str(error)
+        return None, f"{reason}; mend it with `MIKERNELS_EXT=cpu pip install --force-reinstall .`"
+
+
+# the operators live in the extension's static initialisers, so importing it registers them
+C, MISSING = _load()
+
+
+def cpu_level() -> str | None:
+    """The instruction-set level in use: portable, avx2, avx512 or amx; None without extension."""
+    return C.level() if C is not None else None
+
+
+def supported_levels() -> tuple[str, ...]:
+    """The levels that this processor can run, slowest first."""
+    return tuple(C.supported_levels()) if C is not None else ()
+
+
+@contextmanager
+def force_level(level: str) -> Iterator[None]:
+    """Run the CPU kernels at one level (process-wide), for tests and benchmarks.
+
+    Raises ValueError for a level that this processor, or this build, does not have.
+    """
+    if C is None:
+        raise ValueError(f"force_level: no compiled extension ({MISSING})")
+    if level not in C.supported_levels():
+        raise ValueError(
+            f"force_level: expected one of {list(C.supported_levels())}, got {level!r}"
+        )
+    before = C.level()
+    C.set_level(level)
+    try:
+        yield
+    finally:
+        C.set_level(before)

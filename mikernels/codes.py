@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SparseCodes: the one value that flows from encode to decode to gradients."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from mikernels.ops.gradients import by_feature
+
+
+@dataclass(frozen=True, eq=False)
+class SparseCodes:
+    """k active features a token, padded: `codes[..., indices[..., j]] = values[..., j]`.
+
+    Indices within a token are distinct; slots whose value is 0 are inactive. Gradients flow through
+    `values`.
+
+    Attributes:
+        values: `[..., k]` floating.
+        indices: `[..., k]` int64 in 0..n_features-1.
+        n_features: F.
+    """
+
+    values: torch.Tensor
+    indices: torch.Tensor
+    n_features: int
+
+    def __post_init__(self) -> None:
+        if self.values.shape != self.indices.shape:
+            raise ValueError(
+                f"SparseCodes: values and indices must have one shape, got "
+                f"{list(self.values.shape)} and {list(self.indices.shape)}"
+            )
+        if self.indices.dtype != torch.int64:
+            raise TypeError(f"SparseCodes: indices must be int64, got {self.indices.dtype}")
+
+    @property
+    def k(self) -> int:
+        return self.values.shape[-1]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of `to_dense()`: `[..., F]`."""
+        return (*self.values.shape[:-1], self.n_features)
+
+    def __len__(self) -> int:
+        return self.values.shape[0]
+
+    def __getitem__(self, index) -> SparseCodes:
+        """Index the leading dimensions, e.g. `codes[3]`, `codes[:, 5]`, `codes[mask]`."""
+        parts = index if isinstance(index, tuple) else (index,)
+        used = sum(part.dim() if _is_mask(part) else 1 for part in parts)
+        if used > self.values.dim() - 1:
+            raise IndexError(
+                f"SparseCodes: expected at most {self.values.dim() - 1} leading indices, got {used}"
+            )
+        return SparseCodes(self.values[index], self.indices[index], self.n_features)
+
+    def to(self, *args, **kwargs) -> SparseCodes:
+        """`Tensor.to` for device and floating dtype; indices stay int64."""
+        values = self.values.to(*args, **kwargs)
+        return SparseCodes(values, self.indices.to(values.device), self.n_features)
+
+    def detach(self) -> SparseCodes:
+        return SparseCodes(self.values.detach(), self.indices, self.n_features)
+
+    def to_dense(self) -> torch.Tensor:
+        """`[..., F]`, zeros elsewhere; differentiable in `values`."""
+        return self.values.new_zeros(self.shape).scatter_add(-1, self.indices, self.values)
+
+    @classmethod
+    def from_dense(cls, dense: torch.Tensor, k: int | None = None) -> SparseCodes:
+        """The k largest entries of each row; k = None keeps every row's non-zeros (one sync)."""
+        from mikernels.ops.row_topk import row_topk
+
+        if k is None:
+            k = max(1, int((dense != 0).sum(-1).max())) if dense.numel() else 1
+            _, indices = row_topk(dense.detach().abs(), k)
+            return cls(dense.gather(-1, indices), indices, dense.shape[-1])
+        values, indices = row_topk(dense, k)
+        return cls(values, indices, dense.shape[-1])
+
+    def to_csr(self) -> torch.Tensor:
+        """A torch sparse CSR matrix `[tokens, F]` of the non-zero codes."""
+        flat_values = self.values.reshape(-1, self.k)
+        flat_indices, order = self.indices.reshape(-1, self.k).sort(dim=-1)
+        flat_values = flat_values.gather(-1, order)
+        kept = flat_values != 0
+        rows = torch.zeros(kept.shape[0] + 1, dtype=torch.int64, device=kept.device)
+        rows[1:] = kept.sum(-1).cumsum(0)
+        return torch.sparse_csr_tensor(
+            rows, flat_indices[kept], flat_values[kept], size=(kept.shape[0], self.n_features)
+        )
+
+    def by_feature(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """`(offsets [F + 1], order [tokens * k])` int64: the slots of feature f, token-ascending,
+        are `order[offsets[f]:offsets[f + 1]]`. Computed once and kept."""
+        cached = self.__dict__.get("_by_feature")
+        if cached is None:
+            cached = by_feature(self.indices.reshape(-1), self.n_features)
+            object.__setattr__(self, "_by_feature", cached)
+        return cached
+
+    def fired(self) -> torch.Tensor:
+        """`[F]` int64: the number of tokens on which each feature is active (value != 0)."""
+        active = (self.values.detach() != 0).reshape(-1).to(torch.int64)
+        counts = torch.zeros(self.n_features, dtype=torch.int64, device=self.indices.device)
+        return counts.scatter_add_(0, self.indices.reshape(-1), active)
+
+    def l0(self) -> torch.Tensor:
+        """`[...]` int64: active features of each token."""
+        return (self.values.detach() != 0).sum(-1)
+
+
+def _is_mask(part: object) -> bool:
+    return isinstance(part, torch.Tensor) and part.dtype == torch.bool

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One file per operator: equation, reference, schema, backends, gradient, public function."""

@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Exact top-k encode: `h = (x - b_dec) w_enc^T + b_enc`, the k best of `h * scale` per token.
+
+Order: score descending, then feature ascending; NaN ranks first. ReLU follows the selection, so a
+token with fewer than k positive winners carries zeros (with zero gradient) in the other slots.
+Slots are stored by ascending feature. The N x F matrix is never formed.
+
+How the CPU kernel is fast and exact. Scores are *screened* in 16 bits and only candidates are
+computed exactly. With x^ and w^ the rounded rows (per-row scale; bf16 for AMX, int16 elsewhere),
+
+    |<x, w> - <x^, w^>| = |<x - x^, w> + <x^, w - w^>| <= |x - x^| |w| + |x^| |w - w^|      (1)
+
+by Cauchy-Schwarz, with the *computed* norms of the rounding errors, rounded up. On top of (1) come
+  - accumulation: none for int16 (row norms stay below 2^15, so every partial sum is exact in int32,
+    again by Cauchy-Schwarz); at most 2 d u |x^| |w^| for AMX's fp32 sums of bf16 products, u = 2^-24;
+  - the fp32 evaluation of `(s^ c + b_enc) scale` and of the bound itself: 16 u on every term.
+Let e[n, f] be the sum of these. Then s - e and s + e bracket the true score, so with tau[n] the k-th
+largest lower bound seen so far, a feature whose upper bound is below tau[n] has k features above it
+and cannot be selected. Everything else is kept and rescored: a dot product in fp64 rounded once to
+fp32, whose order is the fp32 order that is returned. Bounds that are not finite (NaN, inf or a norm
+outside 2^-60..2^60) pass the screen by construction, and a full candidate list is rescored on the
+spot, so there is no case that the screen decides alone and none that overflows.
+
+Scratch: one 16-bit panel of w_enc (at most 32 MB), x^ and 4k + 64 candidates a token.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from mikernels._dispatch import (
+    Op,
+    accumulate_dtype,
+    check_floating,
+    check_k,
+    check_shape,
+    resolve_impl,
+)
+from mikernels.codes import SparseCodes
+from mikernels.ops.decode import decode_op
+from mikernels.ops.gradients import by_feature_op, feature_sum_op
+from mikernels.ops.row_topk import reference as row_topk_reference
+from mikernels.ops.row_topk import row_topk_op
+
+# below this many features per slot the dense product and row_topk win: screening has nothing to skip
+DENSE_BELOW = 8
+
+
+def _scores(x, w_enc, b_enc, b_dec):
+    acc = accumulate_dtype(x.dtype)
+    centred = x.to(acc) if b_dec is None else x.to(acc) - b_dec.to(acc)
+    h = centred @ w_enc.to(acc).T
+    return h if b_enc is None else h + b_enc.to(acc)
+
+
+def reference(
+    x: torch.Tensor,
+    w_enc: torch.Tensor,
+    b_enc: torch.Tensor | None,
+    b_dec: torch.Tensor | None,
+    scale: torch.Tensor | None,
+    k: int,
+    relu: bool,
+    top_k=row_topk_reference,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    h = _scores(x, w_enc, b_enc, b_dec)
+    ranked = h if scale is None else h * scale.to(h.dtype)
+    _, indices = top_k(ranked, k, False)
+    values = h.gather(-1, indices)
+    return (values.relu() if relu else values).to(x.dtype), indices
+
+
+def _fake(x, w_enc, b_enc, b_dec, scale, k, relu):
+    shape = (x.shape[0], k)
+    return x.new_empty(shape), x.new_empty(shape, dtype=torch.int64)
+
+
+encode_op = Op(
+    "encode(Tensor x, Tensor w_enc, Tensor? b_enc, Tensor? b_dec, Tensor? scale, int k, bool relu)"
+    " -> (Tensor values, Tensor indices)",
+    reference,
+    _fake,
+)
+
+
+class _Encode(torch.autograd.Function):
+    @staticmethod
+    def forward(x, w_enc, b_enc, b_dec, scale, k, relu, impl):
+        if impl == "auto" and k * DENSE_BELOW > w_enc.shape[0]:
+            return reference(x, w_enc, b_enc, b_dec, scale, k, relu, row_topk_op)
+        return encode_op(x, w_enc, b_enc, b_dec, scale, k, relu, impl=impl)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, w_enc, _, b_dec, _, _, ctx.relu, ctx.impl = inputs
+        ctx.save_for_backward(x, w_enc, b_dec, *output)
+        ctx.mark_non_differentiable(output[1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dvalues, _):
+        x, w_enc, b_dec, values, indices = ctx.saved_tensors
+        need = ctx.needs_input_grad
+        if ctx.relu:
+            # NaN passes, so that a diverged run shows it
+            dvalues = dvalues.masked_fill(values == 0, 0)
+        dx = dw = db_enc = db_dec = None
+        if need[1] or need[2] or need[3]:
+            slots = by_feature_op(indices.reshape(-1), w_enc.shape[0], impl=ctx.impl)
+            centred = x if b_dec is None else x - b_dec
+            dw, db_enc = feature_sum_op(dvalues, centred, *slots, impl=ctx.impl)
+        if need[3]:
+            # sum over tokens first: F d products instead of N k d
+            db_dec = -(db_enc.to(accumulate_dtype(x.dtype)) @ w_enc.to(accumulate_dtype(x.dtype)))
+            db_dec = db_dec.to(x.dtype)
+        if need[0]:
+            dx = decode_op(dvalues, indices, w_enc, None, impl=ctx.impl)
+        keep = (dx, dw if need[1] else None, db_enc if need[2] else None, db_dec)
+        return *keep, None, None, None, None
+
+
+def topk_encode(
+    x: torch.Tensor,
+    w_enc: torch.Tensor,
+    b_enc: torch.Tensor | None = None,
+    *,
+    k: int,
+    b_dec: torch.Tensor | None = None,
+    scale: torch.Tensor | None = None,
+    relu: bool = True,
+    precision: torch.dtype | None = None,
+    impl: str | None = None,
+) -> SparseCodes:
+    """The k best features of every token, exactly, without the tokens x features matrix.
+
+    `h = (x - b_dec) w_enc^T + b_enc`; the k largest `h * scale` of each token are kept with value
+    `relu(h)`. For fp32 inputs the selected set is that of fp32 scores.
+
+    Args:
+        x: `[..., d]` activations; float32, bfloat16, float16 or float64, any strides.
+        w_enc: `[F, d]` encoder directions as rows, any strides (pass `W.T` of a `[d, F]` matrix).
+        b_enc: `[F]` or None.
+        k: active features a token, 1..F; a run-time value.
+        b_dec: `[d]` subtracted from x, or None.
+        scale: `[F]` ranking weights, e.g. decoder norms; not differentiated.
+        relu: clamp the winners at 0; slots at 0 get no gradient.
+        precision: round x and the weights to this dtype first, as autocast does; None keeps theirs.
+        impl: None (best for the device, dtype and k / F), "cpp" or "reference".
+
+    Returns:
+        SparseCodes with values `[..., k]` in the dtype of x and indices `[..., k]` int64 ascending.
+        Gradients: x, w_enc, b_enc, b_dec, from the k slots only, accumulated in fp32.
+
+    Raises:
+        TypeError, ValueError: for dtypes, devices, shapes or k other than the above.
+    """
+    check_floating("topk_encode", x=x, w_enc=w_enc, b_enc=b_enc, b_dec=b_dec, scale=scale)
+    if w_enc.dim() != 2 or x.dim() < 1 or x.shape[-1] != w_enc.shape[1]:
+        raise ValueError(
+            f"topk_encode: expected x [..., d] and w_enc [F, d], got {list(x.shape)} and "
+            f"{list(w_enc.shape)}; pass w_enc.T if it is stored as [d, F]"
+        )
+    n_features, d = w_enc.shape
+    check_shape("topk_encode", "b_enc", b_enc, (n_features,))
+    check_shape("topk_encode", "scale", scale, (n_features,))
+    check_shape("topk_encode", "b_dec", b_dec, (d,))
+    check_k("topk_encode", k, n_features, "rows of w_enc")
+    impl = resolve_impl(encode_op, impl, x.device)
+    out_dtype = x.dtype
+    operands = (x.reshape(-1, d), w_enc, b_enc, b_dec, None if scale is None else scale.detach())
+    if precision is not None:
+        operands = tuple(None if t is None else t.to(precision) for t in operands)
+    values, indices = _Encode.apply(*operands, k, relu, impl)
+    shape = (*x.shape[:-1], k)
+    return SparseCodes(values.to(out_dtype).reshape(shape), indices.reshape(shape), n_features)

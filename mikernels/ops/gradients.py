@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""By-feature gradients: everything that a sparse layer's backward needs, from k slots a token.
+
+With `slots(f)` the (token n, slot j) pairs whose index is f, in token order:
+
+    gather_dot   out[n, j] = <rows[n], w[indices[n, j]]>                  SDDMM, k dots a token
+    feature_sum  dw[f] = sum_{slots(f)} coefficients[n, j] rows[n]        and db[f] = sum coefficients
+    sae_gradients_  all of an SAE's weight gradients in one pass over the features:
+                 dv = <dy[n], w_dec[f]> where the value is not 0,  dw_dec[f] += value dy[n],
+                 dw_enc[f] += dv x[n],  db_enc[f] += dv
+    by_feature   offsets, order: a stable counting sort of the indices, O(N k + F)
+
+No atomics: a feature's sum is taken in token order by one thread, so results do not depend on the
+thread count. fp32 accumulation (fp64 for fp64). No `[N k, d]` temporary anywhere.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from mikernels._dispatch import Op, accumulate_dtype
+
+
+def by_feature_reference(
+    indices: torch.Tensor, n_features: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    order = indices.argsort(stable=True)
+    offsets = torch.zeros(n_features + 1, dtype=torch.int64, device=indices.device)
+    offsets[1:] = torch.bincount(indices, minlength=n_features).cumsum(0)
+    return offsets, order
+
+
+def _by_feature_fake(indices, n_features):
+    return (
+        indices.new_empty(n_features + 1, dtype=torch.int64),
+        indices.new_empty(indices.shape[0], dtype=torch.int64),
+    )
+
+
+by_feature_op = Op(
+    "by_feature(Tensor indices, int n_features) -> (Tensor offsets, Tensor order)",
+    by_feature_reference,
+    _by_feature_fake,
+)
+
+
+def by_feature(indices: torch.Tensor, n_features: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Stable counting sort of flat feature indices.
+
+    Args:
+        indices: `[M]` int64 in 0..n_features-1.
+        n_features: F.
+
+    Returns:
+        offsets `[F + 1]` and order `[M]`, int64: positions of feature f, ascending, are
+        `order[offsets[f]:offsets[f + 1]]`.
+    """
+    return by_feature_op(indices, n_features)
+
+
+def gather_dot_reference(
+    rows: torch.Tensor, w: torch.Tensor, indices: torch.Tensor
+) -> torch.Tensor:
+    acc = accumulate_dtype(rows.dtype)
+    out = rows.new_empty(indices.shape)
+    for j in range(indices.shape[1]):  # one slot at a time: the temporary is [N, d], not [N k, d]
+        out[:, j] = (rows.to(acc) * w[indices[:, j]].to(acc)).sum(-1).to(rows.dtype)
+    return out
+
+
+gather_dot_op = Op(
+    "gather_dot(Tensor rows, Tensor w, Tensor indices) -> Tensor",
+    gather_dot_reference,
+    lambda rows, w, indices: rows.new_empty(indices.shape),
+)
+
+
+def feature_sum_reference(
+    coefficients: torch.Tensor, rows: torch.Tensor, offsets: torch.Tensor, order: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    acc = accumulate_dtype(rows.dtype)
+    n_features = offsets.shape[0] - 1
+    k = coefficients.shape[1]
+    features = torch.arange(n_features, device=rows.device).repeat_interleave(offsets.diff())
+    flat = torch.empty_like(order).scatter_(0, order, features).reshape(-1, k)
+    dw = torch.zeros(n_features, rows.shape[1], dtype=acc, device=rows.device)
+    for j in range(k):
+        dw.index_add_(0, flat[:, j], rows.to(acc) * coefficients[:, j : j + 1].to(acc))
+    db = torch.zeros(n_features, dtype=acc, device=rows.device)
+    db.index_add_(0, flat.reshape(-1), coefficients.reshape(-1).to(acc))
+    return dw.to(rows.dtype), db.to(rows.dtype)
+
+
+def _feature_sum_fake(coefficients, rows, offsets, order):
+    n_features = offsets.shape[0] - 1
+    return rows.new_empty(n_features, rows.shape[1]), rows.new_empty(n_features)
+
+
+feature_sum_op = Op(
+    "feature_sum(Tensor coefficients, Tensor rows, Tensor offsets, Tensor order)"
+    " -> (Tensor dw, Tensor db)",
+    feature_sum_reference,
+    _feature_sum_fake,
+)
+
+
+def sae_gradients_reference(
+    values: torch.Tensor,
+    indices: torch.Tensor,
+    offsets: torch.Tensor,
+    order: torch.Tensor,
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    w_dec: torch.Tensor,
+    dw_dec: torch.Tensor,
+    dw_enc: torch.Tensor,
+    db_enc: torch.Tensor,
+    accumulate: bool,
+) -> None:
+    dvalues = gather_dot_reference(dy, w_dec, indices).masked_fill(values == 0, 0)
+    from_dec, _ = feature_sum_reference(values, dy, offsets, order)
+    from_enc, from_bias = feature_sum_reference(dvalues, x, offsets, order)
+    pairs = ((dw_dec, from_dec), (dw_enc, from_enc), (db_enc, from_bias))
+    for out, term in pairs:
+        if accumulate:
+            out.add_(term)
+        else:
+            out.copy_(term)
+
+
+# mutates caller-owned fp32 gradient buffers: fresh pages cost more than the arithmetic
+sae_gradients_op = Op(
+    "sae_gradients_(Tensor values, Tensor indices, Tensor offsets, Tensor order, Tensor dy,"
+    " Tensor x, Tensor w_dec, Tensor(a!) dw_dec, Tensor(b!) dw_enc, Tensor(c!) db_enc,"
+    " bool accumulate) -> ()",
+    sae_gradients_reference,
+    lambda *args: None,
+)
