@@ -63,6 +63,8 @@ def extension():
     from torch.utils import cpp_extension
 
     flags = ["-O3", "-std=c++20", "-fvisibility=hidden", "-fopenmp-simd", "-DNDEBUG", "-Wall"]
+    # errno and traps are what keep sqrt and selects out of vector code
+    flags += ["-fno-math-errno", "-fno-trapping-math"]
     flags += ["-Wno-unknown-pragmas", "-Wno-psabi"]
     # 2.10, the oldest torch whose stable ABI has parallel_for
     flags += ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY"]

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Row-fused Adam: gradient projection, clipping, Adam and renormalisation in one pass over rows.
 
-For every row p of a matrix with gradient g (all in fp32, whatever p's dtype):
+For every row p of a matrix with gradient g (all in fp32 whatever p's dtype, fp64 for fp64):
 
     g <- g - <g, p> p                     if project   (p is a unit row: drop the part along it)
     g <- clip g                           a 0-dim tensor, so that a GPU step never syncs
@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import torch
 
-from mikernels._dispatch import Op
+from mikernels._dispatch import Op, accumulate_dtype
 
 
 def reference(
@@ -35,16 +35,17 @@ def reference(
     project: bool,
     unit_norm: bool,
 ) -> None:
-    p, g = param.float(), grad.float()
+    acc = accumulate_dtype(param.dtype)
+    p, g = param.to(acc), grad.to(acc)
     if project:
         g = g - (g * p).sum(-1, keepdim=True) * p
-    g = g * clip
+    g = g * clip.to(acc)
     exp_avg.lerp_(g, 1 - beta1)
     exp_avg_sq.mul_(beta2).addcmul_(g, g, value=1 - beta2)
     denominator = (exp_avg_sq / (1 - beta2**step)).sqrt_().add_(eps)
     p = p - lr / (1 - beta1**step) * exp_avg / denominator
     if unit_norm:
-        p = p / p.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+        p = p / p.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(acc).tiny)
     param.copy_(p)
 
 

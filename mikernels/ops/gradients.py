@@ -117,6 +117,7 @@ def sae_gradients_reference(
     db_enc: torch.Tensor,
     accumulate: bool,
 ) -> None:
+    values, dy, x, w_dec = (t.to(dw_dec.dtype) for t in (values, dy, x, w_dec))
     dvalues = gather_dot_reference(dy, w_dec, indices).masked_fill(values == 0, 0)
     from_dec, _ = feature_sum_reference(values, dy, offsets, order)
     from_enc, from_bias = feature_sum_reference(dvalues, x, offsets, order)

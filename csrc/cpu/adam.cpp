@@ -1,0 +1,91 @@
+// SPDX-License-Identifier: Apache-2.0
+// adam_rows_, grad_sumsq: see mikernels/ops/adam.py.
+#include "common.h"
+#include "cpu/levels.h"
+#include "cpu/scalar.h"
+
+#include <cmath>
+
+#define MIK_BODY "cpu/adam_body.h"
+#include "cpu/each_level.h"
+
+namespace mik {
+namespace {
+
+constexpr int64_t kRowsAPiece = 64;
+
+// P, G over the pairs that occur: one dtype, or fp32 gradients of a low-precision parameter
+template <class F>
+void dispatch_pair(const Tensor& param, const Tensor& grad, const F& f) {
+  check(param.is_contiguous() && param.dim() == 2 && grad.dim() == 2 &&
+            grad.size(0) == param.size(0) && grad.size(1) == param.size(1),
+        "adam: expected a contiguous parameter [R, C] and a gradient of its shape");
+  MIK_DISPATCH_FLOATING(param, [&] {
+    using A = accumulator_t<scalar_t>;
+    if (grad.scalar_type() == param.scalar_type()) {
+      f(static_cast<scalar_t*>(nullptr), static_cast<scalar_t*>(nullptr), A());
+    } else {
+      check(grad.scalar_type() == ScalarType::Float && sizeof(A) == sizeof(float),
+            "adam: the gradient must have the parameter's dtype or be float32");
+      f(static_cast<scalar_t*>(nullptr), static_cast<float*>(nullptr), A());
+    }
+  });
+}
+
+void adam_rows(Tensor param, Tensor grad, Tensor exp_avg, Tensor exp_avg_sq, double lr,
+               double beta1, double beta2, double eps, int64_t step, Tensor clip, bool project,
+               bool unit_norm) {
+  grad = torch::stable::contiguous(grad);
+  check(clip.numel() == 1 && step >= 1, "adam_rows_: clip must be one number and step at least 1");
+  const double factor = clip.scalar_type() == ScalarType::Double
+                            ? *data<double>(clip)
+                            : static_cast<double>(*data<float>(clip));
+  check(clip.scalar_type() == ScalarType::Double || clip.scalar_type() == ScalarType::Float,
+        "adam_rows_: clip must be float32 or float64");
+  dispatch_pair(param, grad, [&]<class P, class G, class A>(P*, G*, A) {
+    for (const Tensor* state : {&exp_avg, &exp_avg_sq})
+      check(state->is_contiguous() && state->numel() == param.numel() &&
+                state->element_size() == sizeof(A),
+            "adam_rows_: exp_avg and exp_avg_sq must be contiguous, of the parameter's shape, in "
+            "its accumulation dtype");
+    const int64_t rows = param.size(0), d = param.size(1);
+    const A step_size = static_cast<A>(lr / (1 - std::pow(beta1, step)));
+    const A correction = static_cast<A>(1 / std::sqrt(1 - std::pow(beta2, step)));
+    parallel(rows, kRowsAPiece, [&](int64_t begin, int64_t end) {
+      std::unique_ptr<A[]> next(new A[d]);
+      MIK_AT_LEVEL(adam_range<P, G, A>)(
+          begin, end, d, mutable_data<P>(param), data<G>(grad), mutable_data<A>(exp_avg),
+          mutable_data<A>(exp_avg_sq), static_cast<A>(beta1), static_cast<A>(beta2), step_size,
+          correction, static_cast<A>(eps), static_cast<A>(factor), project, unit_norm, next.get());
+    });
+  });
+}
+
+Tensor grad_sumsq(Tensor grad, Tensor param, bool project) {
+  grad = torch::stable::contiguous(grad);
+  Tensor out = empty(grad, {}, ScalarType::Double);
+  dispatch_pair(param, grad, [&]<class P, class G, class A>(P*, G*, A) {
+    const int64_t rows = param.size(0), d = param.size(1);
+    const int64_t pieces = (rows + kRowsAPiece - 1) / kRowsAPiece;
+    // one partial sum a fixed piece, added in order: the same bits for any thread count
+    std::unique_ptr<double[]> partial(new double[pieces]);
+    parallel(pieces, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t piece = begin; piece < end; ++piece)
+        partial[piece] = MIK_AT_LEVEL(sumsq_range<P, G, A>)(
+            piece * kRowsAPiece, std::min(rows, (piece + 1) * kRowsAPiece), d, data<P>(param),
+            data<G>(grad), project);
+    });
+    double total = 0;
+    for (int64_t piece = 0; piece < pieces; ++piece) total += partial[piece];
+    *mutable_data<double>(out) = total;
+  });
+  return out;
+}
+
+STABLE_TORCH_LIBRARY_IMPL(mikernels, CPU, m) {
+  m.impl("adam_rows_", TORCH_BOX(&adam_rows));
+  m.impl("grad_sumsq", TORCH_BOX(&grad_sumsq));
+}
+
+}  // namespace
+}  // namespace mik

@@ -1,0 +1,52 @@
+// SPDX-License-Identifier: Apache-2.0
+// Adam over rows with the decoder constraint; compiled once per level.
+
+#include "cpu/dot_body.h"
+
+static inline float root(float x) { return __builtin_sqrtf(x); }
+static inline double root(double x) { return __builtin_sqrt(x); }
+
+template <class P, class G, class A>
+static void adam_range(int64_t begin, int64_t end, int64_t d, P* param, const G* grad, A* exp_avg,
+                       A* exp_avg_sq, A beta1, A beta2, A step_size, A inverse_correction, A eps,
+                       A clip, bool project, bool unit_norm, A* next) {
+  for (int64_t r = begin; r < end; ++r) {
+    P* p = param + r * d;
+    const G* g = grad + r * d;
+    A *m = exp_avg + r * d, *v = exp_avg_sq + r * d;
+    const A along = project ? dot<G, P, A>(g, p, d) : A(0);
+    A norm = 0;
+#pragma omp simd reduction(+ : norm)
+    for (int64_t i = 0; i < d; ++i) {
+      const A before = static_cast<A>(p[i]);
+      const A gradient = clip * (static_cast<A>(g[i]) - along * before);
+      m[i] += (A(1) - beta1) * (gradient - m[i]);
+      v[i] = beta2 * v[i] + (A(1) - beta2) * gradient * gradient;
+      // 1 / sqrt(1 - beta2^t) is taken out of the root
+      const A after = before - step_size * m[i] / (root(v[i]) * inverse_correction + eps);
+      next[i] = after;
+      norm += after * after;
+    }
+    A shrink = A(1);
+    if (unit_norm && norm > A(0)) shrink = A(1) / root(norm);
+    for (int64_t i = 0; i < d; ++i) p[i] = static_cast<P>(next[i] * shrink);
+  }
+}
+
+// sum over rows of |g - <g, p> p|^2 = |g|^2 - (2 - |p|^2) <g, p>^2
+template <class P, class G, class A>
+static double sumsq_range(int64_t begin, int64_t end, int64_t d, const P* param, const G* grad,
+                          bool project) {
+  double total = 0;
+  for (int64_t r = begin; r < end; ++r) {
+    const G* g = grad + r * d;
+    double sum = static_cast<double>(dot<G, G, A>(g, g, d));
+    if (project) {
+      const P* p = param + r * d;
+      const double along = static_cast<double>(dot<G, P, A>(g, p, d));
+      sum -= (2 - static_cast<double>(dot<P, P, A>(p, p, d))) * along * along;
+    }
+    total += sum;
+  }
+  return total;
+}

@@ -1,0 +1,81 @@
+// SPDX-License-Identifier: Apache-2.0
+// Dots and sums over the slots of a token or a feature; compiled once per level.
+
+#include "cpu/dot_body.h"
+#include "cpu/rows_body.h"
+
+// out[n, j] = <rows[n], w[indices[n, j]]>
+template <class T, class A>
+static void dot_tokens(int64_t begin, int64_t end, int64_t k, int64_t d, const T* rows,
+                       int64_t ldr, const T* w, int64_t ldw, const int64_t* indices, T* out) {
+  for (int64_t n = begin; n < end; ++n)
+    for (int64_t j = 0; j < k; ++j) {
+      if (j + 1 < k) prefetch_row(w + indices[n * k + j + 1] * ldw, d);
+      out[n * k + j] =
+          static_cast<T>(dot<T, T, A>(rows + n * ldr, w + indices[n * k + j] * ldw, d));
+    }
+}
+
+// dw[f] = sum over the slots of f of coefficient * rows[token], db[f] = sum of the coefficients
+template <class T, class A>
+static void sum_features(int64_t begin, int64_t end, int64_t k, int64_t d, const T* coefficients,
+                         const T* rows, int64_t ldr, const int64_t* offsets, const int64_t* order,
+                         T* dw, T* db, A* sum) {
+  for (int64_t f = begin; f < end; ++f) {
+    for (int64_t i = 0; i < d; ++i) sum[i] = A(0);
+    A bias = A(0);
+    const T* pending_rows[4];
+    A weights[4];
+    int pending = 0;
+    for (int64_t s = offsets[f]; s < offsets[f + 1]; ++s) {
+      const A c = static_cast<A>(coefficients[order[s]]);
+      if (c == A(0)) continue;
+      bias += c;
+      weights[pending] = c;
+      pending_rows[pending] = rows + order[s] / k * ldr;
+      if (++pending == 4) {
+        add_rows(sum, d, pending_rows, weights, 4);
+        pending = 0;
+      }
+    }
+    add_rows(sum, d, pending_rows, weights, pending);
+    for (int64_t i = 0; i < d; ++i) dw[f * d + i] = static_cast<T>(sum[i]);
+    db[f] = static_cast<T>(bias);
+  }
+}
+
+// one pass over features begin..end: w_dec[f] stays in L1 for all its tokens, and each token's dy row
+// serves the dot and the sum while it is there
+template <class T, class W>
+static void sae_features(int64_t begin, int64_t end, int64_t k, int64_t d, const T* values,
+                         const T* dy, int64_t ldy, const T* x, int64_t ldx, const W* w_dec,
+                         int64_t ldw, const int64_t* offsets, const int64_t* order, float* dw_dec,
+                         float* dw_enc, float* db_enc, bool accumulate) {
+  for (int64_t f = begin; f < end; ++f) {
+    float* to_dec = dw_dec + f * d;
+    float* to_enc = dw_enc + f * d;
+    if (!accumulate) {
+      for (int64_t i = 0; i < d; ++i) to_dec[i] = 0;
+      for (int64_t i = 0; i < d; ++i) to_enc[i] = 0;
+    }
+    float bias = 0;
+    const W* row = w_dec + f * ldw;
+    for (int64_t s = offsets[f]; s < offsets[f + 1]; ++s) {
+      const int64_t slot = order[s], n = slot / k;
+      const float value = static_cast<float>(values[slot]);
+      if (value == 0) continue;
+      if (s + 1 < offsets[f + 1]) {
+        prefetch_row(dy + order[s + 1] / k * ldy, d);
+        prefetch_row(x + order[s + 1] / k * ldx, d);
+      }
+      const T *gradient = dy + n * ldy, *input = x + n * ldx;
+      const float dvalue = dot<T, W, float>(gradient, row, d);
+#pragma omp simd
+      for (int64_t i = 0; i < d; ++i) to_dec[i] += value * static_cast<float>(gradient[i]);
+#pragma omp simd
+      for (int64_t i = 0; i < d; ++i) to_enc[i] += dvalue * static_cast<float>(input[i]);
+      bias += dvalue;
+    }
+    db_enc[f] = accumulate ? db_enc[f] + bias : bias;
+  }
+}
