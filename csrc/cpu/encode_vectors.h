@@ -15,6 +15,7 @@ static inline int_vector broadcast_pair(const uint16_t* at) {
 static inline int_vector add_pair_products(int_vector sum, int_vector a, int_vector b) {
   return _mm512_dpwssd_epi32(sum, a, b);
 }
+static inline void pin(int_vector& a) { asm volatile("" : "+v"(a)); }
 static inline float_vector to_float(int_vector a) { return _mm512_cvtepi32_ps(a); }
 static inline float_vector set(float a) { return _mm512_set1_ps(a); }
 static inline float_vector load(const float* at) { return _mm512_loadu_ps(at); }
@@ -44,6 +45,7 @@ static inline int_vector broadcast_pair(const uint16_t* at) {
 static inline int_vector add_pair_products(int_vector sum, int_vector a, int_vector b) {
   return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b));
 }
+static inline void pin(int_vector& a) { asm volatile("" : "+x"(a)); }
 static inline float_vector to_float(int_vector a) { return _mm256_cvtepi32_ps(a); }
 static inline float_vector set(float a) { return _mm256_set1_ps(a); }
 static inline float_vector load(const float* at) { return _mm256_loadu_ps(at); }
@@ -73,6 +75,7 @@ static inline int_vector broadcast_pair(const uint16_t* at) {
 static inline int_vector add_pair_products(int_vector sum, int_vector a, int_vector b) {
   return _mm_add_epi32(sum, _mm_madd_epi16(a, b));
 }
+static inline void pin(int_vector& a) { asm volatile("" : "+x"(a)); }
 static inline float_vector to_float(int_vector a) { return _mm_cvtepi32_ps(a); }
 static inline float_vector set(float a) { return _mm_set1_ps(a); }
 static inline float_vector load(const float* at) { return _mm_loadu_ps(at); }
@@ -101,6 +104,7 @@ static inline int_vector broadcast_pair(const uint16_t* at) { return load_pairs(
 static inline int_vector add_pair_products(int_vector sum, int_vector a, int_vector b) {
   return {sum.sum + a.low * b.low + a.high * b.high, 0, 0};
 }
+static inline void pin(int_vector&) {}
 static inline float_vector to_float(int_vector a) { return static_cast<float>(a.sum); }
 static inline float_vector set(float a) { return a; }
 static inline float_vector load(const float* at) { return *at; }
