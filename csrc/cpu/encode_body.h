@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The screen: 16-bit products of a feature block and a token tile, then the bound; compiled per level.
 
-#include "cpu/encode_vectors.h"
+#include "cpu/vectors_body.h"
 
 // rows (features) and tiles (tokens / 16) of one register block
 #if defined(MIK_AMX_TILES)
