@@ -24,10 +24,12 @@ Tensor decode(Tensor values, Tensor indices, Tensor w, OptionalTensor bias) {
   MIK_DISPATCH_FLOATING(values, [&] {
     using A = accumulator_t<scalar_t>;
     parallel(n, 16, [&](int64_t begin, int64_t end) {
-      std::unique_ptr<A[]> sum(new A[d]);
+      std::unique_ptr<A[]> sum(new A[d]), weights(new A[k]);
+      std::unique_ptr<const scalar_t*[]> rows(new const scalar_t*[k]);
       MIK_AT_LEVEL(decode_tokens<scalar_t, A>)(
           begin, end, k, d, data<scalar_t>(values), data<int64_t>(indices), data<scalar_t>(w),
-          w.stride(0), data_or_null<scalar_t>(bias), mutable_data<scalar_t>(y), sum.get());
+          w.stride(0), data_or_null<scalar_t>(bias), mutable_data<scalar_t>(y), sum.get(), rows.get(),
+          weights.get());
     });
   });
   return y;

@@ -102,11 +102,15 @@ std::tuple<Tensor, Tensor> feature_sum(Tensor coefficients, Tensor rows, Tensor 
   MIK_DISPATCH_FLOATING(rows, [&] {
     using A = accumulator_t<scalar_t>;
     parallel_features(offsets, [&](int64_t begin, int64_t end) {
-      std::unique_ptr<A[]> sum(new A[d]);
+      int64_t hottest = 0;
+      const int64_t* offset = data<int64_t>(offsets);
+      for (int64_t f = begin; f < end; ++f) hottest = std::max(hottest, offset[f + 1] - offset[f]);
+      std::unique_ptr<A[]> sum(new A[d]), weights(new A[hottest + 1]);
+      std::unique_ptr<const scalar_t*[]> pointers(new const scalar_t*[hottest + 1]);
       MIK_AT_LEVEL(sum_features<scalar_t, A>)(
           begin, end, k, d, data<scalar_t>(coefficients), data<scalar_t>(rows), rows.stride(0),
-          data<int64_t>(offsets), data<int64_t>(order), mutable_data<scalar_t>(dw),
-          mutable_data<scalar_t>(db), sum.get());
+          offset, data<int64_t>(order), mutable_data<scalar_t>(dw),
+          mutable_data<scalar_t>(db), sum.get(), pointers.get(), weights.get());
     });
   });
   return {dw, db};

@@ -9,38 +9,52 @@ template <class T, class A>
 static void dot_tokens(int64_t begin, int64_t end, int64_t k, int64_t d, const T* rows,
                        int64_t ldr, const T* w, int64_t ldw, const int64_t* indices, T* out) {
   for (int64_t n = begin; n < end; ++n)
-    for (int64_t j = 0; j < k; ++j) {
-      if (j + 1 < k) prefetch_row(w + indices[n * k + j + 1] * ldw, d);
+    for (int64_t j = 0; j < k; ++j)
       out[n * k + j] =
           static_cast<T>(dot<T, T, A>(rows + n * ldr, w + indices[n * k + j] * ldw, d));
-    }
 }
 
-// dw[f] = sum over the slots of f of coefficient * rows[token], db[f] = sum of the coefficients
+// dw[f] = sum over the slots of f of coefficient * rows[token], db[f] = sum of the coefficients; `sum` is
+// [d] scratch, `pointers` and `weights` hold the slots of the hottest feature
 template <class T, class A>
 static void sum_features(int64_t begin, int64_t end, int64_t k, int64_t d, const T* coefficients,
                          const T* rows, int64_t ldr, const int64_t* offsets, const int64_t* order,
-                         T* dw, T* db, A* sum) {
+                         T* dw, T* db, A* sum, const T** pointers, A* weights) {
   for (int64_t f = begin; f < end; ++f) {
-    for (int64_t i = 0; i < d; ++i) sum[i] = A(0);
     A bias = A(0);
-    const T* pending_rows[4];
-    A weights[4];
-    int pending = 0;
+    int64_t active = 0;
     for (int64_t s = offsets[f]; s < offsets[f + 1]; ++s) {
       const A c = static_cast<A>(coefficients[order[s]]);
-      if (c == A(0)) continue;
+      weights[active] = c;
+      pointers[active] = rows + order[s] / k * ldr;
+      active += c != A(0);
       bias += c;
-      weights[pending] = c;
-      pending_rows[pending] = rows + order[s] / k * ldr;
-      if (++pending == 4) {
-        add_rows(sum, d, pending_rows, weights, 4);
-        pending = 0;
-      }
     }
-    add_rows(sum, d, pending_rows, weights, pending);
+    for (int64_t i = 0; i < d; ++i) sum[i] = A(0);
+    add_rows(sum, d, pointers, weights, active);
     for (int64_t i = 0; i < d; ++i) dw[f * d + i] = static_cast<T>(sum[i]);
     db[f] = static_cast<T>(bias);
+  }
+}
+
+// a += alpha x and b += beta y, with the rows that come next prefetched line by line alongside
+template <class T>
+static inline void add_pair(float* a, float alpha, const T* x, const T* next_x, float* b, float beta,
+                            const T* y, const T* next_y, int64_t d) {
+  constexpr int64_t line = 64 / sizeof(T);
+  int64_t i = 0;
+  for (; i + line <= d; i += line) {
+    __builtin_prefetch(next_x + i);
+    __builtin_prefetch(next_y + i);
+#pragma omp simd
+    for (int64_t l = i; l < i + line; ++l) {
+      a[l] += alpha * static_cast<float>(x[l]);
+      b[l] += beta * static_cast<float>(y[l]);
+    }
+  }
+  for (; i < d; ++i) {
+    a[i] += alpha * static_cast<float>(x[i]);
+    b[i] += beta * static_cast<float>(y[i]);
   }
 }
 
@@ -64,16 +78,11 @@ static void sae_features(int64_t begin, int64_t end, int64_t k, int64_t d, const
       const int64_t slot = order[s], n = slot / k;
       const float value = static_cast<float>(values[slot]);
       if (value == 0) continue;
-      if (s + 1 < offsets[f + 1]) {
-        prefetch_row(dy + order[s + 1] / k * ldy, d);
-        prefetch_row(x + order[s + 1] / k * ldx, d);
-      }
       const T *gradient = dy + n * ldy, *input = x + n * ldx;
+      // the next slot's token, also across features
+      const int64_t next = s + 1 < offsets[end] ? order[s + 1] / k : n;
       const float dvalue = dot<T, W, float>(gradient, row, d);
-#pragma omp simd
-      for (int64_t i = 0; i < d; ++i) to_dec[i] += value * static_cast<float>(gradient[i]);
-#pragma omp simd
-      for (int64_t i = 0; i < d; ++i) to_enc[i] += dvalue * static_cast<float>(input[i]);
+      add_pair(to_dec, value, gradient, dy + next * ldy, to_enc, dvalue, input, x + next * ldx, d);
       bias += dvalue;
     }
     db_enc[f] = accumulate ? db_enc[f] + bias : bias;
