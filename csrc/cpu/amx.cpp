@@ -9,22 +9,22 @@
 namespace mik::amx {
 namespace {
 
-// the layout that ldtilecfg reads
+// the layout that ldtilecfg reads: eight tiles of 16 rows by 64 bytes
 struct alignas(64) TileConfig {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t row_bytes[16] = {};
-  uint8_t rows[16] = {};
+  uint8_t palette, start_row, reserved[14];
+  uint16_t row_bytes[16];
+  uint8_t rows[16];
 };
+// static: GCC 12's _tile_loadconfig tells the compiler of its first 8 bytes only, so the stores that
+// would fill a local one can be dropped
+const TileConfig kTiles = {
+    1, 0, {}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
 
 }  // namespace
 
 #define MIK_AMX __attribute__((target("amx-tile,amx-bf16")))
 
-MIK_AMX void configure_tiles() {
-  TileConfig config;
-  for (int tile = 0; tile < 8; ++tile) config.row_bytes[tile] = 64, config.rows[tile] = 16;
-  _tile_loadconfig(&config);
-}
+MIK_AMX void configure_tiles() { _tile_loadconfig(&kTiles); }
 
 MIK_AMX void release_tiles() { _tile_release(); }
 

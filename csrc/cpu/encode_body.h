@@ -167,7 +167,11 @@ static Quantised quantise_row(const float* row, int64_t d, uint16_t* out, int64_
   double errors = 0;
 #if defined(MIK_AMX_TILES)
   // a power of two, so that scaling is exact: the norm comes to lie in 1..2
-  const double scale = __builtin_ldexp(1., __builtin_ilogb(norm));
+  uint64_t exponent;
+  __builtin_memcpy(&exponent, &norm, 8);
+  exponent &= 0x7ff0000000000000u;
+  double scale;
+  __builtin_memcpy(&scale, &exponent, 8);
   const float inverse = static_cast<float>(1. / scale);
 #pragma omp simd reduction(+ : errors)
   for (int64_t i = 0; i < d; ++i) {
