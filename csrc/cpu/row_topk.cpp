@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // row_topk: lane maxima bound the k-th value, one filter pass keeps what reaches the bound (about
 // k (1 + k / 2 lanes) elements), nth_element selects among those.
+#include "cpu/row_topk.h"
+
 #include "common.h"
 #include "cpu/levels.h"
 #include "cpu/order.h"
@@ -19,21 +21,14 @@
 namespace mik {
 namespace {
 
+// the indices of the k best of a row, unordered, first in `kept`, which has room for n
 template <class A>
-struct Scratch {
-  std::vector<A> row, maxima;
-  // room for a row of which everything passes
-  std::unique_ptr<int32_t[]> kept;
-};
-
-// the indices of the k best of a row, unordered, in scratch.kept
-template <class A>
-void select(const A* row, int64_t n, int64_t k, Scratch<A>& scratch) {
+void select(const A* row, int64_t n, int64_t k, int32_t* kept) {
+  static thread_local std::vector<A> maxima;
   const auto better = [row](int32_t a, int32_t b) {
     const auto ka = rank_key(row[a]), kb = rank_key(row[b]);
     return ka != kb ? ka > kb : a < b;
   };
-  int32_t* kept = scratch.kept.get();
   int64_t found = n;
   // more lanes sharpen the bound and cost more to select from; 4 k leave about 1.15 k survivors
   int64_t lanes = 64;
@@ -41,7 +36,6 @@ void select(const A* row, int64_t n, int64_t k, Scratch<A>& scratch) {
   if (lanes * 4 > n) {
     for (int64_t i = 0; i < n; ++i) kept[i] = static_cast<int32_t>(i);
   } else {
-    auto& maxima = scratch.maxima;
     maxima.resize(lanes);
     MIK_AT_LEVEL(lane_maxima<A>)(row, n, maxima.data(), lanes);
     std::nth_element(maxima.begin(), maxima.begin() + (k - 1), maxima.end(),
@@ -56,23 +50,21 @@ void run(const Tensor& scores, int64_t k, bool sorted, T* values, int64_t* indic
   using A = accumulator_t<T>;
   const int64_t n = scores.size(1);
   parallel(scores.size(0), 1, [&](int64_t begin, int64_t end) {
-    Scratch<A> scratch;
-    scratch.kept.reset(new int32_t[n]);
+    std::vector<A> wide(std::is_same_v<T, A> ? 0 : n);
+    std::unique_ptr<int32_t[]> kept(new int32_t[n]);
     for (int64_t r = begin; r < end; ++r) {
       const T* source = data<T>(scores) + r * scores.stride(0);
       const A* row;
       if constexpr (std::is_same_v<T, A>) {
         row = source;
       } else {
-        scratch.row.resize(n);
-        MIK_AT_LEVEL(widen<T, A>)(source, scratch.row.data(), n);
-        row = scratch.row.data();
+        MIK_AT_LEVEL(widen<T, A>)(source, wide.data(), n);
+        row = wide.data();
       }
       // memory would idle while this row's winners are chosen
       if (r + 1 < end) MIK_AT_LEVEL(prefetch_start<T>)(source + scores.stride(0), n);
-      select(row, n, k, scratch);
-      int32_t* kept = scratch.kept.get();
-      std::sort(kept, kept + k, [&](int32_t a, int32_t b) {
+      select(row, n, k, kept.get());
+      std::sort(kept.get(), kept.get() + k, [&](int32_t a, int32_t b) {
         if (!sorted) return a < b;
         const auto ka = rank_key(row[a]), kb = rank_key(row[b]);
         return ka != kb ? ka > kb : a < b;
@@ -100,4 +92,8 @@ std::tuple<Tensor, Tensor> row_topk(Tensor scores, int64_t k, bool sorted) {
 STABLE_TORCH_LIBRARY_IMPL(mikernels, CPU, m) { m.impl("row_topk", TORCH_BOX(&row_topk)); }
 
 }  // namespace
+
+void select_row(const float* row, int64_t n, int64_t k, int32_t* kept) { select(row, n, k, kept); }
+void select_row(const double* row, int64_t n, int64_t k, int32_t* kept) { select(row, n, k, kept); }
+
 }  // namespace mik
