@@ -1,1 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
+"""Trainer, activation sources, checkpoints."""
+
+from mikernels.training.checkpoint import load_sae
+from mikernels.training.config import TrainConfig
+from mikernels.training.metrics import History
+from mikernels.training.trainer import Trainer
+
+__all__ = ["History", "TrainConfig", "Trainer", "load_sae"]

@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Top-k encode: `relu((x - b_dec) w_enc^T + b_enc)`, the k best a token."""
+
+from __future__ import annotations
+
+import torch
+
+import mikernels
+
+from . import peers
+from .declare import (
+    Benchmark,
+    Outputs,
+    Provider,
+    Runner,
+    Shape,
+    Target,
+    Unavailable,
+    Verdict,
+    compiled,
+    generator,
+)
+from .gate import selection_gate, values_gate
+from .synthetic import Weights
+
+GRADIENTS = ("x", "w_enc", "b_enc", "b_dec")
+
+
+class Inputs:
+    """Normal activations, unit-norm directions, small biases; fp32."""
+
+    def __init__(self, shape: Shape, mode: str, seed: int):
+        draw = generator(seed)
+        self.shape, self.k = shape, shape.k
+        self.x = torch.randn(shape.n, shape.d, generator=draw)
+        self.w_enc = torch.nn.functional.normalize(
+            torch.randn(shape.f, shape.d, generator=draw), dim=-1
+        )
+        self.b_enc = 0.01 * torch.randn(shape.f, generator=draw)
+        self.b_dec = 0.1 * torch.randn(shape.d, generator=draw)
+        self.dvalues = torch.randn(shape.n, shape.k, generator=draw)
+        self.exact: Outputs | None = None
+
+    def weights(self) -> Weights:
+        """For libraries that need a decoder as well."""
+        return Weights(self.w_enc, self.b_enc, self.w_enc, self.b_dec)
+
+    def leaves(self) -> list[torch.Tensor]:
+        return [getattr(self, name).detach().requires_grad_() for name in GRADIENTS]
+
+
+def _ours(x, w_enc, b_enc, b_dec, k):
+    codes = mikernels.topk_encode(x, w_enc, b_enc, k=k, b_dec=b_dec)
+    return codes.values, codes.indices
+
+
+def _eager(x, w_enc, b_enc, b_dec, k):
+    scores = torch.relu(torch.addmm(b_enc, x - b_dec, w_enc.T))
+    values, indices = torch.topk(scores, k, dim=-1, sorted=False)
+    return values, indices
+
+
+def _runner(encode):
+    def build(inputs: Inputs, mode: str) -> Runner:
+        if mode == "fwd":
+            operands = inputs.x, inputs.w_enc, inputs.b_enc, inputs.b_dec, inputs.k
+            return Runner(lambda: _named(*encode(*operands)))
+        leaves = inputs.leaves()
+        held: list[torch.Tensor] = []
+
+        def forward() -> None:
+            values, indices = encode(*leaves, inputs.k)
+            # slots come in any order; the upstream gradient belongs to the slot's rank by index
+            rank = indices.argsort(-1).argsort(-1)
+            held[:] = values, inputs.dvalues.gather(-1, rank)
+
+        def backward() -> Outputs:
+            values, upstream = held
+            held.clear()
+            gradients = torch.autograd.grad(values, leaves, upstream)
+            return dict(zip(GRADIENTS, gradients, strict=True))
+
+        return Runner(backward, forward)
+
+    return build
+
+
+def _named(values: torch.Tensor, indices: torch.Tensor) -> Outputs:
+    return {"values": values, "indices": indices}
+
+
+def _no_grad(build):
+    """Peers' encoders keep graphs for their parameters; the forward alone is compared."""
+
+    def wrapped(inputs: Inputs, mode: str) -> Runner:
+        if mode != "fwd":
+            raise Unavailable("its backward is measured in `gradients` and `step`")
+        encode = build(inputs)
+
+        @torch.no_grad()
+        def run() -> Outputs:
+            return _named(*encode(inputs.x))
+
+        return Runner(run)
+
+    return wrapped
+
+
+def _sparsify(inputs: Inputs):
+    sae = peers.sparsify_sae(inputs.weights(), inputs.k)
+    return lambda x: sae.encode(x)[:2]
+
+
+def _dictionary_learning(inputs: Inputs):
+    sae = peers.dictionary_learning_trainer(inputs.weights(), inputs.k, lr=1e-3).ae
+    return lambda x: sae.encode(x, return_topk=True)[1:3]
+
+
+def _check(inputs: Inputs, mode: str, outputs: Outputs, eager: Outputs) -> Verdict:
+    if mode == "bwd":
+        if inputs.exact is None:
+            inputs.exact = _exact_gradients(inputs)
+        return values_gate(outputs, eager, inputs.exact)
+    w64 = inputs.w_enc.double().T
+
+    def scores(first: int, last: int) -> tuple[torch.Tensor, torch.Tensor]:
+        x = inputs.x[first:last] - inputs.b_dec
+        exact = (inputs.x[first:last].double() - inputs.b_dec.double()) @ w64 + inputs.b_enc
+        return exact, x @ inputs.w_enc.T + inputs.b_enc
+
+    return selection_gate(scores, outputs, eager, relu=True)
+
+
+def _exact_gradients(inputs: Inputs) -> Outputs:
+    with torch.no_grad():
+        _, indices = _eager(inputs.x, inputs.w_enc, inputs.b_enc, inputs.b_dec, inputs.k)
+    indices = indices.sort(-1).values
+    x, w_enc, b_enc, b_dec = (leaf.detach().double().requires_grad_() for leaf in inputs.leaves())
+    centred = x - b_dec
+    columns = [
+        (centred * w_enc[indices[:, j]]).sum(-1) + b_enc[indices[:, j]] for j in range(inputs.k)
+    ]
+    values = torch.stack(columns, -1).relu()
+    leaves = x, w_enc, b_enc, b_dec
+    gradients = torch.autograd.grad(values, leaves, inputs.dvalues.double())
+    return dict(zip(GRADIENTS, gradients, strict=True))
+
+
+BENCHMARK = Benchmark(
+    name="encode",
+    summary="the k best features of every token, exactly",
+    modes=("fwd", "bwd"),
+    shapes={"fwd": ("S1", "S2")},
+    inputs=Inputs,
+    providers=(
+        Provider("ours", _runner(_ours), ours=True, screens=True),
+        Provider("eager", _runner(_eager)),
+        Provider("compile", lambda inputs, mode: _runner(compiled(_eager))(inputs, mode)),
+        Provider("sparsify", _no_grad(_sparsify)),
+        Provider("dictionary_learning", _no_grad(_dictionary_learning)),
+    ),
+    check=_check,
+    flops=lambda s, mode: 2 * s.n * s.d * s.f if mode == "fwd" else 4 * s.n * s.k * s.d,
+    bytes=lambda s, mode: 4 * (s.n * s.d + s.f * s.d + s.f) * (1 if mode == "fwd" else 2),
+    targets=(
+        Target("S1", "fwd", "eager", 8.0, extra_mb=64.0),
+        Target("S2", "fwd", "eager", 6.0),
+    ),
+)

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A picture from a results file alone: every provider's speed-up over the baseline, by case."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from . import report
+
+FORMATS = (".svg", ".png")
+OURS, OTHERS, INK = "#0b7285", "#adb5bd", "#343a40"
+
+
+def draw(results: dict[str, Any], out: Path) -> None:
+    """Writes the plot; the format follows the suffix (.svg or .png).
+
+    Raises:
+        ValueError: for another suffix, or results without a timed case.
+        ImportError: without matplotlib.
+    """
+    if out.suffix not in FORMATS:
+        raise ValueError(f"bench plot: --out must end in {' or '.join(FORMATS)}, got {out.name!r}")
+    cases = [case for case in results["cases"] if _rows(case)]
+    if not cases:
+        raise ValueError("bench plot: the results hold no timed case; run without --check first")
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ImportError(
+            "bench plot: matplotlib is not installed; run `pip install 'mikernels[report]'`"
+        ) from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    heights = [len(_rows(case)) + 1.6 for case in cases]
+    # text stays text in the SVG, and equal results give equal bytes
+    with pyplot.rc_context({"svg.fonttype": "none", "svg.hashsalt": "mikernels", "font.size": 9}):
+        figure, axes = pyplot.subplots(
+            len(cases),
+            1,
+            figsize=(8, 0.3 * sum(heights) + 0.7),
+            squeeze=False,
+            height_ratios=heights,
+            layout="constrained",
+        )
+        for axis, case in zip(axes[:, 0], cases, strict=True):
+            _draw_case(axis, case)
+        figure.suptitle(_conditions(results), fontsize=8, color=INK, x=0.01, ha="left")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        metadata = {"Date": None} if out.suffix == ".svg" else {}
+        figure.savefig(out, dpi=144, metadata=metadata)
+        pyplot.close(figure)
+
+
+def _rows(case: dict[str, Any]) -> list[tuple[str, dict[str, float], float]]:
+    rows = []
+    for record in case["providers"]:
+        ratio = report.ratio(case, record["name"])
+        if ratio:
+            rows.append((record["name"], ratio, record["ms"]["p50"]))
+    return sorted(rows, key=lambda row: row[1]["ratio"])
+
+
+def _draw_case(axis: Any, case: dict[str, Any]) -> None:
+    rows = _rows(case)
+    values = [ratio["ratio"] for _, ratio, _ in rows]
+    errors = [
+        [ratio["ratio"] - ratio["low"] for _, ratio, _ in rows],
+        [ratio["high"] - ratio["ratio"] for _, ratio, _ in rows],
+    ]
+    # a resampled interval need not contain the estimate itself
+    errors = [[max(0.0, e) for e in side] for side in errors]
+    colours = [OURS if name.split(":")[0] == "ours" else OTHERS for name, _, _ in rows]
+    axis.barh(
+        [name for name, _, _ in rows],
+        values,
+        xerr=errors,
+        color=colours,
+        height=0.7,
+        error_kw={"elinewidth": 1, "ecolor": INK},
+    )
+    for place, (_, ratio, ms) in enumerate(rows):
+        axis.annotate(
+            f"{ratio['ratio']:.2f}x, {ms:.3g} ms",
+            (max(ratio["ratio"], ratio["high"]), place),
+            xytext=(4, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=8,
+            color=INK,
+        )
+    shape = case["shape"]
+    axis.set_title(
+        f"{case['op']} {case['mode']}, {shape['name']}: N={shape['n']} d={shape['d']} "
+        f"F={shape['f']} k={shape['k']}, {case['dtype']} (times faster than {case['baseline']})",
+        fontsize=9,
+        loc="left",
+    )
+    axis.axvline(1.0, color=INK, linewidth=0.8, linestyle=":")
+    axis.set_xlim(0, max(values) * 1.25)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def _conditions(results: dict[str, Any]) -> str:
+    machine = results["machine"]
+    level = f"level {machine['level']}" if machine["level"] else "no extension"
+    git = machine["git"]
+    commit = f" ({git['commit'][:9]}{', dirty' if git['dirty'] else ''})" if git else ""
+    return (
+        f"{machine['cpu']}, {machine['torch_threads']} threads, {level}; torch {machine['torch']}, "
+        f"mikernels {machine['mikernels']}{commit}; {machine['date'][:10]}"
+    )

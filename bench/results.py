@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The results file: one JSON a machine, cases merged into it one by one.
+
+{"schema": 1, "machine": facts, "peaks": ceilings, "cases": [case, ...]}; a case is what
+`harness.measure` returns, keyed by op, shape, mode and threads: measuring it again replaces it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+SCHEMA = 1
+
+
+def key(case: dict[str, Any]) -> tuple[str, str, str, int]:
+    return case["op"], case["shape"]["name"], case["mode"], case["facts"]["torch_threads"]
+
+
+def new(machine: dict[str, Any], peaks: dict[str, Any]) -> dict[str, Any]:
+    return {"schema": SCHEMA, "machine": machine, "peaks": peaks, "cases": []}
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Read a results file.
+
+    Raises:
+        ValueError: when it is not one, or is of another schema.
+    """
+    try:
+        results = json.loads(path.read_text())
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"bench: cannot read {path} as results: {error}") from error
+    if not isinstance(results, dict) or not {"schema", "machine", "peaks", "cases"} <= set(results):
+        raise ValueError(f"bench: {path} is not a results file of `mikernels bench --json`")
+    if results["schema"] != SCHEMA:
+        raise ValueError(
+            f"bench: {path} must have schema {SCHEMA}, got {results['schema']!r}; measure again"
+        )
+    return results
+
+
+def same_machine(path: Path, old: dict[str, Any], machine: dict[str, Any]) -> None:
+    """Ratios from two processors do not belong in one file.
+
+    Raises:
+        ValueError: when they differ.
+    """
+    mine, theirs = ([m["cpu"], m["cores"], m["flags"]] for m in (machine, old["machine"]))
+    if mine != theirs:
+        raise ValueError(
+            f"bench: {path} holds results of {theirs[0]!r} ({theirs[1]} cores), this machine is "
+            f"{mine[0]!r} ({mine[1]} cores) or has other CPU flags; choose another --json file"
+        )
+
+
+def merge(results: dict[str, Any], case: dict[str, Any]) -> None:
+    """Adds the case, in the place of an earlier one with the same key."""
+    kept = [old for old in results["cases"] if key(old) != key(case)]
+    results["cases"] = [*kept, case]
+
+
+def save(path: Path, results: dict[str, Any]) -> None:
+    """Atomic: a killed run leaves the previous file whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(results, indent=1) + "\n")
+    os.replace(partial, path)

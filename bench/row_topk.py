@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Row top-k of a score matrix `[N, F]`."""
+
+from __future__ import annotations
+
+import torch
+
+import mikernels
+
+from .declare import (
+    Benchmark,
+    Outputs,
+    Provider,
+    Runner,
+    Shape,
+    Target,
+    Verdict,
+    compiled,
+    generator,
+)
+from .gate import selection_gate, values_gate
+
+
+class _Inputs:
+    def __init__(self, shape: Shape, mode: str, seed: int):
+        draw = generator(seed)
+        self.k = shape.k
+        self.scores = torch.randn(shape.n, shape.f, generator=draw)
+        self.dvalues = torch.randn(shape.n, shape.k, generator=draw)
+
+
+def _eager(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    values, indices = torch.topk(scores, k, dim=-1, sorted=False)
+    return values, indices
+
+
+def _runner(top_k):
+    def build(inputs: _Inputs, mode: str) -> Runner:
+        if mode == "fwd":
+            return Runner(lambda: _named(*top_k(inputs.scores, inputs.k)))
+        scores = inputs.scores.detach().requires_grad_()
+        held: list[torch.Tensor] = []
+
+        def forward() -> None:
+            held[:] = top_k(scores, inputs.k)[:1]
+
+        def backward() -> Outputs:
+            # every implementation's gradient holds dvalues, slot by slot, at its own indices
+            (gradient,) = torch.autograd.grad(held.pop(), scores, inputs.dvalues)
+            return {"total": gradient.sum(-1)}
+
+        return Runner(backward, forward)
+
+    return build
+
+
+def _named(values: torch.Tensor, indices: torch.Tensor) -> Outputs:
+    return {"values": values, "indices": indices}
+
+
+def _check(inputs: _Inputs, mode: str, outputs: Outputs, eager: Outputs) -> Verdict:
+    if mode == "bwd":
+        return values_gate(outputs, eager, {"total": inputs.dvalues.double().sum(-1)})
+
+    def scores(first: int, last: int) -> tuple[torch.Tensor, torch.Tensor]:
+        exact = inputs.scores[first:last].double()
+        return exact, exact
+
+    return selection_gate(scores, outputs, eager, relu=False)
+
+
+BENCHMARK = Benchmark(
+    name="row_topk",
+    summary="the k largest of every row, with indices",
+    modes=("fwd", "bwd"),
+    shapes={"fwd": ("S1",)},
+    inputs=_Inputs,
+    providers=(
+        Provider("ours", _runner(mikernels.row_topk), ours=True),
+        Provider("eager", _runner(_eager)),
+        Provider("compile", lambda inputs, mode: _runner(compiled(_eager))(inputs, mode)),
+    ),
+    check=_check,
+    # one comparison an entry
+    flops=lambda s, mode: s.n * s.f if mode == "fwd" else 0.0,
+    bytes=lambda s, mode: 4 * s.n * s.f + 12 * s.n * s.k,
+    targets=(Target("S1", "fwd", "eager", 4.0),),
+)

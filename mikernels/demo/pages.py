@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the report says: from the runs' numbers and the trained SAE to the template's values."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from markupsafe import Markup
+
+from mikernels.demo import figures, report
+from mikernels.demo.compare import NAMES
+from mikernels.demo.examples import Firing, choose_features, encode_all, token_card
+from mikernels.demo.run import DemoOptions
+from mikernels.info import collect
+from mikernels.nn import TopKSAE
+from mikernels.training import load_sae
+from mikernels.training.sources import Rows
+
+SIDE = 28
+
+
+def build(
+    options: DemoOptions,
+    rows: Rows,
+    metadata: dict[str, Any],
+    scale: float,
+    results: dict[str, dict[str, Any]],
+    summary: list[tuple[str, str, str, str]],
+    comparison: dict[str, Any],
+    out: Path,
+) -> Path:
+    """Write `out / report.html` and return its path."""
+    sae = load_sae(out / "fused" / f"checkpoint-{options.steps}").eval()
+    x = rows["activations"].float() * scale
+    firing = encode_all(sae, x)
+    by_digit = options.data == "mnist"
+    labels = rows["labels"] if by_digit else rows["token_ids"]
+    chosen = choose_features(firing, labels, per_label=3 if by_digit else 1)
+    last = results["fused"]["rows"][-1]
+    unit = "digits" if by_digit else "tokens"
+    features = sae.config.n_features
+    values = {
+        "kind": "mnist" if by_digit else "tokens",
+        "title": f"A sparse autoencoder of {'MNIST' if by_digit else 'SmolLM2-135M'}",
+        "lede": _lede(options, metadata, features, firing.n_rows, unit),
+        "headline": [
+            {"value": summary[0][3].replace("x", "×"), "label": "faster a step"},
+            {
+                "value": f"{summary[0][2]} ms",
+                "label": f"a step of {options.batch_size:,} {unit}, {summary[0][1]} ms before",
+            },
+            {"value": f"{1 - last['fvu']:.1%}", "label": "of the variance explained"},
+            {"value": f"{last['l0']:.0f}", "label": f"of {features:,} features active at a time"},
+        ],
+        "table": {
+            "columns": [NAMES["dense"], NAMES["fused"], "ratio"],
+            "rows": [
+                tuple(cell.replace("x", "×") if i == 3 else cell for i, cell in enumerate(row))
+                for row in summary
+            ],
+        },
+        "table_note": (
+            f"Plain PyTorch runs {comparison['steps']} steps and the fused path {options.steps}, "
+            f"from one seed, each in a process of its own. Peak extra memory is what training adds "
+            f"to the activations and weights: gradients, optimiser state, temporaries."
+        ),
+        "agreement": comparison["message"][0].upper() + comparison["message"][1:] + ".",
+        "figures": {
+            "loss": Markup(figures.loss_curves(results["fused"]["rows"], results["dense"]["rows"])),
+            "parts": Markup(
+                figures.step_parts({NAMES[name]: _parts(results[name]) for name in NAMES})
+            ),
+            "density": Markup(figures.density_histogram(firing.counts, firing.n_rows, unit)),
+        },
+        "parts_note": (
+            "Milliseconds of a step by part, the mean over each run. Gradients are those of both "
+            "weight matrices and biases; the optimiser is clipping, Adam and the decoder's "
+            "constraint."
+        ),
+        "density_note": (
+            f"A feature that is active on one row in a thousand is specific; one that is active on "
+            f"a tenth of them says little. Counted over all {firing.n_rows:,} {unit}."
+        ),
+        "cards": [
+            _digit_card(sae, firing, feature, rows)
+            if by_digit
+            else token_card(firing, feature, rows, metadata["pieces"])
+            for feature in chosen
+        ],
+        "dictionary": _dictionary(sae, firing) if by_digit else [],
+        "command": _command(options),
+        "facts": _facts(options),
+        **_features_text(by_digit, len(chosen)),
+    }
+    path = out / "report.html"
+    report.write(path, values)
+    return path
+
+
+def _lede(
+    options: DemoOptions, metadata: dict[str, Any], features: int, n_rows: int, unit: str
+) -> str:
+    of = metadata["title"]
+    source = "Python's documentation" if options.data == "smollm2" else "5,000 handwritten digits"
+    return (
+        f"{features:,} features of {of}, learned from {n_rows:,} {unit} of {source}. It was "
+        f"trained twice from one seed: in plain PyTorch, and with the fused kernels of mikernels. "
+        f"The losses are the same; the time is not."
+    )
+
+
+def _features_text(by_digit: bool, n: int) -> dict[str, str]:
+    if by_digit:
+        return {
+            "features_title": "What the features look like",
+            "features_note": (
+                "Every feature adds its decoder direction to the reconstruction, in proportion to "
+                f"its activation. Below the dictionary: {n} features with the digits that activate "
+                "them most, and how their activation divides over the classes."
+            ),
+        }
+    return {
+        "features_title": f"What {n} of the features respond to",
+        "features_note": (
+            "Chosen without looking at the text: neither rare nor ubiquitous, strongly activated, "
+            "and about different tokens. Shading is the activation, the underlined token the "
+            "strongest of its excerpt; hover for the value. Percentages are shares of a feature's "
+            "total activation by token; the small histogram shows its activations from zero to the "
+            "largest."
+        ),
+    }
+
+
+def _parts(result: dict[str, Any]) -> dict[str, float]:
+    return {name: 1e3 * seconds / result["steps"] for name, seconds in result["parts"].items()}
+
+
+def _digit_card(sae: TopKSAE, firing: Firing, feature: int, rows: Rows) -> dict[str, Any]:
+    where, values = firing.of(feature)
+    mass: Counter[int] = Counter()
+    for label, value in zip(rows["labels"][where].tolist(), values.tolist(), strict=True):
+        mass[label] += value
+    total = sum(mass.values())
+    maximum = float(values[0])
+    return {
+        "number": feature,
+        "count": len(where),
+        "density": len(where) / firing.n_rows,
+        "histogram": torch.histc(values, bins=20, min=0, max=maximum).tolist(),
+        "labels": [(label, value / total) for label, value in mass.most_common(4)],
+        "direction": figures.image(sae.w_dec[feature].detach().view(SIDE, SIDE), symmetric=True),
+        "digits": [
+            (figures.image(rows["activations"][row].view(SIDE, SIDE)), value)
+            for row, value in zip(where[:12].tolist(), values.tolist(), strict=False)
+        ],
+    }
+
+
+def _dictionary(sae: TopKSAE, firing: Firing, n: int = 96) -> list[str]:
+    best = firing.counts.argsort(descending=True)[:n].tolist()
+    return [figures.image(sae.w_dec[f].detach().view(SIDE, SIDE), symmetric=True) for f in best]
+
+
+def _command(options: DemoOptions) -> str:
+    default = DemoOptions.for_data(options.data)
+    names = ("tokens", "layer", "expansion", "k", "steps", "baseline_steps", "seed")
+    changed = [name for name in names if getattr(options, name) != getattr(default, name)]
+    given = [f" --{name.replace('_', '-')} {getattr(options, name)}" for name in changed]
+    return f"mikernels demo --data {options.data}{''.join(given)}"
+
+
+def _facts(options: DemoOptions) -> list[tuple[str, str]]:
+    machine = collect()
+    cpu = machine["cpu"]
+    return [
+        ("machine", f"{cpu['model']}, {machine['threads']} threads"),
+        ("kernels", f"level {machine['level']}" if machine["level"] else "reference path"),
+        (
+            "versions",
+            f"mikernels {machine['mikernels']}, torch {machine['packages']['torch']}, "
+            f"Python {machine['python']}",
+        ),
+        (
+            "training",
+            f"Adam, learning rate {options.lr:g}, {options.batch_size:,} a step, "
+            f"k = {options.k}, F = {options.expansion} d, seed {options.seed}",
+        ),
+    ]

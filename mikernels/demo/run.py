@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The demo: activations, two trainings in processes of their own, comparison, table, report."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from mikernels.demo.compare import NAMES, compare, results_table, summarise
+from mikernels.demo.data import load_rows, mnist_shards, smollm2_shards
+
+
+@dataclass(frozen=True)
+class DemoOptions:
+    """What the demo does.
+
+    Attributes:
+        data: "smollm2" or "mnist". tokens: activations collected. layer: of SmolLM2, 0..29.
+        expansion: F / d. k: active features a token. batch_size: tokens a step.
+        steps: of the fused run. baseline_steps: of the plain one, at most those before the decay.
+        lr: of Adam. seed: of everything.
+    """
+
+    data: str = "smollm2"
+    tokens: int = 65_536
+    layer: int = 14
+    expansion: int = 16
+    k: int = 32
+    batch_size: int = 1024
+    steps: int = 400
+    baseline_steps: int = 60
+    lr: float = 2e-3
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.data not in ("smollm2", "mnist"):
+            raise ValueError(f"demo: data must be 'smollm2' or 'mnist', got {self.data!r}")
+        for name in ("expansion", "k", "batch_size", "steps", "baseline_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"demo: {name} must be at least 1, got {getattr(self, name)}")
+        if self.data == "smollm2" and self.tokens < self.batch_size:
+            raise ValueError(
+                f"demo: tokens must be at least {self.batch_size} (a batch), got {self.tokens}"
+            )
+        if self.baseline_steps > self.steps - self.decay_steps:
+            raise ValueError(
+                f"demo: baseline_steps must be at most {self.steps - self.decay_steps} (the steps "
+                f"before the learning rate decays), got {self.baseline_steps}; lower it or raise "
+                f"steps"
+            )
+
+    @property
+    def decay_steps(self) -> int:
+        return self.steps // 3
+
+    @classmethod
+    def for_data(cls, data: str, *, quick: bool = False, **given: Any) -> DemoOptions:
+        """The defaults for a data set, with what is given and not None in their place."""
+        options = cls(data=data)
+        if data == "mnist":
+            options = replace(
+                options, tokens=5000, expansion=4, k=16, batch_size=500, steps=600, lr=1e-3
+            )
+        if quick:
+            steps = options.steps // 4
+            options = replace(
+                options, tokens=options.tokens // 4, steps=steps, baseline_steps=steps // 8
+            )
+        return replace(options, **{name: v for name, v in given.items() if v is not None})
+
+
+def run_demo(options: DemoOptions, out: Path, console: Console) -> bool:
+    """Do it all under `out / options.data`; returns whether the losses agree.
+
+    Raises:
+        ValueError, ModuleNotFoundError: for options or packages that do not fit, before training.
+        RuntimeError: when a training process fails.
+    """
+    started = time.perf_counter()
+    out = out / options.data
+    out.mkdir(parents=True, exist_ok=True)
+    if options.data == "smollm2":
+        folder = smollm2_shards(out, options.layer, options.tokens, options.seed, console)
+    else:
+        folder = mnist_shards(out)
+    rows, metadata = load_rows(folder)
+    x = rows["activations"]
+    # a mean norm of sqrt(d) makes one learning rate fit every layer of every model
+    scale = float(x.shape[1] ** 0.5 / x.norm(dim=-1).mean())
+    results = {
+        step: _train(step, options, folder, x.shape, scale, out, console)
+        for step in ("dense", "fused")
+    }
+    comparison = compare(results["dense"]["rows"], results["fused"]["rows"])
+    summary = summarise(results, options.batch_size)
+    console.print(results_table(summary))
+    console.print(comparison["message"], style="green" if comparison["agree"] else "bold red")
+
+    from mikernels.demo.pages import build  # matplotlib and jinja2: the report extra
+
+    report = build(options, rows, metadata, scale, results, summary, comparison, out)
+    seconds = time.perf_counter() - started
+    console.print(f"report: [link=file://{report.resolve()}]{report}[/]  ({seconds:.0f} s in all)")
+    return comparison["agree"]
+
+
+def _train(
+    step: str,
+    options: DemoOptions,
+    folder: Path,
+    shape: tuple[int, ...],
+    scale: float,
+    out: Path,
+    console: Console,
+) -> dict[str, Any]:
+    steps = options.steps if step == "fused" else options.baseline_steps
+    run_dir = out / step
+    if run_dir.exists():
+        shutil.rmtree(run_dir)
+    run_dir.mkdir()
+    spec = {
+        "activations": str(folder),
+        "scale": scale,
+        "seed": options.seed,
+        # plain PyTorch's weights are of no use afterwards
+        "out_dir": str(run_dir) if step == "fused" else None,
+        "sae": {
+            "n_features": options.expansion * shape[1],
+            "k": options.k,
+            "dead_after": max(shape[0], 20 * options.batch_size),
+        },
+        "config": {
+            "step": step,
+            "total_tokens": steps * options.batch_size,
+            "batch_size": options.batch_size,
+            "lr": options.lr,
+            "warmup_steps": min(20, options.baseline_steps),
+            # the plain run ends before the decay begins: up to there both rates are the same
+            "decay": "linear" if step == "fused" else "constant",
+            "decay_steps": options.decay_steps if step == "fused" else None,
+            "log_every": 1,
+            "checkpoint_every": steps,
+        },
+    }
+    path = run_dir / "run.json"
+    path.write_text(json.dumps(spec, indent=1))
+    console.print(f"training {steps:,} steps of {options.batch_size:,} tokens: {NAMES[step]}")
+    done = subprocess.run([sys.executable, "-m", "mikernels.demo.worker", str(path)])
+    if done.returncode != 0:
+        raise RuntimeError(
+            f"demo: the training process of {NAMES[step]} must end with status 0, got "
+            f"{done.returncode}; its message is above"
+        )
+    return json.loads(path.with_suffix(".result.json").read_text())

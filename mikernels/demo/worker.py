@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One training run in a process of its own: `python -m mikernels.demo.worker SPEC.json`.
+
+A fresh process makes the peak of its memory its own. The peak is that of the resident set while the
+run trains, above what is resident before the first step: the activations and the SAE's weights. So
+it holds gradients, optimiser state and temporaries. Activations are read into memory, not mapped:
+pages of a map would count as the run touches them.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mikernels.demo.data import load_rows
+from mikernels.nn import TopKSAE
+from mikernels.training import TrainConfig, Trainer
+from mikernels.training.sources import TensorSource
+
+STATUS = Path("/proc/self/status")
+CLEAR_REFS = Path("/proc/self/clear_refs")
+
+
+def resident_bytes(field: str) -> int | None:
+    """VmRSS or VmHWM (its peak) of this process; None where there is no /proc."""
+    if not STATUS.exists():
+        return None
+    lines = [line for line in STATUS.read_text().splitlines() if line.startswith(f"{field}:")]
+    return int(lines[0].split()[1]) * 1024 if lines else None
+
+
+def reset_peak() -> bool:
+    """Start VmHWM again at the present resident set; False where the kernel does not let us."""
+    try:
+        CLEAR_REFS.write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def train(spec: dict[str, Any]) -> dict[str, Any]:
+    """Train as `spec` says: activations (a shard folder), sae, config (keyword arguments), seed,
+    scale, out_dir or None. Returns rows, parts (seconds), steps and peak_extra_bytes or None."""
+    rows, _ = load_rows(Path(spec["activations"]))
+    x = rows["activations"].float().mul_(spec["scale"])
+    del rows
+    config = TrainConfig(**spec["config"])
+    sae = TopKSAE(x.shape[1], generator=torch.Generator().manual_seed(spec["seed"]), **spec["sae"])
+    source = TensorSource(x, config.batch_size, spec["seed"])
+    # matmul's own buffers and thread stacks are there before the peak starts
+    sae.w_enc.detach() @ x[0]
+    before = resident_bytes("VmRSS")
+    measured = reset_peak()
+    quiet = not sys.stderr.isatty()  # a line a step is too much for a log
+    trainer = Trainer(sae, source, config, out_dir=spec["out_dir"], quiet=quiet)
+    history = trainer.run()
+    peak = resident_bytes("VmHWM")
+    extra = None if not measured or peak is None or before is None else max(0, peak - before)
+    return {**asdict(history), "steps": trainer.step, "peak_extra_bytes": extra}
+
+
+if __name__ == "__main__":
+    path = Path(sys.argv[1])
+    result = train(json.loads(path.read_text()))
+    path.with_suffix(".result.json").write_text(json.dumps(result))

@@ -1,0 +1,278 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SAELens' on-disk format for TopK SAEs: a folder with `cfg.json` and `sae_weights.safetensors`.
+
+The format is that of sae-lens 6 (checked against 6.54.12); sae-lens itself is not needed. It stores
+`W_enc [d, F]`, `b_enc [F]`, `W_dec [F, d]`, `b_dec [d]` and computes, with `c = 1` when
+`apply_b_dec_to_input` and `s = |W_dec|` (row norms) when `rescale_acts_by_decoder_norm`, else 1,
+
+    h = s ((x - c b_dec) W_enc + b_enc);  codes = relu(top_k(h));  x^ = (codes / s) W_dec + b_dec.
+
+A TopKSAE is the case c = 1, s = 1. Other files are folded into it on loading:
+`w_enc = s W_enc^T`, `w_dec = W_dec / s`, `b_enc = s (b_enc + (1 - c) b_dec W_enc)`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from mikernels._version import __version__
+from mikernels.nn import TopKSAE
+
+CONFIG = "cfg.json"
+WEIGHTS = "sae_weights.safetensors"
+FORMAT_VERSION = "6.54.12"
+DTYPES = {
+    "float32": torch.float32,
+    "float64": torch.float64,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
+
+
+def export_sae(
+    sae: TopKSAE,
+    folder: str | Path,
+    *,
+    model_name: str | None = None,
+    hook_name: str | None = None,
+    metadata: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write an SAE so that `sae_lens.SAE.load_from_disk(folder)` reads it.
+
+    Codes and reconstructions there are those of `sae`, to rounding. An earlier export in the folder
+    is replaced; at any moment the folder holds the old SAE, the new one or no `cfg.json`, never a
+    mixture.
+
+    Args:
+        sae: the SAE to write, in its own dtype.
+        folder: made if missing.
+        model_name: the model whose activations it reads, e.g. "gpt2-small".
+        hook_name: where in the model, e.g. "blocks.6.hook_resid_post".
+        metadata: further JSON-able entries, e.g. `context_size`, `prepend_bos`, `dataset_path`.
+
+    Returns:
+        The folder.
+
+    Raises:
+        TypeError: sae is not a TopKSAE, or metadata is not JSON-able.
+        OSError: a file cannot be written, e.g. on a full disk; the earlier export stays.
+    """
+    if not isinstance(sae, TopKSAE):
+        raise TypeError(f"export_sae: sae must be a TopKSAE, got {type(sae).__name__}")
+    n_features, d = sae.w_dec.shape
+    config = {
+        "d_in": d,
+        "d_sae": n_features,
+        "k": sae.config.k,
+        "dtype": str(sae.w_dec.dtype).removeprefix("torch."),
+        "device": "cpu",
+        "apply_b_dec_to_input": True,
+        "rescale_acts_by_decoder_norm": False,
+        "normalize_activations": "none",
+        "reshape_activations": "none",
+        "metadata": {
+            "sae_lens_version": FORMAT_VERSION,
+            "sae_lens_training_version": None,
+            "mikernels_version": __version__,
+            "model_name": model_name,
+            "hook_name": hook_name,
+            **(metadata or {}),
+        },
+        "architecture": "topk",
+    }
+    try:
+        text = json.dumps(config, indent=1) + "\n"
+    except TypeError as error:
+        raise TypeError(f"export_sae: metadata must be JSON-able, got {error}") from error
+    weights = {
+        "W_enc": sae.w_enc.detach().T.contiguous().cpu(),
+        "b_enc": sae.b_enc.detach().contiguous().cpu(),
+        "W_dec": sae.w_dec.detach().contiguous().cpu(),
+        "b_dec": sae.b_dec.detach().contiguous().cpu(),
+    }
+    folder = Path(folder)
+    _write(folder, text, weights)
+    return folder
+
+
+def load_sae(folder: str | Path) -> TopKSAE:
+    """Read a TopK SAE that SAELens or `export_sae` wrote.
+
+    Its codes and reconstructions are those of the SAE in SAELens, to rounding. Where something has
+    to be folded into half-precision weights, the result is float32, so that nothing is lost. An SAE
+    of `hook_z` activations takes them with the heads flattened: `[..., heads * d_head]`.
+
+    Args:
+        folder: holds `cfg.json` and `sae_weights.safetensors`.
+
+    Returns:
+        The SAE on the CPU, with default training settings; the decoder is kept at unit norm in
+        further training when it comes with unit norm.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a file is truncated or foreign, or the SAE is no TopKSAE: another architecture,
+            an input normalisation, an output scaling.
+    """
+    folder = Path(folder)
+    path = folder / CONFIG
+    config = _read_config(path)
+    _check_representable(config, path)
+    d, n_features, k = (_positive_int(config, key, path) for key in ("d_in", "d_sae", "k"))
+    if k > n_features:
+        raise ValueError(f"load_sae: k in {path} must be in 1..{n_features} (d_sae), got {k}")
+    dtype = DTYPES.get(str(config.get("dtype", "float32")).removeprefix("torch."))
+    if dtype is None:
+        raise ValueError(
+            f"load_sae: dtype in {path} must be one of {list(DTYPES)}, got {config['dtype']!r}"
+        )
+    shapes = {
+        "W_enc": [d, n_features],
+        "b_enc": [n_features],
+        "W_dec": [n_features, d],
+        "b_dec": [d],
+    }
+    weights = _read_weights(folder / WEIGHTS, shapes)
+    return _build(config, k, {name: tensor.to(dtype) for name, tensor in weights.items()})
+
+
+def _build(config: dict[str, Any], k: int, weights: dict[str, torch.Tensor]) -> TopKSAE:
+    rescale = config.get("rescale_acts_by_decoder_norm", False)
+    centre = config.get("apply_b_dec_to_input", True)
+    dtype = weights["W_dec"].dtype
+    if (rescale or not centre) and dtype in (torch.float16, torch.bfloat16):
+        dtype = torch.float32
+    w_enc, b_enc, w_dec, b_dec = (
+        weights[name].to(dtype) for name in ("W_enc", "b_enc", "W_dec", "b_dec")
+    )
+    if not centre:
+        b_enc = (b_enc.double() + b_dec.double() @ w_enc.double()).to(dtype)
+    norms = torch.linalg.vector_norm(w_dec, dim=1, dtype=torch.float64)
+    if rescale:
+        scale = norms.to(dtype)
+        w_enc, b_enc = w_enc * scale, b_enc * scale
+        w_dec = w_dec / torch.where(scale > 0, scale, 1)[:, None]  # a zero row stays zero
+    # 1 % is above every dtype's rounding, and below what an unconstrained decoder shows
+    unit = rescale or bool(((norms - 1).abs() < 0.01).all())
+    n_features, d = w_dec.shape
+    # its own generator: loading leaves the caller's random numbers alone
+    sae = TopKSAE(
+        d, n_features, k, normalize_decoder=unit, dtype=dtype, generator=torch.Generator()
+    )
+    with torch.no_grad():
+        sae.w_enc.copy_(w_enc.T)
+        sae.b_enc.copy_(b_enc)
+        sae.w_dec.copy_(w_dec)
+        sae.b_dec.copy_(b_dec)
+    return sae
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"load_sae: folder must hold {CONFIG} and {WEIGHTS}, got no {path}; pass the folder "
+            f"that SAELens' save_model or export_sae wrote"
+        )
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"load_sae: {path} must be JSON, got {error}; it is truncated or of another format: "
+            f"copy or export the SAE again"
+        ) from error
+    if not isinstance(config, dict):
+        raise ValueError(
+            f"load_sae: {path} must hold a JSON object, got {type(config).__name__}; it is no SAE "
+            f"configuration"
+        )
+    # before version 6, TopK was an activation function of the "standard" architecture
+    if config.get("activation_fn_str", config.get("activation_fn")) == "topk":
+        k = (config.get("activation_fn_kwargs") or {}).get("k")
+        config = {**config, "architecture": "topk", "k": k}
+    return config
+
+
+def _check_representable(config: dict[str, Any], path: Path) -> None:
+    architecture = config.get("architecture")
+    if architecture != "topk":
+        raise ValueError(
+            f"load_sae: architecture in {path} must be 'topk', got {architecture!r}; a TopKSAE "
+            f"cannot represent it: load it with sae_lens.SAE.load_from_disk"
+        )
+    normalize = config.get("normalize_activations") or "none"
+    if normalize != "none":
+        raise ValueError(
+            f"load_sae: normalize_activations in {path} must be 'none', got {normalize!r}; fold a "
+            f"scaling or whitening with SAELens (fold_activation_norm_scaling_factor, "
+            f"fold_activation_whitening) and save again; layer_norm and constant_norm_rescale "
+            f"cannot be folded"
+        )
+    if config.get("finetuning_scaling_factor"):
+        raise ValueError(
+            f"load_sae: finetuning_scaling_factor in {path} must be false, got true; a TopKSAE has "
+            f"no such factor: load it with sae_lens.SAE.load_from_disk"
+        )
+
+
+def _positive_int(config: dict[str, Any], key: str, path: Path) -> int:
+    value = config.get(key)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(
+            f"load_sae: {key} in {path} must be a positive integer, got {value!r}; the file is "
+            f"incomplete or of another format"
+        )
+    return value
+
+
+def _read_weights(path: Path, shapes: dict[str, list[int]]) -> dict[str, torch.Tensor]:
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"load_sae: folder must hold {CONFIG} and {WEIGHTS}, got no {path}; copy or export "
+            f"the SAE again"
+        )
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            found = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+            if found != shapes:
+                raise ValueError(
+                    f"load_sae: {path} must hold {shapes} by {CONFIG}, got {found}; the two files "
+                    f"are not of one TopK SAE: copy or export it again"
+                )
+            return {name: file.get_tensor(name) for name in shapes}
+    except SafetensorError as error:
+        raise ValueError(
+            f"load_sae: {path} must be a complete safetensors file, got {error}; it is truncated "
+            f"or of another format: copy or export the SAE again"
+        ) from error
+
+
+def _write(folder: Path, config: str, weights: dict[str, torch.Tensor]) -> None:
+    """Both files are complete on the disk before either takes its place; the configuration is
+    absent while the weights change, so that no reader sees one SAE's sizes with another's."""
+    staged = {name: folder / f".{name}.partial" for name in (WEIGHTS, CONFIG)}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(weights, str(staged[WEIGHTS]))
+        staged[CONFIG].write_text(config, encoding="utf-8")
+        for path in staged.values():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        (folder / CONFIG).unlink(missing_ok=True)
+        for name, path in staged.items():
+            os.replace(path, folder / name)
+    except (OSError, SafetensorError) as error:
+        raise OSError(
+            f"export_sae: {folder} could not be written: {error}; free space or choose another "
+            f"folder"
+        ) from error
+    finally:
+        for path in staged.values():
+            path.unlink(missing_ok=True)

@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""RowAdam: Adam with gradient projection, clipping and renormalisation in one pass over the rows.
+
+It computes what `remove_parallel_gradient`, `clip_grad_norm_`, `torch.optim.Adam.step` and
+`normalize_decoder` compute one after the other, within fp32 rounding, and reads and writes every
+number once (see `mikernels.ops.adam`). The state is fp32 for low-precision weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, overload
+
+import torch
+
+from mikernels._dispatch import FLOATS, accumulate_dtype
+from mikernels.ops.adam import adam_rows_op, grad_sumsq_op
+
+STATE = ("exp_avg", "exp_avg_sq")
+
+
+class RowAdam(torch.optim.Optimizer):
+    """Adam whose update of a matrix row is fused with the constraint on that row.
+
+    Order of a step: gradients are projected (`project`), the global norm of all of them is clipped
+    to `clip_norm`, Adam updates, rows are renormalised (`unit_norm`).
+
+    Args:
+        params: tensors or parameter groups. A group may set `project=True` (drop the gradient's
+            part along each row; rows must have norm 1) and `unit_norm=True` (give each row norm 1
+            after the update) for matrices `[rows, columns]`, and its own lr, betas, eps.
+        lr, betas, eps: as in torch.optim.Adam.
+        clip_norm: limit on the norm of all gradients together, as
+            `torch.nn.utils.clip_grad_norm_`; None is none. It never synchronises a device.
+
+    Raises:
+        TypeError, ValueError: for settings or parameters other than the above.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        *,
+        clip_norm: float | None = None,
+    ):
+        if clip_norm is not None and not clip_norm > 0:
+            raise ValueError(f"RowAdam: clip_norm must be above 0 or None, got {clip_norm}")
+        self.clip_norm = clip_norm
+        defaults = dict(lr=lr, betas=tuple(betas), eps=eps, project=False, unit_norm=False)
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        if not (math.isfinite(group["lr"]) and group["lr"] >= 0 and group["eps"] >= 0):
+            raise ValueError(
+                f"RowAdam: lr and eps must be finite and at least 0, got {group['lr']} and "
+                f"{group['eps']}"
+            )
+        if len(group["betas"]) != 2 or not all(0 <= beta < 1 for beta in group["betas"]):
+            raise ValueError(f"RowAdam: betas must be two numbers in [0, 1), got {group['betas']}")
+        for p in group["params"]:
+            if p.dtype not in FLOATS:
+                raise TypeError(f"RowAdam: parameters must be one of {list(FLOATS)}, got {p.dtype}")
+            if not p.is_contiguous():
+                raise ValueError(
+                    f"RowAdam: parameters must be contiguous, got shape {list(p.shape)} with "
+                    f"strides {list(p.stride())}; call .contiguous() before making the parameter"
+                )
+            if (group["project"] or group["unit_norm"]) and p.dim() != 2:
+                raise ValueError(
+                    f"RowAdam: project and unit_norm need matrices [rows, columns], got shape "
+                    f"{list(p.shape)}; put it in another group"
+                )
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One update from `.grad`; parameters without one are left alone."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self.apply_gradients(
+            {p: p.grad for g in self.param_groups for p in g["params"] if p.grad is not None}
+        )
+        return loss
+
+    @torch.no_grad()
+    def apply_gradients(self, gradients: Mapping[torch.Tensor, torch.Tensor]) -> None:
+        """One update from gradients held outside `.grad`.
+
+        Args:
+            gradients: parameter -> gradient of its shape, in its dtype or float32 (autograd cannot
+                give a bfloat16 parameter a float32 gradient; the fused training step can).
+
+        Raises:
+            TypeError, ValueError: for a gradient that is sparse or of another shape or dtype.
+        """
+        todo = [
+            (group, p, gradients[p])
+            for group in self.param_groups
+            for p in group["params"]
+            if p in gradients
+        ]
+        for _, p, grad in todo:
+            if grad.layout != torch.strided or grad.dtype not in (p.dtype, torch.float32):
+                raise TypeError(
+                    f"RowAdam: gradients must be dense, of dtype {p.dtype} or float32, got "
+                    f"{grad.dtype} ({grad.layout})"
+                )
+            if grad.shape != p.shape:
+                raise ValueError(
+                    f"RowAdam: a gradient must have its parameter's shape {list(p.shape)}, got "
+                    f"{list(grad.shape)}"
+                )
+        if not todo:
+            return
+        clip = self._clip(todo)
+        for group, p, grad in todo:
+            state = self.state[p]
+            if not state:
+                state["step"] = 0
+                for name in STATE:
+                    state[name] = torch.zeros_like(p, dtype=accumulate_dtype(p.dtype))
+            state["step"] += 1
+            adam_rows_op(
+                _rows(p),
+                _rows(grad),
+                *(_rows(state[name]) for name in STATE),
+                float(group["lr"]),
+                *group["betas"],
+                group["eps"],
+                state["step"],
+                clip,
+                group["project"],
+                group["unit_norm"],
+            )
+
+    def _clip(self, todo: list[tuple[dict[str, Any], torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+        if self.clip_norm is None:
+            return torch.ones((), device=todo[0][1].device)
+        sums = [grad_sumsq_op(_rows(grad), _rows(p), g["project"]) for g, p, grad in todo]
+        norm = torch.stack(sums).sum().sqrt()
+        # 1e-6 as in torch.nn.utils.clip_grad_norm_
+        return (self.clip_norm / (norm + 1e-6)).clamp(max=1.0)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As in torch, except that fp32 state stays fp32 for low-precision parameters."""
+        super().load_state_dict(state_dict)
+        saved = [index for group in state_dict["param_groups"] for index in group["params"]]
+        params = [p for group in self.param_groups for p in group["params"]]
+        for index, p in zip(saved, params, strict=True):
+            for name in STATE:
+                if name in state_dict["state"].get(index, {}):
+                    # torch has cast it to p's dtype, which loses bits
+                    full = state_dict["state"][index][name]
+                    self.state[p][name] = full.to(p.device, accumulate_dtype(p.dtype), copy=True)
+
+
+def _rows(t: torch.Tensor) -> torch.Tensor:
+    """A matrix view: biases are one row, further dimensions are columns."""
+    return t.reshape(1, -1) if t.dim() < 2 else t.reshape(t.shape[0], -1)

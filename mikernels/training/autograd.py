@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The same step under autograd, with any torch optimiser: the operators, or plain dense PyTorch.
+
+`SparseForward` is what a user would write with this library; `DenseForward` is what they write
+without it: `relu(addmm)`, `torch.topk`, a scatter into tokens x F, a dense product, torch's Adam.
+It is the baseline of the demo and the benchmarks.
+
+How far they agree. In exact arithmetic the three steps are one function of (weights, batch). In
+fp32 they round differently, by about 1e-6 of the loss in the first step. From there a run drifts:
+Adam divides by sqrt(v), so that a gradient of rounding size moves its weight by up to lr all the
+same, and a score within rounding of the k-th may select another feature. Losses stay within about
+1e-4 over tens of steps; the curves lie on each other, the weights are not bit-equal.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+from mikernels.codes import SparseCodes
+from mikernels.nn import SAEOutput, TopKSAE
+from mikernels.training.config import TrainConfig
+from mikernels.training.fused import row_adam
+from mikernels.training.metrics import Clock, Means
+
+
+class Forward(Protocol):
+    """Codes, reconstruction and losses of a batch `[n, d]`, with AuxK on the features `dead`."""
+
+    def __call__(
+        self, sae: TopKSAE, x: torch.Tensor, k: int, dead: torch.Tensor, clock: Clock
+    ) -> SAEOutput: ...
+
+
+def sparse_forward(
+    sae: TopKSAE, x: torch.Tensor, k: int, dead: torch.Tensor, clock: Clock
+) -> SAEOutput:
+    """This library's operators."""
+    with clock.part("encode"):
+        codes = sae.encode(x, k)
+    with clock.part("decode"):
+        y = sae.decode(codes)
+    return sae.score(x, codes, y, dead)
+
+
+def dense_forward(
+    sae: TopKSAE, x: torch.Tensor, k: int, dead: torch.Tensor, clock: Clock
+) -> SAEOutput:
+    """Plain PyTorch, with tokens x F matrices, as SAE libraries compute it."""
+    with clock.part("encode"):
+        h = torch.addmm(sae.b_enc, x - sae.b_dec, sae.w_enc.T).relu()
+        values, indices = h.topk(k, dim=-1, sorted=False)
+        acts = torch.zeros_like(h).scatter(-1, indices, values)
+    with clock.part("decode"):
+        y = acts @ sae.w_dec + sae.b_dec
+    none = torch.empty(0, dtype=torch.int64, device=x.device)
+    out = sae.score(x, SparseCodes(values, indices, sae.config.n_features), y, none)
+    if not dead.numel() or not sae.config.aux_coefficient:
+        return out
+    assert sae.config.k_aux is not None
+    with clock.part("encode"):
+        is_dead = torch.zeros(h.shape[-1], dtype=torch.bool, device=h.device)
+        is_dead[dead] = True
+        best = h.where(is_dead, -torch.inf).topk(min(sae.config.k_aux, dead.numel()), sorted=False)
+        acts = torch.zeros_like(h).scatter(-1, best.indices, best.values)
+    with clock.part("decode"):
+        revived = acts @ sae.w_dec
+    r = (x - y).detach()
+    variance = (r - r.mean(0)).square().sum()
+    aux_loss = torch.where(variance > 0, (revived - r).square().sum() / variance, 0)
+    return out._replace(loss=out.loss + sae.config.aux_coefficient * aux_loss, aux_loss=aux_loss)
+
+
+class AutogradStep:
+    """One optimiser step from micro-batches, by `loss.backward()`.
+
+    Projection of the decoder's gradient, clipping, the optimiser and renormalisation, in the order
+    of dictionary_learning and sparsify.
+
+    Args:
+        sae: trained in place.
+        config: of the run.
+        optimizer: of the SAE's parameters. None makes torch.optim.Adam; for low-precision weights,
+            whose state torch would keep in low precision, a RowAdam.
+        forward: `sparse_forward` or `dense_forward`.
+    """
+
+    def __init__(
+        self,
+        sae: TopKSAE,
+        config: TrainConfig,
+        optimizer: torch.optim.Optimizer | None = None,
+        forward: Forward = sparse_forward,
+    ):
+        low = sae.w_dec.dtype.itemsize < 4
+        if forward is dense_forward and low:
+            raise TypeError(
+                f"Trainer: step='dense' is the float32 baseline, got {sae.w_dec.dtype} weights; "
+                f"leave dtype out of TrainConfig or use step='autograd'"
+            )
+        self.sae = sae
+        self.clip_norm = config.clip_norm
+        self.forward = forward
+        if optimizer is None and low:
+            optimizer = row_adam(sae, config)
+        self.optimizer = optimizer or torch.optim.Adam(
+            sae.parameters(), lr=config.lr, betas=config.betas, eps=config.eps
+        )
+
+    def __call__(
+        self, batches: list[torch.Tensor], k: int, dead: torch.Tensor, means: Means, clock: Clock
+    ) -> None:
+        """Train on float32 micro-batches `[n, d]`; `dead` are the indices of AuxK's features."""
+        sae = self.sae
+        for x in batches:
+            out = self.forward(sae, x, k, dead, clock)
+            with clock.part("gradients"):
+                (out.loss / len(batches)).backward()
+            sae.track_fired_(out.codes)
+            means.add(out.codes, loss=out.loss, mse=out.mse, fvu=out.fvu, aux_loss=out.aux_loss)
+        with clock.part("optimizer"):
+            if sae.config.normalize_decoder:
+                sae.remove_parallel_gradient_()
+            if self.clip_norm is not None:
+                torch.nn.utils.clip_grad_norm_(sae.parameters(), self.clip_norm)
+            self.optimizer.step()
+            if sae.config.normalize_decoder:
+                sae.normalize_decoder_()
+            self.optimizer.zero_grad(set_to_none=True)

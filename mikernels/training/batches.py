@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Taking batches from a source, and refusing bad ones before they touch a weight."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+
+from mikernels._dispatch import accumulate_dtype
+from mikernels.nn import TopKSAE
+
+
+class BatchSource(Protocol):
+    """Where batches come from; `mikernels.training.sources` has three."""
+
+    d: int
+
+    def next_batch(self) -> torch.Tensor:
+        """`[batch, d]` floating; raises StopIteration when there is no more."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position, JSON-able."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+def take_batches(
+    source: BatchSource, count: int, first: int, sae: TopKSAE
+) -> list[torch.Tensor] | None:
+    """The next `count` batches on the SAE's device, in float32 (float64 for a float64 SAE).
+
+    Args:
+        first: number of the first of them in the run, from 1, for messages.
+
+    Returns:
+        The batches, or None when the source ended before the last of them.
+
+    Raises:
+        TypeError, ValueError: for a batch that is not a finite floating `[batch, d]`, by number,
+            and for a source that ends within the first step.
+    """
+    batches = []
+    for number in range(first, first + count):
+        try:
+            x = source.next_batch()
+        except StopIteration as error:
+            if first == 1:
+                raise ValueError(
+                    f"Trainer: the source must give at least the {count} batches of one step, got "
+                    f"{number - 1}; give more data or lower batch_size or accumulation"
+                ) from error
+            return None
+        _check(x, number, sae.config.d)
+        batches.append(
+            x.detach().to(device=sae.w_enc.device, dtype=accumulate_dtype(sae.w_enc.dtype))
+        )
+    return batches
+
+
+def _check(x: torch.Tensor, number: int, d: int) -> None:
+    if not isinstance(x, torch.Tensor) or not x.is_floating_point():
+        got = x.dtype if isinstance(x, torch.Tensor) else type(x).__name__
+        raise TypeError(f"Trainer: batch {number} must be a floating tensor, got {got}")
+    if x.dim() != 2 or x.shape[0] == 0 or x.shape[1] != d:
+        raise ValueError(
+            f"Trainer: batch {number} must be [batch, {d}] with at least one row, got "
+            f"{list(x.shape)}"
+        )
+    # a finite sum proves it in one read without a temporary. A batch on a GPU is not read back:
+    # there the loss tells, at the next logged step
+    if x.device.type == "cpu" and not x.sum().isfinite() and not (finite := x.isfinite()).all():
+        rows = (~finite).any(-1).nonzero().squeeze(-1)
+        raise ValueError(
+            f"Trainer: batch {number} must be finite, got NaN or inf in {rows.numel()} of "
+            f"{x.shape[0]} rows (first: row {rows[0].item()}); drop those rows in the source"
+        )

@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The fused step: encode, decode, residual, one counting sort, gradients by feature, clip, Adam.
+
+No autograd graph. Gradient buffers live as long as the run, because fresh pages of F x d cost more
+than the arithmetic on them.
+
+With e = y - x and s the derivative of the loss by |e|^2 (1 / N for mse, 1 / sum (x - mean x)^2 for
+fvu), over the number of micro-batches:
+
+    dy = 2 s e,   dv = <dy, w_dec>,   dw_dec = sum value dy,   dw_enc = sum dv (x - b_dec),
+    db_enc = sum dv,   db_dec = sum dy - w_enc^T db_enc
+
+The last term is b_dec's part through the encoder's input, taken once a step from the summed db_enc.
+AuxK adds a second pass over the same buffers, with the dead features' codes against the residual.
+Gradients are fp32 also for bfloat16 weights, where autograd rounds them to bfloat16.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from mikernels.codes import SparseCodes
+from mikernels.nn import TopKSAE
+from mikernels.ops.decode import sparse_decode
+from mikernels.ops.encode import topk_encode
+from mikernels.ops.gradients import sae_gradients_op
+from mikernels.optim import RowAdam
+from mikernels.training.config import TrainConfig
+from mikernels.training.metrics import Clock, Means
+
+# w_enc is taken to fp32 this many rows at a time: no second F x d
+ROWS_A_PIECE = 8192
+
+
+def row_adam(sae: TopKSAE, config: TrainConfig) -> RowAdam:
+    """The optimiser of an SAE: one group for the constrained decoder, one for the rest."""
+    constrained = sae.config.normalize_decoder
+    return RowAdam(
+        [
+            {"params": [sae.w_dec], "project": constrained, "unit_norm": constrained},
+            {"params": [sae.w_enc, sae.b_enc, sae.b_dec]},
+        ],
+        lr=config.lr,
+        betas=config.betas,
+        eps=config.eps,
+        clip_norm=config.clip_norm,
+    )
+
+
+class FusedStep:
+    """One optimiser step from micro-batches.
+
+    Args:
+        sae: trained in place; float32 or bfloat16.
+        config: of the run.
+        optimizer: a RowAdam of the SAE's parameters; None makes one.
+
+    Raises:
+        TypeError: for weights or an optimiser of another kind.
+    """
+
+    optimizer: RowAdam
+
+    def __init__(
+        self, sae: TopKSAE, config: TrainConfig, optimizer: torch.optim.Optimizer | None = None
+    ):
+        if sae.w_dec.dtype not in (torch.float32, torch.bfloat16):
+            raise TypeError(
+                f"Trainer: step='fused' trains float32 or bfloat16 weights, got {sae.w_dec.dtype}; "
+                f"set dtype in TrainConfig or use step='autograd'"
+            )
+        if optimizer is not None and not isinstance(optimizer, RowAdam):
+            raise TypeError(
+                f"Trainer: step='fused' needs a mikernels.optim.RowAdam, got "
+                f"{type(optimizer).__name__}; use step='autograd' with it"
+            )
+        self.sae = sae
+        self.optimizer = row_adam(sae, config) if optimizer is None else optimizer
+        self.gradients: dict[torch.Tensor, torch.Tensor] = {
+            p: torch.zeros_like(p, dtype=torch.float32)
+            for p in (sae.w_dec, sae.w_enc, sae.b_enc, sae.b_dec)
+        }
+        self._centred = torch.empty(0)
+        self._dead_rows = torch.empty(0)
+
+    @torch.no_grad()
+    def __call__(
+        self, batches: list[torch.Tensor], k: int, dead: torch.Tensor, means: Means, clock: Clock
+    ) -> None:
+        """Train on float32 micro-batches `[n, d]`; `dead` are the indices of AuxK's features."""
+        for number, x in enumerate(batches):
+            self._accumulate(x, k, dead, 1 / len(batches), number > 0, means, clock)
+        with clock.part("gradients"):
+            self._input_bias_gradient()
+        with clock.part("optimizer"):
+            self.optimizer.apply_gradients(self.gradients)
+
+    def _accumulate(
+        self,
+        x: torch.Tensor,
+        k: int,
+        dead: torch.Tensor,
+        share: float,
+        accumulate: bool,
+        means: Means,
+        clock: Clock,
+    ) -> None:
+        sae = self.sae
+        with clock.part("encode"):
+            codes = sae.encode(x, k)
+        with clock.part("decode"):
+            y = sae.decode(codes)
+        error = y.float().sub_(x)
+        squares = _sum_squares(error)
+        # the mean's buffer is free again before the centred input is needed
+        spread = _sum_squares(torch.sub(x, x.mean(0), out=self._scratch(x)))
+        mse, fvu = squares / x.shape[0], squares / spread
+        rounded = x.to(y.dtype).float()
+        centred = torch.sub(rounded, sae.b_dec.float(), out=self._scratch(x))
+        by_mse = sae.config.loss == "mse"
+        loss = mse if by_mse else fvu
+        aux_loss = torch.zeros_like(mse)
+        aux = None
+        if dead.numel() and sae.config.aux_coefficient:
+            aux_codes, dy, aux_loss = self._auxiliary(x, error, dead, share, clock)
+            aux = aux_codes, dy
+            loss = loss + sae.config.aux_coefficient * aux_loss
+        error.mul_(2 * share / x.shape[0] if by_mse else 2 * share / spread)
+        with clock.part("gradients"):
+            self._add_gradients(codes, error, centred, accumulate)
+            db_dec = self.gradients[sae.b_dec]
+            if accumulate:
+                db_dec += error.sum(0)
+            else:
+                torch.sum(error, 0, out=db_dec)
+            if aux is not None:
+                self._add_gradients(*aux, centred, True)
+        sae.track_fired_(codes)
+        means.add(codes, loss=loss, mse=mse, fvu=fvu, aux_loss=aux_loss)
+
+    def _add_gradients(
+        self, codes: SparseCodes, dy: torch.Tensor, centred: torch.Tensor, accumulate: bool
+    ) -> None:
+        sae = self.sae
+        outputs = (self.gradients[p] for p in (sae.w_dec, sae.w_enc, sae.b_enc))
+        sae_gradients_op(
+            codes.values.float(),
+            codes.indices,
+            *codes.by_feature(),
+            dy,
+            centred,
+            sae.w_dec,
+            *outputs,
+            accumulate,
+        )
+
+    def _auxiliary(
+        self, x: torch.Tensor, error: torch.Tensor, dead: torch.Tensor, share: float, clock: Clock
+    ) -> tuple[SparseCodes, torch.Tensor, torch.Tensor]:
+        """Codes of the dead features (global indices), the gradient by their output, aux_loss."""
+        sae = self.sae
+        assert sae.config.k_aux is not None
+        with clock.part("encode"):
+            compact = topk_encode(
+                x.to(sae.w_enc.dtype),
+                self._rows_of(dead),
+                sae.b_enc[dead],
+                k=min(sae.config.k_aux, dead.numel()),
+                b_dec=sae.b_dec,
+            )
+            codes = SparseCodes(compact.values, dead[compact.indices], sae.config.n_features)
+        with clock.part("decode"):
+            y = sparse_decode(codes, sae.w_dec).float()
+        # against the residual r = -error, which is constant
+        spread = _sum_squares(error - error.mean(0))
+        dy = y.add_(error)
+        inverse = torch.where(spread > 0, 1 / spread, 0)
+        aux_loss = _sum_squares(dy) * inverse
+        return codes, dy.mul_(2 * share * sae.config.aux_coefficient * inverse), aux_loss
+
+    def _input_bias_gradient(self) -> None:
+        sae = self.sae
+        db_enc, db_dec = self.gradients[sae.b_enc], self.gradients[sae.b_dec]
+        for start in range(0, db_enc.shape[0], ROWS_A_PIECE):
+            rows = slice(start, start + ROWS_A_PIECE)
+            db_dec.addmv_(sae.w_enc[rows].float().T, db_enc[rows], alpha=-1)
+
+    def _scratch(self, x: torch.Tensor) -> torch.Tensor:
+        if self._centred.shape != x.shape or self._centred.device != x.device:
+            self._centred = torch.empty_like(x, dtype=torch.float32)
+        return self._centred
+
+    def _rows_of(self, dead: torch.Tensor) -> torch.Tensor:
+        w_enc = self.sae.w_enc.detach()
+        if self._dead_rows.shape[0] < dead.numel() or self._dead_rows.dtype != w_enc.dtype:
+            self._dead_rows = w_enc.new_empty(min(w_enc.shape[0], 2 * dead.numel()), w_enc.shape[1])
+        return torch.index_select(w_enc, 0, dead, out=self._dead_rows[: dead.numel()])
+
+
+def _sum_squares(t: torch.Tensor) -> torch.Tensor:
+    """Row by row, in rows of d terms: no temporary of t's size and no long fp32 sum."""
+    return torch.linalg.vector_norm(t, dim=-1).square().sum()

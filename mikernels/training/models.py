@@ -1,0 +1,231 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Activations of a Hugging Face model: the residual stream after one decoder layer, over text.
+
+Text is tokenised as it is read, cut into windows of `context` tokens (documents are joined by the
+end-of-text token), and the model is run up to the layer and no further. Windows come in reading
+order; a block of them is one shuffled buffer, so a saved position is reached again by tokenising
+up to it and running the model on one block only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+
+from mikernels.training.pretrained import decoder_layers
+from mikernels.training.sources import Rows, Source, SourceExhausted
+
+# characters given to the tokeniser at a time, cut at a line end: documents of any length stream
+PIECE = 1 << 15
+
+
+class _LayerReached(Exception):
+    """Carries the layer's output out of the forward pass, so that later layers never run."""
+
+    def __init__(self, output: torch.Tensor):
+        super().__init__("layer reached")
+        self.output = output
+
+
+class ModelSource(Source):
+    """Shuffled activations `[batch_size, d]` of one layer of a language model, streamed over text.
+
+    Args:
+        model: a Hugging Face model (Llama, GPT-2, GPT-NeoX, Gemma, ... style).
+        tokenizer: its tokeniser.
+        layer: 0..n_layers-1, the residual stream after that decoder layer
+            (`hidden_states[layer + 1]`); or a submodule's name.
+        texts: documents. A list, or any object that can be iterated again, is repeated for ever; an
+            iterator is read once.
+        batch_size: rows of a batch.
+        seed: decides the orders.
+        context: tokens of a window.
+        windows_per_forward: windows run at once, fewer where lengths differ.
+        buffer_rows: rows that mix with each other and are in memory.
+        max_tokens: tokens read in an epoch; None is all of the text.
+        skip_first: positions dropped at the start of each window: the first token of a context has
+            a norm some 100 times the others' whatever it is (an attention sink).
+        drop_special: drop the activations of beginning-, end-of-text and padding tokens.
+        outlier_norm: drop activations whose norm exceeds this many times the median of their
+            window; None keeps all. Attention sinks past the first position are such (4 tokens of
+            65,000 in SmolLM2-135M, at 160 times the median) and would dominate the loss.
+        bos: begin each window with the beginning-of-text token; None: if the tokeniser does.
+
+    Raises:
+        ValueError, IndexError: no tokeniser, layer out of range, sizes below 1.
+            Later, from `next_batch`: ValueError without any text, SourceExhausted when an
+            iterator of texts has ended.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        tokenizer: Any,
+        layer: int | str,
+        texts: Iterable[str],
+        batch_size: int = 4096,
+        seed: int = 0,
+        *,
+        context: int = 256,
+        windows_per_forward: int = 8,
+        buffer_rows: int = 65_536,
+        max_tokens: int | None = None,
+        skip_first: int = 1,
+        drop_special: bool = True,
+        outlier_norm: float | None = 10.0,
+        bos: bool | None = None,
+    ):
+        super().__init__(batch_size, seed)
+        if tokenizer is None:
+            raise ValueError(
+                "ModelSource: tokenizer must be the model's tokeniser, got None; load it with "
+                "AutoTokenizer.from_pretrained"
+            )
+        if isinstance(texts, str):
+            raise TypeError("ModelSource: texts must be documents, got one str; pass [text]")
+        if not 0 <= skip_first < context:
+            raise ValueError(
+                f"ModelSource: skip_first must be in 0..{context - 1} (context), got {skip_first}"
+            )
+        for name, size in (("windows_per_forward", windows_per_forward), ("context", context)):
+            if size < 1:
+                raise ValueError(f"ModelSource: {name} must be at least 1, got {size}")
+        self.model, self.tokenizer, self.texts = model.eval(), tokenizer, texts
+        self._module = self._find(layer)
+        self.layer, self.context, self.max_tokens = layer, context, max_tokens
+        self._per_forward, self._skip_first = windows_per_forward, skip_first
+        self._outlier_norm = outlier_norm
+        self._windows_per_block = max(1, buffer_rows // context)
+        special = tokenizer.all_special_ids if drop_special else []
+        self._special = torch.tensor(sorted(special), dtype=torch.int64)
+        starts_with_bos = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+        self._bos = starts_with_bos if bos is None else bos
+        if self._bos and tokenizer.bos_token_id is None:
+            raise ValueError("ModelSource: bos=True needs a tokeniser with one, got bos_token None")
+        self.d = self._run(torch.zeros(1, 1, dtype=torch.int64)).shape[-1]
+        self._reader: tuple[int, int, Iterator[torch.Tensor]] | None = None
+
+    def _find(self, layer: int | str) -> torch.nn.Module:
+        if isinstance(layer, str):
+            return self.model.get_submodule(layer)
+        layers = decoder_layers(self.model)
+        if not 0 <= layer < len(layers):
+            raise IndexError(
+                f"ModelSource: layer must be in 0..{len(layers) - 1} "
+                f"({len(layers)} decoder layers), got {layer}"
+            )
+        return layers[layer]
+
+    @torch.no_grad()
+    def _run(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Token ids `[w, t]` -> activations `[w, t, d]`."""
+
+        def stop(module: torch.nn.Module, inputs: Any, output: Any) -> None:
+            raise _LayerReached(output[0] if isinstance(output, tuple) else output)
+
+        handle = self._module.register_forward_hook(stop)
+        try:
+            self.model(input_ids=tokens.to(next(self.model.parameters()).device), use_cache=False)
+        except _LayerReached as reached:
+            return reached.output
+        finally:
+            handle.remove()
+        raise ValueError(f"ModelSource: layer {self.layer!r} is never reached by a forward pass")
+
+    def _tokens(self) -> Iterator[int]:
+        end = self.tokenizer.eos_token_id
+        for document in self.texts:
+            start = 0
+            while start < len(document):
+                stop = document.rfind("\n", start, start + PIECE) + 1
+                if stop <= start or start + PIECE >= len(document):
+                    stop = start + PIECE
+                piece = document[start:stop]
+                yield from self.tokenizer(piece, add_special_tokens=False, verbose=False)[
+                    "input_ids"
+                ]
+                start = stop
+            if document and end is not None:
+                yield end
+
+    def token_windows(self) -> Iterator[torch.Tensor]:
+        """Windows of `context` token ids in reading order; the last one may be shorter."""
+        first = [self.tokenizer.bos_token_id] if self._bos else []
+        window = list(first)
+        for count, token in enumerate(self._tokens()):
+            if self.max_tokens is not None and count >= self.max_tokens:
+                break
+            window.append(token)
+            if len(window) == self.context:
+                yield torch.tensor(window)
+                window = list(first)
+        if len(window) > max(self._skip_first, len(first)):
+            yield torch.tensor(window)
+
+    def _forward(self, windows: list[torch.Tensor], number: int) -> Rows:
+        """Activations of windows, the first of which is the epoch's `number`-th."""
+        parts: list[Rows] = []
+        start = 0
+        while start < len(windows):
+            stop = start + 1
+            while (
+                stop < min(len(windows), start + self._per_forward)
+                and windows[stop].shape == windows[start].shape
+            ):
+                stop += 1
+            tokens = torch.stack(windows[start:stop])
+            activations = self._run(tokens)
+            keep = ~torch.isin(tokens, self._special)
+            keep[:, : self._skip_first] = False
+            if self._outlier_norm is not None:
+                norms = activations.norm(dim=-1, dtype=torch.float32).to(keep.device)
+                keep &= norms <= self._outlier_norm * norms.median(-1, keepdim=True).values
+            window, position = keep.nonzero(as_tuple=True)
+            parts.append(
+                {
+                    "activations": activations[window, position],
+                    "token_ids": tokens[window, position],
+                    "windows": window + (number + start),
+                    "positions": position,
+                }
+            )
+            start = stop
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    def read(self) -> Iterator[Rows]:
+        """One epoch in reading order, a few windows at a time, for caching with `write_shards`."""
+        held: list[torch.Tensor] = []
+        number = 0
+        for window in self.token_windows():
+            held.append(window)
+            if len(held) == self._per_forward:
+                yield self._forward(held, number)
+                number, held = number + len(held), []
+        if held:
+            yield self._forward(held, number)
+
+    def _load(self, epoch: int, block: int) -> Rows | None:
+        if self._reader is None or self._reader[:2] != (epoch, block):
+            started = self._reader is not None
+            if started and iter(self.texts) is self.texts:
+                raise SourceExhausted("ModelSource: texts is an iterator and has ended")
+            reader = self.token_windows()
+            for _ in range(block * self._windows_per_block):
+                next(reader, None)
+        else:
+            reader = self._reader[2]
+        pairs = zip(range(self._windows_per_block), reader, strict=False)
+        windows = [window for _, window in pairs]
+        self._reader = epoch, block + 1, reader
+        return self._forward(windows, block * self._windows_per_block) if windows else None
+
+    def _identity(self) -> dict[str, Any]:
+        return {
+            "d": self.d,
+            "layer": self.layer,
+            "context": self.context,
+            "windows_per_block": self._windows_per_block,
+            "max_tokens": self.max_tokens,
+        }

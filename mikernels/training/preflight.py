@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is checked before the first step, so that nothing fails at the first save."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mikernels.nn import TopKSAE
+from mikernels.training.batches import BatchSource
+from mikernels.training.checkpoint import checkpoints, remove_leftovers
+from mikernels.training.config import TrainConfig
+
+
+def check_fit(sae: TopKSAE, source: BatchSource, config: TrainConfig) -> None:
+    """SAE, source and settings fit each other, or a ValueError."""
+    if source.d != sae.config.d:
+        raise ValueError(
+            f"Trainer: source.d must be the SAE's d = {sae.config.d}, got {source.d}; make the SAE "
+            f"for the width of these activations"
+        )
+    size = getattr(source, "batch_size", config.batch_size)
+    if size != config.batch_size:
+        raise ValueError(
+            f"Trainer: source.batch_size must be config.batch_size = {config.batch_size}, got "
+            f"{size}; make the source with that batch size"
+        )
+    if config.k_start is not None and config.k_start > sae.config.n_features:
+        raise ValueError(
+            f"Trainer: k_start must be in 1..{sae.config.n_features} (n_features), got "
+            f"{config.k_start}"
+        )
+
+
+def prepare_out_dir(
+    out_dir: Path, sae: TopKSAE, config: TrainConfig, state: Mapping[str, Any], resumed: bool
+) -> None:
+    """Make out_dir, and make sure that `state` and all checkpoints can be written there.
+
+    Raises:
+        FileExistsError: it holds the checkpoints of another run.
+        TypeError: the state is not JSON-able.
+        OSError: it cannot be made, or its disk is too full.
+    """
+    former = checkpoints(out_dir)
+    if former and not resumed:
+        raise FileExistsError(
+            f"Trainer: out_dir must be without checkpoints for a new run, got {former[-1]}; call "
+            f"resume() to continue it or choose another out_dir"
+        )
+    try:
+        json.dumps(state)
+    except TypeError as error:
+        raise TypeError(
+            f"Trainer: the states of the source and optimiser must be JSON-able (tensors of the "
+            f"optimiser aside), got: {error}; leave out_dir out to train without checkpoints"
+        ) from error
+    out_dir.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(out_dir)
+    # weights and two fp32 moments each, and one more while the next is written
+    each = sum(p.numel() * (p.element_size() + 8) for p in sae.parameters())
+    needed = each * max(1, config.keep_checkpoints + 1 - len(former))
+    free = shutil.disk_usage(out_dir).free
+    if free < needed:
+        raise OSError(
+            errno.ENOSPC,
+            f"Trainer: out_dir {out_dir} must have {needed / 1e6:,.0f} MB free for checkpoints, "
+            f"got {free / 1e6:,.0f} MB; free space or lower keep_checkpoints",
+        )

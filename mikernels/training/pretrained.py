@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Local models and text files for `ModelSource`."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, redirect_stderr
+from pathlib import Path
+from typing import Any
+
+import torch
+
+BLOCK = 1 << 20
+
+
+class TextFiles:
+    """Text files as documents of at most about 1 MB, read as they are needed.
+
+    Raises:
+        FileNotFoundError, ValueError: a missing or empty file; while reading, one that is not
+            UTF-8.
+    """
+
+    def __init__(self, paths: Iterable[str | Path]):
+        self.paths = [Path(path) for path in paths]
+        if not self.paths:
+            raise ValueError("TextFiles: paths must name at least one text file, got none")
+        for path in self.paths:
+            if not path.is_file():
+                raise FileNotFoundError(f"TextFiles: {path} must be an existing text file")
+            if path.stat().st_size == 0:
+                raise ValueError(f"TextFiles: {path} must hold text, got an empty file")
+
+    def __iter__(self) -> Iterator[str]:
+        for path in self.paths:
+            try:
+                with path.open(encoding="utf-8") as file:
+                    while text := file.read(BLOCK):
+                        yield text + file.readline()
+            except UnicodeDecodeError as error:
+                raise ValueError(
+                    f"TextFiles: {path} must be UTF-8 text, got {error}; convert it, e.g. with "
+                    f"iconv"
+                ) from error
+
+
+def decoder_layers(model: torch.nn.Module) -> torch.nn.ModuleList:
+    """The decoder blocks: the outermost ModuleList of `config.num_hidden_layers` modules.
+
+    Raises:
+        ValueError: when the model has no such list.
+    """
+    expected = getattr(getattr(model, "config", None), "num_hidden_layers", None)
+    lists = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList)]
+    for candidate in lists:
+        if expected is not None and len(candidate) == expected:
+            return candidate
+    raise ValueError(
+        f"ModelSource: model must be a Hugging Face decoder with a ModuleList of "
+        f"{expected} layers (config.num_hidden_layers), got {type(model).__name__} with lists of "
+        f"{[len(m) for m in lists]}; pass the module's name as layer"
+    )
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    level = logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        # the GGUF reader's bar is a bare tqdm on stderr
+        with redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if shown:
+            logging.enable_progress_bar()
+
+
+def load_model(
+    folder: str | Path, gguf_file: str | None = None, dtype: torch.dtype = torch.float32
+) -> tuple[torch.nn.Module, Any]:
+    """Load `(model, tokenizer)` from a local folder with `transformers`, never from the network.
+
+    Args:
+        folder: of `config.json`, weights and tokeniser files; or of a GGUF file.
+        gguf_file: the GGUF file's name in the folder; None finds the only one if there is no
+            `config.json`.
+        dtype: of the loaded weights.
+
+    Raises:
+        FileNotFoundError: no such folder or file.
+        ModuleNotFoundError: without the `models` extra.
+        ValueError: when `transformers` cannot read the model or the tokeniser.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"load_model: folder must be an existing model folder, got {folder}; download the "
+            f"model there first"
+        )
+    ggufs = sorted(path.name for path in folder.glob("*.gguf"))
+    if gguf_file is None and not (folder / "config.json").exists():
+        if len(ggufs) != 1:
+            raise FileNotFoundError(
+                f"load_model: {folder} must hold config.json or one *.gguf file, got "
+                f"{ggufs or 'neither'}; name one with gguf_file"
+            )
+        gguf_file = ggufs[0]
+    if gguf_file is not None and gguf_file not in ggufs:
+        raise FileNotFoundError(
+            f"load_model: gguf_file must be one of {ggufs} in {folder}, got {gguf_file!r}"
+        )
+    try:
+        from transformers import AutoModel, AutoTokenizer
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"load_model: {error.name} is not installed; `pip install 'mikernels[models]'`"
+        ) from error
+    options: dict[str, Any] = {"local_files_only": True}
+    if gguf_file is not None:
+        options["gguf_file"] = gguf_file
+    with _quiet_transformers():
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(str(folder), **options)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"load_model: {folder} must hold a tokeniser, got {type(error).__name__}: {error}; "
+                f"save it there with tokenizer.save_pretrained"
+            ) from error
+        try:
+            model = AutoModel.from_pretrained(str(folder), dtype=dtype, **options)
+        except (ImportError, OSError, ValueError, KeyError) as error:
+            raise ValueError(
+                f"load_model: {folder} must hold a model that transformers reads, got "
+                f"{type(error).__name__}: {error}"
+            ) from error
+    return model.eval(), tokenizer

@@ -1,0 +1,250 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where training activations come from: one position (epoch, block, offset) for every source.
+
+A source is an endless sequence of epochs, an epoch a sequence of *blocks*, a block a set of rows
+that is held in memory and shuffled. A batch takes rows across block and epoch borders, so every
+batch is full and every row is seen once an epoch. Orders derive from (seed, epoch, block) alone:
+the position is the whole state, and a resumed run sees exactly the batches that it would have seen.
+"""
+
+from __future__ import annotations
+
+import random
+from abc import ABC, abstractmethod
+from bisect import bisect_right
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mikernels.training.shards import open_shards
+
+Rows = dict[str, torch.Tensor]
+"""`activations [n, d]` and whatever goes with each row, e.g. `token_ids [n]`."""
+
+CHUNK_ROWS = 256
+WINDOW_BYTES = 64 << 20
+
+
+class SourceExhausted(ValueError):
+    """A source that cannot start again has no full batch left."""
+
+
+class Source(ABC):
+    """Batches of activations `[batch_size, d]` with exact resume.
+
+    Args:
+        batch_size: rows of a batch, at least 1.
+        seed: decides every order.
+
+    Raises:
+        ValueError: for a batch size below 1.
+    """
+
+    d: int
+
+    def __init__(self, batch_size: int, seed: int = 0):
+        if batch_size < 1:
+            raise ValueError(
+                f"{type(self).__name__}: batch_size must be at least 1, got {batch_size}"
+            )
+        self.batch_size = batch_size
+        self.seed = seed
+        self._epoch = self._block = self._offset = 0
+        self._rows: Rows | None = None
+        self._order = torch.empty(0, dtype=torch.int64)
+        self._epoch_has_rows = False
+
+    @abstractmethod
+    def _load(self, epoch: int, block: int) -> Rows | None:
+        """The rows of a block, in any fixed order; None past the epoch's last block."""
+
+    @abstractmethod
+    def _identity(self) -> dict[str, Any]:
+        """What must be equal for a saved position to mean the same rows (JSON-able)."""
+
+    def _permutation(self, n: int, *key: int) -> torch.Tensor:
+        # seeding by string hashes all of it, so neighbouring keys give unrelated orders
+        seed = random.Random(":".join(map(str, (self.seed, *key)))).getrandbits(63)
+        return torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+
+    def next_rows(self) -> Rows:
+        """The next batch with everything that is known of each row.
+
+        Raises:
+            SourceExhausted: the source cannot start again and has no full batch left.
+            ValueError: an epoch without a row.
+        """
+        parts: list[Rows] = []
+        missing = self.batch_size
+        while missing:
+            if self._rows is None:
+                self._rows = self._load(self._epoch, self._block)
+                if self._rows is None:
+                    if not self._epoch_has_rows:
+                        raise ValueError(
+                            f"{type(self).__name__}: an epoch must have at least one row, got none;"
+                            f" give it more data"
+                        )
+                    self._epoch, self._block, self._epoch_has_rows = self._epoch + 1, 0, False
+                    continue
+                n = self._rows["activations"].shape[0]
+                self._epoch_has_rows |= n > 0
+                self._order = self._permutation(n, self._epoch, self._block)
+            chosen = self._order[self._offset : self._offset + missing]
+            parts.append({name: rows[chosen] for name, rows in self._rows.items()})
+            missing -= chosen.shape[0]
+            self._offset += chosen.shape[0]
+            if self._offset >= self._order.shape[0]:
+                self._rows = None
+                self._block, self._offset = self._block + 1, 0
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    def next_batch(self) -> torch.Tensor:
+        """The next `[batch_size, d]` float32 activations."""
+        return self.next_rows()["activations"].float()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position, JSON-able."""
+        return {
+            "epoch": self._epoch,
+            "block": self._block,
+            "offset": self._offset,
+            "identity": {"source": type(self).__name__, "seed": self.seed, **self._identity()},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go to a saved position; the batch size may differ from the saved one.
+
+        Raises:
+            ValueError: when the state was saved from other data or another seed.
+        """
+        mine = self.state_dict()["identity"]
+        for name in mine.keys() | state["identity"].keys():
+            got, expected = state["identity"].get(name), mine.get(name)
+            if got != expected:
+                raise ValueError(
+                    f"{type(self).__name__}: the saved position must be of the same data, got "
+                    f"{name} {got!r}, expected {expected!r}; resume with the data and seed of the "
+                    f"first run"
+                )
+        self._epoch, self._block, self._offset = state["epoch"], state["block"], state["offset"]
+        self._rows = None
+        self._epoch_has_rows = self._block > 0 or self._offset > 0
+        if self._offset:
+            self._rows = self._load(self._epoch, self._block)
+            if self._rows is None:
+                raise ValueError(
+                    f"{type(self).__name__}: the saved position is block {self._block} of an epoch,"
+                    f" which this data does not have; resume with the data of the first run"
+                )
+            n = self._rows["activations"].shape[0]
+            self._order = self._permutation(n, self._epoch, self._block)
+
+
+def check_activations(owner: str, name: str, shape: list[int], dtype: torch.dtype) -> None:
+    """`[rows, d]` floating and not empty, or TypeError / ValueError."""
+    if len(shape) != 2:
+        raise ValueError(f"{owner}: {name} must be [rows, d], got {shape}; flatten it first")
+    if not dtype.is_floating_point:
+        raise TypeError(f"{owner}: {name} must be floating, got {dtype}; convert it with .float()")
+    if 0 in shape:
+        raise ValueError(f"{owner}: {name} must hold at least one row and column, got {shape}")
+
+
+class TensorSource(Source):
+    """Rows of a tensor in memory, in a new random order every epoch.
+
+    Args:
+        tensor: `[n, d]` floating; not copied.
+        batch_size: rows of a batch.
+        seed: decides the orders.
+        extra: tensors `[n, ...]` that `next_rows` returns beside the activations.
+
+    Raises:
+        TypeError, ValueError: for a tensor that is not floating, not 2-D, or empty.
+    """
+
+    def __init__(self, tensor: torch.Tensor, batch_size: int, seed: int = 0, **extra: torch.Tensor):
+        super().__init__(batch_size, seed)
+        check_activations("TensorSource", "tensor", list(tensor.shape), tensor.dtype)
+        for name, rows in extra.items():
+            if rows.shape[0] != tensor.shape[0]:
+                raise ValueError(
+                    f"TensorSource: {name} must have {tensor.shape[0]} rows like tensor, "
+                    f"got {rows.shape[0]}"
+                )
+        self.d = tensor.shape[1]
+        self._data = {"activations": tensor, **extra}
+
+    def _load(self, epoch: int, block: int) -> Rows | None:
+        return self._data if block == 0 else None
+
+    def _identity(self) -> dict[str, Any]:
+        return {"shape": list(self._data["activations"].shape)}
+
+
+class ShardSource(Source):
+    """Rows of memory-mapped safetensors shards, shuffled without reading everything.
+
+    Shards are cut into chunks of 256 rows. Each epoch visits the chunks in a new random order, and
+    rows mix within a window of many chunks (64 MB by default), which is all that is in memory.
+
+    Args:
+        folder: a folder of `*.safetensors` (see `write_shards`), or one such file.
+        batch_size: rows of a batch.
+        seed: decides the orders.
+        key: the tensor's name; a shard with a single 2-D tensor may call it anything.
+        window_rows: rows that mix with each other; None is 64 MB worth.
+
+    Raises:
+        FileNotFoundError, TypeError, ValueError: for a missing or empty folder, and for a shard
+            that is truncated, foreign or of another width, by name.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        batch_size: int,
+        seed: int = 0,
+        *,
+        key: str = "activations",
+        window_rows: int | None = None,
+    ):
+        super().__init__(batch_size, seed)
+        self._shards = open_shards(folder, key)
+        first = self._shards[0]
+        for shard in self._shards:
+            check_activations("ShardSource", str(shard.path), [shard.rows, shard.d], shard.dtype)
+            if (shard.d, shard.extra) != (first.d, first.extra):
+                raise ValueError(
+                    f"ShardSource: {shard.path} must be [rows, {first.d}] with {first.extra} like "
+                    f"{first.path.name}, got [{shard.rows}, {shard.d}] with {shard.extra}; keep "
+                    f"one layer of one model in a folder"
+                )
+        self.d = first.d
+        self.n_rows = sum(shard.rows for shard in self._shards)
+        if window_rows is None:
+            window_rows = WINDOW_BYTES // (self.d * first.dtype.itemsize)
+        self._window_chunks = max(1, max(window_rows, batch_size) // CHUNK_ROWS)
+        chunks = [-(-shard.rows // CHUNK_ROWS) for shard in self._shards]
+        self._first_chunk = [0, *accumulate(chunks)]
+        self._chunk_order: tuple[int, torch.Tensor] | None = None
+
+    def _load(self, epoch: int, block: int) -> Rows | None:
+        if self._chunk_order is None or self._chunk_order[0] != epoch:
+            self._chunk_order = epoch, self._permutation(self._first_chunk[-1], epoch)
+        start = block * self._window_chunks
+        chosen = sorted(self._chunk_order[1][start : start + self._window_chunks].tolist())
+        if not chosen:
+            return None
+        parts = []
+        for chunk in chosen:
+            at = bisect_right(self._first_chunk, chunk) - 1
+            row = (chunk - self._first_chunk[at]) * CHUNK_ROWS
+            parts.append(self._shards[at].read(row, row + CHUNK_ROWS))
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    def _identity(self) -> dict[str, Any]:
+        return {"rows": self.n_rows, "d": self.d, "window_chunks": self._window_chunks}

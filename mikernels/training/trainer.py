@@ -1,0 +1,255 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The training loop: batches in, metrics and checkpoints out, one of three steps in the middle."""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+
+import torch
+
+from mikernels.nn import TopKSAE
+from mikernels.training.autograd import AutogradStep, dense_forward, sparse_forward
+from mikernels.training.batches import BatchSource, take_batches
+from mikernels.training.checkpoint import checkpoints, save_checkpoint
+from mikernels.training.config import DTYPES, TrainConfig
+from mikernels.training.fused import FusedStep
+from mikernels.training.interrupts import Interrupts
+from mikernels.training.metrics import Clock, History, JsonLines, Means
+from mikernels.training.preflight import check_fit, prepare_out_dir
+from mikernels.training.progress import Reporter
+from mikernels.training.snapshot import restore, take_snapshot
+
+METRICS = "metrics.jsonl"
+
+
+class Trainer:
+    """Trains a TopKSAE on activations.
+
+    Args:
+        sae: trained in place, on its device.
+        source: gives batches `[batch_size, d]`.
+        config: the run's settings.
+        step: replaces `config.step`: "fused", "autograd" or "dense".
+        optimizer: of the SAE's parameters; None is the step's own Adam. Its lr is set each step.
+        out_dir: for `metrics.jsonl` and `checkpoint-<step>/`; None writes nothing.
+        quiet: no progress on the console.
+
+    Attributes:
+        step, tokens: done so far. history: what was measured.
+
+    Raises:
+        TypeError, ValueError: for settings, SAE, source and optimiser that do not fit together.
+    """
+
+    def __init__(
+        self,
+        sae: TopKSAE,
+        source: BatchSource,
+        config: TrainConfig,
+        *,
+        step: str | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
+        out_dir: str | Path | None = None,
+        quiet: bool = False,
+    ):
+        if step is not None:
+            config = TrainConfig.from_dict({**config.to_dict(), "step": step})
+        check_fit(sae, source, config)
+        if config.dtype is not None:
+            sae.to(DTYPES[config.dtype])
+        self.sae, self.source, self.config, self.quiet = sae, source, config, quiet
+        self.out_dir = None if out_dir is None else Path(out_dir)
+        self._update: FusedStep | AutogradStep
+        if config.step == "fused":
+            self._update = FusedStep(sae, config, optimizer)
+        else:
+            forward = dense_forward if config.step == "dense" else sparse_forward
+            self._update = AutogradStep(sae, config, optimizer, forward)
+        self.optimizer: torch.optim.Optimizer = self._update.optimizer
+        self.history = History()
+        self.step = self.tokens = 0
+        self.means = Means()
+        self._clock = Clock(self.history.parts)
+        self._saved = -1
+
+    def resume(self, folder: str | Path | None = None) -> int:
+        """Continue a former run: the next steps compute what an uninterrupted run would have.
+
+        Args:
+            folder: a checkpoint; None is the newest in out_dir.
+
+        Returns:
+            The step that was reached.
+
+        Raises:
+            FileNotFoundError, ValueError: there is no checkpoint, or it is truncated, foreign or of
+                another run; the message names the file. Nothing has been changed then.
+        """
+        mine = [] if self.out_dir is None else checkpoints(self.out_dir)
+        if folder is None and not mine:
+            raise FileNotFoundError(
+                f"resume: out_dir must hold a checkpoint-<step> folder, got {self.out_dir} "
+                f"without one; leave resume out to start a new run"
+            )
+        folder = mine[-1] if folder is None else Path(folder)
+        if mine and mine[-1].resolve() != folder.resolve():
+            raise ValueError(
+                f"resume: folder must be the newest checkpoint of out_dir, {mine[-1]}, got "
+                f"{folder}; remove the newer ones or choose another out_dir"
+            )
+        restore(self, folder)
+        self._saved = self.step if mine else -1
+        return self.step
+
+    def run(self) -> History:
+        """Train to `config.total_tokens`, or until the source ends, and return what was measured.
+
+        Micro-batches left over for less than a step at the end of a source are not trained on.
+        Ctrl-C and SIGTERM finish the step, write a checkpoint and then raise KeyboardInterrupt or
+        SystemExit.
+
+        Raises:
+            FileExistsError: out_dir holds checkpoints and `resume` was not called.
+            TypeError, ValueError: a batch of another shape, not finite, or none at all.
+            FloatingPointError: the loss or the weights are not finite any more; nothing is saved.
+            OSError: out_dir cannot be written.
+        """
+        total = self.config.total_steps
+        lines = self._open()
+        if self.step == 0:
+            torch.manual_seed(self.config.seed)
+        report = Reporter(total, self.step, quiet=self.quiet, title=self.config.step)
+        # the counter of a loaded SAE may be anywhere; reading it each step would stall a GPU
+        self._oldest = int(self.sae.tokens_since_fired.max()) - self.tokens
+        self._mark()
+        try:
+            with Interrupts() as interrupts, report:
+                while self.step < total:
+                    if not self._train_step():
+                        report.note(
+                            f"Trainer: the source ended after {self.tokens:,} of "
+                            f"{self.config.total_tokens:,} tokens"
+                        )
+                        break
+                    report.step(self.step)
+                    if self.step % self.config.log_every == 0 or self.step == total:
+                        self._log(report, lines)
+                    if interrupts.pending:
+                        self._save(lines)
+                        report.note(self._how_to_resume())
+                        interrupts.stop()
+                    elif self.step % self.config.checkpoint_every == 0:
+                        self._save(lines)
+                if self.means.count:
+                    self._log(report, lines)
+                self._save(lines)
+        finally:
+            if lines is not None:
+                lines.close()
+        return self.history
+
+    def _train_step(self) -> bool:
+        sae, config = self.sae, self.config
+        first = self.step * config.accumulation + 1
+        batches = take_batches(self.source, config.accumulation, first, sae)
+        if batches is None:
+            return False
+        if self.step == 0:
+            if sae.config.normalize_decoder:
+                sae.normalize_decoder_()
+            if config.init_b_dec:
+                sae.init_b_dec_(batches[0])
+        with self._clock.step():
+            for group in self.optimizer.param_groups:
+                group["lr"] = config.lr_at(self.step)
+            k = config.k_at(self.step, sae.config.k)
+            self._update(batches, k, self._dead(), self.means, self._clock)
+        self.step += 1
+        self.tokens += sum(x.shape[0] for x in batches)
+        return True
+
+    def _dead(self) -> torch.Tensor:
+        """Indices for AuxK; a GPU is synchronised only from the first step that can have any."""
+        sae = self.sae
+        if not sae.config.aux_coefficient or self._oldest + self.tokens < sae.config.dead_after:
+            return torch.empty(0, dtype=torch.int64, device=sae.w_enc.device)
+        return sae.dead().nonzero().squeeze(-1)
+
+    def _open(self) -> JsonLines | None:
+        """Make out_dir ready, and find out now what would otherwise fail at the first save."""
+        if self.out_dir is None:
+            return None
+        _, state = take_snapshot(self)
+        prepare_out_dir(self.out_dir, self.sae, self.config, state, resumed=self._saved >= 0)
+        lines = JsonLines(self.out_dir / METRICS, self.step)
+        self.history.rows = lines.kept
+        return lines
+
+    def _mark(self) -> None:
+        self._since = (time.perf_counter(), self._clock.total(), self.step, self.tokens)
+
+    def _log(self, report: Reporter, lines: JsonLines | None) -> None:
+        wall, busy, step, tokens = self._since
+        means = self._finite_means()
+        row = {
+            "step": self.step,
+            "tokens": self.tokens,
+            **means,
+            "dead_fraction": self.sae.dead().double().mean().item(),
+            "lr": self.config.lr_at(self.step - 1),
+            "k": self.config.k_at(self.step - 1, self.sae.config.k),
+            "tokens_per_second": (self.tokens - tokens) / (time.perf_counter() - wall),
+            "step_ms": 1e3 * (self._clock.total() - busy) / max(1, self.step - step),
+        }
+        self.history.rows.append(row)
+        report.log(row)
+        if lines is not None:
+            lines.write(row)
+        self.means = Means()
+        self._mark()
+
+    def _finite_means(self) -> dict[str, float]:
+        means = {name: value / self.means.count for name, value in self.means.read().items()}
+        if not math.isfinite(means["loss"]):
+            raise self._diverged(f"the loss must be finite, got {means['loss']}")
+        return means
+
+    def _diverged(self, what: str) -> FloatingPointError:
+        former = [] if self.out_dir is None else checkpoints(self.out_dir)
+        kept = f"; {former[-1]} is from before" if former else ""
+        first = self.step - self.means.count // self.config.accumulation + 1
+        return FloatingPointError(
+            f"Trainer: {what} in steps {first} to {self.step}; lower lr (now "
+            f"{self.config.lr_at(self.step - 1):g}), set clip_norm, or look for outliers in the "
+            f"activations{kept}"
+        )
+
+    def _save(self, lines: JsonLines | None) -> None:
+        if self.out_dir is None or lines is None or self._saved == self.step:
+            return
+        if self.means.count:
+            self._finite_means()
+        for name, p in self.sae.named_parameters():
+            if not bool(p.isfinite().all()):
+                raise self._diverged(f"{name} must be finite, got NaN or inf")
+        lines.sync()
+        tensors, state = take_snapshot(self)
+        save_checkpoint(
+            self.out_dir,
+            self.step,
+            self.sae.state_dict(),
+            tensors,
+            state,
+            self.config.keep_checkpoints,
+        )
+        self._saved = self.step
+
+    def _how_to_resume(self) -> str:
+        if self.out_dir is None:
+            return f"Trainer: interrupted after step {self.step}; nothing is saved without out_dir"
+        return (
+            f"Trainer: interrupted after step {self.step}, saved {checkpoints(self.out_dir)[-1]}; "
+            f"make the same Trainer and call resume() before run() to continue"
+        )

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every test runs on poisoned memory, with a pinned hypothesis profile, at every level."""
+
+import os
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import hypothesis
+import pytest
+import torch
+
+import mikernels
+from mikernels import _ext
+
+# importlib mode keeps the repository root, and so the folder `kernels`, off sys.path
+sys.path.append(str(Path(__file__).parent))
+
+# without the extension there is one implementation; with it, a level is skipped only by processor
+LEVELS = _ext.LEVELS if mikernels.supported_levels() else ()
+
+hypothesis.settings.register_profile(
+    "pinned",
+    max_examples=60,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    # `impl` forces a level once for all examples, which is what is wanted
+    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
+)
+hypothesis.settings.load_profile("pinned")
+
+
+def pytest_report_header() -> str:
+    state = ", ".join(mikernels.supported_levels()) or f"no extension ({_ext.MISSING})"
+    return f"mikernels {mikernels.__version__}, torch {torch.__version__}, levels: {state}"
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory() -> Iterator[None]:
+    """`torch.empty` returns NaN and INT_MAX, so an output that is not fully written is seen."""
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+    torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+@pytest.fixture(params=LEVELS)
+def level(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each level of the extension, forced."""
+    if request.param not in mikernels.supported_levels():
+        pytest.skip(f"processor lacks {request.param}")
+    with mikernels.force_level(request.param):
+        yield request.param
+
+
+@pytest.fixture(params=["reference", *LEVELS])
+def impl(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each implementation as an `impl` argument: the reference, and cpp at each level, forced."""
+    if request.param == "reference":
+        yield "reference"
+        return
+    if request.param not in mikernels.supported_levels():
+        pytest.skip(f"processor lacks {request.param}")
+    with mikernels.force_level(request.param):
+        yield "cpp"
+
+
+@pytest.fixture
+def run_python() -> Callable[[str], str]:
+    """Runs a script in a fresh interpreter and returns what it printed."""
+
+    def run(script: str, **environment: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-P", "-c", textwrap.dedent(script)],
+            capture_output=True,
+            text=True,
+            env={**os.environ, **environment},
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return run

@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Inputs on which a screen by 16-bit scores would select the wrong features."""
+
+from __future__ import annotations
+
+import torch
+from oracle import randn
+
+N, D, F, K = 33, 96, 501, 9
+NAN, INF = float("nan"), float("inf")
+
+
+def near_ties(relative: float) -> dict:
+    """Every row of x scores every feature 1 .. 1 + relative; the weights are otherwise noise."""
+    x, noise = randn(N, D).double(), randn(F, D, seed=1).double()
+    scores = 1 + relative * torch.rand(N, F, generator=torch.Generator().manual_seed(2)).double()
+    solve = torch.linalg.pinv(x)  # [d, N]
+    w = (solve @ scores).T + noise @ (torch.eye(D).double() - solve @ x)
+    return {"x": x.float(), "w_enc": w.float(), "k": K}
+
+
+def near_ties_at(x: float, w: float) -> dict:
+    """Near ties at magnitudes where the screen's own arithmetic could overflow or underflow."""
+    case = near_ties(1e-5)
+    return {**case, "x": case["x"] * x, "w_enc": case["w_enc"] * w}
+
+
+def spread_magnitudes() -> dict:
+    """Norms from far below to far above what 16 bits are used for, on both sides."""
+    case = near_ties(1e-4)
+    case["x"] *= 2.0 ** torch.linspace(-60, 60, N).round()[:, None]
+    # the nearest competitors of a feature have every magnitude, made up for by its rank
+    powers = 2.0 ** (torch.arange(F) % 100 - 50)
+    return {**case, "w_enc": case["w_enc"] * powers[:, None], "scale": 1 / powers}
+
+
+def scaled(x: float = 1.0, w: float = 1.0, **more) -> dict:
+    return {"x": randn(N, D) * x, "w_enc": randn(F, D, seed=1) * w, "k": K, **more}
+
+
+def duplicates() -> dict:
+    """Ties at the k-th place: one in three features is a copy of an earlier one."""
+    case = scaled()
+    case["w_enc"][2::3] = case["w_enc"][::3]
+    case["b_enc"] = randn(F, seed=2)
+    case["b_enc"][2::3] = case["b_enc"][::3]
+    return case
+
+
+def outlier_dimensions() -> dict:
+    """Massive activations: a few dimensions of x 10^3 times the rest, with small weights."""
+    case = scaled()
+    case["x"][:, [3, 40, 77]] *= 1e3
+    case["w_enc"][:, [3, 40]] *= 1e-3
+    return case
+
+
+def uneven_features() -> dict:
+    case = scaled()
+    case["w_enc"][[5, 250]] *= 1e4
+    case["w_enc"][[6, 251]] *= 1e-4
+    return case
+
+
+def uneven_tokens() -> dict:
+    case = scaled()
+    case["x"] *= 10.0 ** torch.linspace(-30, 30, N)[:, None]
+    return case
+
+
+def ascending() -> dict:
+    """Every feature beats all earlier ones: whatever the bound, nothing can be skipped."""
+    x = randn(N, D).abs()
+    return {"x": x, "w_enc": (1 + torch.arange(4000.0)[:, None] / 4000).expand(-1, D), "k": K}
+
+
+def cancelling() -> dict:
+    """Scores 10^5 times smaller than the terms that they are the sum of."""
+    x, w = randn(N, D // 2), randn(F, D // 2, seed=1)
+    x = torch.cat([x, -x], 1)
+    return {"x": x, "w_enc": torch.cat([w, w + 1e-5 * randn(F, D // 2, seed=2)], 1), "k": K}
+
+
+def zero_rows() -> dict:
+    case = scaled()
+    case["x"][::4] = 0
+    case["w_enc"][::7] = 0
+    return case
+
+
+def large_biases() -> dict:
+    """A bias that swamps the product in fp32: which features win is decided by one rounding."""
+    return scaled(b_enc=1e6 + torch.arange(F) % 7, b_dec=100 * randn(D, seed=3))
+
+
+def spread_scale() -> dict:
+    return scaled(scale=10.0 ** torch.linspace(-8, 8, F) * randn(F, seed=3).sign())
+
+
+ADVERSARIAL = {
+    **{f"near ties {r:g}": lambda r=r: near_ties(r) for r in (1e-2, 1e-4, 1e-5, 1e-6, 1e-7)},
+    **{
+        f"near ties, x 2^{i}, w 2^{j}": lambda i=i, j=j: near_ties_at(2.0**i, 2.0**j)
+        for i, j in ((34, 38), (-44, 38), (34, -42), (-44, -42), (40, 60), (-60, 70), (-70, -60))
+    },
+    "spread magnitudes": spread_magnitudes,
+    "duplicate features": duplicates,
+    "all features equal": lambda: {**scaled(), "w_enc": randn(1, D, seed=1).expand(F, D)},
+    "outlier dimensions": outlier_dimensions,
+    "uneven features": uneven_features,
+    "uneven tokens": uneven_tokens,
+    "ascending": ascending,
+    "cancelling": cancelling,
+    "zero rows": zero_rows,
+    "all zero": lambda: scaled(x=0.0),
+    "huge x": lambda: scaled(x=1e30),
+    "huge w": lambda: scaled(w=1e30),
+    "huge x, tiny w": lambda: scaled(x=1e30, w=1e-30),
+    "overflow": lambda: scaled(x=1e30, w=1e30, fp32_sums_overflow=True),
+    "denormal x": lambda: scaled(x=1e-40),
+    "denormal w": lambda: scaled(w=1e-40),
+    "denormal scores": lambda: scaled(x=1e-20, w=1e-20),
+    "underflow": lambda: scaled(x=1e-40, w=1e-40),
+    "large biases": large_biases,
+    "spread scale": spread_scale,
+}
+
+
+def _put(tensor: torch.Tensor, value: float, *places: tuple[int, ...]) -> None:
+    for place in places:
+        tensor[place] = value
+
+
+# each writes into (x [9, 12], w_enc [301, 12], b_enc [301], b_dec [12])
+NON_FINITE = {
+    "nan in x": lambda x, w, b, c: _put(x, NAN, (2, 5), (8, 11)),
+    "inf in x": lambda x, w, b, c: _put(x, INF, (2, 5), (8, 11)),
+    "-inf in x": lambda x, w, b, c: _put(x, -INF, (0, 0)),
+    "nan in a weight": lambda x, w, b, c: _put(w, NAN, (7, 3), (300, 0)),
+    "inf in a weight": lambda x, w, b, c: _put(w, INF, (7, 3), (300, 0)),
+    "-inf in a weight": lambda x, w, b, c: _put(w, -INF, (7, 3)),
+    "more nan features than k": lambda x, w, b, c: _put(w[1::4], NAN, (slice(None), 2)),
+    "nan in a bias": lambda x, w, b, c: _put(b, NAN, (7,), (300,)),
+    "inf in a bias": lambda x, w, b, c: _put(b, INF, (7,), (300,)),
+    "-inf in most biases": lambda x, w, b, c: _put(b, -INF, (slice(3, None),)),
+    "nan in b_dec": lambda x, w, b, c: _put(c, NAN, (4,)),
+    "inf in b_dec": lambda x, w, b, c: _put(c, INF, (4,)),
+    "nan everywhere": lambda x, w, b, c: _put(x, NAN, (slice(None),)),
+}

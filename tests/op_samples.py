@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Arguments for every registered operator: good ones in many layouts, and hostile ones."""
+
+from __future__ import annotations
+
+import torch
+from oracle import randn, random_indices
+
+from mikernels import by_feature
+from mikernels._dispatch import accumulate_dtype
+
+D, F, K = 6, 20, 3
+
+
+def dense(*shape, dtype, seed=0):
+    return randn(*shape, dtype=dtype, seed=seed)
+
+
+def transposed(*shape, dtype, seed=0):
+    return randn(*reversed(shape), dtype=dtype, seed=seed).permute(*reversed(range(len(shape))))
+
+
+def strided(*shape, dtype, seed=0):
+    return randn(*shape, 2, dtype=dtype, seed=seed)[..., 1]
+
+
+LAYOUTS = {"dense": dense, "transposed": transposed, "strided": strided}
+
+
+def slots(n):
+    indices = random_indices(n, K, F)
+    return indices, *by_feature(indices.reshape(-1), F)
+
+
+def by_feature_samples(make, n, dtype):
+    yield slots(n)[0].reshape(-1), F
+
+
+def row_topk_samples(make, n, dtype):
+    yield make(n, F, dtype=dtype), K, False
+    yield make(n, F, dtype=dtype), F, True
+
+
+def encode_samples(make, n, dtype):
+    x, w = make(n, D, dtype=dtype), make(F, D, dtype=dtype, seed=1)
+    yield x, w, None, None, None, K, True
+    b_enc, b_dec, scale = (make(size, dtype=dtype, seed=2) for size in (F, D, F))
+    yield x, w, b_enc, b_dec, scale, 1, False
+
+
+def decode_samples(make, n, dtype):
+    values, w = make(n, K, dtype=dtype), make(F, D, dtype=dtype, seed=1)
+    yield values, slots(n)[0], w, None
+    yield values, slots(n)[0], w, make(D, dtype=dtype, seed=2)
+
+
+def gather_dot_samples(make, n, dtype):
+    yield make(n, D, dtype=dtype), make(F, D, dtype=dtype, seed=1), slots(n)[0]
+
+
+def feature_sum_samples(make, n, dtype):
+    yield make(n, K, dtype=dtype), make(n, D, dtype=dtype, seed=1), *slots(n)[1:]
+
+
+def sae_gradients_samples(make, n, dtype):
+    rows = (make(size, D, dtype=dtype, seed=size) for size in (n, n, F))
+    out = torch.zeros(F, D), torch.zeros(F, D), torch.zeros(F)
+    yield make(n, K, dtype=dtype), *slots(n), *rows, *out, True
+
+
+def adam_rows_samples(make, n, dtype):
+    acc = accumulate_dtype(dtype)
+    moments = torch.zeros(n, D, dtype=acc), torch.zeros(n, D, dtype=acc)
+    hyper = 1e-3, 0.9, 0.999, 1e-8, 1, torch.tensor(0.5, dtype=acc)
+    yield dense(n, D, dtype=dtype), make(n, D, dtype=dtype, seed=1), *moments, *hyper, True, True
+
+
+def grad_sumsq_samples(make, n, dtype):
+    yield make(n, D, dtype=dtype, seed=1), dense(n, D, dtype=dtype), True
+
+
+SAMPLES = {
+    "by_feature": by_feature_samples,
+    "row_topk": row_topk_samples,
+    "encode": encode_samples,
+    "decode": decode_samples,
+    "gather_dot": gather_dot_samples,
+    "feature_sum": feature_sum_samples,
+    "sae_gradients_": sae_gradients_samples,
+    "adam_rows_": adam_rows_samples,
+    "grad_sumsq": grad_sumsq_samples,
+}
+
+
+# raw operators guard memory: each of these would read or write outside a tensor
+SHORT = torch.zeros(2, dtype=torch.int64)
+X, V, W = torch.zeros(5, D), torch.zeros(5, K), torch.zeros(F, D)
+HOSTILE = {
+    "decode: fewer values than indices": ("decode", (V[:2], slots(5)[0], W, None)),
+    "decode: fewer indices than values": ("decode", (V, slots(2)[0], W, None)),
+    "decode: short bias": ("decode", (V, slots(5)[0], W, torch.zeros(D - 1))),
+    "decode: bias of another dtype": ("decode", (V, slots(5)[0], W, torch.zeros(D).half())),
+    "decode: int32 indices": ("decode", (V, slots(5)[0].int(), W, None)),
+    "gather_dot: short rows": ("gather_dot", (X[:2], W, slots(5)[0])),
+    "gather_dot: narrow rows": ("gather_dot", (X[:, :2], W, slots(5)[0])),
+    "feature_sum: short rows": ("feature_sum", (V, X[:2], *slots(5)[1:])),
+    "feature_sum: short order": ("feature_sum", (V, X, slots(5)[1], SHORT)),
+    "encode: narrow x": ("encode", (X[:, :2], W, None, None, None, K, True)),
+    "encode: short b_enc": ("encode", (X, W, W[:3, 0], None, None, K, True)),
+    "encode: short b_dec": ("encode", (X, W, None, X[0, :2], None, K, True)),
+    "encode: short scale": ("encode", (X, W, None, None, W[:3, 0], K, True)),
+    "encode: b_enc of another dtype": ("encode", (X, W, W[:, 0].half(), None, None, K, True)),
+    "encode: w_enc of another dtype": ("encode", (X, W.half(), None, None, None, K, True)),
+    "encode: k = 0": ("encode", (X, W, None, None, None, 0, True)),
+    "encode: k > F": ("encode", (X, W, None, None, None, F + 1, True)),
+    "row_topk: k > F": ("row_topk", (X, D + 1, True)),
+    "row_topk: k < 0": ("row_topk", (X, -1, True)),
+    "row_topk: integers": ("row_topk", (X.int(), 2, True)),
+    "by_feature: no features": ("by_feature", (slots(5)[0].reshape(-1), -1)),
+    "by_feature: int32": ("by_feature", (slots(5)[0].reshape(-1).int(), F)),
+    "sae_gradients_: short output": (
+        "sae_gradients_",
+        (V, *slots(5), X, X, W, W[:3].clone(), W.clone(), torch.zeros(F), False),
+    ),
+    "sae_gradients_: output of another dtype": (
+        "sae_gradients_",
+        (V, *slots(5), X, X, W, W.half(), W.clone(), torch.zeros(F), False),
+    ),
+}

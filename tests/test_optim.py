@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""RowAdam against torch.optim.Adam with projection, clipping and renormalisation by hand."""
+
+import copy
+
+import pytest
+import torch
+from oracle import assert_accurate, identical, randn
+from torch import nn
+
+from mikernels.optim import RowAdam
+
+SHAPES = {"w_dec": (130, 24), "w_enc": (130, 24), "b_enc": (130,), "b_dec": (24,), "w": (3, 4, 5)}
+STEPS = 6
+LR, BETAS, EPS = 3e-3, (0.8, 0.99), 1e-7
+
+
+def parameters(dtype=torch.float32) -> dict[str, nn.Parameter]:
+    start = {name: randn(*shape, seed=i) for i, (name, shape) in enumerate(SHAPES.items())}
+    start["w_dec"] /= torch.linalg.vector_norm(start["w_dec"], dim=-1, keepdim=True)
+    return {name: nn.Parameter(t.to(dtype)) for name, t in start.items()}
+
+
+def gradient(name: str, step: int, scale: float) -> torch.Tensor:
+    return scale * randn(*SHAPES[name], seed=100 * step + list(SHAPES).index(name))
+
+
+def row_adam(params: dict[str, nn.Parameter], **settings) -> RowAdam:
+    groups = [
+        {"params": [params["w_dec"]], "project": True, "unit_norm": True},
+        {"params": [p for name, p in params.items() if name != "w_dec"]},
+    ]
+    return RowAdam(groups, **{"lr": LR, "betas": BETAS, "eps": EPS, **settings})
+
+
+def by_hand(dtype, clip_norm, scale, stored=None) -> list[torch.Tensor]:
+    """Parameters, then exp_avg, then exp_avg_sq; `stored` rounds the weights after every step."""
+    params = {name: nn.Parameter(p.detach().to(dtype)) for name, p in parameters(stored).items()}
+    optimizer = torch.optim.Adam(params.values(), lr=LR, betas=BETAS, eps=EPS)
+    for step in range(STEPS):
+        for name, p in params.items():
+            p.grad = gradient(name, step, scale).to(dtype)
+        with torch.no_grad():
+            w = params["w_dec"]
+            w.grad -= (w.grad * w).sum(-1, keepdim=True) * w
+            if clip_norm is not None:
+                nn.utils.clip_grad_norm_(params.values(), clip_norm)
+            optimizer.step()
+            w /= torch.linalg.vector_norm(w, dim=-1, keepdim=True)
+            for p in params.values():
+                p.copy_(p.to(stored))
+    states = [optimizer.state[p] for p in params.values()]
+    moments = [state[name] for name in ("exp_avg", "exp_avg_sq") for state in states]
+    return [*(p.detach() for p in params.values()), *moments]
+
+
+@pytest.mark.parametrize("clip_norm", [None, 1.0, 1e6])
+@pytest.mark.parametrize("scale", [1.0, 1e-4])
+def test_row_adam_is_adam_with_the_constraint_by_hand(clip_norm, scale) -> None:
+    params = parameters()
+    optimizer = row_adam(params, clip_norm=clip_norm)
+    for step in range(STEPS):
+        for name, p in params.items():
+            p.grad = gradient(name, step, scale)
+        optimizer.step()
+    states = [optimizer.state[p] for p in params.values()]
+    moments = [state[name] for name in ("exp_avg", "exp_avg_sq") for state in states]
+    ours = [*(p.detach() for p in params.values()), *moments]
+    oracles = by_hand(torch.float64, clip_norm, scale, torch.float64)
+    eagers = by_hand(torch.float32, clip_norm, scale, torch.float32)
+    for actual, oracle, eager in zip(ours, oracles, eagers, strict=True):
+        assert_accurate(actual, oracle, eager)
+    norms = torch.linalg.vector_norm(params["w_dec"], dim=-1)
+    torch.testing.assert_close(norms, torch.ones(SHAPES["w_dec"][0]))
+
+
+def test_bfloat16_weights_have_float32_state_and_take_float32_gradients() -> None:
+    params = parameters(torch.bfloat16)
+    optimizer = row_adam(params, clip_norm=1.0)
+    for step in range(STEPS):
+        optimizer.apply_gradients({p: gradient(name, step, 1.0) for name, p in params.items()})
+    fp32 = by_hand(torch.float32, 1.0, 1.0, torch.bfloat16)
+    fp64 = by_hand(torch.float64, 1.0, 1.0, torch.bfloat16)
+    for p, oracle, eager in zip(params.values(), fp64, fp32, strict=False):
+        assert_accurate(p.detach(), oracle, eager)
+        assert {optimizer.state[p][name].dtype for name in ("exp_avg", "exp_avg_sq")} == {
+            torch.float32
+        }
+    # a gradient in the weights' own dtype, as autograd gives it
+    params["w_enc"].grad = randn(*SHAPES["w_enc"], dtype=torch.bfloat16)
+    before = params["w_enc"].detach().clone()
+    optimizer.step()
+    assert not torch.equal(before, params["w_enc"])
+
+
+def test_clipping_is_of_all_gradients_together_after_the_projection() -> None:
+    params = parameters()
+    # along its rows only, so that nothing of it is left
+    params["w_dec"].grad = 10 * params["w_dec"].detach().clone()
+    params["b_dec"].grad = torch.full((24,), 3.0)
+    params["b_enc"].grad = torch.full((130,), 4.0)
+    optimizer = row_adam(params, clip_norm=1.0, betas=(0.0, 0.0))
+    optimizer.step()
+    norm = (24 * 9 + 130 * 16) ** 0.5
+    moved = optimizer.state[params["b_dec"]]["exp_avg"]
+    torch.testing.assert_close(moved, torch.full((24,), 3 / norm), rtol=1e-5, atol=0)
+    left = optimizer.state[params["w_dec"]]["exp_avg"]
+    assert left.abs().max() < 1e-5 * 10 / norm
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_loaded_state_continues_with_the_same_bits(dtype) -> None:
+    params = parameters(dtype)
+    optimizer = row_adam(params, clip_norm=1.0)
+    for step in range(3):
+        optimizer.apply_gradients({p: gradient(name, step, 1.0) for name, p in params.items()})
+    copies = {name: nn.Parameter(p.detach().clone()) for name, p in params.items()}
+    other = row_adam(copies, clip_norm=1.0, lr=1.0)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert other.param_groups[0]["lr"] == LR and other.param_groups[0]["project"]
+    for step in range(3, 6):
+        for o, ps in ((optimizer, params), (other, copies)):
+            o.apply_gradients({p: gradient(name, step, 1.0) for name, p in ps.items()})
+    for name in SHAPES:
+        assert identical(params[name], copies[name])
+        for moment in ("exp_avg", "exp_avg_sq"):
+            a, b = optimizer.state[params[name]][moment], other.state[copies[name]][moment]
+            assert a.data_ptr() != b.data_ptr() and identical(a, b)
+
+
+def test_it_is_a_torch_optimizer() -> None:
+    p, idle = nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(4))
+    optimizer = RowAdam([p, idle], lr=0.1)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = p.square().sum()
+        loss.backward()
+        return loss
+
+    assert optimizer.step(closure) == 4
+    # Adam's first step is lr long
+    torch.testing.assert_close(p.detach(), torch.full((4,), 0.9))
+    schedule.step()
+    assert optimizer.param_groups[0]["lr"] == 0.05
+    assert torch.equal(idle, torch.ones(4)) and idle not in optimizer.state
+
+
+def test_bad_settings_parameters_and_gradients_are_refused() -> None:
+    p = nn.Parameter(torch.ones(4, 3))
+    for settings, message in (
+        ({"lr": -1.0}, "lr and eps must be finite and at least 0, got -1.0"),
+        ({"betas": (0.9, 1.0)}, "betas must be two numbers"),
+        ({"clip_norm": 0.0}, "clip_norm must be above 0 or None, got 0.0"),
+    ):
+        with pytest.raises(ValueError, match=f"RowAdam: {message}"):
+            RowAdam([p], **settings)
+    with pytest.raises(ValueError, match=r"need matrices .* got shape \[4\]"):
+        RowAdam([{"params": [nn.Parameter(torch.ones(4))], "project": True}])
+    with pytest.raises(ValueError, match="must be contiguous"):
+        RowAdam([nn.Parameter(torch.ones(4, 3).T)])
+    with pytest.raises(TypeError, match="must be one of"):
+        RowAdam([nn.Parameter(torch.ones(4, dtype=torch.complex64))])
+    optimizer = RowAdam([p])
+    with pytest.raises(ValueError, match=r"must have its parameter's shape \[4, 3\]"):
+        optimizer.apply_gradients({p: torch.ones(3, 4)})
+    with pytest.raises(TypeError, match="must be dense"):
+        optimizer.apply_gradients({p: torch.ones(4, 3).to_sparse()})
+    assert torch.equal(p, torch.ones(4, 3))

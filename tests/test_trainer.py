@@ -1,0 +1,399 @@
+# SPDX-License-Identifier: Apache-2.0
+"""training: the fused step against autograd and dense PyTorch, schedules, metrics, bad input."""
+
+import io
+import json
+import math
+
+import pytest
+import torch
+from oracle import assert_accurate, identical, randn
+from rich.console import Console
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from mikernels.nn import TopKSAE
+from mikernels.optim import RowAdam
+from mikernels.training import TrainConfig, Trainer
+from mikernels.training.autograd import AutogradStep, dense_forward
+from mikernels.training.fused import FusedStep
+from mikernels.training.metrics import PARTS, Clock, History, Means
+from mikernels.training.progress import Reporter
+from mikernels.training.sources import TensorSource
+
+D, F, K, BATCH = 16, 96, 4, 64
+STEPS = 20
+
+
+def activations(n: int = 1024) -> torch.Tensor:
+    """Sparse combinations of 2 D hidden directions, off centre."""
+    directions = randn(2 * D, D, seed=1)
+    amounts = randn(n, 2 * D, seed=2).relu() * (randn(n, 2 * D, seed=4) > 1.3)
+    return amounts @ directions + 0.01 * randn(n, D, seed=3) + 2
+
+
+class Batches:
+    """A source of the given batches, and then the end."""
+
+    def __init__(self, batches: list[torch.Tensor]):
+        self.batches, self.d, self.at = batches, D, 0
+
+    def next_batch(self) -> torch.Tensor:
+        if self.at == len(self.batches):
+            raise StopIteration
+        self.at += 1
+        return self.batches[self.at - 1]
+
+    def state_dict(self) -> dict:
+        return {"at": self.at}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.at = state["at"]
+
+
+def make_sae(**settings) -> TopKSAE:
+    settings = {"dead_after": 300, "k_aux": 5, **settings}
+    return TopKSAE(D, F, K, generator=torch.Generator().manual_seed(0), **settings)
+
+
+def train(sae: TopKSAE | None = None, steps: int = STEPS, optimizer=None, **settings) -> History:
+    sae = make_sae() if sae is None else sae
+    size = settings.setdefault("batch_size", BATCH)
+    settings.setdefault("total_tokens", steps * size * settings.get("accumulation", 1))
+    config = TrainConfig(**{"lr": 3e-3, "log_every": 1, **settings})
+    source = TensorSource(activations(), size, seed=0)
+    return Trainer(sae, source, config, quiet=True, optimizer=optimizer).run()
+
+
+@pytest.mark.parametrize("loss", ["mse", "fvu"])
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_the_three_steps_agree(loss, accumulation) -> None:
+    histories = {
+        step: train(
+            make_sae(loss=loss),
+            step=step,
+            accumulation=accumulation,
+            warmup_steps=5,
+            k_start=8,
+            k_anneal_steps=6,
+            decay="cosine",
+        )
+        for step in ("fused", "autograd", "dense")
+    }
+    fused = histories["fused"]
+    assert max(fused.column("aux_loss")) > 0, "AuxK was never at work"
+    for other in (histories["autograd"], histories["dense"]):
+        for name in ("tokens", "lr", "k"):
+            assert fused.column(name) == other.column(name)
+        for name in ("loss", "mse", "fvu", "aux_loss", "l0", "dead_fraction"):
+            # rounding in the first step; what Adam makes of it (see training/autograd.py) later
+            assert fused.column(name)[0] == pytest.approx(other.column(name)[0], rel=2e-6)
+            assert fused.column(name) == pytest.approx(other.column(name), rel=1e-3, abs=1e-6)
+
+
+@pytest.mark.parametrize("loss", ["mse", "fvu"])
+@pytest.mark.parametrize("n_dead", [0, 3, 40])
+def test_fused_gradients_are_those_of_autograd(loss, n_dead) -> None:
+    x = [activations(BATCH), activations(2 * BATCH)[BATCH:]]
+    dead = torch.arange(n_dead) * 2
+    config = TrainConfig(total_tokens=2 * BATCH, clip_norm=None)
+
+    sae = make_sae(loss=loss)
+
+    def gradients(dtype: torch.dtype, fused: bool) -> list[torch.Tensor]:
+        sae.zero_grad()
+        sae.to(dtype)
+        with torch.no_grad():
+            sae.b_dec.fill_(1.5)
+            sae.b_enc.copy_(0.1 * randn(F, seed=7))
+        parameters = (sae.w_dec, sae.w_enc, sae.b_enc, sae.b_dec)
+        batches = [part.to(dtype) for part in x]
+        if fused:
+            step = FusedStep(sae, config)
+            step.optimizer.apply_gradients = lambda gradients: None  # type: ignore[method-assign]
+            step(batches, K, dead, Means(), Clock(History().parts))
+            return [step.gradients[p] for p in parameters]
+        for part in batches:
+            (dense_forward(sae, part, K, dead, Clock(History().parts)).loss / 2).backward()
+        return [p.grad for p in parameters]
+
+    ours = gradients(torch.float32, True)
+    eagers, oracles = gradients(torch.float32, False), gradients(torch.float64, False)
+    for actual, oracle, eager in zip(ours[:3], oracles[:3], eagers[:3], strict=True):
+        assert_accurate(actual, oracle, eager)
+    # db_dec is sum dy - w_enc^T db_enc, F terms of both signs
+    scale = (oracles[2].abs() @ sae.w_enc.detach().double().abs()).max().item()
+    assert_accurate(ours[3], oracles[3], eagers[3], scale=scale)
+
+
+def test_one_step_moves_the_weights_alike() -> None:
+    def weights(step: str) -> list[torch.Tensor]:
+        sae = make_sae()
+        train(sae, steps=1, step=step, eps=1e-3, clip_norm=0.5)
+        return list(sae.state_dict().values())
+
+    for fused, autograd in zip(weights("fused"), weights("autograd"), strict=True):
+        torch.testing.assert_close(fused, autograd, rtol=1e-4, atol=1e-6)
+
+
+def test_the_fused_step_makes_no_second_matrix_of_features() -> None:
+    sae = make_sae()
+    config = TrainConfig(total_tokens=100)
+    step = FusedStep(sae, config)
+    args = [activations(8)], K, torch.arange(20), Means(), Clock(History().parts)
+    step(*args)  # Adam's state and the dead rows' buffer are made now, once
+    states = [t for p in sae.parameters() for t in (p, *step.optimizer.state[p].values())]
+    kept = [t for t in (*states, *step.gradients.values()) if isinstance(t, torch.Tensor)]
+    known = {t.untyped_storage().data_ptr() for t in kept}
+    fresh = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            for t in tree_leaves(out):
+                if isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() not in known:
+                    fresh.append((t.numel(), str(func)))
+            return out
+
+    with Watch():
+        step(*args)
+    assert fresh and max(fresh)[0] < F * D, max(fresh)
+
+
+def test_training_explains_the_data_and_revives_dead_features() -> None:
+    with_aux, without = make_sae(dead_after=500), make_sae(dead_after=500, aux_coefficient=0.0)
+    history = train(with_aux, steps=300, lr=1e-2)
+    train(without, steps=300, lr=1e-2)
+    fvu = history.column("fvu")
+    assert fvu[-1] < 0.2 * fvu[0] and fvu[-1] < 0.1
+    assert history.rows[-1]["l0"] <= K
+    assert with_aux.dead().sum() < without.dead().sum()
+    norms = torch.linalg.vector_norm(with_aux.w_dec, dim=-1)
+    torch.testing.assert_close(norms, torch.ones(F))
+
+
+def test_b_dec_starts_at_the_geometric_median() -> None:
+    for init, low, high in ((True, 1.5, 2.6), (False, 0, 0.1)):
+        sae = make_sae()
+        train(sae, steps=1, lr=1e-5, init_b_dec=init)
+        assert low <= sae.b_dec.mean() <= high
+
+
+def test_accumulated_micro_batches_are_one_batch() -> None:
+    """With mse and the fvu's normaliser aside, four quarters average to the whole."""
+    whole, quarters = make_sae(aux_coefficient=0.0), make_sae(aux_coefficient=0.0)
+    a = train(whole, steps=5, init_b_dec=False)
+    b = train(quarters, steps=5, init_b_dec=False, batch_size=BATCH // 4, accumulation=4)
+    assert a.column("mse") == pytest.approx(b.column("mse"), rel=1e-5)
+    torch.testing.assert_close(whole.w_dec, quarters.w_dec, rtol=1e-4, atol=1e-5)
+
+
+def test_bfloat16_weights_train_with_float32_state() -> None:
+    for step in ("fused", "autograd"):
+        sae = make_sae()
+        config = TrainConfig(
+            total_tokens=60 * BATCH, batch_size=BATCH, lr=1e-2, dtype="bfloat16", step=step
+        )
+        trainer = Trainer(sae, TensorSource(activations(), BATCH), config, quiet=True)
+        fvu = trainer.run().column("fvu")
+        assert fvu[-1] < 0.5 * fvu[0]
+        assert sae.w_enc.dtype == torch.bfloat16
+        assert isinstance(trainer.optimizer, RowAdam)
+        state = trainer.optimizer.state[sae.w_enc]
+        assert state["exp_avg_sq"].dtype == torch.float32 and state["exp_avg_sq"].max() > 0
+
+
+def test_any_torch_optimizer_serves_the_autograd_step() -> None:
+    sae = make_sae()
+    optimizer = torch.optim.SGD(sae.parameters(), lr=1.0, momentum=0.9)
+    fvu = train(sae, steps=60, step="autograd", optimizer=optimizer, lr=0.05).column("fvu")
+    assert fvu[-1] < 0.7 * fvu[0]
+    assert optimizer.param_groups[0]["lr"] == 0.05
+    with pytest.raises(TypeError, match="needs a mikernels.optim.RowAdam, got SGD"):
+        train(sae, step="fused", optimizer=optimizer)
+
+
+def test_a_given_row_adam_equals_the_default() -> None:
+    a, b = make_sae(), make_sae()
+    constrained = {"params": [b.w_dec], "project": True, "unit_norm": True}
+    rest = {"params": [b.w_enc, b.b_enc, b.b_dec]}
+    train(a, steps=4)
+    train(b, steps=4, optimizer=RowAdam([constrained, rest], clip_norm=1.0))
+    assert all(identical(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+
+
+def test_schedules() -> None:
+    config = TrainConfig(
+        total_tokens=1000, batch_size=10, warmup_steps=10, decay="linear", decay_steps=20, lr=1.0
+    )
+    lrs = [config.lr_at(step) for step in range(config.total_steps)]
+    assert lrs[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])
+    assert set(lrs[9:81]) == {1.0}
+    assert lrs[80:] == pytest.approx([1 - i / 20 for i in range(20)])
+    cosine = TrainConfig(total_tokens=1000, batch_size=10, decay="cosine", lr=2.0)
+    assert cosine.lr_at(0) == 2.0 and cosine.lr_at(50) == pytest.approx(1.0)
+    assert 0 < cosine.lr_at(99) < 1e-3
+    annealed = TrainConfig(total_tokens=1000, batch_size=10, k_start=96, k_anneal_steps=10)
+    ks = [annealed.k_at(step, K) for step in range(12)]
+    assert ks[0] == 96 and ks[5] == 50 and ks[10:] == [K, K]
+    assert TrainConfig.from_dict(json.loads(json.dumps(annealed.to_dict()))) == annealed
+
+
+def test_rows_are_means_of_their_interval_and_parts_add_up() -> None:
+    each, tens = train(), train(log_every=10)
+    assert [row["step"] for row in tens.rows] == [10, 20]
+    assert tens.column("tokens") == [10 * BATCH, 20 * BATCH]
+    losses = each.column("loss")
+    assert tens.column("loss") == pytest.approx([sum(losses[:10]) / 10, sum(losses[10:]) / 10])
+    assert set(tens.parts) == set(PARTS) and all(tens.parts[name] > 0 for name in PARTS)
+    total = sum(row["step_ms"] for row in tens.rows) * 10
+    assert 1e3 * sum(tens.parts.values()) == pytest.approx(total)
+    # everything counts for tokens/s, the source too
+    busy = sum(BATCH * 10 / row["tokens_per_second"] for row in tens.rows)
+    assert busy > sum(tens.parts.values())
+    assert each.rows[0]["dead_fraction"] == 0
+
+
+def test_the_end_of_a_source_ends_the_run(capfd) -> None:
+    batches = list(activations(5 * BATCH + 10).split(BATCH))
+    sae = make_sae()
+    config = TrainConfig(total_tokens=10**6, batch_size=BATCH, log_every=4)
+    history = Trainer(sae, Batches(batches), config, quiet=True).run()
+    assert history.column("step") == [4, 6] and history.column("tokens")[-1] == 5 * BATCH + 10
+    assert "the source ended after 330 of 1,000,000 tokens" in capfd.readouterr().err
+    # a step without all of its micro-batches is not taken
+    config = TrainConfig(total_tokens=10**6, batch_size=BATCH, accumulation=4)
+    assert Trainer(sae, Batches(batches), config, quiet=True).run().column("step") == [1]
+    with pytest.raises(ValueError, match="must give at least the 4 batches of one step, got 2"):
+        Trainer(sae, Batches(batches[:2]), config, quiet=True).run()
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (torch.full((4, D), torch.nan), r"batch 3 must be finite, got NaN or inf in 4 of 4 rows"),
+        (torch.eye(D).mul(torch.inf).nan_to_num(0, torch.inf), "batch 3 must be finite"),
+        (torch.zeros(4, D + 1), rf"batch 3 must be \[batch, {D}\]"),
+        (torch.zeros(0, D), "with at least one row"),
+        (torch.zeros(4, D, dtype=torch.int64), "batch 3 must be a floating tensor"),
+    ],
+)
+def test_a_bad_batch_is_named_and_touches_no_weight(bad, message) -> None:
+    good = list(activations(2 * BATCH).split(BATCH))
+    reference, sae = make_sae(), make_sae()
+    config = TrainConfig(total_tokens=2 * BATCH, batch_size=BATCH)
+    Trainer(reference, Batches(good), config, quiet=True).run()
+    config = TrainConfig(total_tokens=10 * BATCH, batch_size=BATCH)
+    with pytest.raises((TypeError, ValueError), match=message):
+        Trainer(sae, Batches([*good, bad]), config, quiet=True).run()
+    assert all(
+        identical(p, q) for p, q in zip(reference.parameters(), sae.parameters(), strict=True)
+    )
+
+
+def test_a_large_finite_batch_is_not_refused() -> None:
+    # its sum overflows, it does not
+    huge = torch.full((4, D), 3e38)
+    source = Batches([activations(BATCH), huge])
+    config = TrainConfig(total_tokens=10**6, batch_size=BATCH, log_every=1)
+    with pytest.raises(FloatingPointError, match="loss must be finite"):
+        Trainer(make_sae(), source, config, quiet=True).run()
+
+
+@pytest.mark.parametrize("step", ["fused", "autograd"])
+def test_a_diverged_run_stops_and_says_so(step, tmp_path) -> None:
+    config = TrainConfig(
+        total_tokens=50 * BATCH,
+        batch_size=BATCH,
+        lr=1e38,
+        clip_norm=None,
+        warmup_steps=0,
+        log_every=5,
+        checkpoint_every=1,
+        step=step,
+    )
+    sae = make_sae(normalize_decoder=False)
+    trainer = Trainer(sae, TensorSource(activations(), BATCH), config, out_dir=tmp_path, quiet=True)
+    with pytest.raises(FloatingPointError, match=r"must be finite, got .* in steps \d+ to \d+; low"):
+        trainer.run()
+    for path in tmp_path.glob("checkpoint-*/sae.safetensors"):
+        from safetensors.torch import load_file
+
+        assert all(t.isfinite().all() for t in load_file(path).values())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"total_tokens": 0}, "total_tokens must be at least 1, got 0"),
+        ({"batch_size": 1.5}, "batch_size must be an int, got 1.5"),
+        ({"step": "jit"}, r"step must be one of \['fused', 'autograd', 'dense'\], got 'jit'"),
+        ({"lr": 0.0}, "lr must be finite and above 0"),
+        ({"lr": math.nan}, "lr must be finite"),
+        ({"lr": "1e-3"}, "lr must be a number, got '1e-3'"),
+        ({"betas": (0.9, 1.0)}, "betas must be two numbers"),
+        ({"clip_norm": -1.0}, "clip_norm must be finite and above 0"),
+        ({"warmup_steps": 99}, r"warmup_steps \+ decay_steps must be at most 10"),
+        ({"decay": "step"}, "decay must be one of"),
+        ({"decay_steps": 5}, "decay_steps must be None with decay='constant'"),
+        ({"k_start": 8}, "k_start and k_anneal_steps must be given together, got 8 and 0"),
+        ({"k_start": 8, "k_anneal_steps": 99}, "k_anneal_steps must be at most 10"),
+        ({"dtype": "float16"}, "dtype must be one of"),
+        ({"keep_checkpoints": 0}, "keep_checkpoints must be at least 1"),
+    ],
+)
+def test_bad_settings_are_refused(settings, message) -> None:
+    with pytest.raises((TypeError, ValueError), match=f"TrainConfig: {message}"):
+        TrainConfig(**{"total_tokens": 10 * BATCH, "batch_size": BATCH, **settings})
+    with pytest.raises(ValueError, match=r"got \['momentum'\]"):
+        TrainConfig.from_dict({"total_tokens": 1, "momentum": 0.9})
+
+
+def test_parts_that_do_not_fit_are_refused_before_any_work() -> None:
+    source = TensorSource(activations(), BATCH)
+    config = TrainConfig(total_tokens=640, batch_size=BATCH)
+    with pytest.raises(ValueError, match="source.d must be the SAE's d = 8, got 16"):
+        Trainer(TopKSAE(8, 32, 2), source, config)
+    with pytest.raises(ValueError, match="source.batch_size must be config.batch_size = 32, got 64"):
+        Trainer(make_sae(), source, TrainConfig(total_tokens=640, batch_size=32))
+    with pytest.raises(ValueError, match="k_start must be in 1..96"):
+        annealed = TrainConfig(total_tokens=640, batch_size=64, k_start=97, k_anneal_steps=2)
+        Trainer(make_sae(), source, annealed)
+    with pytest.raises(TypeError, match="trains float32 or bfloat16 weights, got torch.float64"):
+        Trainer(make_sae(dtype=torch.float64), source, config)
+    with pytest.raises(TypeError, match="float32 baseline, got torch.bfloat16"):
+        Trainer(make_sae(dtype=torch.bfloat16), source, config, step="dense")
+
+
+def test_float64_trains_under_autograd() -> None:
+    fvu = train(make_sae(dtype=torch.float64), steps=30, step="autograd").column("fvu")
+    assert fvu[-1] < fvu[0]
+
+
+def test_the_console_shows_a_bar_or_lines_or_nothing() -> None:
+    row = train(steps=1).rows[0]
+    for terminal, quiet, expected in (
+        (True, False, "fused"),
+        (False, False, "step 1/5  FVU"),
+        (False, True, ""),
+        (True, True, ""),
+    ):
+        text = io.StringIO()
+        console = Console(file=text, force_terminal=terminal, width=120)
+        with Reporter(5, 0, quiet=quiet, title="fused", console=console) as report:
+            report.step(1)
+            report.log(row)
+        shown = text.getvalue()
+        assert expected in shown and bool(expected) == bool(shown)
+        if expected:
+            assert all(word in shown for word in ("FVU", "L0", "dead", "tokens/s"))
+    report.note("where the work is")
+    assert "where the work is" in text.getvalue()
+
+
+def test_autograd_step_leaves_no_gradients_behind() -> None:
+    sae = make_sae()
+    step = AutogradStep(sae, TrainConfig(total_tokens=10))
+    no_dead = torch.empty(0, dtype=torch.int64)
+    step([activations(BATCH)], K, no_dead, Means(), Clock(History().parts))
+    assert all(p.grad is None for p in sae.parameters())
