@@ -26,7 +26,7 @@ class Shape:
 SHAPES = {
     shape.name: shape
     for shape in (
-        Shape("smoke", 64, 48, 640, 8),
+        Shape("smoke", 64, 64, 640, 8),
         Shape("S0", 4096, 576, 18432, 32),
         Shape("S1", 4096, 768, 24576, 32),
         Shape("S2", 1024, 2304, 65536, 64),

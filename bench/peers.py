@@ -91,6 +91,9 @@ def saelens_trainer(weights: Weights, k: int, lr: float, batch: int) -> Any:
         sae.W_dec.copy_(weights.w_dec)
         sae.b_dec.copy_(weights.b_dec)
     settings = config.SAETrainerConfig(
-        total_training_samples=1_000_000 * batch, train_batch_size_samples=batch, lr=lr
+        total_training_samples=1_000_000 * batch,
+        train_batch_size_samples=batch,
+        lr=lr,
+        lr_end=lr,
     )
     return trainer.SAETrainer(settings, sae, iter(()))

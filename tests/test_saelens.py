@@ -272,6 +272,7 @@ def test_saelens_export_never_shows_a_mixture(tmp_path, monkeypatch):
         monkeypatch.undo()
         with pytest.raises(FileNotFoundError, match=r"cfg.json"):
             load_sae(folder)
+        assert not list(folder.glob(".*"))
 
 
 def test_saelens_export_rejects_bad_arguments(tmp_path):

@@ -88,8 +88,11 @@ std::tuple<Tensor, Tensor> encode(Tensor x, Tensor w, OptionalTensor b_enc, Opti
                     data_or_null<double>(scale), k, relu, mutable_data<double>(values),
                     mutable_data<int64_t>(indices));
     } else {
-      Encoder<scalar_t>(x, w, b_enc, b_dec, scale, k)
-          .run(mutable_data<scalar_t>(values), mutable_data<int64_t>(indices), relu);
+      const int64_t chunk = tokens_a_chunk(k, w.size(0), w.size(1));
+      for (int64_t first = 0; first < n; first += chunk)
+        Encoder<scalar_t>(x, first, std::min(chunk, n - first), w, b_enc, b_dec, scale, k)
+            .run(mutable_data<scalar_t>(values) + first * k,
+                 mutable_data<int64_t>(indices) + first * k, relu);
     }
   });
   return {values, indices};

@@ -14,14 +14,28 @@ constexpr double kEvaluation = 16 * 0x1p-24, kUp = 1 + 0x1p-20;
 // below this packing the weights costs more than it saves (S1, 2 Zen 3 cores)
 constexpr int64_t kDirectTokens = 8, kDirectScores = 1 << 22;
 
-int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
+// about k (1 + ln(F / k)) candidates pass through a list on random rows: 4 k keeps compactions rare
+inline int64_t list_capacity(int64_t k, int64_t features) {
+  return std::min<int64_t>(4 * k + 64, features + 1);
+}
+
+// as many tokens as fit 64 MB of lists and packed rows; packing the weights once more for each such
+// chunk costs 2 % of screening 8192 tokens
+inline int64_t tokens_a_chunk(int64_t k, int64_t features, int64_t d) {
+  const int64_t bytes = list_capacity(k, features) * static_cast<int64_t>(sizeof(Candidate)) + 2 * d;
+  return std::max<int64_t>((64 << 20) / bytes / kTokenPadding * kTokenPadding, kTokenPadding);
+}
+
+inline int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 
 template <class T>
 class Encoder {
  public:
-  Encoder(const Tensor& x, const Tensor& w, const OptionalTensor& b_enc, const OptionalTensor& b_dec,
+  // tokens first..first + count of x
+  Encoder(const Tensor& x, int64_t first, int64_t count, const Tensor& w, const OptionalTensor& b_enc, const OptionalTensor& b_dec,
           const OptionalTensor& scale, int64_t k)
-      : x_(x), w_(w), k_(k), tokens_(x.size(0)), features_(w.size(0)), d_(w.size(1)),
+      : x_(data<T>(x) + first * x.stride(0)), ldx_(x.stride(0)), w_(w), k_(k), tokens_(count),
+        features_(w.size(0)), d_(w.size(1)),
         padded_(round_up(d_, kDimPadding)), transposed_(w.stride(1) != 1 && d_ > 1),
         b_enc_(data_or_null<T>(b_enc)), b_dec_(data_or_null<T>(b_dec)),
         scale_(data_or_null<T>(scale)) {}
@@ -44,7 +58,9 @@ class Encoder {
   }
 
  private:
-  const Tensor &x_, &w_;
+  const T* x_;
+  const int64_t ldx_;
+  const Tensor& w_;
   const int64_t k_, tokens_, features_, d_, padded_;
   const bool transposed_;
   const T *b_enc_, *b_dec_, *scale_;
@@ -57,7 +73,7 @@ class Encoder {
   // x[n] - b_dec, rounded to fp32 once: from here on these numbers are exact
   template <class Out>
   void centred(int64_t n, Out* out) const {
-    const T* row = data<T>(x_) + n * x_.stride(0);
+    const T* row = x_ + n * ldx_;
     for (int64_t i = 0; i < d_; ++i) {
       const float value = static_cast<float>(row[i]);
       out[i] = b_dec_ == nullptr ? value : value - static_cast<float>(b_dec_[i]);
@@ -66,8 +82,7 @@ class Encoder {
 
   void pack_tokens() {
     token_slots_ = round_up(tokens_, kTokenPadding);
-    // a list refills 1 + ln(F / k) times on random rows; 4 k keeps compactions rare
-    capacity_ = std::min<int64_t>(4 * k_ + 64, features_ + 1);
+    capacity_ = list_capacity(k_, features_);
     tiles_.reset(new uint16_t[token_slots_ * padded_]());
     for (auto* terms : {&sx_, &ex_, &nx_, &tau_}) terms->reset(new float[token_slots_]());
     candidates_.reset(new Candidate[tokens_ * capacity_]);

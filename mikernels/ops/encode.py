@@ -21,7 +21,8 @@ fp32, whose order is the fp32 order that is returned. Bounds that are not finite
 outside 2^-60..2^60) pass the screen by construction, and a full candidate list is rescored on the
 spot, so there is no case that the screen decides alone and none that overflows.
 
-Scratch: one 16-bit panel of w_enc (at most 16 MB), x^ and 4k + 64 candidates a token.
+Scratch: one 16-bit panel of w_enc (16 MB; 48 MB if its rows are strided) and, for chunks of tokens
+that fit 64 MB, x^ and 4k + 64 candidates of 16 bytes a token. Time O(N F d) in 16-bit products.
 """
 
 from __future__ import annotations
