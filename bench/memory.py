@@ -16,10 +16,18 @@ from __future__ import annotations
 
 import ctypes
 import multiprocessing
+from collections.abc import Callable
 from contextlib import nullcontext
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+
+import torch
+
+from mikernels import force_level
+
+from . import load
+from .declare import SHAPES, Runner
 
 LIMIT_SECONDS = 300
 STATUS = Path("/proc/self/status")
@@ -49,12 +57,6 @@ def peak_extra(op: str, shape: str, mode: str, provider: str, threads: int) -> d
 
 
 def _child(pipe: Connection, op: str, shape: str, mode: str, name: str, threads: int) -> None:
-    import torch
-    from mikernels.bench import load
-    from mikernels.bench.declare import SHAPES
-
-    from mikernels import force_level
-
     torch.set_num_threads(threads)
     try:
         benchmark = load(op)
@@ -64,22 +66,27 @@ def _child(pipe: Connection, op: str, shape: str, mode: str, name: str, threads:
             small = benchmark.inputs(SHAPES["smoke"], mode, 0)
             _call(provider.build(small, mode))
             inputs = benchmark.inputs(SHAPES[shape], mode, 0)
-            _trim()
-            base = _kilobytes("VmRSS")
-            runner = provider.build(inputs, mode)
-            _call(runner)
-            if runner.before is not None:
-                runner.before()
-            _trim()
-            CLEAR.write_text("5")
-            runner.run()
-            pipe.send({"bytes": max(0, _kilobytes("VmHWM") - base) * 1024})
+            pipe.send({"bytes": extra_here(lambda: provider.build(inputs, mode))})
     except Exception as error:
         # crosses a process boundary: the reason is shown in the report's memory column
         pipe.send({"reason": f"{type(error).__name__}: {error}"})
 
 
-def _call(runner) -> None:
+def extra_here(build: Callable[[], Runner]) -> int:
+    """Steps 2 to 4 in this process, inputs in place: bytes above them at the peak of a call."""
+    _trim()
+    base = _kilobytes("VmRSS")
+    runner = build()
+    _call(runner)
+    if runner.before is not None:
+        runner.before()
+    _trim()
+    CLEAR.write_text("5")
+    runner.run()
+    return max(0, _kilobytes("VmHWM") - base) * 1024
+
+
+def _call(runner: Runner) -> None:
     if runner.before is not None:
         runner.before()
     runner.run()

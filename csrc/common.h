@@ -72,21 +72,21 @@ void parallel(int64_t count, int64_t grain, const F& f) {
   if (failed) throw std::runtime_error(what);
 }
 
-#define MIK_DISPATCH_CASE(ENUM, TYPE, ...) \
+#define MIK_DISPATCH_CASE(ENUM, TYPE, ...)    \
   case torch::headeronly::ScalarType::ENUM: { \
-    using scalar_t = TYPE;                 \
-    __VA_ARGS__();                         \
-    break;                                 \
+    using scalar_t = TYPE;                    \
+    __VA_ARGS__();                            \
+    break;                                    \
   }
 
 // runs the lambda with scalar_t bound to the tensor's floating type
-#define MIK_DISPATCH_FLOATING(TENSOR, ...)                                     \
-  switch ((TENSOR).scalar_type()) {                                            \
-    MIK_DISPATCH_CASE(Float, float, __VA_ARGS__)                               \
-    MIK_DISPATCH_CASE(Double, double, __VA_ARGS__)                             \
-    MIK_DISPATCH_CASE(BFloat16, torch::headeronly::BFloat16, __VA_ARGS__)      \
-    MIK_DISPATCH_CASE(Half, torch::headeronly::Half, __VA_ARGS__)              \
-    default:                                                                   \
+#define MIK_DISPATCH_FLOATING(TENSOR, ...)                                        \
+  switch ((TENSOR).scalar_type()) {                                               \
+    MIK_DISPATCH_CASE(Float, float, __VA_ARGS__)                                  \
+    MIK_DISPATCH_CASE(Double, double, __VA_ARGS__)                                \
+    MIK_DISPATCH_CASE(BFloat16, torch::headeronly::BFloat16, __VA_ARGS__)         \
+    MIK_DISPATCH_CASE(Half, torch::headeronly::Half, __VA_ARGS__)                 \
+    default:                                                                      \
       throw std::runtime_error("expected float32, float64, bfloat16 or float16"); \
   }
 

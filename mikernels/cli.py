@@ -24,8 +24,6 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command()(train)
-
 # what library code raises for bad input, before any work is done
 BAD_INPUT = (ValueError, TypeError, IndexError, KeyError, ImportError, FileNotFoundError)
 BAD_INPUT += (FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
@@ -67,7 +65,7 @@ def info(
         render(facts, Console())
 
 
-@app.command(rich_help_panel="Commands")
+@app.command()
 def demo(
     data: Annotated[
         str, typer.Option(help="smollm2 (a language model's activations) or mnist (digits).")
@@ -126,6 +124,9 @@ def demo(
     )
     agree = run_demo(options, out, Console())
     raise typer.Exit(0 if agree else 1)
+
+
+app.command()(train)
 
 
 @app.command(

@@ -1,0 +1,243 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`mikernels train`: a TopK SAE on the user's own activations, or on those of a local model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from mikernels.training.sources import Source
+
+ACTIVATIONS, SAE, TRAINING, OUTPUT = "Activations", "SAE", "Training", "Output"
+SUFFIXES = {"k": 10**3, "m": 10**6, "b": 10**9}
+
+
+def count(text: str | int) -> int:
+    """A whole number, or one with a suffix: 500k, 10M, 1.5B."""
+    digits, unit = str(text).strip().replace(",", "").replace("_", ""), 1
+    if digits[-1:].lower() in SUFFIXES:
+        digits, unit = digits[:-1], SUFFIXES[digits[-1].lower()]
+    try:
+        number = float(digits) * unit
+    except ValueError as error:
+        raise typer.BadParameter(f"expected a number such as 500k or 10M, got {text!r}") from error
+    if number < 1 or number != int(number):
+        raise typer.BadParameter(f"expected a whole number of at least 1, got {text!r}")
+    return int(number)
+
+
+def option(help_text: str, panel: str, *names: str, **more):
+    return typer.Option(*names, help=help_text, rich_help_panel=panel, **more)
+
+
+def train(
+    activations: Annotated[
+        Path | None,
+        option("Folder of safetensors shards, or one file, of \\[rows, d].", ACTIVATIONS),
+    ] = None,
+    model: Annotated[
+        Path | None,
+        option("Instead: local folder of a Hugging Face model or a GGUF file.", ACTIVATIONS),
+    ] = None,
+    gguf_file: Annotated[
+        str | None, option("The GGUF file's name, if the folder has several.", ACTIVATIONS)
+    ] = None,
+    layer: Annotated[
+        int | None,
+        option("Decoder layer, from 0: the residual stream after it.", ACTIVATIONS),
+    ] = None,
+    text: Annotated[
+        list[Path] | None,
+        option("UTF-8 text file; may be repeated.", ACTIVATIONS, metavar="<path>"),
+    ] = None,
+    context: Annotated[int, option("Tokens of a context window.", ACTIVATIONS)] = 256,
+    skip_first: Annotated[
+        int, option("Positions of a window left out: attention sinks.", ACTIVATIONS)
+    ] = 1,
+    features: Annotated[
+        int | None, option("F, the number of features.", SAE, show_default="expansion x d")
+    ] = None,
+    expansion: Annotated[int, option("F / d, if --features is not given.", SAE)] = 16,
+    k: Annotated[int, option("Active features a token.", SAE)] = 32,
+    k_aux: Annotated[
+        int | None, option("Dead features a token revived by AuxK.", SAE, show_default="d / 2")
+    ] = None,
+    aux_coefficient: Annotated[float, option("Weight of AuxK; 0 is off.", SAE)] = 1 / 32,
+    dead_after: Annotated[
+        int,
+        option("Tokens without firing that make a feature dead.", SAE, parser=count, metavar="N"),
+    ] = 10_000_000,
+    loss: Annotated[str, option("mse or fvu.", SAE)] = "mse",
+    tokens: Annotated[
+        int | None,
+        option(
+            "Tokens to train on, e.g. 500k or 10M.",
+            TRAINING,
+            parser=count,
+            metavar="N",
+            show_default="the activations once",
+        ),
+    ] = None,
+    batch_size: Annotated[int, option("Tokens of a batch.", TRAINING)] = 4096,
+    accumulate: Annotated[int, option("Batches of a step.", TRAINING)] = 1,
+    lr: Annotated[float, option("Peak learning rate.", TRAINING)] = 3e-4,
+    warmup: Annotated[int, option("Steps of linear warm-up.", TRAINING)] = 0,
+    decay: Annotated[str, option("constant, linear or cosine, to zero.", TRAINING)] = "constant",
+    decay_steps: Annotated[
+        int | None, option("Length of the decay.", TRAINING, show_default="all after warm-up")
+    ] = None,
+    k_start: Annotated[
+        int | None, option("Begin with this k ...", TRAINING, show_default="k")
+    ] = None,
+    k_anneal: Annotated[int, option("... and reach --k after so many steps.", TRAINING)] = 0,
+    clip_norm: Annotated[float, option("Limit on the gradient norm; 0 is none.", TRAINING)] = 1.0,
+    dtype: Annotated[str, option("Of the weights: float32 or bfloat16.", TRAINING)] = "float32",
+    step: Annotated[
+        str, option("fused, autograd (any optimizer) or dense (plain PyTorch).", TRAINING)
+    ] = "fused",
+    optimizer: Annotated[
+        str | None,
+        option("A class of torch.optim, with --step autograd.", TRAINING, show_default="Adam"),
+    ] = None,
+    threads: Annotated[int | None, option("CPU threads.", TRAINING, show_default="torch's")] = None,
+    seed: Annotated[int, option("Seed of weights and order.", TRAINING)] = 0,
+    out: Annotated[Path, option("Folder of metrics.jsonl and checkpoints.", OUTPUT)] = Path(
+        "out/train"
+    ),
+    resume: Annotated[
+        bool, option("Continue from the newest checkpoint in --out.", OUTPUT, "--resume")
+    ] = False,
+    checkpoint_every: Annotated[int, option("Steps between checkpoints.", OUTPUT)] = 1000,
+    log_every: Annotated[int, option("Steps between metrics.", OUTPUT)] = 10,
+    export_saelens: Annotated[
+        Path | None, option("Also write the SAE for SAELens to this folder.", OUTPUT)
+    ] = None,
+) -> None:
+    """Train a TopK SAE on your own activations, or on those of a local model over text.
+
+    Activations are shards of safetensors files with a tensor "activations" of \\[rows, d], as
+    written by mikernels.training.shards.write_shards, or any file with a single 2-D tensor.
+
+    Examples:
+
+        mikernels train --activations acts/ --expansion 32 --k 32 --out out/sae
+
+        mikernels train --model ~/models/gpt2 --layer 6 --text corpus.txt --tokens 10M
+
+        mikernels train --activations acts/ --out out/sae --resume --export-saelens out/saelens
+    """
+    import torch
+
+    from mikernels.nn import TopKSAE
+    from mikernels.training import TrainConfig, Trainer
+
+    if optimizer is not None and step == "fused":
+        raise ValueError(
+            f"train: --optimizer needs --step autograd or dense, got --optimizer {optimizer} with "
+            f"--step fused, which has its own Adam"
+        )
+    if optimizer is not None and not hasattr(torch.optim, optimizer):
+        raise ValueError(
+            f"train: --optimizer must be a class of torch.optim such as Adam, AdamW or SGD, got "
+            f"{optimizer!r}"
+        )
+    if threads is not None:
+        torch.set_num_threads(threads)
+    source = _source(
+        activations, model, gguf_file, layer, text, context, skip_first, batch_size, seed
+    )
+    if tokens is None:
+        tokens = getattr(source, "n_rows", None)
+        if tokens is None:
+            raise ValueError("train: --tokens must be given with --model, e.g. --tokens 10M")
+    config = TrainConfig(
+        total_tokens=tokens,
+        batch_size=batch_size,
+        accumulation=accumulate,
+        step=step,
+        lr=lr,
+        warmup_steps=warmup,
+        decay=decay,
+        decay_steps=decay_steps,
+        k_start=k_start,
+        k_anneal_steps=k_anneal,
+        clip_norm=clip_norm or None,
+        dtype=dtype,
+        log_every=log_every,
+        checkpoint_every=checkpoint_every,
+        seed=seed,
+    )
+    sae = TopKSAE(
+        source.d,
+        features or expansion * source.d,
+        k,
+        k_aux=k_aux,
+        aux_coefficient=aux_coefficient,
+        dead_after=dead_after,
+        loss=loss,
+        generator=torch.Generator().manual_seed(seed),
+    )
+    chosen = None
+    if optimizer is not None:
+        chosen = getattr(torch.optim, optimizer)(sae.parameters(), lr=lr)
+    trainer = Trainer(sae, source, config, optimizer=chosen, out_dir=out)
+    if resume:
+        print(f"resumed at step {trainer.resume():,} of {config.total_steps:,}")
+    print(
+        f"TopK SAE: d {source.d:,}, F {sae.config.n_features:,}, k {k}; {tokens:,} tokens to {out}"
+    )
+    history = trainer.run()
+    if history.rows:
+        last = history.rows[-1]
+        print(
+            f"step {last['step']:,}: FVU {last['fvu']:.4f}, L0 {last['l0']:.1f}, dead "
+            f"{last['dead_fraction']:.1%}; saved in {out}"
+        )
+    if export_saelens is not None:
+        from mikernels.integrations.saelens import export_sae
+
+        hook = f"blocks.{layer}.hook_resid_post" if layer is not None else None
+        export_sae(sae, export_saelens, model_name=model.name if model else None, hook_name=hook)
+        print(f"SAELens: sae_lens.SAE.load_from_disk({str(export_saelens)!r})")
+
+
+def _source(
+    activations: Path | None,
+    model: Path | None,
+    gguf_file: str | None,
+    layer: int | None,
+    text: list[Path] | None,
+    context: int,
+    skip_first: int,
+    batch_size: int,
+    seed: int,
+) -> Source:
+    if (activations is None) == (model is None):
+        raise ValueError(
+            "train: give either --activations FOLDER, or --model FOLDER with --layer and --text"
+        )
+    if activations is not None:
+        from mikernels.training.sources import ShardSource
+
+        return ShardSource(activations, batch_size, seed)
+    if layer is None or not text:
+        raise ValueError("train: --model needs --layer NUMBER and --text FILE")
+    from mikernels.training.models import ModelSource
+    from mikernels.training.pretrained import TextFiles, load_model
+
+    assert model is not None
+    texts = TextFiles(text)  # a missing file is found before the model loads
+    network, tokenizer = load_model(model, gguf_file)
+    return ModelSource(
+        network,
+        tokenizer,
+        layer,
+        texts,
+        batch_size,
+        seed,
+        context=context,
+        skip_first=skip_first,
+    )

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`mikernels info`: everything that a bug report or a benchmark needs to know about this machine."""
+"""`mikernels info`: what a bug report or a benchmark needs to know about this machine."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import os
+import pkgutil
 import platform
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,10 @@ ENVIRONMENT = ("MIKERNELS_EXT", "MIKERNELS_ARCHS", "MIKERNELS_IMPL", "MIKERNELS_
 CPU_FLAGS = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vbmi2")
 CPU_FLAGS += ("avx512_vnni", "avx512_bf16", "amx_tile", "amx_int8", "amx_bf16", "amx_fp16")
 PACKAGES = ("torch", "triton", "numpy", "safetensors", "transformers", "sae-lens")
+OPTIONAL = {
+    "triton": ", for CUDA devices on Linux: pip install 'mikernels[triton]'",
+    "transformers": ", for language models: pip install 'mikernels[models]'",
+}
 UNITS = {"gflops": "GFLOP/s", "gops": "GOP/s", "gbs": "GB/s"}
 REMEDY = "MIKERNELS_EXT=cpu pip install --force-reinstall --no-deps ."
 
@@ -66,8 +71,12 @@ def collect(peaks: bool = False) -> dict[str, Any]:
     import torch
 
     import mikernels
-    from mikernels import _ext
+    from mikernels import _ext, ops
     from mikernels._dispatch import OPS
+
+    # an operator registers itself when its module is imported
+    for module in pkgutil.iter_modules(ops.__path__):
+        importlib.import_module(f"mikernels.ops.{module.name}")
 
     facts: dict[str, Any] = {
         "mikernels": mikernels.__version__,
@@ -96,7 +105,7 @@ def _facts_table(facts: dict[str, Any]) -> Table:
     table.add_row("mikernels", facts["mikernels"])
     table.add_row("python", f"{facts['python']}  [dim]{facts['platform']}[/]")
     for name, version in facts["packages"].items():
-        table.add_row(name, version or f"[dim]{_absence(name)}[/]")
+        table.add_row(name, version or f"[dim]{escape(_absence(name))}[/]")
     cpu = facts["cpu"]
     table.add_row("cpu", f"{cpu['model']}, {cpu['cores']} cores, {facts['threads']} threads")
     table.add_row("features", " ".join(cpu["features"]) or "[dim]none of those that are used[/]")
@@ -143,7 +152,7 @@ def render(facts: dict[str, Any], console: Console) -> None:
     console.print(_facts_table(facts))
     if not facts["extension"]["loaded"]:
         reason = facts["extension"]["reason"].split("; mend it with")[0]
-        text = f"Pure Python: the compiled kernels are absent.\n{escape(reason)}\n\nMend it with  {REMEDY}"
+        text = f"The compiled kernels are absent:\n{escape(reason)}\n\nMend it with  {REMEDY}"
         console.print(Panel(text, title="no extension", border_style="yellow", expand=False))
     table, notes = _operator_table(facts["operators"])
     console.print(table)

@@ -225,7 +225,7 @@ def test_saelens_load_names_the_damaged_file(tmp_path, name, damage):
 def test_saelens_load_rejects_json_that_is_no_object(tmp_path):
     write_peer(tmp_path, peer_config())
     (tmp_path / "cfg.json").write_text("[1, 2]")
-    with pytest.raises(ValueError, match=r"cfg.json must hold a JSON object, got list"):
+    with pytest.raises(ValueError, match=r"cfg.json must be a JSON object, got list"):
         load_sae(tmp_path)
 
 

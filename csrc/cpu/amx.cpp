@@ -15,8 +15,8 @@ struct alignas(64) TileConfig {
   uint16_t row_bytes[16];
   uint8_t rows[16];
 };
-// static: GCC 12's _tile_loadconfig tells the compiler of its first 8 bytes only, so the stores that
-// would fill a local one can be dropped
+// static: GCC 12's _tile_loadconfig tells the compiler of its first 8 bytes only, so the stores
+// that would fill a local one can be dropped
 const TileConfig kTiles = {
     1, 0, {}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
 

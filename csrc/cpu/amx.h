@@ -6,12 +6,13 @@
 
 namespace mik::amx {
 
-// set up and give back this thread's tile registers; oneDNN shares them, so never hold them across calls
+// set up and give back this thread's tile registers; oneDNN shares them, so never hold them across
+// calls
 void configure_tiles();
 void release_tiles();
 
-// out[32][32] = w[32 rows, ldw] x tile pair, fp32 sums of bf16 products; `pairs` is a multiple of 16.
-// x holds two tiles of 16 tokens as [pairs][16 tokens][2], tile_stride elements apart
+// out[32][32] = w[32 rows, ldw] x tile pair, fp32 sums of bf16 products; `pairs` is a multiple
+// of 16. x holds two tiles of 16 tokens as [pairs][16 tokens][2], tile_stride elements apart
 void multiply_tiles(const uint16_t* w, int64_t ldw, const uint16_t* x, int64_t tile_stride,
                     int64_t pairs, float* out);
 

@@ -28,8 +28,8 @@ Tensor decode(Tensor values, Tensor indices, Tensor w, OptionalTensor bias) {
       std::unique_ptr<const scalar_t*[]> rows(new const scalar_t*[k]);
       MIK_AT_LEVEL(decode_tokens<scalar_t, A>)(
           begin, end, k, d, data<scalar_t>(values), data<int64_t>(indices), data<scalar_t>(w),
-          w.stride(0), data_or_null<scalar_t>(bias), mutable_data<scalar_t>(y), sum.get(), rows.get(),
-          weights.get());
+          w.stride(0), data_or_null<scalar_t>(bias), mutable_data<scalar_t>(y), sum.get(),
+          rows.get(), weights.get());
     });
   });
   return y;

@@ -3,8 +3,8 @@
 
 #include "cpu/rows_body.h"
 
-// y[n] = bias + sum_j values[n, j] w[indices[n, j]] for tokens begin..end; `sum` is [d] scratch, `rows`
-// and `weights` are [k]
+// y[n] = bias + sum_j values[n, j] w[indices[n, j]] for tokens begin..end; `sum` is [d] scratch,
+// `rows` and `weights` are [k]
 template <class T, class A>
 static void decode_tokens(int64_t begin, int64_t end, int64_t k, int64_t d, const T* values,
                           const int64_t* indices, const T* w, int64_t ldw, const T* bias, T* y,

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// encode: exact top-k of (x - b_dec) w^T + b_enc without the matrix; the method and its proof are in
-// mikernels/ops/encode.py. encode_panels.h packs and deals out the work, encode_body.h screens,
+// encode: exact top-k of (x - b_dec) w^T + b_enc without the matrix; the method and its proof are
+// in mikernels/ops/encode.py. encode_panels.h packs and deals out the work, encode_body.h screens,
 // encode_lists.h selects.
 #include "cpu/encode.h"
 
@@ -17,7 +17,8 @@
 #include "cpu/each_level.h"
 #if MIK_X86_LEVELS
 #pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c,bmi,bmi2,popcnt,lzcnt,prefer-vector-width=512")
+#pragma GCC target( \
+    "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c,bmi,bmi2,popcnt,lzcnt,prefer-vector-width=512")
 namespace mik::amx {
 #define MIK_VECTOR_BYTES 64
 #define MIK_AMX_TILES
@@ -64,8 +65,9 @@ void encode_double(const Tensor& x, const Tensor& w, const double* b_enc, const 
 
 std::tuple<Tensor, Tensor> encode(Tensor x, Tensor w, OptionalTensor b_enc, OptionalTensor b_dec,
                                   OptionalTensor scale, int64_t k, bool relu) {
-  check(x.dim() == 2 && w.dim() == 2 && x.size(1) == w.size(1) && x.scalar_type() == w.scalar_type(),
-        "encode: expected x [N, d] and w_enc [F, d] of one dtype");
+  check(
+      x.dim() == 2 && w.dim() == 2 && x.size(1) == w.size(1) && x.scalar_type() == w.scalar_type(),
+      "encode: expected x [N, d] and w_enc [F, d] of one dtype");
   check(k >= 1 && k <= w.size(0), "encode: k must be in 1..F");
   check(w.size(0) < INT32_MAX, "encode: at most 2^31 - 2 features");
   x = dense_rows(x);

@@ -31,8 +31,8 @@ struct Panel {
   const float *scale, *bias, *rank, *p, *q, *r;
 };
 
-// quantised tokens: x[n] is sx[n] * q; ex and nx bound |x - x^| and |x^|; tau is the best known lower
-// bound of the k-th score
+// quantised tokens: x[n] is sx[n] * q; ex and nx bound |x - x^| and |x^|; tau is the best known
+// lower bound of the k-th score
 struct Tokens {
   const uint16_t* tiles;
   int64_t tile_stride;
@@ -42,8 +42,8 @@ struct Tokens {
   float* tau;
 };
 
-// the candidates of every token, `capacity` each; make_room(context, token) is called on a full list
-// and leaves space in it
+// the candidates of every token, `capacity` each; make_room(context, token) is called on a full
+// list and leaves space in it
 struct Lists {
   Candidate* candidates;
   int32_t* sizes;

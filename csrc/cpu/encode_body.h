@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The screen: 16-bit products of a feature block and a token tile, then the bound; compiled per level.
+// The screen: 16-bit products of a feature block and a token tile, then the bound; compiled per
+// level.
 
 #include "cpu/vectors_body.h"
 
@@ -61,10 +62,9 @@ static inline void screen_tokens(const Panel& panel, int64_t row, const Tokens& 
   for (int t = 0; t < kTileTokens; t += kLanes) {
     const int64_t n = first + t;
     const float_vector units = multiply(scale, load(tokens.sx + n));
-    const float_vector score =
-        multiply(multiply_add(load(products + t), units, bias), rank);
-    const float_vector slack = multiply_add(load(tokens.ex + n), p,
-                                            multiply_add(load(tokens.nx + n), q, r));
+    const float_vector score = multiply(multiply_add(load(products + t), units, bias), rank);
+    const float_vector slack =
+        multiply_add(load(tokens.ex + n), p, multiply_add(load(tokens.nx + n), q, r));
     // not below rather than at least: NaN passes
     unsigned mask = not_below(add(score, slack), load(tokens.tau + n));
     if (__builtin_expect(mask == 0, 1)) continue;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The encode driver: packs tokens and feature panels, shares them among threads. Included by encode.cpp
-// after the levels of encode_body.h.
+// The encode driver: packs tokens and feature panels, shares them among threads. Included by
+// encode.cpp after the levels of encode_body.h.
 #pragma once
 
 namespace mik {
@@ -22,7 +22,8 @@ inline int64_t list_capacity(int64_t k, int64_t features) {
 // as many tokens as fit 64 MB of lists and packed rows; packing the weights once more for each such
 // chunk costs 2 % of screening 8192 tokens
 inline int64_t tokens_a_chunk(int64_t k, int64_t features, int64_t d) {
-  const int64_t bytes = list_capacity(k, features) * static_cast<int64_t>(sizeof(Candidate)) + 2 * d;
+  const int64_t bytes =
+      list_capacity(k, features) * static_cast<int64_t>(sizeof(Candidate)) + 2 * d;
   return std::max<int64_t>((64 << 20) / bytes / kTokenPadding * kTokenPadding, kTokenPadding);
 }
 
@@ -32,12 +33,20 @@ template <class T>
 class Encoder {
  public:
   // tokens first..first + count of x
-  Encoder(const Tensor& x, int64_t first, int64_t count, const Tensor& w, const OptionalTensor& b_enc, const OptionalTensor& b_dec,
-          const OptionalTensor& scale, int64_t k)
-      : x_(data<T>(x) + first * x.stride(0)), ldx_(x.stride(0)), w_(w), k_(k), tokens_(count),
-        features_(w.size(0)), d_(w.size(1)),
-        padded_(round_up(d_, kDimPadding)), transposed_(w.stride(1) != 1 && d_ > 1),
-        b_enc_(data_or_null<T>(b_enc)), b_dec_(data_or_null<T>(b_dec)),
+  Encoder(const Tensor& x, int64_t first, int64_t count, const Tensor& w,
+          const OptionalTensor& b_enc, const OptionalTensor& b_dec, const OptionalTensor& scale,
+          int64_t k)
+      : x_(data<T>(x) + first * x.stride(0)),
+        ldx_(x.stride(0)),
+        w_(w),
+        k_(k),
+        tokens_(count),
+        features_(w.size(0)),
+        d_(w.size(1)),
+        padded_(round_up(d_, kDimPadding)),
+        transposed_(w.stride(1) != 1 && d_ > 1),
+        b_enc_(data_or_null<T>(b_enc)),
+        b_dec_(data_or_null<T>(b_dec)),
         scale_(data_or_null<T>(scale)) {}
 
   void run(T* values, int64_t* indices, bool relu) {
@@ -45,7 +54,8 @@ class Encoder {
       return direct(values, indices, relu);
     pack_tokens();
     const int64_t by_memory = kPanelBytes / (2 * padded_) / kRowPadding * kRowPadding;
-    const int64_t rows = std::min(std::max(by_memory, kRowPadding), round_up(features_, kRowPadding));
+    const int64_t rows =
+        std::min(std::max(by_memory, kRowPadding), round_up(features_, kRowPadding));
     panel_.reset(new uint16_t[rows * padded_]);
     terms_.reset(new float[6 * rows]);
     if (transposed_) panel_copy_.reset(new float[rows * d_]);
@@ -54,7 +64,8 @@ class Encoder {
       pack_panel(count, rows);
       screen_panel(count, rows);
     }
-    parallel(tokens_, 8, [&](int64_t begin, int64_t end) { finish(begin, end, values, indices, relu); });
+    parallel(tokens_, 8,
+             [&](int64_t begin, int64_t end) { finish(begin, end, values, indices, relu); });
   }
 
  private:
@@ -97,7 +108,8 @@ class Encoder {
         ex_[n] = static_cast<float>(error * kUp);
         nx_[n] = static_cast<float>((norm + error) * kUp);
         tau_[n] = -kInfinity;
-        uint16_t* tile = tiles_.get() + n / kTileTokens * kTileTokens * padded_ + n % kTileTokens * 2;
+        uint16_t* tile =
+            tiles_.get() + n / kTileTokens * kTileTokens * padded_ + n % kTileTokens * 2;
         for (int64_t pair = 0; pair < padded_ / 2; ++pair)
           std::memcpy(tile + pair * kTileTokens * 2, quantised.data() + pair * 2, 4);
       }
@@ -112,11 +124,15 @@ class Encoder {
     const auto at = [&](const auto& r) { return Row{r.scale, r.norm, r.error}; };
     switch (active_level()) {
 #if MIK_X86_LEVELS
-      case Level::amx: return at(amx::quantise_row(row, d_, out, padded_));
-      case Level::avx512: return at(avx512::quantise_row(row, d_, out, padded_));
-      case Level::avx2: return at(avx2::quantise_row(row, d_, out, padded_));
+      case Level::amx:
+        return at(amx::quantise_row(row, d_, out, padded_));
+      case Level::avx512:
+        return at(avx512::quantise_row(row, d_, out, padded_));
+      case Level::avx2:
+        return at(avx2::quantise_row(row, d_, out, padded_));
 #endif
-      default: return at(portable::quantise_row(row, d_, out, padded_));
+      default:
+        return at(portable::quantise_row(row, d_, out, padded_));
     }
   }
 
@@ -176,10 +192,11 @@ class Encoder {
 
   void screen_panel(int64_t count, int64_t rows) {
     const float* t = terms_.get();
-    const Panel panel{panel_.get(), padded_, count, first_, t, t + rows, t + 2 * rows, t + 3 * rows,
-                      t + 4 * rows, t + 5 * rows};
-    const Tokens tokens{tiles_.get(), kTileTokens * padded_, padded_ / 2, tokens_,
-                        sx_.get(), ex_.get(), nx_.get(), tau_.get()};
+    const Panel panel{panel_.get(), padded_,      count,        first_,       t,
+                      t + rows,     t + 2 * rows, t + 3 * rows, t + 4 * rows, t + 5 * rows};
+    const Tokens tokens{
+        tiles_.get(), kTileTokens * padded_, padded_ / 2, tokens_, sx_.get(), ex_.get(), nx_.get(),
+        tau_.get()};
     const Lists lists{candidates_.get(), sizes_.get(), capacity_, this, &Encoder::make_room};
     // half of the L2 for the tokens, the rest for what streams: 512 KB on Zen 3, 2 MB with AVX-512
     const int64_t l2 = active_level() >= Level::avx512 ? 1 << 20 : 1 << 18;

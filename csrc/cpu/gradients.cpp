@@ -43,9 +43,9 @@ Tensor gather_dot(Tensor rows, Tensor w, Tensor indices) {
   MIK_DISPATCH_FLOATING(rows, [&] {
     using A = accumulator_t<scalar_t>;
     parallel(n, 16, [&](int64_t begin, int64_t end) {
-      MIK_AT_LEVEL(dot_tokens<scalar_t, A>)(begin, end, k, d, data<scalar_t>(rows),
-                                              rows.stride(0), data<scalar_t>(w), w.stride(0),
-                                              data<int64_t>(indices), mutable_data<scalar_t>(out));
+      MIK_AT_LEVEL(dot_tokens<scalar_t, A>)(begin, end, k, d, data<scalar_t>(rows), rows.stride(0),
+                                            data<scalar_t>(w), w.stride(0), data<int64_t>(indices),
+                                            mutable_data<scalar_t>(out));
     });
   });
   return out;
@@ -62,8 +62,9 @@ void check_slots(const char* op, const Tensor& offsets, const Tensor& order, int
   check_indices(op, order, slots, slots);
 }
 
-// f(begin, end) over feature ranges of about equal work (slots plus one for the row that is written),
-// so that hot features do not leave one thread behind; a feature is never split, so sums stay ordered
+// f(begin, end) over feature ranges of about equal work (slots plus one for the row that is
+// written), so that hot features do not leave one thread behind; a feature is never split, so sums
+// stay ordered
 template <class F>
 void parallel_features(const Tensor& offsets, const F& f) {
   const int64_t* offset = data<int64_t>(offsets);
@@ -109,8 +110,8 @@ std::tuple<Tensor, Tensor> feature_sum(Tensor coefficients, Tensor rows, Tensor 
       std::unique_ptr<const scalar_t*[]> pointers(new const scalar_t*[hottest + 1]);
       MIK_AT_LEVEL(sum_features<scalar_t, A>)(
           begin, end, k, d, data<scalar_t>(coefficients), data<scalar_t>(rows), rows.stride(0),
-          offset, data<int64_t>(order), mutable_data<scalar_t>(dw),
-          mutable_data<scalar_t>(db), sum.get(), pointers.get(), weights.get());
+          offset, data<int64_t>(order), mutable_data<scalar_t>(dw), mutable_data<scalar_t>(db),
+          sum.get(), pointers.get(), weights.get());
     });
   });
   return {dw, db};
@@ -138,11 +139,11 @@ void sae_gradients(Tensor values, Tensor indices, Tensor offsets, Tensor order, 
   check_slots("sae_gradients_", offsets, order, values.numel());
   const auto run = [&]<class T, class W>(T*, W*) {
     parallel_features(offsets, [&](int64_t begin, int64_t end) {
-      MIK_AT_LEVEL(sae_features<T, W>)(
-          begin, end, k, d, data<T>(values), data<T>(dy), dy.stride(0), data<T>(x), x.stride(0),
-          data<W>(w_dec), w_dec.stride(0), data<int64_t>(offsets), data<int64_t>(order),
-          mutable_data<float>(dw_dec), mutable_data<float>(dw_enc), mutable_data<float>(db_enc),
-          accumulate);
+      MIK_AT_LEVEL(sae_features<T, W>)(begin, end, k, d, data<T>(values), data<T>(dy), dy.stride(0),
+                                       data<T>(x), x.stride(0), data<W>(w_dec), w_dec.stride(0),
+                                       data<int64_t>(offsets), data<int64_t>(order),
+                                       mutable_data<float>(dw_dec), mutable_data<float>(dw_enc),
+                                       mutable_data<float>(db_enc), accumulate);
     });
   };
   MIK_DISPATCH_FLOATING(dy, [&] {

@@ -6,16 +6,16 @@
 
 // out[n, j] = <rows[n], w[indices[n, j]]>
 template <class T, class A>
-static void dot_tokens(int64_t begin, int64_t end, int64_t k, int64_t d, const T* rows,
-                       int64_t ldr, const T* w, int64_t ldw, const int64_t* indices, T* out) {
+static void dot_tokens(int64_t begin, int64_t end, int64_t k, int64_t d, const T* rows, int64_t ldr,
+                       const T* w, int64_t ldw, const int64_t* indices, T* out) {
   for (int64_t n = begin; n < end; ++n)
     for (int64_t j = 0; j < k; ++j)
       out[n * k + j] =
           static_cast<T>(dot<T, T, A>(rows + n * ldr, w + indices[n * k + j] * ldw, d));
 }
 
-// dw[f] = sum over the slots of f of coefficient * rows[token], db[f] = sum of the coefficients; `sum` is
-// [d] scratch, `pointers` and `weights` hold the slots of the hottest feature
+// dw[f] = sum over the slots of f of coefficient * rows[token], db[f] = sum of the coefficients;
+// `sum` is [d] scratch, `pointers` and `weights` hold the slots of the hottest feature
 template <class T, class A>
 static void sum_features(int64_t begin, int64_t end, int64_t k, int64_t d, const T* coefficients,
                          const T* rows, int64_t ldr, const int64_t* offsets, const int64_t* order,
@@ -39,8 +39,8 @@ static void sum_features(int64_t begin, int64_t end, int64_t k, int64_t d, const
 
 // a += alpha x and b += beta y, with the rows that come next prefetched line by line alongside
 template <class T>
-static inline void add_pair(float* a, float alpha, const T* x, const T* next_x, float* b, float beta,
-                            const T* y, const T* next_y, int64_t d) {
+static inline void add_pair(float* a, float alpha, const T* x, const T* next_x, float* b,
+                            float beta, const T* y, const T* next_y, int64_t d) {
   constexpr int64_t line = 64 / sizeof(T);
   int64_t i = 0;
   for (; i + line <= d; i += line) {
@@ -58,8 +58,8 @@ static inline void add_pair(float* a, float alpha, const T* x, const T* next_x, 
   }
 }
 
-// one pass over features begin..end: w_dec[f] stays in L1 for all its tokens, and each token's dy row
-// serves the dot and the sum while it is there
+// one pass over features begin..end: w_dec[f] stays in L1 for all its tokens, and each token's dy
+// row serves the dot and the sum while it is there
 template <class T, class W>
 static void sae_features(int64_t begin, int64_t end, int64_t k, int64_t d, const T* values,
                          const T* dy, int64_t ldy, const T* x, int64_t ldx, const W* w_dec,

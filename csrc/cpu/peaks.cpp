@@ -57,12 +57,10 @@ Peaks measure_peaks(bool all_threads) {
     }
   });
   Peaks peaks{};
-  peaks.fma_gflops = best_rate(workers, [&](int64_t w) {
-    return MIK_AT_LEVEL(fma_flops)(kRounds, to[w].data());
-  });
-  peaks.madd16_gops = best_rate(workers, [&](int64_t w) {
-    return MIK_AT_LEVEL(madd16_ops)(kRounds, to[w].data());
-  });
+  peaks.fma_gflops =
+      best_rate(workers, [&](int64_t w) { return MIK_AT_LEVEL(fma_flops)(kRounds, to[w].data()); });
+  peaks.madd16_gops = best_rate(
+      workers, [&](int64_t w) { return MIK_AT_LEVEL(madd16_ops)(kRounds, to[w].data()); });
   if (active_level() == Level::amx)
     peaks.tile_gflops = best_rate(workers, [&](int64_t) { return amx::tile_flops(kRounds); });
   peaks.copy_gbs = best_rate(workers, [&](int64_t w) {

@@ -19,7 +19,8 @@ static double fma_flops(int64_t rounds, float* sink) {
   return 2.0 * 12 * lanes * static_cast<double>(rounds);
 }
 
-// int16 pair products with int32 sums, as the encode screen does them; 0 where there is no such unit
+// int16 pair products with int32 sums, as the encode screen does them; 0 where there is no such
+// unit
 static double madd16_ops(int64_t rounds, float* sink) {
 #if MIK_VECTOR_BYTES == 64
   __m512i a[12], x = _mm512_set1_epi16(3), y = _mm512_set1_epi16(5);

@@ -84,7 +84,8 @@ std::tuple<Tensor, Tensor> row_topk(Tensor scores, int64_t k, bool sorted) {
   Tensor values = empty(scores, {scores.size(0), k});
   Tensor indices = empty(scores, {scores.size(0), k}, ScalarType::Long);
   MIK_DISPATCH_FLOATING(scores, [&] {
-    run<scalar_t>(scores, k, sorted, mutable_data<scalar_t>(values), mutable_data<int64_t>(indices));
+    run<scalar_t>(scores, k, sorted, mutable_data<scalar_t>(values),
+                  mutable_data<int64_t>(indices));
   });
   return {values, indices};
 }

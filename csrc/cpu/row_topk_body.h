@@ -3,8 +3,8 @@
 
 #include "cpu/vectors_body.h"
 
-// lane maxima: bound[l] = max of row[l], row[l + lanes], ... ignoring NaN. Every lane holds a different
-// element, so the k-th largest maximum is at most the k-th largest element
+// lane maxima: bound[l] = max of row[l], row[l + lanes], ... ignoring NaN. Every lane holds a
+// different element, so the k-th largest maximum is at most the k-th largest element
 template <class A>
 static void lane_maxima(const A* row, int64_t n, A* maxima, int64_t lanes) {
   for (int64_t l = 0; l < lanes; ++l) maxima[l] = -__builtin_huge_val();

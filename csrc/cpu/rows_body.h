@@ -2,8 +2,9 @@
 // Weighted sums of rows; part of a body, so no include guard.
 
 // out[0:d] += sum_j weights[j] rows[j], in order. Four rows at a time, so that `out` is read and
-// written once per four; the next four are prefetched a cache line at a time alongside, since a burst
-// of prefetches fills the miss buffers and stalls (92 -> 38 ms for decode at S1, one Zen 3 core)
+// written once per four; the next four are prefetched a cache line at a time alongside, since a
+// burst of prefetches fills the miss buffers and stalls (92 -> 38 ms for decode at S1, one Zen 3
+// core)
 template <class T, class A>
 static void add_rows(A* out, int64_t d, const T* const* rows, const A* weights, int64_t count) {
   constexpr int64_t line = 64 / sizeof(T);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The few vector operations that loops cannot express, by vector width; part of a body, so no include
-// guard.
+// The few vector operations that loops cannot express, by vector width; part of a body, so no
+// include guard.
 
 #if MIK_VECTOR_BYTES == 64
 constexpr int kLanes = 16;

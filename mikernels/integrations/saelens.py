@@ -175,24 +175,29 @@ def _build(config: dict[str, Any], k: int, weights: dict[str, torch.Tensor]) -> 
     return sae
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def _require(path: Path) -> Path:
     if not path.is_file():
         raise FileNotFoundError(
             f"load_sae: folder must hold {CONFIG} and {WEIGHTS}, got no {path}; pass the folder "
             f"that SAELens' save_model or export_sae wrote"
         )
+    return path
+
+
+def _damaged(path: Path, expected: str, got: object) -> ValueError:
+    return ValueError(
+        f"load_sae: {path} must be {expected}, got {got}; it is truncated or of another format: "
+        f"copy or export the SAE again"
+    )
+
+
+def _read_config(path: Path) -> dict[str, Any]:
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(_require(path).read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"load_sae: {path} must be JSON, got {error}; it is truncated or of another format: "
-            f"copy or export the SAE again"
-        ) from error
+        raise _damaged(path, "JSON", error) from error
     if not isinstance(config, dict):
-        raise ValueError(
-            f"load_sae: {path} must hold a JSON object, got {type(config).__name__}; it is no SAE "
-            f"configuration"
-        )
+        raise _damaged(path, "a JSON object", type(config).__name__)
     # before version 6, TopK was an activation function of the "standard" architecture
     if config.get("activation_fn_str", config.get("activation_fn")) == "topk":
         k = (config.get("activation_fn_kwargs") or {}).get("k")
@@ -233,13 +238,8 @@ def _positive_int(config: dict[str, Any], key: str, path: Path) -> int:
 
 
 def _read_weights(path: Path, shapes: dict[str, list[int]]) -> dict[str, torch.Tensor]:
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"load_sae: folder must hold {CONFIG} and {WEIGHTS}, got no {path}; copy or export "
-            f"the SAE again"
-        )
     try:
-        with safe_open(str(path), framework="pt") as file:
+        with safe_open(str(_require(path)), framework="pt") as file:
             found = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
             if found != shapes:
                 raise ValueError(
@@ -248,10 +248,7 @@ def _read_weights(path: Path, shapes: dict[str, list[int]]) -> dict[str, torch.T
                 )
             return {name: file.get_tensor(name) for name in shapes}
     except SafetensorError as error:
-        raise ValueError(
-            f"load_sae: {path} must be a complete safetensors file, got {error}; it is truncated "
-            f"or of another format: copy or export the SAE again"
-        ) from error
+        raise _damaged(path, "a complete safetensors file", error) from error
 
 
 def _write(folder: Path, config: str, weights: dict[str, torch.Tensor]) -> None:

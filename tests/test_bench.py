@@ -1,0 +1,267 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The benchmarks run, judge before they time, and their files can be read back and drawn."""
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from mikernels.bench import NAMES, harness, load, memory, report, results, stats
+from mikernels.bench.cli import app
+from mikernels.bench.declare import SHAPES, Provider, Runner, Unavailable
+from typer.testing import CliRunner
+
+import mikernels
+
+SMOKE = SHAPES["smoke"]
+QUICK = harness.Options(rounds=2, budget=0.0, memory=False)
+
+
+def invoke(*words: object) -> tuple[int, str]:
+    """Exit code and output, free of the boxes and line breaks of a terminal."""
+    result = CliRunner().invoke(app, [str(word) for word in words])
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, re.sub(r"[\s│╭╮╰╯─]+", " ", result.output)
+
+
+def without_compile(*ops: str) -> str:
+    """Inductor takes seconds a kernel; one test of its own is enough."""
+    names = {entrant.name for op in ops for entrant in harness.entrants(load(op))}
+    return ",".join(sorted(names - {"compile"}))
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A results file with every op at the smoke shape, two rounds."""
+    path = tmp_path_factory.mktemp("bench") / "new" / "smoke.json"
+    words = ["--shape", "smoke", "--rounds", 2, "--budget", 0, "--no-memory", "--json", path]
+    code, output = invoke("all", *words, "--providers", without_compile(*NAMES))
+    assert code == 0, output
+    return path
+
+
+@pytest.mark.parametrize("op", NAMES)
+def test_bench_check(op: str) -> None:
+    code, output = invoke(op, "--shape", "smoke", "--check", "--providers", without_compile(op))
+    assert code == 0, output
+    for mode in load(op).modes:
+        assert f"{op} {mode} smoke" in output
+    # the gate alone: no times
+    assert "GFLOP/s" not in output
+
+
+def test_bench_json_holds_everything(measured: Path) -> None:
+    file = results.load(measured)
+    assert json.loads(json.dumps(file)) == file
+    assert {"cpu", "flags", "cores", "memory_gb", "torch", "git", "build", "load", "date"} <= set(
+        file["machine"]
+    )
+    assert file["peaks"]["all"]["fma_gflops"] > 0
+    cases = {(case["op"], case["mode"]): case for case in file["cases"]}
+    assert set(cases) == {(op, mode) for op in NAMES for mode in load(op).modes}
+    for case in cases.values():
+        names = [p["name"] for p in case["providers"]]
+        assert {"ours", "eager"} <= set(names)
+        for level in mikernels.supported_levels():
+            assert level == mikernels.cpu_level() or f"ours:{level}" in names
+        for p in case["providers"]:
+            assert p["status"] in ("ok", "absent") and (p["status"] == "ok" or p["reason"])
+            # levels below the one in use may stop at their share of the time
+            least = 0 if p["status"] == "absent" else 1 if ":" in p["name"] else 2
+            assert len(p["times_ms"]) >= least
+            if p["times_ms"]:
+                assert p["ms"]["p20"] <= p["ms"]["p50"] <= p["ms"]["p80"]
+        assert report.ratio(case, "eager")["ratio"] == 1.0
+
+
+def test_bench_resume_and_merge(measured: Path, tmp_path: Path) -> None:
+    path = tmp_path / "copy.json"
+    path.write_bytes(measured.read_bytes())
+    words = ["adam", "--shape", "smoke", "--rounds", 2, "--budget", 0, "--no-memory"]
+    words += ["--providers", "ours,eager", "--json", path]
+    code, output = invoke(*words, "--resume")
+    assert code == 0 and "kept from" in output
+    assert results.load(path)["cases"] == results.load(measured)["cases"]
+    code, output = invoke(*words, "--rounds", 3)
+    assert code == 0, output
+    before, after = results.load(measured)["cases"], results.load(path)["cases"]
+    assert len(after) == len(before)
+    assert [c for c in after if c["op"] != "adam"] == [c for c in before if c["op"] != "adam"]
+    assert len(report.provider(after[-1], "eager")["times_ms"]) == 3
+
+
+@pytest.mark.parametrize("suffix", [".svg", ".png"])
+def test_bench_plot_from_json_alone(measured: Path, tmp_path: Path, suffix: str) -> None:
+    pytest.importorskip("matplotlib")
+    pictures = []
+    for name in ("one", "two"):
+        out = tmp_path / "plots" / (name + suffix)
+        assert invoke("plot", measured, "--out", out) == (0, f"wrote {out} ")
+        pictures.append(out.read_bytes())
+    assert pictures[0] == pictures[1]
+    if suffix == ".svg":
+        text = pictures[0].decode()
+        assert "encode fwd, smoke" in text and "eager" in text
+
+
+def test_bench_compile_provider() -> None:
+    code, output = invoke("row_topk", "--shape", "smoke", "--mode", "fwd", "--check")
+    assert code == 0 and " compile 0.0e+00 ok " in output
+
+
+def swapped(op: str, **builds) -> object:
+    """The benchmark with eager and these providers only."""
+    benchmark = load(op)
+    others = tuple(Provider(name, build) for name, build in builds.items())
+    return dataclasses.replace(benchmark, providers=(benchmark.provider("eager"), *others))
+
+
+def top_k_with(change):
+    def build(inputs, mode):
+        def run():
+            values, indices = mikernels.row_topk(inputs.scores, inputs.k)
+            return dict(zip(("values", "indices"), change(inputs, values, indices), strict=True))
+
+        return Runner(run)
+
+    return build
+
+
+def other_feature(inputs, values, indices):
+    worst = inputs.scores.argmin(-1, keepdim=True)
+    indices = torch.cat([worst, indices[:, 1:]], 1)
+    return inputs.scores.gather(1, indices), indices
+
+
+WRONG = {
+    "other_feature": other_feature,
+    "twice": lambda inputs, v, i: (v[:, [0] * v.shape[1]], i[:, [0] * i.shape[1]]),
+    "other_values": lambda inputs, v, i: (v * 1.0001, i),
+    "nan": lambda inputs, v, i: (v.masked_fill(i == i[5, 0], torch.nan), i),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_bench_gate_fails_a_wrong_provider(
+    kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    wrong = swapped("row_topk", broken=top_k_with(WRONG[kind]))
+    monkeypatch.setattr("mikernels.bench.row_topk.BENCHMARK", wrong)
+    path = tmp_path / "out.json"
+    words = ["--shape", "smoke", "--mode", "fwd", "--rounds", 2, "--budget", 0, "--no-memory"]
+    code, output = invoke("row_topk", *words, "--json", path)
+    assert code == 1
+    assert "FAIL row_topk fwd smoke: broken" in output
+    (case,) = results.load(path)["cases"]
+    record = case["providers"][1]
+    assert record["status"] == "wrong" and record["reason"] and record["times_ms"] == []
+    assert report.ratio(case, "broken") is None and report.ratio(case, "eager")["ratio"] == 1.0
+
+
+def test_bench_gate_allows_another_order_and_other_ties() -> None:
+    backwards = swapped("row_topk", other=top_k_with(lambda _, v, i: (v.flip(1), i.flip(1))))
+    (_, other) = harness.measure(backwards, SMOKE, "fwd", QUICK)["providers"]
+    assert other["status"] == "ok"
+
+    benchmark = load("row_topk")
+    inputs = benchmark.inputs(SMOKE, "fwd", 0)
+    inputs.scores = torch.zeros_like(inputs.scores)
+    first = torch.arange(SMOKE.k).expand(SMOKE.n, -1)
+    zeros = torch.zeros(SMOKE.n, SMOKE.k)
+    low, high = ({"values": zeros, "indices": first + shift} for shift in (0, 100))
+    assert benchmark.check(inputs, "fwd", high, low).ok
+
+
+def test_bench_gate_wrong_gradient() -> None:
+    right = load("gradients").provider("eager").build
+
+    def build(batch, mode):
+        runner = right(batch, mode)
+        return Runner(lambda: {**(out := runner.run()), "b_enc": out["b_enc"] * 1.001})
+
+    (_, record) = harness.measure(swapped("gradients", bad=build), SMOKE, "bwd", QUICK)["providers"]
+    assert record["status"] == "wrong" and record["reason"].startswith("b_enc")
+
+
+def test_bench_shows_failing_and_absent_providers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def absent(inputs, mode):
+        raise Unavailable("not on this machine")
+
+    def breaks(inputs, mode):
+        raise RuntimeError("its own bug")
+
+    monkeypatch.setattr(
+        "mikernels.bench.row_topk.BENCHMARK", swapped("row_topk", gone=absent, buggy=breaks)
+    )
+    code, output = invoke("row_topk", "--shape", "smoke", "--check")
+    # a peer's failure is reported and is not ours
+    assert code == 0
+    assert "gone: absent: not on this machine" in output
+    assert "buggy: error: RuntimeError: its own bug" in output
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["unknown"], "op must be one of row_topk, encode"),
+        (["encode", "--shape", "S9"], "--shape must be one of S0, S1, S2, smoke, got 'S9'"),
+        (["encode", "--mode", "step"], "--mode must be one of bwd, fwd, got 'step'"),
+        (["encode", "--providers", "peer"], "--providers must match some of ours"),
+        (["encode", "--baseline", "peer"], "--baseline must be one of ours, eager"),
+        (["encode", "--device", "tpu"], "device must be cpu or cuda, got 'tpu'"),
+        (["encode", "--json", "out.json"], "--check measures nothing to save"),
+    ],
+)
+def test_bench_clear_errors(words: list[str], message: str) -> None:
+    code, output = invoke(*words, "--check")
+    assert code == 2 and message in output
+
+
+def test_bench_refuses_foreign_files(measured: Path, tmp_path: Path) -> None:
+    path = tmp_path / "file.json"
+    for text, message in (
+        ("{", "cannot read"),
+        ("[]", "is not a results file"),
+        ('{"schema": 0, "machine": {}, "peaks": {}, "cases": []}', "must have schema 1, got 0"),
+    ):
+        path.write_text(text)
+        code, output = invoke("plot", path, "--out", tmp_path / "a.svg")
+        assert code == 2 and message in output
+    file = results.load(measured)
+    code, output = invoke("plot", measured, "--out", tmp_path / "a.pdf")
+    assert code == 2 and "must end in .svg or .png" in output
+    results.save(path, {**file, "machine": {**file["machine"], "cpu": "another"}})
+    code, output = invoke("adam", "--shape", "smoke", "--json", path)
+    assert code == 2 and "choose another --json file" in output
+    results.save(path, {**file, "cases": []})
+    code, output = invoke("plot", path, "--out", tmp_path / "a.svg")
+    assert code == 2 and "hold no timed case" in output
+
+
+def test_bench_ratio_interval() -> None:
+    base, fast = [10.0, 10.2, 9.9, 10.1, 10.0, 30.0, 10.0], [2.0, 2.1, 1.9, 2.0, 2.0, 6.0, 2.0]
+    found = stats.ratio(base, fast)
+    assert found["ratio"] == 5.0
+    assert found["low"] <= 5.0 <= found["high"] and found["high"] - found["low"] < 1.0
+    # other numbers of rounds on the two sides are resampled apart
+    assert stats.ratio(base, fast[:3])["ratio"] == 5.0
+
+
+@pytest.mark.skipif(not memory.CLEAR.exists(), reason="needs Linux's /proc")
+def test_bench_memory_sees_temporaries_and_what_is_kept() -> None:
+    megabytes = 48
+
+    def build() -> Runner:
+        kept = torch.ones(megabytes << 18)
+        return Runner(lambda: {"total": (kept * 2).sum()})
+
+    # the kernel's counters are exact to a few hundred pages
+    assert abs(memory.extra_here(build) / 2**20 - 2 * megabytes) < 8
+    answer = memory.peak_extra("row_topk", "smoke", "fwd", "eager", 1)
+    assert 0 <= answer["bytes"] < 32 << 20
+    assert "KeyError" in memory.peak_extra("row_topk", "none", "fwd", "eager", 1)["reason"]

@@ -1,0 +1,411 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Activation sources: every row once an epoch, exact resume, bad data refused by name."""
+
+import json
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from mikernels.training.models import ModelSource
+from mikernels.training.pretrained import TextFiles, decoder_layers, load_model
+from mikernels.training.shards import open_shards, read_index, write_shards
+from mikernels.training.sources import ShardSource, SourceExhausted, TensorSource
+
+D = 6
+
+
+def numbered(n, d=D):
+    """Rows that say their own number in every column."""
+    return torch.arange(n, dtype=torch.float32)[:, None].expand(n, d).contiguous()
+
+
+def shards(folder, n=1000, rows_per_shard=384, **options):
+    parts = ({"activations": numbered(n)[i : i + 70]} for i in range(0, n, 70))
+    write_shards(folder, parts, rows_per_shard=rows_per_shard, **options)
+    return folder
+
+
+def row_numbers(source, batches):
+    return torch.cat([source.next_batch()[:, 0] for _ in range(batches)]).long()
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(1, 90), st.integers(1, 200), st.integers(0, 2**40))
+def test_tensor_source_gives_every_row_once_an_epoch(n, batch_size, seed):
+    source = TensorSource(numbered(n), batch_size, seed)
+    epochs = 3
+    seen = row_numbers(source, -(-epochs * n // batch_size))[: epochs * n].view(epochs, n)
+    assert torch.equal(seen.sort().values, torch.arange(n).expand(epochs, n))
+
+
+def test_tensor_source_order_changes_with_epoch_and_seed():
+    first, second = row_numbers(TensorSource(numbered(500), 500, 0), 2).view(2, 500)
+    other = row_numbers(TensorSource(numbered(500), 500, 1), 1)
+    assert not torch.equal(first, second)
+    assert not torch.equal(first, other)
+    assert not torch.equal(first, torch.arange(500))
+
+
+def test_tensor_source_keeps_extra_rows_beside_activations():
+    source = TensorSource(numbered(50), 20, labels=torch.arange(50) * 10)
+    rows = source.next_rows()
+    assert torch.equal(rows["activations"][:, 0].long() * 10, rows["labels"])
+
+
+@pytest.mark.parametrize("window_rows", [None, 256, 512])
+def test_shard_source_gives_every_row_once_an_epoch(tmp_path, window_rows):
+    source = ShardSource(shards(tmp_path), 100, window_rows=window_rows)
+    assert source.d == D
+    assert source.n_rows == 1000
+    seen = row_numbers(source, 20).view(2, 1000)
+    assert torch.equal(seen.sort().values, torch.arange(1000).expand(2, 1000))
+    assert not torch.equal(seen[0], seen[1])
+
+
+def test_shard_source_window_bounds_what_is_read(tmp_path):
+    source = ShardSource(shards(tmp_path, n=4096, rows_per_shard=1024), 32, window_rows=512)
+    # two chunks of 256 rows are in memory, from anywhere in the folder
+    chunks = (row_numbers(source, 16) // 256).unique()
+    assert len(chunks) == 2
+
+
+def test_shard_source_reads_low_precision_and_extra_tensors(tmp_path):
+    rows = {"activations": numbered(200), "token_ids": torch.arange(200)}
+    write_shards(tmp_path, [rows], dtype=torch.bfloat16, metadata={"layer": 3})
+    got = ShardSource(tmp_path, 200).next_rows()
+    assert got["activations"].dtype == torch.bfloat16
+    assert torch.equal(got["activations"][:, 0], got["token_ids"].bfloat16())
+    assert ShardSource(tmp_path, 200).next_batch().dtype == torch.float32
+    assert read_index(tmp_path)["metadata"] == {"layer": 3}
+
+
+def test_shard_source_takes_one_file_whatever_its_tensor_is_called(tmp_path):
+    save_file({"resid": numbered(30), "mean": torch.zeros(D)}, tmp_path / "x.safetensors")
+    source = ShardSource(tmp_path / "x.safetensors", 30)
+    assert row_numbers(source, 1).sort().values.tolist() == list(range(30))
+
+
+def check_resume(make, batches=12):
+    """Interrupt after every number of batches: the rest is the same."""
+    whole = make()
+    expected = [whole.next_batch() for _ in range(batches)]
+    for done in range(batches):
+        first = make()
+        for _ in range(done):
+            first.next_batch()
+        state = json.loads(json.dumps(first.state_dict()))
+        second = make()
+        second.load_state_dict(state)
+        for batch in expected[done:]:
+            assert torch.equal(second.next_batch(), batch)
+
+
+def test_tensor_source_resumes_exactly():
+    check_resume(lambda: TensorSource(numbered(100), 30, 7))
+
+
+def test_shard_source_resumes_exactly(tmp_path):
+    shards(tmp_path)
+    check_resume(lambda: ShardSource(tmp_path, 130, 7, window_rows=256), 20)
+
+
+def test_a_position_of_other_data_is_refused():
+    state = TensorSource(numbered(100), 10, seed=1).state_dict()
+    with pytest.raises(ValueError, match=r"shape \[100, 6\], expected \[90, 6\]"):
+        TensorSource(numbered(90), 10, seed=1).load_state_dict(state)
+    with pytest.raises(ValueError, match="seed 1, expected 2"):
+        TensorSource(numbered(100), 10, seed=2).load_state_dict(state)
+
+
+def test_tensor_source_refuses_bad_tensors():
+    with pytest.raises(ValueError, match=r"must be \[rows, d\], got \[3, 4, 5\]"):
+        TensorSource(torch.zeros(3, 4, 5), 2)
+    with pytest.raises(TypeError, match="must be floating, got torch.int64"):
+        TensorSource(torch.zeros(3, 4, dtype=torch.int64), 2)
+    with pytest.raises(ValueError, match="at least one row"):
+        TensorSource(torch.zeros(0, 4), 2)
+    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+        TensorSource(torch.zeros(3, 4), 0)
+    with pytest.raises(ValueError, match="labels must have 3 rows"):
+        TensorSource(torch.zeros(3, 4), 2, labels=torch.zeros(5))
+
+
+def test_shard_source_names_what_is_missing(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        ShardSource(tmp_path / "nowhere", 10)
+    with pytest.raises(FileNotFoundError, match=r"must hold \*.safetensors files"):
+        ShardSource(tmp_path, 10)
+    shards(tmp_path)
+    (tmp_path / "activations-00001.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="activations-00001.safetensors is listed"):
+        ShardSource(tmp_path, 10)
+
+
+@pytest.mark.parametrize("keep", [0, 4, 40, 0.5])
+def test_shard_source_names_a_truncated_shard(tmp_path, keep):
+    bad = shards(tmp_path) / "activations-00002.safetensors"
+    content = bad.read_bytes()
+    bad.write_bytes(content[: keep if isinstance(keep, int) else int(keep * len(content))])
+    with pytest.raises(ValueError, match="activations-00002.safetensors must be a complete"):
+        ShardSource(tmp_path, 10)
+
+
+def test_shard_source_names_a_foreign_shard(tmp_path):
+    shards(tmp_path)
+    save_file({"activations": numbered(10)}, tmp_path / "zebra.safetensors")
+    with pytest.raises(ValueError, match="zebra.safetensors is not listed"):
+        ShardSource(tmp_path, 10)
+    (tmp_path / "index.json").unlink()
+    assert ShardSource(tmp_path, 10).n_rows == 1010
+    save_file({"activations": numbered(10, d=7)}, tmp_path / "zebra.safetensors")
+    with pytest.raises(ValueError, match=r"zebra.safetensors must be \[rows, 6\]"):
+        ShardSource(tmp_path, 10)
+    save_file({"a": numbered(10), "b": numbered(10)}, tmp_path / "zebra.safetensors")
+    with pytest.raises(ValueError, match="zebra.safetensors must hold a tensor 'activations'"):
+        ShardSource(tmp_path, 10)
+    save_file({"activations": numbered(10).long()}, tmp_path / "zebra.safetensors")
+    with pytest.raises(TypeError, match="must be floating, got torch.int64"):
+        ShardSource(tmp_path, 10)
+
+
+def test_shard_source_names_a_shard_that_disagrees_with_the_index(tmp_path):
+    shards(tmp_path)
+    save_file({"activations": numbered(10)}, tmp_path / "activations-00000.safetensors")
+    with pytest.raises(ValueError, match="must have 384 rows by index.json, got 10"):
+        ShardSource(tmp_path, 10)
+    (tmp_path / "index.json").write_text("{}")
+    with pytest.raises(ValueError, match="must be an index written by write_shards"):
+        ShardSource(tmp_path, 10)
+
+
+def test_write_shards_cuts_and_refuses(tmp_path):
+    shards(tmp_path / "a")
+    assert [shard.rows for shard in open_shards(tmp_path / "a")] == [384, 384, 232]
+    with pytest.raises(FileExistsError, match="must hold no shards yet"):
+        shards(tmp_path / "a")
+    with pytest.raises(ValueError, match="at least one row"):
+        write_shards(tmp_path / "b", [])
+
+
+def test_write_shards_leaves_no_index_and_no_partial_file_on_failure(tmp_path):
+    def broken():
+        yield numbered(400)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_shards(tmp_path, broken(), rows_per_shard=384)
+    assert [path.name for path in tmp_path.iterdir()] == ["activations-00000.safetensors"]
+
+
+def test_write_shards_says_which_file_a_full_disk_stopped(tmp_path, monkeypatch):
+    def full(tensors, path):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("mikernels.training.shards.save_file", full)
+    with pytest.raises(OSError, match=r"activations-00000.*No space left.*free space"):
+        shards(tmp_path)
+
+
+class Characters:
+    """A tokeniser of one token a character."""
+
+    all_special_ids = [0]
+    eos_token_id = 0
+    bos_token_id = None
+
+    def __call__(self, text, **options):
+        return {"input_ids": [1 + ord(c) % 90 for c in text]}
+
+
+class WithBos(Characters):
+    bos_token_id = 0
+
+    def __call__(self, text, add_special_tokens=True, **options):
+        ids = super().__call__(text)["input_ids"]
+        return {"input_ids": [0, *ids] if add_special_tokens else ids}
+
+
+def tiny(kind):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    if kind == "gpt2":
+        config = transformers.GPT2Config(
+            vocab_size=100, n_embd=32, n_layer=4, n_head=4, bos_token_id=0, eos_token_id=0
+        )
+        return transformers.GPT2LMHeadModel(config).eval()
+    config = transformers.LlamaConfig(
+        vocab_size=100,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+    )
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+TEXTS = ["the quick brown fox jumps over the lazy dog. " * 8, "second document\n" * 12]
+
+
+def model_source(model=None, tokenizer=None, layer=2, texts=TEXTS, batch_size=40, **options):
+    options = {"context": 32, "buffer_rows": 100, "windows_per_forward": 3} | options
+    tokenizer = tokenizer or Characters()
+    return ModelSource(model or tiny("llama"), tokenizer, layer, texts, batch_size, **options)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("layer", [0, 2])
+def test_model_source_gives_the_residual_stream_after_the_layer(kind, layer):
+    model = tiny(kind)
+    source = model_source(model, layer=layer)
+    windows = list(source.token_windows())
+    rows = {name: torch.cat([part[name] for part in source.read()]) for name in next(source.read())}
+    for number in (0, 3, len(windows) - 1):
+        with torch.no_grad():
+            hidden = model(windows[number][None], output_hidden_states=True).hidden_states
+        mine = rows["windows"] == number
+        expected = hidden[layer + 1][0, rows["positions"][mine]]
+        assert torch.allclose(rows["activations"][mine], expected, atol=1e-5)
+        assert torch.equal(rows["token_ids"][mine], windows[number][rows["positions"][mine]])
+
+
+def test_model_source_never_runs_later_layers():
+    model = tiny("llama")
+    later = []
+    model.model.layers[3].register_forward_hook(lambda *_: later.append(1))
+    model.lm_head.register_forward_hook(lambda *_: later.append(1))
+    model_source(model).next_batch()
+    assert not later
+    assert not model.model.layers[2]._forward_hooks
+
+
+def test_model_source_takes_a_module_by_name():
+    assert model_source(layer="model.layers.1.mlp").next_batch().shape == (40, 32)
+
+
+def test_model_source_batches_hold_every_read_row_once():
+    source = model_source(batch_size=7)
+    read = torch.cat([rows["activations"] for rows in source.read()])
+    n = read.shape[0]
+    batches = -(-n // 7)
+    got = torch.cat([source.next_batch() for _ in range(batches)])[:n]
+    assert torch.allclose(got.sum(1).sort().values, read.sum(1).sort().values, atol=1e-5)
+
+
+def test_model_source_drops_first_position_and_special_tokens():
+    source = model_source(skip_first=2)
+    rows = {name: torch.cat([part[name] for part in source.read()]) for name in next(source.read())}
+    assert rows["positions"].min() == 2
+    assert not (rows["token_ids"] == 0).any()
+    kept = model_source(skip_first=0, drop_special=False)
+    tokens = sum(window.numel() for window in kept.token_windows())
+    assert sum(part["activations"].shape[0] for part in kept.read()) == tokens
+    assert any((part["token_ids"] == 0).any() for part in kept.read())
+
+
+def test_model_source_begins_windows_as_the_tokeniser_does():
+    assert all(window[0] == 0 for window in model_source(tokenizer=WithBos()).token_windows())
+    plain = model_source(tokenizer=WithBos(), bos=False)
+    assert not all(window[0] == 0 for window in plain.token_windows())
+    with pytest.raises(ValueError, match="bos=True needs a tokeniser with one"):
+        model_source(bos=True)
+
+
+def test_model_source_drops_outliers():
+    model = tiny("llama")
+    source = model_source(model, outlier_norm=None)
+    norms = torch.cat([part["activations"].norm(dim=-1) for part in source.read()])
+    limit = float(norms.max() / norms.median()) * 0.9
+    fewer = model_source(model, outlier_norm=limit)
+    kept = torch.cat([part["activations"].norm(dim=-1) for part in fewer.read()])
+    assert 0 < kept.numel() < norms.numel()
+    assert kept.max() < norms.max()
+
+
+def test_model_source_stops_at_max_tokens():
+    windows = list(model_source(max_tokens=70).token_windows())
+    assert [window.numel() for window in windows] == [32, 32, 6]
+
+
+def test_model_source_resumes_exactly():
+    model = tiny("llama")
+    check_resume(lambda: model_source(model), 20)
+    check_resume(lambda: model_source(model, texts=iter(TEXTS)), 12)
+
+
+def test_model_source_says_when_an_iterator_has_ended():
+    source = model_source(texts=iter(TEXTS))
+    with pytest.raises(SourceExhausted, match="has ended"):
+        for _ in range(100):
+            source.next_batch()
+
+
+@pytest.mark.parametrize("texts", [[], [""], ["a"]])
+def test_model_source_refuses_text_without_a_usable_token(texts):
+    with pytest.raises(ValueError, match="at least one row, got none"):
+        model_source(texts=texts).next_batch()
+
+
+def test_model_source_refuses_bad_arguments():
+    with pytest.raises(IndexError, match=r"layer must be in 0..3 .*got 4"):
+        model_source(layer=4)
+    with pytest.raises(ValueError, match="tokenizer must be the model's tokeniser, got None"):
+        ModelSource(tiny("llama"), None, 0, TEXTS, 10)
+    with pytest.raises(TypeError, match="got one str"):
+        model_source(texts="hello")
+    with pytest.raises(ValueError, match=r"skip_first must be in 0..31"):
+        model_source(skip_first=32)
+    with pytest.raises(ValueError, match="must be a Hugging Face decoder"):
+        decoder_layers(torch.nn.Linear(2, 2))
+
+
+def test_text_files_stream_and_refuse(tmp_path):
+    good, empty, binary = (tmp_path / name for name in ("good", "empty", "binary"))
+    good.write_text("line é\n" * 400_000, encoding="utf-8")
+    empty.touch()
+    binary.write_bytes(b"\xff\xfe\x00" * 10)
+    files = TextFiles([good])
+    assert "".join(files) == "".join(files) == good.read_text(encoding="utf-8")
+    assert len(list(files)) > 1
+    assert all(part.endswith("\n") for part in files)
+    with pytest.raises(FileNotFoundError, match="absent"):
+        TextFiles([tmp_path / "absent"])
+    with pytest.raises(ValueError, match="empty"):
+        TextFiles([empty])
+    with pytest.raises(ValueError, match=r"binary must be UTF-8"):
+        list(TextFiles([binary]))
+    with pytest.raises(ValueError, match="at least one text file"):
+        TextFiles([])
+
+
+def test_load_model_refuses_folders_without_a_model(tmp_path):
+    with pytest.raises(FileNotFoundError, match="must be an existing model folder"):
+        load_model(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match=r"config.json or one \*.gguf file, got neither"):
+        load_model(tmp_path)
+    (tmp_path / "a.gguf").touch()
+    with pytest.raises(FileNotFoundError, match="must be one of .*'a.gguf'.*got 'b.gguf'"):
+        load_model(tmp_path, "b.gguf")
+
+
+def test_load_model_says_that_the_tokeniser_is_missing(tmp_path):
+    tiny("llama").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="must hold a tokeniser"):
+        load_model(tmp_path)
+
+
+def test_load_model_says_that_the_weights_are_truncated(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    transformers = pytest.importorskip("transformers")
+    vocabulary = {"<s>": 0} | {chr(97 + i): 1 + i for i in range(26)}
+    raw = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<s>"))
+    transformers.PreTrainedTokenizerFast(tokenizer_object=raw).save_pretrained(tmp_path)
+    tiny("llama").save_pretrained(tmp_path)
+    model, tokenizer = load_model(tmp_path)
+    assert ModelSource(model, tokenizer, 1, ["a b c d e f g h"], 3, context=8).d == 32
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="must hold a model that transformers reads"):
+        load_model(tmp_path)
