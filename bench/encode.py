@@ -20,7 +20,7 @@ from .declare import (
     compiled,
     generator,
 )
-from .gate import selection_gate, values_gate
+from .gate import Truth, selection_gate, truths, values_gate
 from .synthetic import Weights
 
 GRADIENTS = ("x", "w_enc", "b_enc", "b_dec")
@@ -39,6 +39,7 @@ class Inputs:
         self.b_enc = 0.01 * torch.randn(shape.f, generator=draw)
         self.b_dec = 0.1 * torch.randn(shape.d, generator=draw)
         self.dvalues = torch.randn(shape.n, shape.k, generator=draw)
+        self.truth: list[Truth] | None = None
         self.exact: Outputs | None = None
 
     def weights(self) -> Weights:
@@ -121,14 +122,16 @@ def _check(inputs: Inputs, mode: str, outputs: Outputs, eager: Outputs) -> Verdi
         if inputs.exact is None:
             inputs.exact = _exact_gradients(inputs)
         return values_gate(outputs, eager, inputs.exact)
-    w64 = inputs.w_enc.double().T
+    if inputs.truth is None:
+        w64, b64 = inputs.w_enc.double().T, inputs.b_dec.double()
 
-    def scores(first: int, last: int) -> tuple[torch.Tensor, torch.Tensor]:
-        x = inputs.x[first:last] - inputs.b_dec
-        exact = (inputs.x[first:last].double() - inputs.b_dec.double()) @ w64 + inputs.b_enc
-        return exact, x @ inputs.w_enc.T + inputs.b_enc
+        def scores(rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
+            x = inputs.x[rows]
+            exact = (x.double() - b64) @ w64 + inputs.b_enc
+            return exact, torch.addmm(inputs.b_enc, x - inputs.b_dec, inputs.w_enc.T)
 
-    return selection_gate(scores, outputs, eager, relu=True)
+        inputs.truth = truths(scores, inputs.shape.n, inputs.k)
+    return selection_gate(inputs.truth, outputs, eager, relu=True)
 
 
 def _exact_gradients(inputs: Inputs) -> Outputs:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
@@ -37,61 +38,73 @@ def values_gate(outputs: Outputs, eager: Outputs, exact: Outputs) -> Verdict:
     return Verdict(not wrong, error, eager_error, "; ".join(wrong))
 
 
-def selection_gate(
-    scores: Callable[[int, int], tuple[torch.Tensor, torch.Tensor]],
-    outputs: Outputs,
-    eager: Outputs,
-    *,
-    relu: bool,
-    rows: int = 512,
-) -> Verdict:
-    """values `[N, k]` and indices `[N, k]` against fp64 scores.
+@dataclass(frozen=True)
+class Truth:
+    """fp64 scores of a block of rows, and how far eager arithmetic may stray from them.
 
-    Args:
-        scores: (first row, last row) -> scores `[rows, F]` in fp64 and in eager arithmetic; asked
-            for in blocks, so that the N x F matrix never stands in fp64.
-        relu: values are clamped at 0, and slots at 0 are inactive wherever they point.
+    Attributes:
+        rows: which rows. exact: `[rows, F]` fp64. last: `[rows, 1]`, the k-th best.
+        slack: `[rows, 1]`, twice eager's error with one rounding; 0 where eager is exact.
     """
-    values, indices = outputs["values"], outputs["indices"]
-    n, k = indices.shape
-    if bool((indices.sort(dim=1).values.diff(dim=1) == 0).any()):
-        return Verdict(False, math.inf, 0.0, "a row selects the same feature twice")
-    eps = torch.finfo(values.dtype).eps
-    errors, eager_errors, scales = [], [], []
-    missed = below = unlike = 0
+
+    rows: slice
+    exact: torch.Tensor
+    last: torch.Tensor
+    slack: torch.Tensor
+
+
+def truths(
+    scores: Callable[[slice], tuple[torch.Tensor, torch.Tensor]], n: int, k: int, rows: int = 512
+) -> list[Truth]:
+    """The truth in blocks, from scores of a slice of rows in fp64 and in eager arithmetic."""
+    blocks = []
     for start in range(0, n, rows):
         part = slice(start, min(start + rows, n))
-        exact, approximate = scores(part.start, part.stop)
-        top = exact.abs().amax(1, keepdim=True)
-        off = (approximate.double() - exact).abs().amax(1, keepdim=True)
-        # two scores are compared, each with eager's error; no slack where eager is exact
-        slack = torch.where(off > 0, 2 * (off + eps * top), 0)
-        last = exact.topk(k, dim=1).values[:, -1:]
+        exact, eager = scores(part)
+        off = (eager.double() - exact).abs().amax(1, keepdim=True)
+        # two scores are compared, each with eager's error
+        rounding = torch.finfo(eager.dtype).eps * exact.abs().amax(1, keepdim=True)
+        slack = torch.where(off > 0, 2 * (off + rounding), 0)
+        blocks.append(Truth(part, exact, exact.topk(k, dim=1).values[:, -1:], slack))
+    return blocks
+
+
+def selection_gate(blocks: list[Truth], outputs: Outputs, eager: Outputs, *, relu: bool) -> Verdict:
+    """values `[N, k]` and indices `[N, k]` against the truth.
+
+    relu: values are clamped at 0, and slots at 0 are inactive wherever they point.
+    """
+    values, indices = outputs["values"], outputs["indices"]
+    if bool((indices.sort(dim=1).values.diff(dim=1) == 0).any()):
+        return Verdict(False, math.inf, 0.0, "a row selects the same feature twice")
+    errors, eager_errors, scales = [], [], []
+    missed = below = unlike = 0
+    for block in blocks:
+        part, exact, last, slack = block.rows, block.exact, block.last, block.slack
         chosen = torch.zeros_like(exact, dtype=torch.bool).scatter_(1, indices[part], True)
         active = (values[part] != 0) | (not relu)
         below += int(((exact.gather(1, indices[part]) < last - slack) & active).sum())
         floor = last.clamp_min(0.0) if relu else last
         missed += int(((exact > floor + slack) & ~chosen).sum())
         unlike += int((~chosen.gather(1, eager["indices"][part])).sum())
-        errors.append(_picked_error(exact, values[part], indices[part], relu))
-        eager_errors.append(
-            _picked_error(exact, eager["values"][part], eager["indices"][part], relu)
-        )
-        scales.append(float(top.max()))
+        errors.append(_picked_error(block, outputs, relu))
+        eager_errors.append(_picked_error(block, eager, relu))
+        scales.append(float(exact.abs().max()))
     error, eager_error, scale = max(errors), max(eager_errors), max(scales) or 1.0
-    allowed = 2 * eager_error + (eps * scale if eager_error else 0.0)
+    allowed = 2 * eager_error
+    if eager_error:
+        allowed += torch.finfo(values.dtype).eps * scale
     wrong = []
     if missed or below:
         wrong.append(f"{missed} winners missed, {below} slots below the k-th score")
     # a NaN in any block must not hide behind max()
     if not all(e <= allowed for e in errors):
         wrong.append(f"values: error {error:.2e}, allowed {allowed:.2e}")
-    detail = f"{unlike} of {n * k} slots differ from eager's" if unlike else ""
+    detail = f"{unlike} of {indices.numel()} slots differ from eager's" if unlike else ""
     return Verdict(not wrong, error / scale, eager_error / scale, "; ".join(wrong) or detail)
 
 
-def _picked_error(
-    exact: torch.Tensor, values: torch.Tensor, indices: torch.Tensor, relu: bool
-) -> float:
-    truth = exact.gather(1, indices)
-    return float((values.double() - (truth.relu() if relu else truth)).abs().max())
+def _picked_error(block: Truth, outputs: Outputs, relu: bool) -> float:
+    truth = block.exact.gather(1, outputs["indices"][block.rows])
+    truth = truth.relu() if relu else truth
+    return float((outputs["values"][block.rows].double() - truth).abs().max())

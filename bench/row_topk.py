@@ -18,7 +18,7 @@ from .declare import (
     compiled,
     generator,
 )
-from .gate import selection_gate, values_gate
+from .gate import Truth, selection_gate, truths, values_gate
 
 
 class _Inputs:
@@ -27,6 +27,7 @@ class _Inputs:
         self.k = shape.k
         self.scores = torch.randn(shape.n, shape.f, generator=draw)
         self.dvalues = torch.randn(shape.n, shape.k, generator=draw)
+        self.truth: list[Truth] | None = None
 
 
 def _eager(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -62,11 +63,12 @@ def _check(inputs: _Inputs, mode: str, outputs: Outputs, eager: Outputs) -> Verd
     if mode == "bwd":
         return values_gate(outputs, eager, {"total": inputs.dvalues.double().sum(-1)})
 
-    def scores(first: int, last: int) -> tuple[torch.Tensor, torch.Tensor]:
-        exact = inputs.scores[first:last].double()
-        return exact, exact
-
-    return selection_gate(scores, outputs, eager, relu=False)
+    if inputs.truth is None:
+        n, k = eager["indices"].shape
+        inputs.truth = truths(
+            lambda rows: (inputs.scores[rows].double(), inputs.scores[rows]), n, k
+        )
+    return selection_gate(inputs.truth, outputs, eager, relu=False)
 
 
 BENCHMARK = Benchmark(

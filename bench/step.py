@@ -186,7 +186,7 @@ BENCHMARK = Benchmark(
     name="step",
     summary="a whole training step, ours against the libraries' own",
     modes=("step",),
-    shapes={"step": ("S1", "S0")},
+    shapes={"step": ("S1",)},
     inputs=SAEBatch,
     providers=(
         Provider(

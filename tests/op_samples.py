@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch
 from oracle import randn, random_indices
 
+import mikernels.ops.adam  # noqa: F401  # registers its operators
 from mikernels import by_feature
 from mikernels._dispatch import accumulate_dtype
 

@@ -130,7 +130,7 @@ def encode_scores(
     b_dec: torch.Tensor | None = None,
     scale: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pre-activations and ranking scores [N, F]: sums in fp64, rounded once to fp32 (not for fp64)."""
+    """Pre-activations and ranking scores [N, F]: fp64 sums rounded to fp32 (unless fp64)."""
     acc = torch.float64 if x.dtype == torch.float64 else torch.float32
     centred = x.to(acc) if b_dec is None else x.to(acc) - b_dec.to(acc)
     h = centred.double() @ w_enc.double().T

@@ -181,6 +181,7 @@ def train_and_die(out_dir: Path, when: str) -> None:
 def kill_and_resume(out_dir: Path) -> None:
     """Kills children of a fresh process, which has no threads yet that a fork would lose."""
     torch.set_num_threads(1)
+    make(None)  # imports what the first optimiser imports, once for all children
     for when in ("fsync", "rename", "any moment", "never"):
         if (child := os.fork()) == 0:
             train_and_die(out_dir, when)
@@ -208,7 +209,8 @@ def rows_of_killed(out_dir: Path) -> int:
 def test_a_killed_run_loses_nothing_older_than_the_last_interval(tmp_path, run_python) -> None:
     said = run_python(
         f"""
-                sys.path.insert(0, {str(Path(__file__).parent)!r})
+        import sys
+        sys.path.insert(0, {str(Path(__file__).parent)!r})
         from pathlib import Path
         import test_checkpoint
         test_checkpoint.kill_and_resume(Path({str(tmp_path / "killed")!r}))

@@ -61,7 +61,7 @@ def test_geometric_median_of_a_line_is_the_median() -> None:
 def test_geometric_median_has_the_least_sum_of_distances(n, d, seed) -> None:
     x = randn(n, d, seed=seed).double()
     if seed % 2:
-        x[: n // 2] = x[0]
+        x[: n // 2] = x[0].clone()
     median = geometric_median(x)
 
     def cost(m):

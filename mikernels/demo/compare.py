@@ -32,8 +32,8 @@ def compare(dense: list[dict[str, Any]], fused: list[dict[str, Any]]) -> dict[st
     agree = first <= FIRST_STEP_LIMIT and all(gap <= ANY_STEP_LIMIT for gap in gaps)
     message = (
         f"losses {'agree' if agree else 'DISAGREE'} over {len(gaps)} common steps: relative "
-        f"difference {first:.0e} at the first step (limit {FIRST_STEP_LIMIT:.0e}), at most "
-        f"{largest:.0e} (limit {ANY_STEP_LIMIT:.0e})"
+        f"difference {_short(first)} at the first step (limit {_short(FIRST_STEP_LIMIT)}), at most "
+        f"{_short(largest)} (limit {_short(ANY_STEP_LIMIT)})"
     )
     return {
         "agree": agree,
@@ -44,6 +44,10 @@ def compare(dense: list[dict[str, Any]], fused: list[dict[str, Any]]) -> dict[st
     }
 
 
+def _short(gap: float) -> str:
+    return f"{gap:.0e}".replace("e-0", "e-") if gap else "0"
+
+
 def summarise(
     results: dict[str, dict[str, Any]], batch_size: int
 ) -> list[tuple[str, str, str, str]]:
@@ -51,7 +55,10 @@ def summarise(
     dense, fused = results["dense"], results["fused"]
     common = min(len(dense["rows"]), len(fused["rows"]))
     # the first steps allocate
-    ms = {name: median(row["step_ms"] for row in r["rows"][3:]) for name, r in results.items()}
+    ms = {
+        name: median(row["step_ms"] for row in result["rows"][3:] or result["rows"])
+        for name, result in results.items()
+    }
     table = [
         ("ms a step (median)", f"{ms['dense']:,.0f}", f"{ms['fused']:,.0f}"),
         (

@@ -60,20 +60,27 @@ def encode_all(sae: TopKSAE, x: torch.Tensor, batch: int = 4096) -> Firing:
 
 
 def choose_features(
-    firing: Firing, labels: torch.Tensor, n: int = 20, per_label: int = 1, least: int = 24
+    firing: Firing,
+    labels: torch.Tensor,
+    positions: torch.Tensor | None = None,
+    *,
+    n: int = 20,
+    per_label: int = 1,
+    shares: tuple[float, float] = (1e-3, 2e-2),
 ) -> list[int]:
     """Features worth looking at: neither rare nor ubiquitous, strong, and about different things.
 
-    Among features that fire on `least` rows to 2 % of them, those whose firing is most concentrated
-    in strong activations come first, and at most `per_label` of them peak mostly on one label.
+    Among features that fire on a share of the rows within `shares`, those whose firing is most
+    concentrated in strong activations come first, and at most `per_label` of them peak mostly on
+    one label. Features of the beginning of a context are left out: there is no context to show.
 
     Args:
         firing: of all rows.
         labels: `[n_rows]` int, what a row is (token id, digit).
-        n: how many at most. per_label: at most that many features a label.
-        least: the fewest activations.
+        positions: `[n_rows]` in its context, or None.
+        n: how many at most.
     """
-    most = max(least, firing.n_rows // 50)
+    least, most = (share * firing.n_rows for share in shares)
     candidates = ((firing.counts >= least) & (firing.counts <= most)).nonzero().squeeze(-1)
     scores = []
     for feature in candidates.tolist():
@@ -85,8 +92,10 @@ def choose_features(
     chosen: list[int] = []
     seen: Counter[int] = Counter()
     for feature in ranked:
-        rows, _ = firing.of(feature)
-        label = Counter(labels[rows[:12]].tolist()).most_common(1)[0][0]
+        rows = firing.of(feature)[0][:12]
+        if positions is not None and positions[rows].median() < BEFORE:
+            continue
+        label = Counter(labels[rows].tolist()).most_common(1)[0][0]
         if seen[label] < per_label:
             seen[label] += 1
             chosen.append(feature)

@@ -17,13 +17,15 @@ import matplotlib.pyplot as plt  # noqa: E402  (after the backend is chosen)
 from matplotlib.figure import Figure  # noqa: E402
 from matplotlib.ticker import FuncFormatter  # noqa: E402
 
-# ink and grid become CSS variables, so that one drawing serves light and dark pages
-INK, GRID = "#123456", "#654321"
-OURS, THEIRS = "#d1495b", "#30638e"
+from mikernels.demo.compare import NAMES  # noqa: E402
+
+# these become CSS variables, so that one drawing serves light and dark pages
+INK, GRID, OURS, THEIRS = "#123456", "#654321", "#d1495c", "#30638f"
+VARIABLES = {INK: "ink", GRID: "grid", OURS: "ours", THEIRS: "theirs"}
 PARTS = {
-    "encode": "#30638e",
+    "encode": THEIRS,
     "decode": "#5fa8d3",
-    "gradients": "#d1495b",
+    "gradients": OURS,
     "optimizer": "#edae49",
     "other": "#9aa5b1",
 }
@@ -59,7 +61,9 @@ def svg(figure: Figure) -> str:
     drawing = re.sub(r'<svg ([^>]*?)height="[^"]*"', r"<svg \1", drawing, count=1)
     drawing = re.sub(r'width="[\d.]+pt"', 'width="100%"', drawing, count=1)
     drawing = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", drawing)
-    return drawing.replace(INK, "var(--ink)").replace(GRID, "var(--grid)")
+    for colour, name in VARIABLES.items():
+        drawing = drawing.replace(colour, f"var(--{name})")
+    return drawing
 
 
 def loss_curves(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> str:
@@ -79,21 +83,21 @@ def loss_curves(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> str
         top.grid(axis="y")
         last = theirs[-1]
         top.annotate(
-            "plain PyTorch",
+            NAMES["dense"],
             (last["step"], last["loss"]),
             xytext=(14, 26),
             textcoords="offset points",
             color=THEIRS,
             arrowprops={"arrowstyle": "-", "color": THEIRS, "lw": 0.8},
         )
-        end = ours[-1]
+        middle = ours[3 * len(ours) // 5]
         top.annotate(
-            "mikernels, fused",
-            (end["step"], end["loss"]),
-            xytext=(0, 16),
+            NAMES["fused"],
+            (middle["step"], middle["loss"]),
+            xytext=(14, 26),
             textcoords="offset points",
             color=OURS,
-            ha="right",
+            arrowprops={"arrowstyle": "-", "color": OURS, "lw": 0.8},
         )
         common = dict(zip([r["step"] for r in theirs], theirs, strict=True))
         pairs = [
@@ -124,7 +128,14 @@ def step_parts(bars: dict[str, dict[str, float]]) -> str:
             for part, colour in PARTS.items():
                 axes.barh(row, parts.get(part, 0.0), left=left, color=colour, height=0.62)
                 left += parts.get(part, 0.0)
-            axes.text(left, row, f"  {left:,.0f} ms", va="center", fontweight="bold")
+            axes.annotate(
+                f"{left:,.0f} ms",
+                (left, row),
+                xytext=(6, 0),
+                textcoords="offset points",
+                va="center",
+                fontweight="bold",
+            )
         handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in PARTS.values()]
         figure.legend(
             handles, list(PARTS), loc="outside upper left", ncols=5, frameon=False, handlelength=0.9
@@ -134,8 +145,8 @@ def step_parts(bars: dict[str, dict[str, float]]) -> str:
         axes.spines["left"].set_visible(False)
         axes.tick_params(axis="y", length=0)
         axes.set_xlabel("milliseconds a step")
-        axes.margins(x=0.12)
-        axes.set_xlim(left=0)
+        longest = max(sum(parts.values()) for parts in bars.values())
+        axes.set_xlim(0, 1.15 * longest)
         axes.grid(axis="x")
         axes.set_axisbelow(True)
         return svg(figure)

@@ -38,19 +38,22 @@ def build(
     firing = encode_all(sae, x)
     by_digit = options.data == "mnist"
     labels = rows["labels"] if by_digit else rows["token_ids"]
-    chosen = choose_features(firing, labels, per_label=3 if by_digit else 1)
+    if by_digit:
+        chosen = choose_features(firing, labels, per_label=2, shares=(1e-2, 1e-1))
+    else:
+        chosen = choose_features(firing, labels, rows["positions"])
     last = results["fused"]["rows"][-1]
     unit = "digits" if by_digit else "tokens"
     features = sae.config.n_features
     values = {
         "kind": "mnist" if by_digit else "tokens",
         "title": f"A sparse autoencoder of {'MNIST' if by_digit else 'SmolLM2-135M'}",
-        "lede": _lede(options, metadata, features, firing.n_rows, unit),
+        "lede": _lede(options, metadata, features, firing.n_rows, comparison["agree"]),
         "headline": [
-            {"value": summary[0][3].replace("x", "×"), "label": "faster a step"},
+            {"value": summary[0][3].replace("x", "×"), "label": "faster per step"},
             {
                 "value": f"{summary[0][2]} ms",
-                "label": f"a step of {options.batch_size:,} {unit}, {summary[0][1]} ms before",
+                "label": f"for {options.batch_size:,} {unit}; plain PyTorch {summary[0][1]} ms",
             },
             {"value": f"{1 - last['fvu']:.1%}", "label": "of the variance explained"},
             {"value": f"{last['l0']:.0f}", "label": f"of {features:,} features active at a time"},
@@ -101,14 +104,16 @@ def build(
 
 
 def _lede(
-    options: DemoOptions, metadata: dict[str, Any], features: int, n_rows: int, unit: str
+    options: DemoOptions, metadata: dict[str, Any], features: int, n_rows: int, agree: bool
 ) -> str:
-    of = metadata["title"]
-    source = "Python's documentation" if options.data == "smollm2" else "5,000 handwritten digits"
+    if options.data == "smollm2":
+        learned = f"learned from {n_rows:,} tokens of Python's documentation"
+    else:
+        learned = "learned from the pixels"
+    verdict = "The losses are the same; the time is not." if agree else "The losses DISAGREE."
     return (
-        f"{features:,} features of {of}, learned from {n_rows:,} {unit} of {source}. It was "
-        f"trained twice from one seed: in plain PyTorch, and with the fused kernels of mikernels. "
-        f"The losses are the same; the time is not."
+        f"{features:,} features of {metadata['title']}, {learned}. It was trained twice from one "
+        f"seed: in plain PyTorch, and with the fused kernels of mikernels. {verdict}"
     )
 
 

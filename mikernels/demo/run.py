@@ -15,7 +15,7 @@ from typing import Any
 from rich.console import Console
 
 from mikernels.demo.compare import NAMES, compare, results_table, summarise
-from mikernels.demo.data import load_rows, mnist_shards, smollm2_shards
+from mikernels.demo.data import load_rows, mnist_shards, package_folder, smollm2_shards
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class DemoOptions:
     k: int = 32
     batch_size: int = 1024
     steps: int = 400
-    baseline_steps: int = 60
+    baseline_steps: int = 40
     lr: float = 2e-3
     seed: int = 0
 
@@ -67,7 +67,7 @@ class DemoOptions:
         options = cls(data=data)
         if data == "mnist":
             options = replace(
-                options, tokens=5000, expansion=4, k=16, batch_size=500, steps=600, lr=1e-3
+                options, tokens=5000, expansion=2, k=20, batch_size=500, steps=600, lr=1e-3
             )
         if quick:
             steps = options.steps // 4
@@ -85,6 +85,8 @@ def run_demo(options: DemoOptions, out: Path, console: Console) -> bool:
         RuntimeError: when a training process fails.
     """
     started = time.perf_counter()
+    for package in ("matplotlib", "jinja2"):
+        package_folder(package, "pip install 'mikernels[report]'")
     out = out / options.data
     out.mkdir(parents=True, exist_ok=True)
     if options.data == "smollm2":
@@ -106,7 +108,8 @@ def run_demo(options: DemoOptions, out: Path, console: Console) -> bool:
 
     from mikernels.demo.pages import build  # matplotlib and jinja2: the report extra
 
-    report = build(options, rows, metadata, scale, results, summary, comparison, out)
+    with console.status("writing the report"):
+        report = build(options, rows, metadata, scale, results, summary, comparison, out)
     seconds = time.perf_counter() - started
     console.print(f"report: [link=file://{report.resolve()}]{report}[/]  ({seconds:.0f} s in all)")
     return comparison["agree"]

@@ -111,10 +111,10 @@ class _Encode(torch.autograd.Function):
             slots = by_feature_op(indices.reshape(-1), w_enc.shape[0], impl=ctx.impl)
             centred = x if b_dec is None else x - b_dec
             dw, db_enc = feature_sum_op(dvalues, centred, *slots, impl=ctx.impl)
-        if need[3]:
-            # sum over tokens first: F d products instead of N k d
-            db_dec = -(db_enc.to(accumulate_dtype(x.dtype)) @ w_enc.to(accumulate_dtype(x.dtype)))
-            db_dec = db_dec.to(x.dtype)
+            if need[3]:
+                # sum over tokens first: F d products instead of N k d
+                acc = accumulate_dtype(x.dtype)
+                db_dec = -(db_enc.to(acc) @ w_enc.to(acc)).to(x.dtype)
         if need[0]:
             dx = decode_op(dvalues, indices, w_enc, None, impl=ctx.impl)
         keep = (dx, dw if need[1] else None, db_enc if need[2] else None, db_dec)
@@ -169,7 +169,8 @@ def topk_encode(
     check_k("topk_encode", k, n_features, "rows of w_enc")
     impl = resolve_impl(encode_op, impl, x.device)
     out_dtype = x.dtype
-    operands = (x.reshape(-1, d), w_enc, b_enc, b_dec, None if scale is None else scale.detach())
+    ranks = None if scale is None else scale.detach()
+    operands: tuple[torch.Tensor | None, ...] = (x.reshape(-1, d), w_enc, b_enc, b_dec, ranks)
     if precision is not None:
         operands = tuple(None if t is None else t.to(precision) for t in operands)
     values, indices = _Encode.apply(*operands, k, relu, impl)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 BLOCK = 1 << 20
 
@@ -134,7 +135,7 @@ def load_model(
             ) from error
         try:
             model = AutoModel.from_pretrained(str(folder), dtype=dtype, **options)
-        except (ImportError, OSError, ValueError, KeyError) as error:
+        except (ImportError, OSError, ValueError, KeyError, SafetensorError) as error:
             raise ValueError(
                 f"load_model: {folder} must hold a model that transformers reads, got "
                 f"{type(error).__name__}: {error}"

@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The package as people get it: sdist, wheel, isolated installs with and without a compiler."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.install
+
+ROOT = Path(__file__).resolve().parents[1]
+HERE = ("PYTHONPATH", "MIKERNELS_EXT", "MIKERNELS_IMPL", "CXX", "CXXFLAGS")
+
+
+def run(*command: object, cwd: Path, **environment: str) -> str:
+    clean = {name: value for name, value in os.environ.items() if name not in HERE}
+    done = subprocess.run(
+        [str(part) for part in command],
+        cwd=cwd,
+        env={**clean, **environment},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-5000:]}"
+    return done.stdout
+
+
+class Environment:
+    """A virtual environment that holds all of this one's packages but mikernels, as links."""
+
+    def __init__(self, folder: Path):
+        venv.create(folder, with_pip=False)
+        self.python = folder / "bin/python"
+        self.folder = folder
+        packages = Path(
+            run(
+                self.python, "-c", "import sysconfig as s; print(s.get_path('purelib'))", cwd=folder
+            ).strip()
+        )
+        for entry in Path(sysconfig.get_path("purelib")).iterdir():
+            if "mikernels" not in entry.name and entry.name != "__pycache__":
+                (packages / entry.name).symlink_to(entry)
+
+    def pip(self, *arguments: object, cwd: Path, **environment: str) -> None:
+        # --no-deps: an upgrade would follow the links into this environment
+        command = self.python, "-m", "pip", arguments[0], "--no-deps", *arguments[1:]
+        run(*command, cwd=cwd, PIP_DISABLE_PIP_VERSION_CHECK="1", **environment)
+
+    def info(self) -> dict:
+        return json.loads(run(self.folder / "bin/mikernels", "info", "--json", cwd=self.folder))
+
+    def check(self, script: str) -> str:
+        return run(self.python, "-c", script, cwd=self.folder).strip()
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> Environment:
+    return Environment(tmp_path_factory.mktemp("environment"))
+
+
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built from a copy, since setup.py records its build facts in the tree."""
+    folder = tmp_path_factory.mktemp("sdist")
+    ignore = shutil.ignore_patterns(".git", ".venv*", "build", "dist", "out", "*.so", "*.egg-info")
+    shutil.copytree(ROOT, folder / "tree", ignore=ignore)
+    run(sys.executable, "-m", "build", "--sdist", "-o", folder, cwd=folder / "tree")
+    return next(folder.glob("*.tar.gz"))
+
+
+@pytest.fixture(scope="module")
+def source(sdist: Path) -> Path:
+    """The unpacked sdist: everything below is installed from what people download."""
+    with tarfile.open(sdist) as archive:
+        archive.extractall(sdist.parent, filter="data")
+    return sdist.parent / sdist.name.removesuffix(".tar.gz")
+
+
+def names_in(folder: Path, pattern: str) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.glob(pattern)}
+
+
+def test_sdist_holds_the_sources_and_nothing_built(source):
+    for folder in ("csrc", "kernels", "bench", "mikernels", "tests"):
+        for suffix in ("py", "cpp", "h"):
+            here, packed = (names_in(tree, f"{folder}/**/*.{suffix}") for tree in (ROOT, source))
+            assert here - names_in(ROOT, "bench/results/**/*") == packed, folder
+    for name in ("LICENSE", "README.md", "Makefile", "setup.py", "requirements/peers.txt"):
+        assert (source / name).exists(), name
+    assert not names_in(source, "**/*.so") and not (source / "mikernels/_build.json").exists()
+
+
+needs_compiler = pytest.mark.skipif(
+    shutil.which(os.environ.get("CXX", "c++")) is None, reason="no C++ compiler"
+)
+
+
+@needs_compiler
+def test_isolated_wheel_has_the_extension(source, environment, tmp_path):
+    environment.pip("wheel", "-w", tmp_path, source, cwd=tmp_path, MIKERNELS_EXT="cpu")
+    wheel = next(tmp_path.glob("*.whl"))
+    names = zipfile.ZipFile(wheel).namelist()
+    tops = {name.split("/")[0] for name in names}
+    assert tops == {"mikernels", wheel.name.split("-py")[0].split("-cp")[0] + ".dist-info"}
+    assert {"mikernels/kernels/__init__.py", "mikernels/bench/cli.py"} <= set(names)
+    assert {"mikernels/py.typed", "mikernels/_build.json"} <= set(names)
+    assert any(name.startswith("mikernels/_C.") for name in names)
+    packages = (path.parent for path in (source / "mikernels").rglob("*.py"))
+    assert {str(p.relative_to(source)) for p in packages} <= {str(Path(n).parent) for n in names}
+
+    environment.pip("install", wheel, cwd=tmp_path)
+    info = environment.info()
+    assert info["extension"] == {"loaded": True, "reason": ""}
+    assert info["build"]["extension"] and info["level"] == info["supported_levels"][-1]
+    assert all(states["cpp"] == "ready" for states in info["operators"].values())
+    assert environment.check("import mikernels.kernels, mikernels.bench; print('imported')")
+    # the name of another project's package
+    assert (
+        environment.check(
+            "from importlib.util import find_spec as f; print(f('kernels'), f('bench'), f('csrc'))"
+        )
+        == "None None None"
+    )
+
+
+WORKS = """
+import torch, mikernels
+codes = mikernels.topk_encode(torch.randn(3, 5), torch.randn(9, 5), k=2)
+print(mikernels.sparse_decode(codes, torch.randn(9, 5)).shape, mikernels.supported_levels())
+"""
+
+
+@pytest.mark.parametrize(
+    "variables, reason",
+    [
+        ({"CXX": "/nonexistent", "PATH": "/nonexistent"}, "no C++ compiler ('/nonexistent' is not"),
+        ({"PATH": "/nonexistent"}, "no C++ compiler ('c++' is not on PATH)"),
+        ({"MIKERNELS_EXT": "0"}, "built with MIKERNELS_EXT=0"),
+    ],
+    ids=["CXX that is missing", "PATH without compiler", "MIKERNELS_EXT=0"],
+)
+def test_install_without_extension_works_and_says_why(source, environment, variables, reason):
+    environment.pip("install", "--force-reinstall", source, cwd=source, **variables)
+    assert environment.check(WORKS) == "torch.Size([3, 5]) ()"
+    info = environment.info()
+    assert not info["extension"]["loaded"] and not info["build"]["extension"]
+    assert reason in info["extension"]["reason"]
+    assert "MIKERNELS_EXT=cpu pip install" in info["extension"]["reason"], "how to mend it"
+    for states in info["operators"].values():
+        assert states["reference"] == "ready" and reason in states["cpp"]
+
+
+def test_install_that_asks_for_an_extension_fails_without_compiler(source, environment):
+    with pytest.raises(AssertionError, match="cannot build the extension: no C\\+\\+ compiler"):
+        environment.pip("install", source, cwd=source, MIKERNELS_EXT="cpu", CXX="/nonexistent")
+    with pytest.raises(AssertionError, match="MIKERNELS_EXT: expected auto, cpu or 0, got 'yes'"):
+        environment.pip("install", source, cwd=source, MIKERNELS_EXT="yes")
+
+
+def test_editable_install_imports_from_the_tree(source, environment):
+    environment.pip("install", "-e", source, cwd=source, MIKERNELS_EXT="0")
+    where = environment.check(
+        "import mikernels, mikernels.kernels, mikernels.bench\n"
+        "print(mikernels.__file__, mikernels.kernels.__file__, mikernels.bench.__file__)"
+    )
+    folders = ("mikernels", "kernels", "bench")
+    assert where.split() == [str(source / folder / "__init__.py") for folder in folders]
+    assert environment.check(WORKS) == "torch.Size([3, 5]) ()"
+
+
+def test_import_is_quick_quiet_and_light():
+    script = (
+        "import sys, time, torch; start = time.perf_counter(); import mikernels;"
+        "print(time.perf_counter() - start, *{'rich', 'typer', 'transformers', 'matplotlib',"
+        " 'triton', 'safetensors'} & set(sys.modules))"
+    )
+    # the best of three: the first one may compile bytecode
+    runs = [run(sys.executable, "-P", "-c", script, cwd=ROOT).split() for _ in range(3)]
+    assert min(float(seconds) for seconds, *_ in runs) < 0.05
+    assert all(heavy == [] for _, *heavy in runs)
