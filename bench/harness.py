@@ -61,20 +61,20 @@ class Entrant:
     runner: Runner | None = None
     record: dict[str, Any] = field(default_factory=lambda: {"status": "ok", "reason": ""})
     times: list[float] = field(default_factory=list)
-    first: float = 0.0
+    seconds: float = 0.0
 
     def at_level(self):
         return mikernels.force_level(self.level) if self.level else nullcontext()
 
     def call(self) -> Outputs:
-        """One timed call: `first` is overwritten with its seconds."""
+        """One call; `seconds` is how long it took."""
         assert self.runner is not None
         with self.at_level():
             if self.runner.before is not None:
                 self.runner.before()
             start = time.perf_counter()
             outputs = self.runner.run()
-            self.first = time.perf_counter() - start
+            self.seconds = time.perf_counter() - start
         return outputs
 
 
@@ -93,18 +93,18 @@ def entrants(benchmark: Benchmark, patterns: tuple[str, ...] = ("*",)) -> list[E
 
 def measure(benchmark: Benchmark, shape: Shape, mode: str, options: Options) -> dict[str, Any]:
     """One case, as the dictionary that goes into the JSON file."""
-    field_of_entrants = entrants(benchmark, options.providers)
+    everyone = entrants(benchmark, options.providers)
     started = machine.facts()
     options.notify(f"{benchmark.name} {shape.name} {mode}: inputs")
     inputs = benchmark.inputs(shape, mode, options.seed)
-    _gate(benchmark, inputs, mode, field_of_entrants, options)
-    racing = [e for e in field_of_entrants if e.record["status"] == "ok"]
+    _gate(benchmark, inputs, mode, everyone, options)
+    racing = [e for e in everyone if e.record["status"] == "ok"]
     if not options.check:
         _race(racing, options)
         if options.memory:
             # after the race, and without its inputs and optimiser states in this process
             del inputs
-            for entrant in field_of_entrants:
+            for entrant in everyone:
                 entrant.runner = None
             gc.collect()
             _memory(benchmark, shape, mode, racing, options)
@@ -121,7 +121,7 @@ def measure(benchmark: Benchmark, shape: Shape, mode: str, options: Options) -> 
         "facts": {
             key: started[key] for key in ("date", "load", "git", "level", "torch", "torch_threads")
         },
-        "providers": [_record(entrant) for entrant in field_of_entrants],
+        "providers": [_record(entrant) for entrant in everyone],
     }
 
 
@@ -162,12 +162,12 @@ def _race(racing: list[Entrant], options: Options) -> None:
     share = options.budget / max(1, len(racing))
     # the gate's call has compiled and touched everything; quick ones still warm up caches
     for entrant in racing:
-        if entrant.first < 0.5:
+        if entrant.seconds < 0.5:
             entrant.call()
             entrant.call()
     # lower levels of ours are for information: a slow one takes no more than its share
     wanted = {
-        e.name: max(1, min(options.rounds, int(share / max(e.first, 1e-9))))
+        e.name: max(1, min(options.rounds, int(share / max(e.seconds, 1e-9))))
         if e.level
         else options.rounds
         for e in racing
@@ -183,7 +183,7 @@ def _race(racing: list[Entrant], options: Options) -> None:
             for entrant in racing:
                 if done < wanted[entrant.name] or wanted[entrant.name] >= options.rounds:
                     entrant.call()
-                    entrant.times.append(entrant.first * 1e3)
+                    entrant.times.append(entrant.seconds * 1e3)
     finally:
         gc.enable()
 
@@ -203,7 +203,8 @@ def _memory(
 
 def _record(entrant: Entrant) -> dict[str, Any]:
     record = {"name": entrant.name, "screens": entrant.provider.screens, **entrant.record}
-    record["level"] = entrant.level or (mikernels.cpu_level() if entrant.provider.ours else None)
+    ours = entrant.name.startswith("ours")
+    record["level"] = entrant.level or (mikernels.cpu_level() if ours else None)
     record["times_ms"] = [round(t, 6) for t in entrant.times]
     if entrant.times:
         record["ms"] = stats.summary(entrant.times)

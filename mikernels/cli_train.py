@@ -24,7 +24,7 @@ def count(text: str | int) -> int:
         number = float(digits) * unit
     except ValueError as error:
         raise typer.BadParameter(f"expected a number such as 500k or 10M, got {text!r}") from error
-    if number < 1 or number != int(number):
+    if not number >= 1 or number % 1:
         raise typer.BadParameter(f"expected a whole number of at least 1, got {text!r}")
     return int(number)
 

@@ -320,7 +320,7 @@ def test_a_damaged_checkpoint_is_named(uninterrupted, name, damage, expected) ->
     [
         OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
         SafetensorError(
-            'I/O error: Os { code: 28, kind: StorageFull, message: "No space left on device" }'
+            "Error while serializing: I/O error: No space left on device (os error 28)"
         ),
     ],
     ids=["OSError", "SafetensorError"],

@@ -3,6 +3,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -105,7 +106,9 @@ needs_compiler = pytest.mark.skipif(
 
 @needs_compiler
 def test_isolated_wheel_has_the_extension(source, environment, tmp_path):
-    environment.pip("wheel", "-w", tmp_path, source, cwd=tmp_path, MIKERNELS_EXT="cpu")
+    # -O0: what is built is of interest here, not how fast it runs
+    flags = {"MIKERNELS_EXT": "cpu", "CXXFLAGS": "-O0 -w"}
+    environment.pip("wheel", "-w", tmp_path, source, cwd=tmp_path, **flags)
     wheel = next(tmp_path.glob("*.whl"))
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.split("/")[0] for name in names}
@@ -138,17 +141,20 @@ print(mikernels.sparse_decode(codes, torch.randn(9, 5)).shape, mikernels.support
 """
 
 
+# one isolated build is enough: these spare themselves the fetching of setuptools
+QUICK = ("install", "--no-build-isolation", "--force-reinstall")
+
+
 @pytest.mark.parametrize(
     "variables, reason",
     [
         ({"CXX": "/nonexistent", "PATH": "/nonexistent"}, "no C++ compiler ('/nonexistent' is not"),
-        ({"PATH": "/nonexistent"}, "no C++ compiler ('c++' is not on PATH)"),
         ({"MIKERNELS_EXT": "0"}, "built with MIKERNELS_EXT=0"),
     ],
-    ids=["CXX that is missing", "PATH without compiler", "MIKERNELS_EXT=0"],
+    ids=["no compiler", "MIKERNELS_EXT=0"],
 )
 def test_install_without_extension_works_and_says_why(source, environment, variables, reason):
-    environment.pip("install", "--force-reinstall", source, cwd=source, **variables)
+    environment.pip(*QUICK, source, cwd=source, **variables)
     assert environment.check(WORKS) == "torch.Size([3, 5]) ()"
     info = environment.info()
     assert not info["extension"]["loaded"] and not info["build"]["extension"]
@@ -158,15 +164,20 @@ def test_install_without_extension_works_and_says_why(source, environment, varia
         assert states["reference"] == "ready" and reason in states["cpp"]
 
 
-def test_install_that_asks_for_an_extension_fails_without_compiler(source, environment):
-    with pytest.raises(AssertionError, match="cannot build the extension: no C\\+\\+ compiler"):
-        environment.pip("install", source, cwd=source, MIKERNELS_EXT="cpu", CXX="/nonexistent")
-    with pytest.raises(AssertionError, match="MIKERNELS_EXT: expected auto, cpu or 0, got 'yes'"):
-        environment.pip("install", source, cwd=source, MIKERNELS_EXT="yes")
+@pytest.mark.parametrize(
+    "variables, message",
+    [
+        ({"MIKERNELS_EXT": "cpu", "CXX": "/nonexistent"}, "cannot build the extension: no C++"),
+        ({"MIKERNELS_EXT": "yes"}, "MIKERNELS_EXT: expected auto, cpu or 0, got 'yes'"),
+    ],
+)
+def test_build_that_cannot_give_what_was_asked_for_fails(source, environment, variables, message):
+    with pytest.raises(AssertionError, match=re.escape(message)):
+        run(environment.python, "setup.py", "--version", cwd=source, **variables)
 
 
 def test_editable_install_imports_from_the_tree(source, environment):
-    environment.pip("install", "-e", source, cwd=source, MIKERNELS_EXT="0")
+    environment.pip(*QUICK, "-e", source, cwd=source, MIKERNELS_EXT="0")
     where = environment.check(
         "import mikernels, mikernels.kernels, mikernels.bench\n"
         "print(mikernels.__file__, mikernels.kernels.__file__, mikernels.bench.__file__)"

@@ -94,9 +94,11 @@ def test_the_three_steps_agree(loss, accumulation) -> None:
         for name in ("tokens", "lr", "k"):
             assert fused.column(name) == other.column(name)
         for name in ("loss", "mse", "fvu", "aux_loss", "l0", "dead_fraction"):
-            # rounding in the first step; what Adam makes of it (see training/autograd.py) later
-            assert fused.column(name)[0] == pytest.approx(other.column(name)[0], rel=2e-6)
-            assert fused.column(name) == pytest.approx(other.column(name), rel=1e-3, abs=1e-6)
+            # rounding at first; later a token may select another feature (training/autograd.py),
+            # which is 1e-3 of so small a batch
+            for steps, rel in ((1, 5e-7), (5, 5e-6), (STEPS, 5e-3)):
+                expected = pytest.approx(other.column(name)[:steps], rel=rel, abs=1e-7)
+                assert fused.column(name)[:steps] == expected, (name, steps)
 
 
 @pytest.mark.parametrize("loss", ["mse", "fvu"])

@@ -55,8 +55,9 @@ void adam_rows(Tensor param, Tensor grad, Tensor exp_avg, Tensor exp_avg_sq, dou
       std::unique_ptr<A[]> next(new A[d]);
       MIK_AT_LEVEL(adam_range<P, G, A>)(
           begin, end, d, mutable_data<P>(param), data<G>(grad), mutable_data<A>(exp_avg),
-          mutable_data<A>(exp_avg_sq), static_cast<A>(beta1), static_cast<A>(beta2), step_size,
-          correction, static_cast<A>(eps), static_cast<A>(factor), project, unit_norm, next.get());
+          mutable_data<A>(exp_avg_sq), static_cast<A>(1 - beta1), static_cast<A>(beta2),
+          static_cast<A>(1 - beta2), step_size, correction, static_cast<A>(eps),
+          static_cast<A>(factor), project, unit_norm, next.get());
     });
   });
 }

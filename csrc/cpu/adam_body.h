@@ -6,10 +6,12 @@
 static inline float root(float x) { return __builtin_sqrtf(x); }
 static inline double root(double x) { return __builtin_sqrt(x); }
 
+// rest1 = 1 - beta1 and rest2 = 1 - beta2 come rounded from fp64: in fp32 1 - 0.999 is off
+// by 1.3e-5
 template <class P, class G, class A>
 static void adam_range(int64_t begin, int64_t end, int64_t d, P* param, const G* grad, A* exp_avg,
-                       A* exp_avg_sq, A beta1, A beta2, A step_size, A inverse_correction, A eps,
-                       A clip, bool project, bool unit_norm, A* next) {
+                       A* exp_avg_sq, A rest1, A beta2, A rest2, A step_size, A inverse_correction,
+                       A eps, A clip, bool project, bool unit_norm, A* next) {
   for (int64_t r = begin; r < end; ++r) {
     P* p = param + r * d;
     const G* g = grad + r * d;
@@ -20,8 +22,8 @@ static void adam_range(int64_t begin, int64_t end, int64_t d, P* param, const G*
     for (int64_t i = 0; i < d; ++i) {
       const A before = static_cast<A>(p[i]);
       const A gradient = clip * (static_cast<A>(g[i]) - along * before);
-      m[i] += (A(1) - beta1) * (gradient - m[i]);
-      v[i] = beta2 * v[i] + (A(1) - beta2) * gradient * gradient;
+      m[i] += rest1 * (gradient - m[i]);
+      v[i] = beta2 * v[i] + rest2 * gradient * gradient;
       // 1 / sqrt(1 - beta2^t) is taken out of the root
       const A after = before - step_size * m[i] / (root(v[i]) * inverse_correction + eps);
       next[i] = after;
@@ -33,20 +35,27 @@ static void adam_range(int64_t begin, int64_t end, int64_t d, P* param, const G*
   }
 }
 
-// sum over rows of |g - <g, p> p|^2 = |g|^2 - (2 - |p|^2) <g, p>^2
+// sum over rows of |g - <g, p> p|^2, from the difference itself: expanding it cancels when g is
+// almost parallel to p
 template <class P, class G, class A>
 static double sumsq_range(int64_t begin, int64_t end, int64_t d, const P* param, const G* grad,
                           bool project) {
   double total = 0;
   for (int64_t r = begin; r < end; ++r) {
     const G* g = grad + r * d;
-    double sum = static_cast<double>(dot<G, G, A>(g, g, d));
-    if (project) {
-      const P* p = param + r * d;
-      const double along = static_cast<double>(dot<G, P, A>(g, p, d));
-      sum -= (2 - static_cast<double>(dot<P, P, A>(p, p, d))) * along * along;
+    if (!project) {
+      total += static_cast<double>(dot<G, G, A>(g, g, d));
+      continue;
     }
-    total += sum;
+    const P* p = param + r * d;
+    const A along = dot<G, P, A>(g, p, d);
+    A sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < d; ++i) {
+      const A rest = static_cast<A>(g[i]) - along * static_cast<A>(p[i]);
+      sum += rest * rest;
+    }
+    total += static_cast<double>(sum);
   }
   return total;
 }

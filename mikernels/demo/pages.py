@@ -70,6 +70,7 @@ def build(
             f"from one seed, each in a process of its own. Peak extra memory is what training adds "
             f"to the activations and weights: gradients, optimiser state, temporaries."
         ),
+        "losses_title": "The same losses" if comparison["agree"] else "The losses disagree",
         "agreement": comparison["message"][0].upper() + comparison["message"][1:] + ".",
         "figures": {
             "loss": Markup(figures.loss_curves(results["fused"]["rows"], results["dense"]["rows"])),

@@ -75,11 +75,11 @@ def save_checkpoint(
         shutil.rmtree(partial, ignore_errors=True)
         former = checkpoints(out_dir)
         safe = f"{former[-1]} is intact" if former else "there is no former one"
-        number = getattr(error, "errno", None)
-        if number is None and "StorageFull" in str(error):
-            number = errno.ENOSPC  # safetensors reports the system's error as text
+        # safetensors gives the system's error as text: "... on device (os error 28)"
+        told = re.search(r"os error (\d+)", str(error))
+        number = int(told[1]) if told else getattr(error, "errno", None)
         raise OSError(
-            number,
+            number or errno.EIO,
             f"Trainer: a checkpoint must be written to {final}, got {error}; free disk space, then "
             f"resume ({safe})",
         ) from error

@@ -53,7 +53,7 @@ class FusedStep:
     Args:
         sae: trained in place; float32 or bfloat16.
         config: of the run.
-        optimizer: a RowAdam of the SAE's parameters; None makes one.
+        optimizer: a RowAdam of the SAE's parameters, whose own clip_norm holds; None makes one.
 
     Raises:
         TypeError: for weights or an optimiser of another kind.

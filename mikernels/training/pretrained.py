@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import io
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +84,20 @@ def _quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+@contextmanager
+def _one_gguf_reader() -> Iterator[None]:
+    """Parse a GGUF file once: transformers makes a reader for the configuration, the tokeniser and
+    the weights each, and reading 100,000 metadata strings is most of the time of a small model."""
+    import gguf
+
+    original = gguf.GGUFReader
+    gguf.GGUFReader = functools.cache(original)
+    try:
+        yield
+    finally:
+        gguf.GGUFReader = original
+
+
 def load_model(
     folder: str | Path, gguf_file: str | None = None, dtype: torch.dtype = torch.float32
 ) -> tuple[torch.nn.Module, Any]:
@@ -116,16 +132,17 @@ def load_model(
         raise FileNotFoundError(
             f"load_model: gguf_file must be one of {ggufs} in {folder}, got {gguf_file!r}"
         )
-    try:
-        from transformers import AutoModel, AutoTokenizer
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"load_model: {error.name} is not installed; `pip install 'mikernels[models]'`"
-        ) from error
+    for package in ("transformers", "gguf", "accelerate")[: 3 if gguf_file else 1]:
+        if importlib.util.find_spec(package) is None:
+            raise ModuleNotFoundError(
+                f"load_model: {package} must be installed; `pip install 'mikernels[models]'`"
+            )
+    from transformers import AutoModel, AutoTokenizer
+
     options: dict[str, Any] = {"local_files_only": True}
     if gguf_file is not None:
         options["gguf_file"] = gguf_file
-    with _quiet_transformers():
+    with _quiet_transformers(), _one_gguf_reader() if gguf_file else nullcontext():
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(folder), **options)
         except (OSError, ValueError, KeyError, TypeError) as error:

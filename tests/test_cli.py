@@ -1,0 +1,234 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The `mikernels` command: what it prints, what it writes, how it fails."""
+
+import json
+import sys
+
+import pytest
+import torch
+import typer
+
+import mikernels
+from mikernels import _ext, cli
+from mikernels._dispatch import OPS
+from mikernels.cli_train import count
+from mikernels.training import load_sae
+from mikernels.training.shards import write_shards
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Runs `mikernels ...` in this process; returns (exit code, stdout, stderr)."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["mikernels", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        captured = capsys.readouterr()
+        return stop.value.code or 0, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def acts(tmp_path):
+    torch.manual_seed(0)
+    write_shards(tmp_path / "acts", [torch.randn(600, 8)])
+    return tmp_path / "acts"
+
+
+SMALL = ("--expansion", 2, "--k", 3, "--batch-size", 50, "--log-every", 1, "--lr", 0.01)
+
+
+def losses(out):
+    return [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_version(command):
+    assert command("--version") == (0, f"{mikernels.__version__}\n", "")
+
+
+def test_info_prints_versions_levels_and_every_operator(command, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.setenv("MIKERNELS_JIT", "1")
+    code, out, _ = command("info")
+    assert code == 0
+    assert torch.__version__.split("+")[0] in out
+    assert "MIKERNELS_JIT=1" in out
+    assert all(name in out for name in OPS)
+    assert all(level in out for level in mikernels.supported_levels())
+
+
+def test_info_json_holds_the_same_facts(command):
+    code, out, _ = command("info", "--json")
+    facts = json.loads(out)
+    assert code == 0
+    assert facts["mikernels"] == mikernels.__version__
+    assert facts["supported_levels"] == list(mikernels.supported_levels())
+    assert facts["operators"].keys() == OPS.keys()
+    assert all(op["reference"] == "ready" for op in facts["operators"].values())
+    assert {"encode", "decode", "row_topk"} <= facts["operators"].keys()
+
+
+def test_info_names_reason_and_remedy_without_the_extension(command, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(_ext, "C", None)
+    monkeypatch.setattr(_ext, "MISSING", "no C++ compiler [c++]; mend it with `make`")
+    code, out, _ = command("info", "--peaks")
+    assert code == 0
+    assert "no C++ compiler [c++]" in out
+    assert "MIKERNELS_EXT=cpu pip install" in out
+    assert "none without the extension" in out
+
+
+def test_every_option_explains_itself():
+    for command in typer.main.get_command(cli.app).commands.values():
+        for parameter in command.params:
+            assert parameter.help, f"{command.name} {parameter.name}"
+
+
+@pytest.mark.parametrize("name", ["info", "demo", "train"])
+def test_help_shows_examples_and_groups(command, monkeypatch, name):
+    monkeypatch.setenv("COLUMNS", "120")
+    code, out, _ = command(name, "--help")
+    assert code == 0
+    assert f"mikernels {name}" in out
+    assert "Example" in out
+    if name == "train":
+        assert all(panel in out for panel in ("Activations", "SAE", "Training", "Output"))
+
+
+def test_bench_hands_its_arguments_on(command):
+    code, out, _ = command("bench", "--list")
+    assert code == 0
+    assert "encode" in out
+
+
+def test_train_writes_metrics_and_a_checkpoint(command, acts, tmp_path):
+    code, out, _ = command("train", "--activations", acts, "--out", tmp_path / "run", *SMALL)
+    assert code == 0
+    assert "FVU" in out
+    # the activations once: 12 batches of 50
+    assert len(losses(tmp_path / "run")) == 12
+    sae = load_sae(tmp_path / "run" / "checkpoint-12")
+    assert (sae.config.d, sae.config.n_features, sae.config.k) == (8, 16, 3)
+
+
+def test_train_resumes_to_the_losses_of_an_uninterrupted_run(command, acts, tmp_path):
+    common = ("train", "--activations", acts, *SMALL)
+    assert command(*common, "--out", tmp_path / "whole", "--tokens", "1k")[0] == 0
+    assert command(*common, "--out", tmp_path / "parts", "--tokens", 350)[0] == 0
+    code, out, _ = command(*common, "--out", tmp_path / "parts", "--tokens", "1k", "--resume")
+    assert code == 0
+    assert "resumed at step 7 of 20" in out
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--step", "autograd", "--optimizer", "SGD"),
+        ("--step", "dense"),
+        ("--dtype", "bfloat16", "--accumulate", 2),
+        ("--warmup", 2, "--decay", "cosine", "--k-start", 8, "--k-anneal", 3, "--clip-norm", 0),
+    ],
+)
+def test_train_takes_every_kind_of_step_and_schedule(command, acts, tmp_path, options):
+    code, _, err = command(
+        "train", "--activations", acts, "--out", tmp_path / "run", *SMALL, "--tokens", 300, *options
+    )
+    assert code == 0, err
+    assert losses(tmp_path / "run")
+
+
+def test_train_exports_for_saelens(command, acts, tmp_path):
+    from mikernels.integrations import saelens
+
+    folder = tmp_path / "saelens"
+    code, _, err = command(
+        "train",
+        "--activations",
+        acts,
+        "--out",
+        tmp_path / "run",
+        *SMALL,
+        "--export-saelens",
+        folder,
+    )
+    assert code == 0, err
+    exported, trained = saelens.load_sae(folder), load_sae(tmp_path / "run" / "checkpoint-12")
+    assert torch.allclose(exported.w_enc, trained.w_enc)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "give either --activations FOLDER, or --model FOLDER"),
+        (("--activations", "{acts}", "--model", "{acts}"), "give either --activations"),
+        (("--activations", "nowhere"), "existing folder of safetensors shards, got nowhere"),
+        (("--model", "nowhere"), "--model needs --layer NUMBER and --text FILE"),
+        (("--model", "nowhere", "--layer", "0", "--text", "absent.txt"), "absent.txt must be"),
+        (("--model", "nowhere", "--layer", "0", "--text", "{text}"), "existing model folder"),
+        (("--activations", "{acts}", "--k", "500"), "k must be in 1..16"),
+        (("--activations", "{acts}", "--lr", "-1"), "lr must be finite and above 0, got -1"),
+        (("--activations", "{acts}", "--decay", "wild"), "decay must be one of"),
+        (("--activations", "{acts}", "--tokens", "many"), "expected a number such as 500k"),
+        (("--activations", "{acts}", "--optimizer", "SGD"), "--optimizer needs --step autograd"),
+        (("--activations", "{acts}", "--optimizer", "X", "--step", "dense"), "torch.optim"),
+        (("--activations", "{acts}", "--resume"), "must hold a checkpoint-<step> folder"),
+    ],
+)
+def test_train_bad_input_is_one_message_and_code_2(
+    command, acts, tmp_path, monkeypatch, arguments, message
+):
+    monkeypatch.setenv("COLUMNS", "1000")
+    text = tmp_path / "text.txt"
+    text.write_text("hello")
+    filled = [a.format(acts=acts, text=text) for a in arguments]
+    code, _, err = command("train", *SMALL, "--out", tmp_path / "run", *filled)
+    assert code == 2
+    assert message in err
+    assert "Traceback" not in err
+
+
+def test_debug_shows_the_traceback(command, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["mikernels", "--debug", "train", "--activations", "nowhere"])
+    with pytest.raises(FileNotFoundError):
+        cli.main()
+
+
+def test_an_error_that_is_not_the_users_has_code_1(command, acts, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("mikernels.training.Trainer.run", full)
+    code, _, err = command("train", "--activations", acts, "--out", tmp_path / "run", *SMALL)
+    assert code == 1
+    assert "No space left on device" in err
+
+
+@pytest.mark.parametrize(("agree", "code"), [(True, 0), (False, 1)])
+def test_demo_fails_when_the_losses_disagree(command, monkeypatch, agree, code):
+    monkeypatch.setattr("mikernels.demo.run.run_demo", lambda *_: agree)
+    assert command("demo", "--data", "mnist")[0] == code
+
+
+def test_demo_refuses_bad_options(command):
+    code, _, err = command("demo", "--data", "cifar")
+    assert code == 2
+    assert "data must be 'smollm2' or 'mnist', got 'cifar'" in " ".join(err.split())
+    assert command("demo", "--steps", 10, "--baseline-steps", 10)[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [("7", 7), ("500k", 500_000), ("10M", 10**7), ("1.5b", 1_500_000_000), ("1_000", 1000)],
+)
+def test_count_reads_suffixes(text, number):
+    assert count(text) == number
+
+
+@pytest.mark.parametrize("text", ["", "k", "-1", "0", "1.5", "1e", "nan"])
+def test_count_refuses_what_is_no_count(text):
+    with pytest.raises(typer.BadParameter):
+        count(text)
