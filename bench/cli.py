@@ -206,6 +206,11 @@ def _measure_all(
         + (f"; ceilings {json.dumps(_rounded(peaks))}" if peaks else ""),
         highlight=False,
     )
+    if facts["load"] and facts["load"][0] > facts["cores"] / 2 and not options.check:
+        console.print(
+            f"[yellow]busy[/]: load {facts['load'][0]:.1f} on {facts['cores']} cores before the "
+            f"start; times will be noise"
+        )
     have = {results.key(case) for case in file["cases"]}
     failed = []
     for bench, shape, mode in cases:
@@ -216,7 +221,10 @@ def _measure_all(
         with Status(name, console=console) as status:
             timed = replace(options, notify=status.update)
             case = harness.measure(bench, shape, mode, timed)
-        report.show(case, peaks, console)
+        if not options.check:
+            case["peaks"] = peaks
+            report.derive(case)
+        report.show(case, console)
         failed += [
             f"{name}: {p['name']} ({p['reason']})"
             for p in case["providers"]

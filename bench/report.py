@@ -34,10 +34,10 @@ def ratio(case: dict[str, Any], name: str, baseline: str | None = None) -> dict[
     return stats.ratio(theirs["times_ms"], ours["times_ms"]) if ours and theirs else None
 
 
-def rates(case: dict[str, Any], record: dict[str, Any], peaks: dict[str, Any]) -> dict[str, float]:
+def rates(case: dict[str, Any], record: dict[str, Any]) -> dict[str, float]:
     """GB/s and GFLOP/s at the median, and their fractions of the ceilings of as many threads."""
     seconds = record["ms"]["p50"] / 1e3
-    ceilings = peaks["one" if case["facts"]["torch_threads"] == 1 else "all"]
+    ceilings = case["peaks"]["one" if case["facts"]["torch_threads"] == 1 else "all"]
     compute = screen_gflops(ceilings, record["level"]) if record["screens"] else None
     compute = compute or ceilings["fma_gflops"]
     result = {
@@ -68,7 +68,16 @@ def targets(case: dict[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
-def show(case: dict[str, Any], peaks: dict[str, Any], console: Console) -> None:
+def derive(case: dict[str, Any]) -> None:
+    """Writes what follows from the times into the case, for readers of the JSON."""
+    for record in case["providers"]:
+        if record["times_ms"]:
+            record["ratio"] = ratio(case, record["name"])
+            record["rates"] = rates(case, record)
+    case["targets"] = targets(case)
+
+
+def show(case: dict[str, Any], console: Console) -> None:
     """Prints the case; below the table, why a provider has no times, and the speeds to reach."""
     shape = case["shape"]
     sizes = f"N={shape['n']} d={shape['d']} F={shape['f']} k={shape['k']}"
@@ -84,7 +93,7 @@ def show(case: dict[str, Any], peaks: dict[str, Any], console: Console) -> None:
     table.add_column("error", justify="right", no_wrap=True)
     table.add_column("gate", no_wrap=True)
     for record in case["providers"]:
-        cells = [] if case["check"] else _timing_cells(case, record, peaks)
+        cells = [] if case["check"] else _timing_cells(case, record)
         error = f"{record['error']:.1e}" if "error" in record else ""
         table.add_row(record["name"], *cells, error, GATE[record["status"]])
     console.print(table)
@@ -92,10 +101,10 @@ def show(case: dict[str, Any], peaks: dict[str, Any], console: Console) -> None:
         console.print("  " + line, highlight=False)
 
 
-def _timing_cells(case: dict[str, Any], record: dict[str, Any], peaks: dict[str, Any]) -> list[str]:
+def _timing_cells(case: dict[str, Any], record: dict[str, Any]) -> list[str]:
     if not record["times_ms"]:
         return [""] * len(COLUMNS)
-    spread, speed = record["ms"], rates(case, record, peaks)
+    spread, speed = record["ms"], rates(case, record)
     times, extra = ratio(case, record["name"]), _megabytes(record)
     return [
         f"{spread['p50']:.4g}",

@@ -25,8 +25,18 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 # what library code raises for bad input, before any work is done
-BAD_INPUT = (ValueError, TypeError, IndexError, KeyError, ImportError, FileNotFoundError)
-BAD_INPUT += (FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
+BAD_INPUT = (
+    ValueError,
+    TypeError,
+    IndexError,
+    KeyError,
+    ImportError,
+    FileNotFoundError,
+    FileExistsError,
+    NotADirectoryError,
+    IsADirectoryError,
+    PermissionError,
+)
 
 
 @app.callback(invoke_without_command=True)

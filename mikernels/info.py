@@ -17,8 +17,8 @@ from rich.table import Table
 
 ENVIRONMENT = ("MIKERNELS_EXT", "MIKERNELS_ARCHS", "MIKERNELS_IMPL", "MIKERNELS_JIT")
 # the flags that the kernels look for, and those that explain a level that is missing
-CPU_FLAGS = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vbmi2")
-CPU_FLAGS += ("avx512_vnni", "avx512_bf16", "amx_tile", "amx_int8", "amx_bf16", "amx_fp16")
+CPU_FLAGS = "avx2 fma f16c avx512f avx512bw avx512vl avx512dq avx512vbmi2 avx512_vnni avx512_bf16 "
+CPU_FLAGS += "amx_tile amx_int8 amx_bf16 amx_fp16"
 PACKAGES = ("torch", "triton", "numpy", "safetensors", "transformers", "sae-lens")
 OPTIONAL = {
     "triton": ", for CUDA devices on Linux: pip install 'mikernels[triton]'",
@@ -59,7 +59,7 @@ def _cpu() -> dict[str, Any]:
     count = os.cpu_count()
     if hasattr(os, "sched_getaffinity"):
         count = len(os.sched_getaffinity(0))
-    return {"model": model, "cores": count, "features": [f for f in CPU_FLAGS if f in flags]}
+    return {"model": model, "cores": count, "features": [f for f in CPU_FLAGS.split() if f in flags]}
 
 
 def collect(peaks: bool = False) -> dict[str, Any]:

@@ -16,9 +16,8 @@ static void adam_range(int64_t begin, int64_t end, int64_t d, P* param, const G*
     P* p = param + r * d;
     const G* g = grad + r * d;
     A *m = exp_avg + r * d, *v = exp_avg_sq + r * d;
-    const A along = project ? dot<G, P, A>(g, p, d) : A(0);
-    A norm = 0;
-#pragma omp simd reduction(+ : norm)
+    const A along = project ? static_cast<A>(dot<G, P, double>(g, p, d)) : A(0);
+#pragma omp simd
     for (int64_t i = 0; i < d; ++i) {
       const A before = static_cast<A>(p[i]);
       const A gradient = clip * (static_cast<A>(g[i]) - along * before);
@@ -27,10 +26,13 @@ static void adam_range(int64_t begin, int64_t end, int64_t d, P* param, const G*
       // 1 / sqrt(1 - beta2^t) is taken out of the root
       const A after = before - step_size * m[i] / (root(v[i]) * inverse_correction + eps);
       next[i] = after;
-      norm += after * after;
     }
     A shrink = A(1);
-    if (unit_norm && norm > A(0)) shrink = A(1) / root(norm);
+    if (unit_norm) {
+      // fp64 sums of a row cost nothing here: the sweep waits for memory
+      const double squares = dot<A, A, double>(next, next, d);
+      if (squares > 0) shrink = static_cast<A>(1 / root(squares));
+    }
     for (int64_t i = 0; i < d; ++i) p[i] = static_cast<P>(next[i] * shrink);
   }
 }
@@ -44,18 +46,18 @@ static double sumsq_range(int64_t begin, int64_t end, int64_t d, const P* param,
   for (int64_t r = begin; r < end; ++r) {
     const G* g = grad + r * d;
     if (!project) {
-      total += static_cast<double>(dot<G, G, A>(g, g, d));
+      total += dot<G, G, double>(g, g, d);
       continue;
     }
     const P* p = param + r * d;
-    const A along = dot<G, P, A>(g, p, d);
-    A sum = 0;
+    const A along = static_cast<A>(dot<G, P, double>(g, p, d));
+    double sum = 0;
 #pragma omp simd reduction(+ : sum)
     for (int64_t i = 0; i < d; ++i) {
       const A rest = static_cast<A>(g[i]) - along * static_cast<A>(p[i]);
-      sum += rest * rest;
+      sum += static_cast<double>(rest) * rest;
     }
-    total += static_cast<double>(sum);
+    total += sum;
   }
   return total;
 }

@@ -53,42 +53,42 @@ def summarise(
 ) -> list[tuple[str, str, str, str]]:
     """Rows of (what, plain PyTorch, fused, ratio) as text."""
     dense, fused = results["dense"], results["fused"]
-    common = min(len(dense["rows"]), len(fused["rows"]))
     # the first steps allocate
-    ms = {
-        name: median(row["step_ms"] for row in result["rows"][3:] or result["rows"])
-        for name, result in results.items()
-    }
+    ms = [
+        median(row["step_ms"] for row in run["rows"][3:] or run["rows"]) for run in (dense, fused)
+    ]
+    faster = f"{ms[0] / ms[1]:.1f}x"
+    peaks = [run["peak_extra_bytes"] for run in (dense, fused)]
+    shown = ["not measured" if peak is None else f"{peak / 2**20:,.0f} MB" for peak in peaks]
     table = [
-        ("ms a step (median)", f"{ms['dense']:,.0f}", f"{ms['fused']:,.0f}"),
+        ("ms a step (median)", f"{ms[0]:,.0f}", f"{ms[1]:,.0f}", faster),
         (
             "tokens a second",
-            f"{1e3 * batch_size / ms['dense']:,.0f}",
-            f"{1e3 * batch_size / ms['fused']:,.0f}",
+            f"{1e3 * batch_size / ms[0]:,.0f}",
+            f"{1e3 * batch_size / ms[1]:,.0f}",
+            faster,
+        ),
+        (
+            "peak extra memory",
+            shown[0],
+            shown[1],
+            f"{peaks[0] / peaks[1]:.1f}x" if all(peaks) else "",
         ),
     ]
-    ratios = [f"{ms['dense'] / ms['fused']:.1f}x", f"{ms['dense'] / ms['fused']:.1f}x"]
-    peaks = dense["peak_extra_bytes"], fused["peak_extra_bytes"]
-    shown = ["not measured" if peak is None else f"{peak / 2**20:,.0f} MB" for peak in peaks]
-    table.append(("peak extra memory", *shown))
-    ratios.append(f"{peaks[0] / peaks[1]:.1f}x" if all(peaks) else "")
-    same = dense["rows"][common - 1], fused["rows"][common - 1]
-    last = fused["rows"][-1]
-    for label, name, form in (
+    common = min(len(dense["rows"]), len(fused["rows"]))
+    quantities = (
         ("FVU", "fvu", "{:.4f}"),
         ("L0", "l0", "{:.1f}"),
         ("dead features", "dead_fraction", "{:.1%}"),
-    ):
-        cells = [form.format(row[name]) for row in same]
-        table.append((f"{label} after {common} steps", *cells))
-        ratios.append("")
-    for label, name, form in (
-        ("FVU", "fvu", "{:.4f}"),
-        ("dead features", "dead_fraction", "{:.1%}"),
-    ):
-        table.append((f"{label} after {len(fused['rows'])} steps", "", form.format(last[name])))
-        ratios.append("")
-    return [(*row, ratio) for row, ratio in zip(table, ratios, strict=True)]
+    )
+    for label, name, form in quantities:
+        values = [form.format(run["rows"][common - 1][name]) for run in (dense, fused)]
+        table.append((f"{label} after {common} steps", values[0], values[1], ""))
+    if len(fused["rows"]) > common:
+        for label, name, form in quantities:
+            value = form.format(fused["rows"][-1][name])
+            table.append((f"{label} after {len(fused['rows'])} steps", "", value, ""))
+    return table
 
 
 def results_table(summary: list[tuple[str, str, str, str]]) -> Table:

@@ -83,8 +83,12 @@ def smollm2_shards(out: Path, layer: int, tokens: int, seed: int, console: Conso
         "title": f"SmolLM2-135M, residual stream after layer {layer}",
         "pieces": {str(token): tokenizer.decode([token]) for token in sorted(used)},
     }
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:,} of"))
-    columns += (TextColumn("{task.total:,} tokens"), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed:,} of {task.total:,} tokens"),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console) as progress:
         task = progress.add_task(f"activations of layer {layer}", total=tokens)
 

@@ -29,7 +29,7 @@ PARTS = {
     "optimizer": "#edae49",
     "other": "#9aa5b1",
 }
-STYLE: dict[str, Any] = {
+STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "mikernels",
     "font.family": "sans-serif",

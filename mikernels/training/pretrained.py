@@ -91,11 +91,11 @@ def _one_gguf_reader() -> Iterator[None]:
     import gguf
 
     original = gguf.GGUFReader
-    gguf.GGUFReader = functools.cache(original)
+    gguf.GGUFReader = functools.cache(original)  # type: ignore[misc, assignment]
     try:
         yield
     finally:
-        gguf.GGUFReader = original
+        gguf.GGUFReader = original  # type: ignore[misc]
 
 
 def load_model(
