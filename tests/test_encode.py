@@ -4,49 +4,21 @@ import sys
 import hypothesis.extra.numpy as hnp
 import pytest
 import torch
-from encode_cases import ADVERSARIAL, NON_FINITE
+from encode_cases import ADVERSARIAL, NON_FINITE, check
 from hypothesis import given
 from hypothesis import strategies as st
 from oracle import (
     DTYPES,
-    assert_accurate,
-    assert_selected,
     best,
-    eager_scores,
     encode_scores,
     identical,
     num_threads,
     randint,
     randn,
-    rounding_slack,
-    unchanged,
 )
 
 import mikernels
 from mikernels import topk_encode
-
-
-def check(impl, x, w_enc, b_enc=None, *, k, b_dec=None, scale=None, relu=True, exact=False):
-    """Codes against the oracle: the set (cpp: exactly), then the values of the features chosen."""
-    arguments = {"b_dec": b_dec, "scale": scale}
-    with unchanged(x, w_enc, b_enc, b_dec, scale):
-        codes = topk_encode(x, w_enc, b_enc, k=k, relu=relu, impl=impl, **arguments)
-    assert codes.values.dtype == x.dtype
-    assert codes.values.shape == codes.indices.shape == (*x.shape[:-1], k)
-    assert codes.n_features == w_enc.shape[0]
-    x = x.reshape(-1, x.shape[-1])
-    values, indices = codes.values.reshape(-1, k), codes.indices.reshape(-1, k)
-    h, scores = encode_scores(x, w_enc, b_enc, **arguments)
-    eager_h, eager = eager_scores(x, w_enc, b_enc, **arguments)
-    assert_selected(
-        indices, scores, None if exact or impl == "cpp" else rounding_slack(scores, eager)
-    )
-    h, eager_h = h.gather(-1, indices), eager_h.gather(-1, indices)
-    assert_accurate(
-        values, *((h.relu().double(), eager_h.relu()) if relu else (h.double(), eager_h))
-    )
-    return codes
-
 
 SHAPES = [  # N, d, F, k
     (0, 17, 50, 3),
@@ -61,6 +33,7 @@ SHAPES = [  # N, d, F, k
     (2, 129, 4111, 300),
     (257, 40, 999, 8),
     (1500, 5, 77, 9),
+    (300, 5, 4111, 4000),
 ]
 
 

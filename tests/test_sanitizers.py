@@ -49,6 +49,8 @@ def extension(libraries: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
         cwd=source,
         env={
             **os.environ,
+            # where pip puts ninja
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
             "MIKERNELS_EXT": "cpu",
             "CXXFLAGS": FLAGS,
             "LDFLAGS": "-fsanitize=address,undefined",

@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Gradients of the public functions: gradcheck, dense autograd, every subset of the inputs."""
+
+from itertools import product
+
+import pytest
+import torch
+from oracle import DTYPES, assert_accurate, randn, random_indices, unchanged
+
+from mikernels import SparseCodes, row_topk, sparse_decode, topk_encode
+
+N, D, F, K = 3, 3, 19, 2
+
+
+def leaves(*shapes, dtype=torch.float64):
+    return [randn(*s, dtype=dtype, seed=i).detach().requires_grad_() for i, s in enumerate(shapes)]
+
+
+INDICES = random_indices(N, K, F)
+SCALE = randn(F, dtype=torch.float64, seed=9)
+
+# name -> (function of impl and differentiable tensors, their shapes)
+FUNCTIONS = {
+    "row_topk": (lambda impl, s: row_topk(s, K, impl=impl)[0], [(N, F)]),
+    "row_topk sorted": (lambda impl, s: row_topk(s, K, sorted=True, impl=impl)[0], [(N, F)]),
+    "topk_encode": (
+        lambda impl, x, w, b, c: topk_encode(x, w, b, k=K, b_dec=c, impl=impl).values,
+        [(N, D), (F, D), (F,), (D,)],
+    ),
+    "topk_encode relu=False": (
+        lambda impl, x, w, c: topk_encode(x, w, k=K, b_dec=c, relu=False, impl=impl).values,
+        [(N, D), (F, D), (D,)],
+    ),
+    "topk_encode scale": (
+        lambda impl, x, w, b: topk_encode(x, w, b, k=K, scale=SCALE, impl=impl).values,
+        [(1, N, D), (F, D), (F,)],
+    ),
+    "topk_encode transposed": (
+        lambda impl, x, w: topk_encode(x, w.T, k=K, impl=impl).values,
+        [(N, D), (D, F)],
+    ),
+    "sparse_decode": (
+        lambda impl, v, w, b: sparse_decode(SparseCodes(v, INDICES, F), w, b, impl=impl),
+        [(N, K), (F, D), (D,)],
+    ),
+    "sparse_decode prefixes": (
+        lambda impl, v, w, b: sparse_decode(
+            SparseCodes(v, INDICES, F), w, b, prefixes=[3, 9, F], impl=impl
+        ),
+        [(N, K), (F, D), (D,)],
+    ),
+    "sparse_decode transposed": (
+        lambda impl, v, w: sparse_decode(SparseCodes(v, INDICES, F), w.T, impl=impl),
+        [(N, K), (D, F)],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_autograd_gradcheck(impl, name):
+    function, shapes = FUNCTIONS[name]
+    inputs = leaves(*shapes)
+    assert torch.autograd.gradcheck(lambda *args: function(impl, *args), inputs)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_autograd_of_any_subset_of_the_inputs(impl, name):
+    function, shapes = FUNCTIONS[name]
+    inputs = leaves(*shapes)
+    output = function(impl, *inputs)
+    dy = randn(*output.shape, dtype=torch.float64, seed=7)
+    everything = torch.autograd.grad(output, inputs, dy)
+    for needed in product([False, True], repeat=len(inputs)):
+        some = [t.detach().requires_grad_(wanted) for t, wanted in zip(inputs, needed, strict=True)]
+        output = function(impl, *some)
+        assert output.requires_grad == any(needed)
+        if any(needed):
+            output.backward(dy)
+        for t, wanted, expected in zip(some, needed, everything, strict=True):
+            assert (t.grad is not None) == wanted
+            assert not wanted or torch.equal(t.grad, expected)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_autograd_of_expanded_and_strided_output_gradients(impl, name):
+    function, shapes = FUNCTIONS[name]
+    inputs = leaves(*shapes)
+    output = function(impl, *inputs)
+    ones = torch.ones_like(output)
+    # .sum() hands back one number expanded to the output's shape
+    dense = torch.autograd.grad(output, inputs, ones, retain_graph=True)
+    expanded = torch.autograd.grad(output.sum(), inputs, retain_graph=True)
+    strided = torch.autograd.grad(output, inputs, ones.mT.contiguous().mT)
+    for a, b, c in zip(dense, expanded, strided, strict=True):
+        assert torch.equal(a, b) and torch.equal(a, c)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_autograd_twice_raises(impl, name):
+    function, shapes = FUNCTIONS[name]
+    inputs = leaves(*shapes)
+    first = torch.autograd.grad(
+        function(impl, *inputs).square().sum(), inputs, create_graph=True, allow_unused=True
+    )
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        sum(g.sum() for g in first if g.requires_grad).backward()
+
+
+def sae(impl, x, w_enc, b_enc, w_dec, b_dec, k):
+    codes = topk_encode(x, w_enc, b_enc, k=k, b_dec=b_dec, impl=impl)
+    return codes, sparse_decode(codes, w_dec, b_dec, impl=impl)
+
+
+def dense_sae(codes, x, w_enc, b_enc, w_dec, b_dec):
+    """The same SAE as plain torch, with the selection of `codes` as a mask."""
+    h = (x - b_dec) @ w_enc.T + b_enc
+    mask = torch.zeros(h.shape, dtype=torch.bool).scatter_(-1, codes.indices, True)
+    return torch.where(mask, h.relu(), 0) @ w_dec + b_dec
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n, d, n_features, k", [(1, 1, 1, 1), (33, 17, 203, 5), (67, 96, 300, 40)])
+def test_autograd_equal_dense_autograd(impl, dtype, n, d, n_features, k):
+    shapes = [(n, d), (n_features, d), (n_features,), (n_features, d), (d,)]
+    inputs = leaves(*shapes, dtype=dtype)
+    dy = randn(n, d, dtype=dtype, seed=9)
+    with unchanged(*inputs, dy):
+        codes, y = sae(impl, *inputs, k)
+        gradients = torch.autograd.grad(y, inputs, dy)
+    eager_y = dense_sae(codes, *inputs)
+    eager = torch.autograd.grad(eager_y, inputs, dy)
+    wide = [t.detach().double().requires_grad_() for t in inputs]
+    wide_y = dense_sae(codes, *wide)
+    oracle = torch.autograd.grad(wide_y, wide, dy.double())
+    assert_accurate(y, wide_y, eager_y)
+    for gradient, exact, in_eager in zip(gradients, oracle, eager, strict=True):
+        assert_accurate(gradient, exact, in_eager)
+
+
+def test_autograd_of_slots_at_zero_are_zero(impl):
+    x, w_enc = leaves((6, 8), (90, 8), dtype=torch.float32)
+    bias = torch.full((90,), -1e3)
+    bias[:2] = 1e3
+    codes = topk_encode(x, w_enc, bias, k=5, impl=impl)
+    assert (codes.l0() == 2).all()
+    codes.values.backward(torch.full_like(codes.values, 3.0))
+    assert torch.equal(w_enc.grad[2:], torch.zeros(88, 8))
+    torch.testing.assert_close(w_enc.grad[:2], (3 * x.detach()).sum(0).expand(2, 8))
+    torch.testing.assert_close(x.grad, (3 * w_enc.detach()[:2]).sum(0).expand(6, 8))
+
+
+def test_autograd_show_nan(impl):
+    x, w_enc = leaves((3, 8), (90, 8), dtype=torch.float32)
+    with torch.no_grad():
+        x[1, 2] = float("nan")
+    topk_encode(x, w_enc, k=5, impl=impl).values.sum().backward()
+    assert x.grad[[0, 2]].isfinite().all()
+    assert w_enc.grad.isnan().any()
