@@ -11,6 +11,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch  # noqa: F401  (the extension links to the libraries that torch loads)
+
 LEVELS = ("portable", "avx2", "avx512", "amx")
 
 

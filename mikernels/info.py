@@ -59,7 +59,8 @@ def _cpu() -> dict[str, Any]:
     count = os.cpu_count()
     if hasattr(os, "sched_getaffinity"):
         count = len(os.sched_getaffinity(0))
-    return {"model": model, "cores": count, "features": [f for f in CPU_FLAGS.split() if f in flags]}
+    features = [flag for flag in CPU_FLAGS.split() if flag in flags]
+    return {"model": model, "cores": count, "features": features}
 
 
 def collect(peaks: bool = False) -> dict[str, Any]:

@@ -12,9 +12,9 @@ static inline A dot(const T* a, const U* b, int64_t d) {
 #pragma omp simd
     for (int64_t j = 0; j < step; ++j)
       sums[j] += static_cast<A>(a[i + j]) * static_cast<A>(b[i + j]);
+  for (int64_t j = 0; i < d; ++i, ++j) sums[j] += static_cast<A>(a[i]) * static_cast<A>(b[i]);
   A total = A(0);
 #pragma omp simd reduction(+ : total)
   for (int64_t j = 0; j < step; ++j) total += sums[j];
-  for (; i < d; ++i) total += static_cast<A>(a[i]) * static_cast<A>(b[i]);
   return total;
 }

@@ -14,6 +14,7 @@ from typing import Any
 
 from rich.console import Console
 
+from mikernels import supported_levels
 from mikernels.demo.compare import NAMES, compare, results_table, summarise
 from mikernels.demo.data import load_rows, mnist_shards, package_folder, smollm2_shards
 
@@ -87,6 +88,12 @@ def run_demo(options: DemoOptions, out: Path, console: Console) -> bool:
     started = time.perf_counter()
     for package in ("matplotlib", "jinja2"):
         package_folder(package, "pip install 'mikernels[report]'")
+    if not supported_levels():
+        console.print(
+            "the compiled kernels are absent, so the fused path runs its slow reference; "
+            "`mikernels info` says why and how to mend it",
+            style="yellow",
+        )
     out = out / options.data
     out.mkdir(parents=True, exist_ok=True)
     if options.data == "smollm2":

@@ -40,7 +40,7 @@ from mikernels._dispatch import (
 )
 from mikernels.codes import SparseCodes
 from mikernels.ops.decode import decode_op
-from mikernels.ops.gradients import by_feature_op, feature_sum_op
+from mikernels.ops.gradients import by_feature_op, feature_sum_op, weighted_row_sum
 from mikernels.ops.row_topk import reference as row_topk_reference
 from mikernels.ops.row_topk import row_topk_op
 
@@ -112,9 +112,7 @@ class _Encode(torch.autograd.Function):
             centred = x if b_dec is None else x - b_dec
             dw, db_enc = feature_sum_op(dvalues, centred, *slots, impl=ctx.impl)
             if need[3]:
-                # sum over tokens first: F d products instead of N k d
-                acc = accumulate_dtype(x.dtype)
-                db_dec = -(db_enc.to(acc) @ w_enc.to(acc)).to(x.dtype)
+                db_dec = -weighted_row_sum(db_enc, w_enc).to(x.dtype)
         if need[0]:
             dx = decode_op(dvalues, indices, w_enc, None, impl=ctx.impl)
         keep = (dx, dw if need[1] else None, db_enc if need[2] else None, db_dec)

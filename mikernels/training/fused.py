@@ -23,13 +23,10 @@ from mikernels.codes import SparseCodes
 from mikernels.nn import TopKSAE
 from mikernels.ops.decode import sparse_decode
 from mikernels.ops.encode import topk_encode
-from mikernels.ops.gradients import sae_gradients_op
+from mikernels.ops.gradients import sae_gradients_op, weighted_row_sum
 from mikernels.optim import RowAdam
 from mikernels.training.config import TrainConfig
 from mikernels.training.metrics import Clock, Means
-
-# w_enc is taken to fp32 this many rows at a time: no second F x d
-ROWS_A_PIECE = 8192
 
 
 def row_adam(sae: TopKSAE, config: TrainConfig) -> RowAdam:
@@ -181,9 +178,7 @@ class FusedStep:
     def _input_bias_gradient(self) -> None:
         sae = self.sae
         db_enc, db_dec = self.gradients[sae.b_enc], self.gradients[sae.b_dec]
-        for start in range(0, db_enc.shape[0], ROWS_A_PIECE):
-            rows = slice(start, start + ROWS_A_PIECE)
-            db_dec.addmv_(sae.w_enc[rows].float().T, db_enc[rows], alpha=-1)
+        db_dec -= weighted_row_sum(db_enc, sae.w_enc)
 
     def _scratch(self, x: torch.Tensor) -> torch.Tensor:
         if self._centred.shape != x.shape or self._centred.device != x.device:
