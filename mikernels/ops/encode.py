@@ -12,14 +12,15 @@ computed exactly. With x^ and w^ the rounded rows (per-row scale; bf16 for AMX, 
 
 by Cauchy-Schwarz, with the *computed* norms of the rounding errors, rounded up. On top of (1) come
   - accumulation: none for int16 (row norms stay below 2^15, so every partial sum is exact in int32,
-    again by Cauchy-Schwarz); at most 2 d u |x^| |w^| for AMX's fp32 sums of bf16 products, u = 2^-24;
+    again by Cauchy-Schwarz); at most 2 d u |x^| |w^| for AMX's fp32 sums of bf16 products, where
+    u = 2^-24 and rows are scaled to norms in 1..2, so that flushed denormals vanish beside it;
   - the fp32 evaluation of `(s^ c + b_enc) scale` and of the bound itself: 16 u on every term.
-Let e[n, f] be the sum of these. Then s - e and s + e bracket the true score, so with tau[n] the k-th
-largest lower bound seen so far, a feature whose upper bound is below tau[n] has k features above it
-and cannot be selected. Everything else is kept and rescored: a dot product in fp64 rounded once to
-fp32, whose order is the fp32 order that is returned. Bounds that are not finite (NaN, inf or a norm
-outside 2^-60..2^60) pass the screen by construction, and a full candidate list is rescored on the
-spot, so there is no case that the screen decides alone and none that overflows.
+Let e[n, f] be the sum of these. Then s - e and s + e bracket the true score, so with tau[n] the
+k-th largest lower bound seen so far, a feature whose upper bound is below tau[n] has k features
+above it and cannot be selected. Everything else is kept and rescored: a dot product in fp64 rounded
+once to fp32, whose order is the fp32 order that is returned. Bounds that are not finite (NaN, inf
+or a norm outside 2^-40..2^40) pass the screen by construction, and a full candidate list is
+rescored on the spot, so the screen decides no case alone and no list overflows.
 
 Scratch: one 16-bit panel of w_enc (16 MB; 48 MB if its rows are strided) and, for chunks of tokens
 that fit 64 MB, x^ and 4k + 64 candidates of 16 bytes a token. Time O(N F d) in 16-bit products.
@@ -44,7 +45,7 @@ from mikernels.ops.gradients import by_feature_op, feature_sum_op, weighted_row_
 from mikernels.ops.row_topk import reference as row_topk_reference
 from mikernels.ops.row_topk import row_topk_op
 
-# below this many features per slot the dense product and row_topk win: screening has nothing to skip
+# below this many features a slot the dense product and row_topk win: little is left to screen out
 DENSE_BELOW = 8
 
 

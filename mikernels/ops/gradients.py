@@ -4,7 +4,7 @@
 With `slots(f)` the (token n, slot j) pairs whose index is f, in token order:
 
     gather_dot   out[n, j] = <rows[n], w[indices[n, j]]>                  SDDMM, k dots a token
-    feature_sum  dw[f] = sum_{slots(f)} coefficients[n, j] rows[n]        and db[f] = sum coefficients
+    feature_sum  dw[f] = sum_{slots(f)} coefficients[n, j] rows[n]    and db[f], of coefficients
     sae_gradients_  all of an SAE's weight gradients in one pass over the features:
                  dv = <dy[n], w_dec[f]> where the value is not 0,  dw_dec[f] += value dy[n],
                  dw_enc[f] += dv x[n],  db_enc[f] += dv
