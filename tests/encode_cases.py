@@ -32,23 +32,44 @@ def check(impl, x, w_enc, b_enc=None, *, k, b_dec=None, scale=None, relu=True, e
     values, indices = codes.values.reshape(-1, k), codes.indices.reshape(-1, k)
     h, scores = encode_scores(x, w_enc, b_enc, **arguments)
     eager_h, eager = eager_scores(x, w_enc, b_enc, **arguments)
-    assert_selected(
-        indices, scores, None if exact or impl == "cpp" else rounding_slack(scores, eager)
-    )
+    exact = exact or impl == "cpp"
+    assert_selected(indices, scores, None if exact else rounding_slack(scores, eager))
     h, eager_h = h.gather(-1, indices), eager_h.gather(-1, indices)
-    assert_accurate(
-        values, *((h.relu().double(), eager_h.relu()) if relu else (h.double(), eager_h))
-    )
+    if relu:
+        h, eager_h = h.relu(), eager_h.relu()
+    if exact:
+        torch.testing.assert_close(values, h.to(x.dtype), rtol=0, atol=0, equal_nan=True)
+    else:
+        assert_accurate(values, h.double(), eager_h)
     return codes
 
 
-def near_ties(relative: float) -> dict:
-    """Every row of x scores every feature 1 .. 1 + relative; the weights are otherwise noise."""
+def with_scores(scores: torch.Tensor) -> dict:
+    """x and w_enc whose scores are the given [N, F]; the weights are otherwise noise."""
     x, noise = randn(N, D).double(), randn(F, D, seed=1).double()
-    scores = 1 + relative * torch.rand(N, F, generator=torch.Generator().manual_seed(2)).double()
     solve = torch.linalg.pinv(x)  # [d, N]
     w = (solve @ scores).T + noise @ (torch.eye(D).double() - solve @ x)
     return {"x": x.float(), "w_enc": w.float(), "k": K}
+
+
+def uniform(*shape: int) -> torch.Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+
+
+def near_ties(relative: float) -> dict:
+    """Every token scores every feature 1 .. 1 + relative."""
+    return with_scores(1 + relative * uniform(N, F))
+
+
+def ties_by_rounding() -> dict:
+    """A large bias leaves a handful of fp32 scores; which one hangs on the last digits."""
+    return {**with_scores(0.3 * uniform(N, F)), "b_enc": torch.full((F,), 1e6)}
+
+
+def neighbouring_floats() -> dict:
+    """16 bits hold one dimension to fp32 precision: the screen's own roundings are left."""
+    w = 1 + torch.randperm(4001, generator=torch.Generator().manual_seed(0))[:, None] * 2.0**-23
+    return {"x": randn(N, 1), "w_enc": w, "k": K}
 
 
 def near_ties_at(x: float, w: float) -> dict:
@@ -106,6 +127,19 @@ def ascending() -> dict:
     return {"x": x, "w_enc": (1 + torch.arange(4000.0)[:, None] / 4000).expand(-1, D), "k": K}
 
 
+def ascending_with_non_finite() -> dict:
+    """NaN and inf features that stay in full lists while better and better ones arrive."""
+    case = ascending()
+    w = case["w_enc"].clone()
+    w[[5, 700, 3000], 2] = NAN
+    w[[6, 701, 3001], 3] = INF
+    w[[7, 702]] = -INF
+    b_enc = torch.zeros(len(w))
+    b_enc[[8, 703]], b_enc[[9, 704]] = NAN, -INF
+    case["x"][::2] *= 1e25  # beyond what 16 bits are used for: nothing is known of these tokens
+    return {**case, "w_enc": w, "b_enc": b_enc}
+
+
 def cancelling() -> dict:
     """Scores 10^5 times smaller than the terms that they are the sum of."""
     x, w = randn(N, D // 2), randn(F, D // 2, seed=1)
@@ -136,12 +170,15 @@ ADVERSARIAL = {
         for i, j in ((34, 38), (-44, 38), (34, -42), (-44, -42), (40, 60), (-60, 70), (-70, -60))
     },
     "spread magnitudes": spread_magnitudes,
+    "ties by rounding": ties_by_rounding,
+    "neighbouring floats": neighbouring_floats,
     "duplicate features": duplicates,
     "all features equal": lambda: {**scaled(), "w_enc": randn(1, D, seed=1).expand(F, D)},
     "outlier dimensions": outlier_dimensions,
     "uneven features": uneven_features,
     "uneven tokens": uneven_tokens,
     "ascending": ascending,
+    "ascending with non-finite": ascending_with_non_finite,
     "cancelling": cancelling,
     "zero rows": zero_rows,
     "all zero": lambda: scaled(x=0.0),
@@ -155,6 +192,9 @@ ADVERSARIAL = {
     "underflow": lambda: scaled(x=1e-40, w=1e-40),
     "large biases": large_biases,
     "spread scale": spread_scale,
+    "denormal ranks": lambda: {**near_ties(1e-2), "scale": torch.full((F,), 1e-42)},
+    "huge ranks": lambda: {**near_ties(1e-5), "scale": torch.full((F,), 2e38)},
+    "overflowing ranks": lambda: {**near_ties(1.0), "scale": torch.full((F,), 2e38)},
 }
 
 

@@ -39,14 +39,15 @@ def history(losses):
     ("dense", "fused", "agree"),
     [
         ([2.0, 1.0], [2.0, 1.0, 0.5], True),
-        ([2.0, 1.0], [2.0 * (1 + 1e-6), 1.0 * (1 + 5e-3)], True),
-        ([2.0, 1.0], [2.0 * (1 + 1e-4), 1.0], False),
-        ([2.0, 1.0], [2.0, 1.02], False),
-        ([2.0, 1.0], [2.0, math.nan], False),
+        ([2.0] * 6, [2.0 * (1 + 5e-5)] * 5 + [2.0 * (1 - 1e-2)], True),
+        ([2.0] * 6, [2.0 * (1 + 2e-4)] + [2.0] * 5, False),
+        ([2.0] * 6, [2.0] * 4 + [2.0 * (1 - 2e-4), 2.0], False),
+        ([2.0] * 6, [2.0] * 5 + [2.0 * (1 + 3e-2)], False),
+        ([2.0] * 6, [2.0] * 5 + [math.nan], False),
         ([math.nan], [math.nan], False),
     ],
 )
-def test_compare_limits_the_first_step_and_every_step(dense, fused, agree):
+def test_compare_limits_the_first_steps_and_every_step(dense, fused, agree):
     result = compare(history(dense), history(fused))
     assert result["agree"] is agree
     assert result["steps"] == len(dense)

@@ -8,40 +8,33 @@ from typing import Any
 
 from rich.table import Table
 
-# Both runs compute one function in fp32 and round differently; a rounding may move a selection, and
-# Adam amplifies the smallest gradients, so they drift apart slowly. The first step has no history
-# to drift in: it tells a wrong formula from rounding. Measured: 1e-7 and below 1e-3.
-FIRST_STEP_LIMIT = 1e-5
-ANY_STEP_LIMIT = 1e-2
+# Both runs compute one function in fp32 and round differently. In the first steps nothing else
+# separates them, and a wrong gradient or update shows; later a rounding flips a selection now and
+# then, and Adam amplifies the smallest gradients. Measured: below 5e-6 in the first five steps,
+# 2e-3 in forty, of either sign, where the loss of one batch differs from the next by 2e-2.
+EARLY_STEPS = 5
+EARLY_LIMIT = 1e-4
+ANY_LIMIT = 2e-2
 NAMES = {"dense": "plain PyTorch", "fused": "mikernels, fused"}
 
 
 def compare(dense: list[dict[str, Any]], fused: list[dict[str, Any]]) -> dict[str, Any]:
-    """The largest relative difference of the losses over the common steps, and the verdict.
-
-    Returns agree, steps, first (difference at step 1), largest and message.
-    """
+    """The verdict on the losses of the common steps: agree, steps, message."""
     by_step = {row["step"]: row["loss"] for row in fused}
     gaps = [
         abs(by_step[row["step"]] - row["loss"]) / abs(row["loss"])
         for row in dense
         if row["step"] in by_step
     ]
-    first, largest = gaps[0], max(gaps)
+    early = gaps[:EARLY_STEPS]
     # a NaN compares false and disagrees
-    agree = first <= FIRST_STEP_LIMIT and all(gap <= ANY_STEP_LIMIT for gap in gaps)
+    agree = all(gap <= EARLY_LIMIT for gap in early) and all(gap <= ANY_LIMIT for gap in gaps)
     message = (
         f"losses {'agree' if agree else 'DISAGREE'} over {len(gaps)} common steps: relative "
-        f"difference {_short(first)} at the first step (limit {_short(FIRST_STEP_LIMIT)}), at most "
-        f"{_short(largest)} (limit {_short(ANY_STEP_LIMIT)})"
+        f"difference at most {_short(max(early))} in the first {len(early)} (limit "
+        f"{_short(EARLY_LIMIT)}), {_short(max(gaps))} in all (limit {_short(ANY_LIMIT)})"
     )
-    return {
-        "agree": agree,
-        "steps": len(gaps),
-        "first": first,
-        "largest": largest,
-        "message": message,
-    }
+    return {"agree": agree, "steps": len(gaps), "message": message}
 
 
 def _short(gap: float) -> str:

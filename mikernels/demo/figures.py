@@ -166,7 +166,7 @@ def density_histogram(counts: torch.Tensor, n_rows: int, unit: str = "tokens") -
         axes.set_axisbelow(True)
         silent = int((counts == 0).sum())
         note = f"{len(counts) - silent:,} of {len(counts):,} features are active"
-        axes.text(0.99, 0.95, note, transform=axes.transAxes, ha="right", va="top")
+        axes.set_title(note, loc="right", fontsize="medium")
         return svg(figure)
 
 

@@ -31,12 +31,12 @@ class DemoOptions:
     """
 
     data: str = "smollm2"
-    tokens: int = 65_536
+    tokens: int = 49_152
     layer: int = 14
     expansion: int = 16
     k: int = 32
     batch_size: int = 1024
-    steps: int = 400
+    steps: int = 360
     baseline_steps: int = 40
     lr: float = 2e-3
     seed: int = 0
