@@ -93,9 +93,7 @@ def check_floating(op: str, **tensors: torch.Tensor | None) -> None:
 def check_shape(op: str, name: str, tensor: torch.Tensor | None, expected: tuple[int, ...]) -> None:
     """`tensor` is None or has exactly the expected shape."""
     if tensor is not None and tuple(tensor.shape) != expected:
-        raise ValueError(
-            f"{op}: {name} must have shape {list(expected)}, got {list(tensor.shape)}"
-        )
+        raise ValueError(f"{op}: {name} must have shape {list(expected)}, got {list(tensor.shape)}")
 
 
 def check_k(op: str, k: int, limit: int, what: str) -> None:

@@ -33,6 +33,10 @@ class SparseCodes:
                 f"SparseCodes: values and indices must have one shape, got "
                 f"{list(self.values.shape)} and {list(self.indices.shape)}"
             )
+        if self.values.dim() < 1:
+            raise ValueError("SparseCodes: values must have at least one dimension, got a scalar")
+        if not self.values.is_floating_point():
+            raise TypeError(f"SparseCodes: values must be floating, got {self.values.dtype}")
         if self.indices.dtype != torch.int64:
             raise TypeError(f"SparseCodes: indices must be int64, got {self.indices.dtype}")
 
@@ -51,10 +55,13 @@ class SparseCodes:
     def __getitem__(self, index) -> SparseCodes:
         """Index the leading dimensions, e.g. `codes[3]`, `codes[:, 5]`, `codes[mask]`."""
         parts = index if isinstance(index, tuple) else (index,)
+        leading = self.values.dim() - 1
         used = sum(part.dim() if _is_mask(part) else 1 for part in parts)
-        if used > self.values.dim() - 1:
+        # after an ellipsis, indices would count from the slots
+        if used > leading or any(part is ... for part in parts):
             raise IndexError(
-                f"SparseCodes: expected at most {self.values.dim() - 1} leading indices, got {used}"
+                f"SparseCodes: expected at most {leading} leading indices and no ellipsis, "
+                f"got {used}"
             )
         return SparseCodes(self.values[index], self.indices[index], self.n_features)
 

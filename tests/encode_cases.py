@@ -192,7 +192,7 @@ ADVERSARIAL = {
     "underflow": lambda: scaled(x=1e-40, w=1e-40),
     "large biases": large_biases,
     "spread scale": spread_scale,
-    "denormal ranks": lambda: {**near_ties(1e-2), "scale": torch.full((F,), 1e-42)},
+    "denormal ranks": lambda: {**near_ties(1.0), "scale": torch.full((F,), 3e-44)},
     "huge ranks": lambda: {**near_ties(1e-5), "scale": torch.full((F,), 2e38)},
     "overflowing ranks": lambda: {**near_ties(1.0), "scale": torch.full((F,), 2e38)},
 }

@@ -14,6 +14,10 @@ namespace {
 Tensor decode(Tensor values, Tensor indices, Tensor w, OptionalTensor bias) {
   check(values.dim() == 2 && indices.dim() == 2 && w.dim() == 2, "decode: expected 2-D tensors");
   check(values.scalar_type() == w.scalar_type(), "decode: values and w must share a dtype");
+  check(values.size(0) == indices.size(0) && values.size(1) == indices.size(1),
+        "decode: values and indices must have one shape");
+  check(!bias.has_value() || (bias->numel() == w.size(1) && bias->scalar_type() == w.scalar_type()),
+        "decode: bias must be [d] in the dtype of w");
   values = torch::stable::contiguous(values);
   indices = torch::stable::contiguous(indices);
   w = dense_rows(w);

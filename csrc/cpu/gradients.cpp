@@ -16,6 +16,7 @@ namespace {
 std::tuple<Tensor, Tensor> by_feature(Tensor indices, int64_t n_features) {
   indices = torch::stable::contiguous(indices);
   const int64_t count = indices.numel();
+  check(n_features >= 0, "by_feature: n_features must be at least 0");
   check_indices("by_feature", indices, count, n_features);
   Tensor offsets = empty(indices, {n_features + 1}), order = empty(indices, {count});
   int64_t *offset = mutable_data<int64_t>(offsets), *slot = mutable_data<int64_t>(order);
@@ -52,8 +53,8 @@ Tensor gather_dot(Tensor rows, Tensor w, Tensor indices) {
 }
 
 void check_slots(const char* op, const Tensor& offsets, const Tensor& order, int64_t slots) {
-  check(offsets.dim() == 1 && offsets.is_contiguous() && order.is_contiguous() &&
-            order.numel() == slots,
+  check(offsets.dim() == 1 && offsets.scalar_type() == ScalarType::Long &&
+            offsets.is_contiguous() && order.is_contiguous() && order.numel() == slots,
         "expected offsets [F + 1] and order [N k] as by_feature returns them");
   const int64_t *offset = data<int64_t>(offsets), n_features = offsets.size(0) - 1;
   bool ascending = n_features >= 0 && offset[0] == 0 && offset[n_features] == slots;

@@ -29,7 +29,7 @@ def reference(
     y = torch.zeros(values.shape[0], w.shape[1], dtype=acc, device=values.device)
     for j in range(values.shape[1]):  # slot by slot: the temporary is [N, d], not [N, k, d]
         v = values[:, j : j + 1].to(acc)
-        y += torch.where(v != 0, v * w[indices[:, j]].to(acc), 0)
+        y += torch.where(v != 0, v * w.index_select(0, indices[:, j]).to(acc), 0)
     return (y if bias is None else y + bias.to(acc)).to(values.dtype)
 
 
@@ -109,7 +109,7 @@ def sparse_decode(
     if prefixes is None:
         return _Decode.apply(values, indices, w_dec, b_dec, impl).reshape(*leading, d)
     bounds = [0, *prefixes]
-    if sorted(set(bounds)) != bounds or bounds[-1] > w_dec.shape[0]:
+    if not prefixes or sorted(set(bounds)) != bounds or bounds[-1] > w_dec.shape[0]:
         raise ValueError(
             f"sparse_decode: prefixes must ascend within 1..{w_dec.shape[0]}, got {list(prefixes)}"
         )
@@ -118,5 +118,5 @@ def sparse_decode(
     for low, high in zip(bounds, bounds[1:], strict=False):
         inside = (indices >= low) & (indices < high)
         bias = b_dec if low == 0 else None
-        rings.append(_Decode.apply(values * inside, indices, w_dec, bias, impl))
+        rings.append(_Decode.apply(values.where(inside, 0), indices, w_dec, bias, impl))
     return torch.stack(rings).cumsum(0).reshape(len(rings), *leading, d)

@@ -79,8 +79,8 @@ def _fake(x, w_enc, b_enc, b_dec, scale, k, relu):
 
 
 encode_op = Op(
-    "encode(Tensor x, Tensor w_enc, Tensor? b_enc, Tensor? b_dec, Tensor? scale, int k, bool relu)"
-    " -> (Tensor values, Tensor indices)",
+    "encode(Tensor x, Tensor w_enc, Tensor? b_enc, Tensor? b_dec, Tensor? scale, SymInt k,"
+    " bool relu) -> (Tensor values, Tensor indices)",
     reference,
     _fake,
 )

@@ -38,7 +38,7 @@ def _by_feature_fake(indices, n_features):
 
 
 by_feature_op = Op(
-    "by_feature(Tensor indices, int n_features) -> (Tensor offsets, Tensor order)",
+    "by_feature(Tensor indices, SymInt n_features) -> (Tensor offsets, Tensor order)",
     by_feature_reference,
     _by_feature_fake,
 )
@@ -55,6 +55,14 @@ def by_feature(indices: torch.Tensor, n_features: int) -> tuple[torch.Tensor, to
         offsets `[F + 1]` and order `[M]`, int64: positions of feature f, ascending, are
         `order[offsets[f]:offsets[f + 1]]`.
     """
+    if indices.dtype != torch.int64:
+        raise TypeError(f"by_feature: indices must be int64, got {indices.dtype}")
+    if indices.dim() != 1:
+        raise ValueError(
+            f"by_feature: indices must be flat [M], got {list(indices.shape)}; pass .reshape(-1)"
+        )
+    if n_features < 0:
+        raise ValueError(f"by_feature: n_features must be at least 0, got {n_features}")
     return by_feature_op(indices, n_features)
 
 
@@ -64,7 +72,7 @@ def gather_dot_reference(
     acc = accumulate_dtype(rows.dtype)
     out = rows.new_empty(indices.shape)
     for j in range(indices.shape[1]):  # one slot at a time: the temporary is [N, d], not [N k, d]
-        out[:, j] = (rows.to(acc) * w[indices[:, j]].to(acc)).sum(-1).to(rows.dtype)
+        out[:, j] = (rows.to(acc) * w.index_select(0, indices[:, j]).to(acc)).sum(-1).to(rows.dtype)
     return out
 
 

@@ -28,7 +28,7 @@ def _fake(scores: torch.Tensor, k: int, sorted: bool) -> tuple[torch.Tensor, tor
 
 
 row_topk_op = Op(
-    "row_topk(Tensor scores, int k, bool sorted) -> (Tensor values, Tensor indices)",
+    "row_topk(Tensor scores, SymInt k, bool sorted) -> (Tensor values, Tensor indices)",
     reference,
     _fake,
 )
