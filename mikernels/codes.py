@@ -98,7 +98,11 @@ class SparseCodes:
         rows = torch.zeros(kept.shape[0] + 1, dtype=torch.int64, device=kept.device)
         rows[1:] = kept.sum(-1).cumsum(0)
         return torch.sparse_csr_tensor(
-            rows, flat_indices[kept], flat_values[kept], size=(kept.shape[0], self.n_features)
+            rows,
+            flat_indices[kept],
+            flat_values[kept],
+            size=(kept.shape[0], self.n_features),
+            check_invariants=False,
         )
 
     def by_feature(self) -> tuple[torch.Tensor, torch.Tensor]:
