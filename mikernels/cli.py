@@ -117,7 +117,7 @@ def demo(
 
         mikernels demo --data mnist
 
-        mikernels demo --quick --out /tmp/demo
+        mikernels demo --quick --out quick-demo
     """
     from mikernels.demo.run import DemoOptions, run_demo
 
