@@ -11,7 +11,7 @@ constexpr int64_t kRowPadding = 96, kDimPadding = 32, kTokenPadding = 32;
 // u = 2^-24: the share of a bound that covers fp32 evaluation, and the norms' own rounding
 constexpr double kEvaluation = 16 * 0x1p-24, kUp = 1 + 0x1p-20;
 
-// below this packing the weights costs more than it saves (S1, 2 Zen 3 cores)
+// below this packing the weights costs more than it saves
 constexpr int64_t kDirectTokens = 8, kDirectScores = 1 << 22;
 
 // about k (1 + ln(F / k)) candidates pass through a list on random rows: 4 k keeps compactions rare
@@ -19,8 +19,7 @@ inline int64_t list_capacity(int64_t k, int64_t features) {
   return std::min<int64_t>(4 * k + 64, features + 1);
 }
 
-// as many tokens as fit 64 MB of lists and packed rows; packing the weights once more for each such
-// chunk costs 2 % of screening 8192 tokens
+// as many tokens as fit 64 MB of lists and packed rows; the weights are packed once a chunk
 inline int64_t tokens_a_chunk(int64_t k, int64_t features, int64_t d) {
   const int64_t bytes =
       list_capacity(k, features) * static_cast<int64_t>(sizeof(Candidate)) + 2 * d;
