@@ -1,2 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Triton device code, installed as `mikernels.kernels`. Imports torch, triton and siblings only."""
+"""Source for the Triton compiler: device code, its launchers, its pinned configurations.
+
+Imports torch, triton and its siblings, never mikernels. A launcher takes the arguments of the
+operator's schema, validated by the public function, and returns what the operator returns. Every
+kernel is listed in its module's `cases()`, which `offline` compiles for GPUs that are not there.
+"""

@@ -14,37 +14,69 @@ from typing import Any
 
 import torch
 
-from mikernels import _ext
+from mikernels import _ext, _triton
 
 LIBRARY = torch.library.Library("mikernels", "DEF")
-IMPLS = ("cpp", "reference")
+IMPLS = ("cpp", "triton", "cuda", "reference")
 OPS: dict[str, Op] = {}
 
 
 class Op:
-    """A registered operator; calling it with `impl` runs that implementation or raises."""
+    """A registered operator; calling it with `impl` runs that implementation or raises.
 
-    def __init__(self, schema: str, reference: Callable[..., Any], fake: Callable[..., Any]):
+    Args:
+        schema, reference, fake: as for `torch.library`.
+        triton: launcher of mikernels.kernels ("module:function") with the schema's arguments. It
+            owns the CUDA dispatch key (ROCm's too) where Triton is installed; else the reference
+            runs there.
+    """
+
+    def __init__(
+        self,
+        schema: str,
+        reference: Callable[..., Any],
+        fake: Callable[..., Any],
+        *,
+        triton: str | None = None,
+    ):
         self.name = schema.split("(", 1)[0]
         self.schema = schema
         self.reference = reference
+        self._triton = None if triton is None else _triton.launcher(triton)
         LIBRARY.define(schema)
         LIBRARY.impl(self.name, reference, "CompositeExplicitAutograd")
+        if self._triton is not None and not _triton.missing():
+            LIBRARY.impl(self.name, self._on_device, "CUDA")
         torch.library.register_fake(f"mikernels::{self.name}", fake, lib=LIBRARY)
         self.default = getattr(torch.ops.mikernels, self.name).default
         OPS[self.name] = self
 
+    def _on_device(self, *args: Any) -> Any:
+        run = self._triton if _triton.takes(args) else self.reference
+        assert run is not None
+        return run(*args)
+
     def __call__(self, *args: Any, impl: str = "auto") -> Any:
-        return self.reference(*args) if impl == "reference" else self.default(*args)
+        if impl == "reference":
+            return self.reference(*args)
+        if impl == "cuda":
+            return getattr(torch.ops.mikernels, f"{self.name}_cuda").default(*args)
+        if impl == "triton" and _triton.first_tensor(args).device.type == "cpu":
+            # the interpreter; on a GPU the dispatcher leads to Triton, also under torch.compile
+            assert self._triton is not None
+            return self._triton(*args)
+        return self.default(*args)
 
     def backends(self) -> dict[str, str]:
         """Backend -> "ready", or the reason why it is absent."""
         cpp = torch._C._dispatch_has_kernel_for_dispatch_key(f"mikernels::{self.name}", "CPU")
+        cuda = hasattr(torch.ops.mikernels, f"{self.name}_cuda")
+        triton = "not written" if self._triton is None else _triton.missing()
         return {
             "reference": "ready",
             "cpp": "ready" if cpp else (_ext.MISSING or "not written"),
-            "triton": "not written",
-            "cuda": "not written",
+            "triton": triton or "ready",
+            "cuda": "ready" if cuda else "not written",
         }
 
 
@@ -58,8 +90,13 @@ def resolve_impl(op: Op, impl: str | None, device: torch.device) -> str:
     state = op.backends()[name]
     if state != "ready":
         raise RuntimeError(f"{op.name}: impl={name!r} is not available: {state}")
-    if device.type != "cpu":
-        raise RuntimeError(f"{op.name}: impl={name!r} runs on cpu tensors, got {device}")
+    if name == "triton":
+        reason = _triton.unsupported(device)
+    else:
+        kind = {"cpp": "cpu", "cuda": "cuda"}[name]
+        reason = "" if device.type == kind else f"it runs on {kind} tensors, got {device}"
+    if reason:
+        raise RuntimeError(f"{op.name}: impl={name!r} cannot run: {reason}")
     return name
 
 

@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every kernel in every pinned configuration, compiled for GPUs that are not there."""
+
+import importlib
+import pkgutil
+
+import pytest
+
+pytest.importorskip("triton")
+
+from mikernels import kernels
+from mikernels.kernels import offline
+
+
+def modules():
+    for info in pkgutil.iter_modules(kernels.__path__):
+        module = importlib.import_module(f"mikernels.kernels.{info.name}")
+        if hasattr(module, "cases"):
+            yield module
+
+
+CASES = {f"{m.__name__.rpartition('.')[2]}: {case.name}": case for m in modules() for case in m.cases()}
+
+
+@pytest.mark.parametrize("target", offline.TARGETS)
+@pytest.mark.parametrize("name", CASES)
+def test_compiles_without_spills(name, target):
+    case = CASES[name]
+    if target not in case.targets:
+        pytest.skip(f"not used on {target}")
+    report = offline.compile_case(case, target)
+    assert report.spills == 0, report
+    assert report.shared <= offline.SHARED_LIMIT[target], report
+    assert (report.matrix_instructions > 0) == case.matrix, report
+
+
+def test_every_kernel_has_a_case():
+    from triton.runtime.jit import JITFunction
+
+    compiled = {case.kernel for case in CASES.values()}
+    for module in modules():
+        for name, value in vars(module).items():
+            if isinstance(value, JITFunction) and name.endswith("_kernel"):
+                assert value in compiled, f"{module.__name__}.{name} is compiled by no case"
