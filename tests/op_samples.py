@@ -72,7 +72,8 @@ def sae_gradients_samples(make, n, dtype):
 def adam_rows_samples(make, n, dtype):
     acc = accumulate_dtype(dtype)
     moments = torch.zeros(n, D, dtype=acc), torch.zeros(n, D, dtype=acc)
-    hyper = 1e-3, 0.9, 0.999, 1e-8, 1, torch.tensor(0.5, dtype=acc)
+    lr, step = torch.tensor(1e-3), torch.tensor(1)
+    hyper = lr, 0.9, 0.999, 1e-8, step, torch.tensor(0.5, dtype=acc)
     yield dense(n, D, dtype=dtype), make(n, D, dtype=dtype, seed=1), *moments, *hyper, True, True
 
 

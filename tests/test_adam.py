@@ -35,9 +35,11 @@ def fused(impl, param, gradients, clip, project, unit_norm):
     acc = accumulate_dtype(param.dtype)
     moments = torch.zeros(param.shape, dtype=acc), torch.zeros(param.shape, dtype=acc)
     clip = torch.tensor(clip, dtype=acc)
-    for step, g in enumerate(gradients, 1):
-        with unchanged(g, clip):
-            adam_rows_op(p, g, *moments, LR, *BETAS, EPS, step, clip, project, unit_norm, impl=impl)
+    lr, step = torch.tensor(LR, dtype=torch.float64), torch.tensor(0)
+    for g in gradients:
+        step += 1
+        with unchanged(g, clip, lr, step):
+            adam_rows_op(p, g, *moments, lr, *BETAS, EPS, step, clip, project, unit_norm, impl=impl)
     return p, *moments
 
 
@@ -151,7 +153,11 @@ BROKEN = {
     "shape of exp_avg": {"exp_avg": torch.zeros(4, 2)},
     "dtype of exp_avg_sq": {"exp_avg_sq": torch.zeros(4, 3).bfloat16()},
     "strides of the parameter": {"param": torch.zeros(3, 4).T},
-    "step": {"step": 0},
+    "step of 0": {"step": torch.tensor(0)},
+    "two steps": {"step": torch.tensor([1, 2])},
+    "dtype of the step": {"step": torch.tensor(1, dtype=torch.int32)},
+    "two learning rates": {"lr": torch.zeros(2)},
+    "dtype of the learning rate": {"lr": torch.tensor(LR).half()},
     "clip": {"clip": torch.zeros(2)},
 }
 
@@ -163,7 +169,8 @@ def test_adam_of_mismatched_operands_raises(level, case):
         "grad": torch.ones(4, 3),
         "exp_avg": torch.zeros(4, 3),
         "exp_avg_sq": torch.zeros(4, 3),
-        **{"lr": LR, "beta1": 0.9, "beta2": 0.999, "eps": EPS, "step": 1},
+        **{"lr": torch.tensor(LR), "beta1": 0.9, "beta2": 0.999, "eps": EPS},
+        "step": torch.tensor(1),
         "clip": torch.tensor(1.0),
         **{"project": False, "unit_norm": False},
         **BROKEN[case],

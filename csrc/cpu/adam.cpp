@@ -32,16 +32,29 @@ void dispatch_pair(const Tensor& param, const Tensor& grad, const F& f) {
   });
 }
 
-void adam_rows(Tensor param, Tensor grad, Tensor exp_avg, Tensor exp_avg_sq, double lr,
-               double beta1, double beta2, double eps, int64_t step, Tensor clip, bool project,
-               bool unit_norm) {
+// lr, step and clip are tensors for the sake of CUDA graphs; here they are read once a call
+double number(const Tensor& t, const char* message) {
+  check(t.numel() == 1, message);
+  switch (t.scalar_type()) {
+    case ScalarType::Double:
+      return *data<double>(t);
+    case ScalarType::Float:
+      return static_cast<double>(*data<float>(t));
+    case ScalarType::Long:
+      return static_cast<double>(*data<int64_t>(t));
+    default:
+      throw std::runtime_error(message);
+  }
+}
+
+void adam_rows(Tensor param, Tensor grad, Tensor exp_avg, Tensor exp_avg_sq, Tensor lr_tensor,
+               double beta1, double beta2, double eps, Tensor step_tensor, Tensor clip,
+               bool project, bool unit_norm) {
   grad = torch::stable::contiguous(grad);
-  check(clip.numel() == 1 && step >= 1, "adam_rows_: clip must be one number and step at least 1");
-  const double factor = clip.scalar_type() == ScalarType::Double
-                            ? *data<double>(clip)
-                            : static_cast<double>(*data<float>(clip));
-  check(clip.scalar_type() == ScalarType::Double || clip.scalar_type() == ScalarType::Float,
-        "adam_rows_: clip must be float32 or float64");
+  const double factor = number(clip, "adam_rows_: clip must be one float32 or float64");
+  const double lr = number(lr_tensor, "adam_rows_: lr must be one float32 or float64");
+  const double step = number(step_tensor, "adam_rows_: step must be one int64, float32 or float64");
+  check(step >= 1, "adam_rows_: step must be at least 1");
   dispatch_pair(param, grad, [&]<class P, class G, class A>(P*, G*, A) {
     for (const Tensor* state : {&exp_avg, &exp_avg_sq})
       check(state->is_contiguous() && state->numel() == param.numel() &&

@@ -4,7 +4,7 @@
 For every row p of a matrix with gradient g (all in fp32 whatever p's dtype, fp64 for fp64):
 
     g <- g - <g, p> p                     if project   (p is a unit row: drop the part along it)
-    g <- clip g                           a 0-dim tensor, so that a GPU step never syncs
+    g <- clip g
     m <- b1 m + (1 - b1) g,  v <- b2 v + (1 - b2) g^2
     p <- p - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
     p <- p / |p|                          if unit_norm
@@ -12,6 +12,10 @@ For every row p of a matrix with gradient g (all in fp32 whatever p's dtype, fp6
 which is torch.optim.Adam between `remove_gradient_parallel_to_decoder_directions` and
 `set_decoder_norm_to_unit_norm` (the order of sparsify and dictionary_learning). 28 bytes a
 parameter in one sweep, where the separate passes move about 80.
+
+What changes from step to step (lr, the step count t from 1, clip) are 0-dim tensors on p's device:
+a GPU step never synchronises, and one captured in a CUDA graph sees their values of the moment.
+lr and clip are float32 or float64, t is int64 or floating; bias corrections are taken in fp64.
 """
 
 from __future__ import annotations
@@ -26,11 +30,11 @@ def reference(
     grad: torch.Tensor,
     exp_avg: torch.Tensor,
     exp_avg_sq: torch.Tensor,
-    lr: float,
+    lr: torch.Tensor,
     beta1: float,
     beta2: float,
     eps: float,
-    step: int,
+    step: torch.Tensor,
     clip: torch.Tensor,
     project: bool,
     unit_norm: bool,
@@ -42,17 +46,18 @@ def reference(
     g = g * clip.to(acc)
     exp_avg.lerp_(g, 1 - beta1)
     exp_avg_sq.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-    denominator = (exp_avg_sq / (1 - beta2**step)).sqrt_().add_(eps)
-    p = p - lr / (1 - beta1**step) * exp_avg / denominator
+    t = step.double()
+    denominator = (exp_avg_sq / (1 - beta2**t)).sqrt_().add_(eps)
+    p = p - lr / (1 - beta1**t) * exp_avg / denominator
     if unit_norm:
         p = p / p.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(acc).tiny)
     param.copy_(p)
 
 
 adam_rows_op = Op(
-    "adam_rows_(Tensor(a!) param, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, float lr,"
-    " float beta1, float beta2, float eps, int step, Tensor clip, bool project, bool unit_norm)"
-    " -> ()",
+    "adam_rows_(Tensor(a!) param, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq,"
+    " Tensor lr, float beta1, float beta2, float eps, Tensor step, Tensor clip, bool project,"
+    " bool unit_norm) -> ()",
     reference,
     lambda *args: None,
 )
