@@ -63,7 +63,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Report:
-    """What the compiler made of a case; spills in bytes a thread (AMD: registers)."""
+    """What the compiler made of a case; spills in bytes of memory a thread."""
 
     registers: int
     spills: int
@@ -121,7 +121,8 @@ def _report_amd(compiled: Any, target: str) -> Report:
 
     return Report(
         number("vgpr_count"),
-        number("vgpr_spill_count") + number("sgpr_spill_count"),
+        # scalar registers spill into vector lanes, which costs no memory
+        max(number("vgpr_spill_count"), number("private_segment_fixed_size")),
         compiled.metadata.shared,
         len(re.findall(r"^\s+[sv]_\w+", text, re.MULTILINE)),
         len(re.findall(MATRIX[target], text)),

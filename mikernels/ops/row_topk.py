@@ -31,6 +31,7 @@ row_topk_op = Op(
     "row_topk(Tensor scores, SymInt k, bool sorted) -> (Tensor values, Tensor indices)",
     reference,
     _fake,
+    triton="row_topk:row_topk",
 )
 
 
@@ -61,7 +62,7 @@ def row_topk(
         scores: `[..., F]` float32, bfloat16, float16 or float64, any strides.
         k: entries to keep, 1..F.
         sorted: order the winners by rank (value descending, index ascending) instead of by index.
-        impl: None (best for the device), "cpp" or "reference".
+        impl: None (best for the device), "cpp", "triton", "cuda" or "reference".
 
     Returns:
         values `[..., k]` in the dtype of `scores` and indices `[..., k]` int64. The gradient of

@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The order of selection in integers, and the steps that every exact selection is made of.
+
+A score's key is an int32 that orders as selection does: value descending, NaN above +inf, -0 equal
+to +0. Ties go to the lower index because tiles are scanned in index order.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+# low key bits that a dtype never uses: its scores are equal exactly if their keys are
+UNUSED_BITS = {torch.float32: 0, torch.float16: 13, torch.bfloat16: 16}
+
+NOTHING = tl.constexpr(-(2**31))  # below the key of -inf
+
+
+@triton.jit
+def order_key(x, UNUSED: tl.constexpr):
+    """int32 keys of fp32 scores; integer tests, so that no flush of denormals can matter."""
+    bits = x.to(tl.int32, bitcast=True)
+    magnitude = bits & 0x7FFFFFFF
+    key = tl.where(bits < 0, ~magnitude, bits)
+    key = tl.where(magnitude == 0, 0, key)
+    key = tl.where(magnitude > 0x7F800000, 0x7FFFFFFF, key)
+    return (key >> UNUSED) << UNUSED
+
+
+@triton.jit
+def kth_key(keys, k, UNUSED: tl.constexpr):
+    """The k-th largest key, bit by bit from the top: one count a bit, no data movement."""
+    found = tl.full((), -(2**31), tl.int32)
+    bit = tl.full((), -(2**31), tl.int32)
+    for _ in range(32 - UNUSED):
+        candidate = found ^ bit
+        enough = tl.sum((keys >= candidate).to(tl.int32)) >= k
+        found = tl.where(enough, candidate, found)
+        bit = (bit >> 1) & 0x7FFFFFFF
+    return found
+
+
+@triton.jit
+def places(keys, kth, ties, above_before, ties_before):
+    """Which keys of a flat tile are selected, and the slot of each in index order.
+
+    `ties` is how many keys equal to the k-th are wanted in all; `above_before` and `ties_before`
+    count those of earlier tiles. Returns (taken, slot).
+    """
+    above = (keys > kth).to(tl.int32)
+    equal = (keys == kth).to(tl.int32)
+    # one scan for both counts; a tile has fewer than 2^15 keys
+    both = tl.cumsum(above + (equal << 16), 0)
+    rank_above = above_before + (both & 0xFFFF) - above
+    rank_equal = ties_before + (both >> 16) - equal
+    taken = (above > 0) | ((equal > 0) & (rank_equal < ties))
+    return taken, rank_above + tl.minimum(rank_equal, ties)

@@ -1,0 +1,284 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Exact row top-k: order (value descending, index ascending), NaN first, -0 == +0.
+
+Three kernels, one rule (`order.places`):
+
+whole    the row fits in registers: bisect for the k-th key, scan, store.
+grouped  two phases over contiguous groups of G. The k-th largest of the group maxima is at most the
+         k-th score, so the k groups with the largest maxima (ties to the lower group) hold the
+         answer: a group left out at a tie comes after k groups that each hold a score as large.
+         One read of the row and k G elements; exact for any data, no buffer can overflow.
+loop     any k and any F: the bisection re-reads the row once a bit, from L2.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from . import order
+from .offline import Case
+from .order import NOTHING, kth_key, order_key, places
+
+# elements that a program holds in registers: 32 a thread at 8 warps
+TILE = 8192
+MOST_GROUPS = 8192
+# bytes of group maxima; rows beyond it go to further launches
+SCRATCH = 64 << 20
+RUNTIME = ["k", "n", "n_rows", "base"]
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def _row_topk_whole_kernel(
+    scores_ptr, values_ptr, indices_ptr, n_rows, n, k, base,
+    stride_row, stride_out,
+    UNUSED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < n
+    address = scores_ptr + row * stride_row + column
+    x = tl.load(address, mask=inside, other=0.0)
+    keys = tl.where(inside, order_key(x.to(tl.float32), UNUSED), NOTHING)
+    kth = kth_key(keys, k, UNUSED)
+    ties = k - tl.sum((keys > kth).to(tl.int32))
+    taken, slot = places(keys, kth, ties, 0, 0)
+    out = row * stride_out + slot
+    tl.store(values_ptr + out, x, mask=taken)
+    tl.store(indices_ptr + out, column + base, mask=taken)
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def _row_topk_grouped_kernel(
+    scores_ptr, values_ptr, indices_ptr, maxima_ptr, n_rows, n, k, base,
+    stride_row, stride_out,
+    UNUSED: tl.constexpr, GROUP: tl.constexpr, STEP: tl.constexpr,
+    GROUPS: tl.constexpr, KEPT: tl.constexpr,
+):  # fmt: skip
+    row_number = tl.program_id(0).to(tl.int64)
+    scratch = maxima_ptr + row_number * GROUPS
+    n_groups = tl.cdiv(n, GROUP)
+    row = scores_ptr + row_number * stride_row
+    # phase 1: the maximum of every group, one read of the row
+    for first in range(0, n_groups, STEP):
+        group = first + tl.arange(0, STEP)
+        column = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+        inside = column < n
+        x = tl.load(row + column, mask=inside, other=0.0)
+        keys = tl.where(inside, order_key(x.to(tl.float32), UNUSED), NOTHING)
+        tl.store(scratch + group, tl.max(keys, 1), mask=group < n_groups)
+    tl.debug_barrier()
+    # phase 2: the k groups whose maxima are largest, in index order
+    group = tl.arange(0, GROUPS)
+    maxima = tl.load(scratch + group, mask=group < n_groups, other=NOTHING)
+    kth = kth_key(maxima, k, UNUSED)
+    ties = k - tl.sum((maxima > kth).to(tl.int32))
+    taken, slot = places(maxima, kth, ties, 0, 0)
+    tl.debug_barrier()
+    tl.store(scratch + slot, group, mask=taken)
+    tl.debug_barrier()
+    # phase 3: exact selection among those groups
+    kept = tl.arange(0, KEPT)
+    group = tl.load(scratch + kept, mask=kept < k, other=n_groups)
+    column = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    x = tl.load(row + column, mask=column < n, other=0.0)
+    keys = tl.where(column < n, order_key(x.to(tl.float32), UNUSED), NOTHING)
+    keys = tl.reshape(keys, [KEPT * GROUP])
+    kth = kth_key(keys, k, UNUSED)
+    ties = k - tl.sum((keys > kth).to(tl.int32))
+    taken, slot = places(keys, kth, ties, 0, 0)
+    # addressed and loaded anew: kept in registers since the first load, they would spill
+    place = tl.arange(0, KEPT * GROUP)
+    column = tl.load(scratch + place // GROUP, mask=taken, other=0) * GROUP + place % GROUP
+    x = tl.load(row + column, mask=taken, other=0.0)
+    out = row_number * stride_out + slot
+    tl.store(values_ptr + out, x, mask=taken)
+    tl.store(indices_ptr + out, column + base, mask=taken)
+
+
+@triton.jit
+def _count(row, n, bound, UNUSED: tl.constexpr, BLOCK: tl.constexpr):
+    """How many keys of the row are at least `bound`."""
+    total = tl.zeros([BLOCK], tl.int32)
+    for first in range(0, n, BLOCK):
+        column = first + tl.arange(0, BLOCK)
+        x = tl.load(row + column, mask=column < n, other=0.0)
+        keys = tl.where(column < n, order_key(x.to(tl.float32), UNUSED), NOTHING)
+        total += (keys >= bound).to(tl.int32)
+    return tl.sum(total)
+
+
+@triton.jit
+def select_by_passes(
+    row, values_ptr, indices_ptr, n, k, base, UNUSED: tl.constexpr, BLOCK: tl.constexpr
+):
+    """The k best of one row of any length, by 32 - UNUSED counting passes and one to store."""
+    kth = tl.full((), -(2**31), tl.int32)
+    bit = tl.full((), -(2**31), tl.int32)
+    for _ in range(32 - UNUSED):
+        candidate = kth ^ bit
+        enough = _count(row, n, candidate, UNUSED, BLOCK) >= k
+        kth = tl.where(enough, candidate, kth)
+        bit = (bit >> 1) & 0x7FFFFFFF
+    # a key above `kth` is at least the next key that the dtype has
+    above = _count(row, n, kth + (1 << UNUSED), UNUSED, BLOCK)
+    above = tl.where(kth >= 0x7FFFFFFF - (1 << UNUSED) + 1, 0, above)
+    ties = k - above
+    above_before = tl.full((), 0, tl.int32)
+    ties_before = tl.full((), 0, tl.int32)
+    for first in range(0, n, BLOCK):
+        column = first + tl.arange(0, BLOCK)
+        x = tl.load(row + column, mask=column < n, other=0.0)
+        keys = tl.where(column < n, order_key(x.to(tl.float32), UNUSED), NOTHING)
+        taken, slot = places(keys, kth, ties, above_before, ties_before)
+        tl.store(values_ptr + slot, x, mask=taken)
+        tl.store(indices_ptr + slot, column + base, mask=taken)
+        above_before += tl.sum((keys > kth).to(tl.int32))
+        ties_before += tl.sum((keys == kth).to(tl.int32))
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def _row_topk_loop_kernel(
+    scores_ptr, values_ptr, indices_ptr, n_rows, n, k, base,
+    stride_row, stride_out,
+    UNUSED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    out = row * stride_out
+    select_by_passes(
+        scores_ptr + row * stride_row, values_ptr + out, indices_ptr + out,
+        n, k, base, UNUSED, BLOCK,
+    )  # fmt: skip
+
+
+def group_size(n: int, k: int) -> int | None:
+    """The G that reads least, n / G + k G elements, within a program's registers; None if none.
+
+    It depends on k through its power of two, so kernels are compiled once for each of those.
+    """
+    kept = triton.next_power_of_2(k)
+    fitting = [
+        g
+        for g in (4, 8, 16, 32, 64, 128)
+        if kept * g <= TILE and triton.cdiv(n, g) <= MOST_GROUPS and triton.cdiv(n, g) >= kept
+    ]
+    return min(fitting, key=lambda g: n / g + kept * g, default=None)
+
+
+def warps(elements: int) -> int:
+    """16 elements a thread; at 32, fp32 rows spill on sm_90."""
+    return min(16, max(1, elements // 512))
+
+
+def grouped_shape(n: int, k: int, bytes_each: int) -> dict[str, int] | None:
+    """The pinned configuration of the grouped kernel; None where it does not apply."""
+    group = group_size(n, k)
+    if group is None:
+        return None
+    kept, groups = (triton.next_power_of_2(c) for c in (k, triton.cdiv(n, group)))
+    return {
+        "GROUP": group,
+        # 16 KB of loads in flight a program
+        "STEP": 4096 // group,
+        "GROUPS": groups,
+        "KEPT": kept,
+        "num_warps": max(8, warps(max(groups, kept * group))),
+    }
+
+
+def select_into(
+    scores: torch.Tensor, k: int, values: torch.Tensor, indices: torch.Tensor, base: int = 0
+) -> None:
+    """The k best of every row of scores [N, F] by index, into [N, k] of any row stride.
+
+    `base` is added to the indices, whose dtype is that of `indices`.
+    """
+    n_rows, n = scores.shape
+    if n_rows == 0:
+        return
+    if n > 1 and scores.stride(1) != 1:
+        scores = scores.contiguous()
+    unused = order.UNUSED_BITS[scores.dtype]
+    ends = n_rows, n, k, base, scores.stride(0), values.stride(0)
+    if n <= TILE:
+        block = max(16, triton.next_power_of_2(n))
+        _row_topk_whole_kernel[(n_rows,)](
+            scores, values, indices, *ends, UNUSED=unused, BLOCK=block, num_warps=warps(block)
+        )
+        return
+    shape = grouped_shape(n, k, scores.element_size())
+    if shape is None:
+        _row_topk_loop_kernel[(n_rows,)](
+            scores, values, indices, *ends, UNUSED=unused, BLOCK=4096, num_warps=8
+        )
+        return
+    rows = max(1, SCRATCH // (4 * shape["GROUPS"]))
+    scratch = torch.empty(
+        min(rows, n_rows), shape["GROUPS"], dtype=torch.int32, device=scores.device
+    )
+    for first in range(0, n_rows, rows):
+        part = scores[first : first + rows]
+        _row_topk_grouped_kernel[(part.shape[0],)](
+            part, values[first:], indices[first:], scratch, *ends, UNUSED=unused, **shape
+        )
+
+
+def row_topk(scores: torch.Tensor, k: int, sorted: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """`mikernels::row_topk` for scores [N, F]."""
+    values = scores.new_empty(scores.shape[0], k)
+    indices = torch.empty(values.shape, dtype=torch.int64, device=scores.device)
+    select_into(scores, k, values, indices)
+    if not sorted:
+        return values, indices
+    rank = values.float().view(torch.int32).to(torch.int64)
+    rank = torch.where(rank < 0, -(rank & 0x7FFFFFFF), rank).masked_fill(values.isnan(), 2**31)
+    # distinct integers: (value descending, slot ascending) without trust in a sort's ties
+    rank = rank * k - torch.arange(k, device=scores.device)
+    by_rank = rank.argsort(dim=-1, descending=True)
+    return values.gather(-1, by_rank), indices.gather(-1, by_rank)
+
+
+def cases() -> list[Case]:
+    types = dict.fromkeys(("n_rows", "n", "k", "base"), "i32")
+    types |= {"stride_row": "i32", "stride_out": "i32", "indices_ptr": "*i64"}
+    found = []
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        typed = types | {"scores_ptr": f"*{name}", "values_ptr": f"*{name}"}
+        fixed = {"UNUSED": order.UNUSED_BITS[dtype]}
+        for block in (512, 2048, TILE):
+            found.append(
+                Case(
+                    f"whole {name} {block}",
+                    _row_topk_whole_kernel,
+                    typed,
+                    fixed | {"BLOCK": block},
+                    num_warps=warps(block),
+                    divisible=("stride_row",),
+                )
+            )
+        found.append(
+            Case(
+                f"loop {name}",
+                _row_topk_loop_kernel,
+                typed,
+                fixed | {"BLOCK": 4096},
+                num_warps=8,
+                divisible=("stride_row",),
+            )
+        )
+        for n, k in ((24576, 32), (131072, 64), (131072, 256), (1 << 20, 64), (65536, 512)):
+            shape = grouped_shape(n, k, dtype.itemsize)
+            assert shape is not None
+            num_warps = shape.pop("num_warps")
+            found.append(
+                Case(
+                    f"grouped {name} F={n} k={k}",
+                    _row_topk_grouped_kernel,
+                    typed | {"maxima_ptr": "*i32"},
+                    fixed | shape,
+                    num_warps=num_warps,
+                    divisible=("stride_row",),
+                )
+            )
+    return found
