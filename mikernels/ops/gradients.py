@@ -41,6 +41,7 @@ by_feature_op = Op(
     "by_feature(Tensor indices, SymInt n_features) -> (Tensor offsets, Tensor order)",
     by_feature_reference,
     _by_feature_fake,
+    triton="gradients:by_feature",
 )
 
 
@@ -80,6 +81,7 @@ gather_dot_op = Op(
     "gather_dot(Tensor rows, Tensor w, Tensor indices) -> Tensor",
     gather_dot_reference,
     lambda rows, w, indices: rows.new_empty(indices.shape),
+    triton="gradients:gather_dot",
 )
 
 
@@ -109,6 +111,7 @@ feature_sum_op = Op(
     " -> (Tensor dw, Tensor db)",
     feature_sum_reference,
     _feature_sum_fake,
+    triton="gradients_sum:feature_sum",
 )
 
 
@@ -144,6 +147,7 @@ sae_gradients_op = Op(
     " bool accumulate) -> ()",
     sae_gradients_reference,
     lambda *args: None,
+    triton="gradients_fused:sae_gradients_",
 )
 
 

@@ -1,0 +1,259 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The by-feature operators in Triton; tests/test_gradients.py has the same rules for the CPU."""
+
+import numpy as np
+import pytest
+import torch
+from mikernels.kernels import gradients_fused, gradients_slots
+from oracle import assert_accurate, identical, randint, randn, random_indices, unchanged
+
+from mikernels.ops.gradients import (
+    by_feature_op,
+    by_feature_reference,
+    feature_sum_op,
+    gather_dot_op,
+    sae_gradients_op,
+)
+
+
+@pytest.fixture(params=[512, 4], ids=["", "chunks of 4"])
+def chunk(request, monkeypatch):
+    monkeypatch.setattr(gradients_slots, "CHUNK", request.param)
+
+
+@pytest.fixture(params=[4096, 4], ids=["", "wide"])
+def widest(request, monkeypatch):
+    monkeypatch.setattr(gradients_fused, "WIDEST", request.param)
+
+
+def on(device, *tensors):
+    """Copies on the device that keep their strides."""
+    return [t.to(device) for t in tensors]
+
+
+@pytest.mark.parametrize(
+    "m, n_features", [(0, 0), (0, 7), (1, 1), (97, 13), (900, 70_000), (500, 3)]
+)
+def test_by_feature(device, m, n_features):
+    indices = torch.randint(max(n_features, 1), (m,), generator=torch.Generator().manual_seed(m))
+    for i in (indices, torch.stack([indices, indices + 5], 1)[:, 0]):
+        (given,) = on(device, i)
+        with unchanged(given):
+            actual = by_feature_op(given, n_features, impl="triton")
+        for a, e in zip(actual, by_feature_reference(indices, n_features), strict=True):
+            assert identical(a.cpu(), e)
+
+
+@pytest.mark.parametrize("n_features", [2**15 - 1, 2**15, 2**15 + 1])
+def test_by_feature_of_the_last_feature(device, n_features):
+    indices = torch.tensor([n_features - 1, 0, n_features - 1, 5])
+    actual = by_feature_op(*on(device, indices), n_features, impl="triton")
+    for a, e in zip(actual, by_feature_reference(indices, n_features), strict=True):
+        assert identical(a.cpu(), e)
+
+
+def gather_dot(rows, w, indices):
+    return (rows[:, None] * w[indices]).sum(-1)
+
+
+def feature_sum(coefficients, rows, indices, n_features):
+    dw = rows.new_zeros(n_features, rows.shape[1])
+    terms = coefficients[..., None] * rows[:, None]
+    dw.index_add_(0, indices.reshape(-1), terms.reshape(-1, rows.shape[1]))
+    db = rows.new_zeros(n_features).index_add_(0, indices.reshape(-1), coefficients.reshape(-1))
+    return dw, db
+
+
+SHAPES = [(0, 3, 5, 2), (1, 1, 1, 1), (13, 17, 11, 1), (11, 130, 9, 5), (5, 600, 9, 3)]
+LAYOUTS = {
+    "transposed": lambda t: t.mT.contiguous().mT,
+    "strided": lambda t: torch.stack([t, t + 1], -1)[..., 0],
+    "padded rows": lambda t: torch.cat([t, t], -1)[:, : t.shape[1]],
+}
+
+
+@pytest.mark.parametrize("n, d, n_features, k", [*SHAPES, (2, 1100, 20, 11), (3, 64, 50, 37)])
+def test_gather_dot(device, dtype, n, d, n_features, k):
+    rows, w = randn(n, d, dtype=dtype), randn(n_features, d, dtype=dtype, seed=1)
+    indices = random_indices(n, k, n_features)
+    given = on(device, rows, w, indices)
+    with unchanged(*given):
+        out = gather_dot_op(*given, impl="triton")
+    oracle = gather_dot(rows.double(), w.double(), indices)
+    assert_accurate(out.cpu(), oracle, gather_dot(rows, w, indices))
+    for layout in LAYOUTS.values() if d < 500 else ():
+        assert identical(gather_dot_op(*map(layout, given), impl="triton"), out)
+    expanded = given[0][:, :1].expand(n, d)
+    actual = gather_dot_op(expanded, *given[1:], impl="triton")
+    assert identical(actual, gather_dot_op(expanded.contiguous(), *given[1:], impl="triton"))
+
+
+def hot_indices(n, k, n_features):
+    """[n, k] features, the last of them in every row, and feature 1 (if there is one) in none."""
+    indices = random_indices(n, k, n_features)
+    indices[:, 0] = n_features - 1
+    return indices.masked_fill(indices == 1, 0)
+
+
+@pytest.mark.parametrize("n, d, n_features, k", [*SHAPES, (6, 1100, 5, 2)])
+def test_feature_sum(device, dtype, chunk, n, d, n_features, k):
+    coefficients, rows = randn(n, k, dtype=dtype), randn(n, d, dtype=dtype, seed=1)
+    indices = hot_indices(n, k, n_features)
+    slots = by_feature_reference(indices.reshape(-1), n_features)
+    given = on(device, coefficients, rows, *slots)
+    with unchanged(*given):
+        actual = feature_sum_op(*given, impl="triton")
+    oracle = feature_sum(coefficients.double(), rows.double(), indices, n_features)
+    eager = feature_sum(coefficients, rows, indices, n_features)
+    for result, exact, in_eager in zip(actual, oracle, eager, strict=True):
+        assert_accurate(result.cpu(), exact, in_eager)
+    for layout in LAYOUTS.values() if n < 12 and d < 500 else ():
+        strided = feature_sum_op(*map(layout, given[:2]), *given[2:], impl="triton")
+        assert all(map(identical, strided, actual))
+
+
+def test_feature_sum_leaves_out_rows_of_zero_coefficients(device, chunk):
+    coefficients, rows, indices = randint(10, 3), randint(10, 7), hot_indices(10, 3, 11)
+    coefficients[5] = 0
+    expected = feature_sum(coefficients, rows, indices, 11)
+    rows[5] = float("nan")
+    given = on(device, coefficients, rows, *by_feature_reference(indices.reshape(-1), 11))
+    for a, e in zip(feature_sum_op(*given, impl="triton"), expected, strict=True):
+        assert identical(a.cpu(), e)
+
+
+def sae_operands(n, d, n_features, k, dtype, data=randn):
+    values, indices = data(n, k, dtype=dtype).relu(), hot_indices(n, k, n_features)
+    dy, x, w_dec = (
+        data(rows, d, dtype=dtype, seed=seed) for seed, rows in enumerate((n, n, n_features), 1)
+    )
+    return values, indices, *by_feature_reference(indices.reshape(-1), n_features), dy, x, w_dec
+
+
+def run(device, operands, start=None, impl="triton"):
+    """sae_gradients_ into fp32 buffers: fresh ones, or added to `start`."""
+    n_features, d = operands[-1].shape
+    if start is None:
+        out = [torch.empty(shape) for shape in ((n_features, d), (n_features, d), (n_features,))]
+    else:
+        out = [t.clone() for t in start]
+    out, given = on(device, *out), on(device, *operands)
+    with unchanged(*given):
+        sae_gradients_op(*given, *out, start is not None, impl=impl)
+    return [t.cpu() for t in out]
+
+
+def plain(values, indices, dy, x, w_dec, start):
+    dv = torch.where(values != 0, gather_dot(dy, w_dec, indices), 0)
+    dw_dec, _ = feature_sum(values, dy, indices, w_dec.shape[0])
+    results = dw_dec, *feature_sum(dv, x, indices, w_dec.shape[0])
+    return results if start is None else [r + s for r, s in zip(results, start, strict=True)]
+
+
+@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize("n, d, n_features, k", [*SHAPES, (6, 2305, 5, 2), (6, 4100, 5, 2)])
+def test_sae_gradients(device, dtype, chunk, n, d, n_features, k, accumulate):
+    operands = sae_operands(n, d, n_features, k, dtype)
+    start = [randn(n_features, d), randn(n_features, d, seed=1), randn(n_features, seed=2)]
+    values, indices, _, _, dy, x, w_dec = operands
+    # sums are kept in fp32 buffers: eager's fp32 is the yardstick, whatever the operands' dtype
+    oracle, eager = (
+        plain(
+            *(t.to(wide) if t.is_floating_point() else t for t in (values, indices, dy, x, w_dec)),
+            [t.to(wide) for t in start] if accumulate else None,
+        )
+        for wide in (torch.float64, torch.float32)
+    )
+    actual = run(device, operands, start if accumulate else None)
+    for result, exact, in_eager in zip(actual[:2], oracle, eager, strict=False):
+        assert_accurate(result, exact, in_eager)
+    # the hot feature's dv cancel in a single number, which eager may hit by luck
+    dv = gather_dot(dy.double(), w_dec.double(), indices).masked_fill(values == 0, 0)
+    scale = feature_sum(dv.abs(), x.double(), indices, n_features)[1].max().item()
+    assert_accurate(actual[2], oracle[2], eager[2], scale=scale)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_sae_gradients_layouts(device, chunk, widest, layout):
+    n_features, d = 5, 8
+    operands = sae_operands(6, d, n_features, 2, torch.float16, randint)
+    dense = run(device, operands)
+    strided = [t if t.dim() < 2 else LAYOUTS[layout](t) for t in operands]
+    assert all(map(identical, run(device, strided), dense))
+    shapes = (n_features, d), (n_features, d), (n_features, 1)
+    out = [LAYOUTS[layout](torch.empty(shape)).to(device) for shape in shapes]
+    out[2] = out[2][:, 0]
+    sae_gradients_op(*on(device, *operands), *out, False, impl="triton")
+    assert all(map(identical, (t.cpu() for t in out), dense))
+
+
+def test_sae_gradients_of_an_expanded_gradient(device):
+    operands = list(sae_operands(12, 8, 13, 5, torch.float32, randint))
+    operands[4] = operands[4][:1, :1].expand(12, 8)
+    operands[5] = operands[5][:1].expand(12, 8)
+    expected = run(device, [t.contiguous() for t in operands])
+    given = [t.to(device) for t in operands[:4]]
+    given += [t[:1, :1].to(device).expand(12, 8) for t in operands[4:5]]
+    given += [t[:1].to(device).expand(12, 8) for t in operands[5:6]]
+    out = [torch.empty(t.shape, device=device) for t in expected]
+    sae_gradients_op(*given, operands[6].to(device), *out, False, impl="triton")
+    assert all(map(identical, (t.cpu() for t in out), expected))
+
+
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])
+def test_sae_gradients_with_a_low_precision_shadow_of_the_decoder(device, low):
+    operands = list(sae_operands(9, 17, 11, 3, torch.float32, randint))
+    expected = run(device, operands)
+    operands[-1] = operands[-1].to(low)
+    assert all(map(identical, run(device, operands), expected))
+
+
+def test_sae_gradients_of_slots_whose_value_is_zero(device, chunk, widest):
+    """NaN and inf in rows that no value selects stay out; a NaN value is in its feature's rows."""
+    operands = sae_operands(10, 8, 7, 3, torch.float32, randint)
+    values, indices, _, _, dy, x, w_dec = operands
+    values[7] = 0
+    values[3, 1] = 1
+    values[indices == 4] = 0
+    expected = run(device, operands)
+    dy[7], x[7], w_dec[4] = float("nan"), float("inf"), float("nan")
+    assert all(map(identical, run(device, operands), expected))
+    values[3, 1] = float("nan")
+    hit = torch.zeros(7, dtype=torch.bool).index_fill_(0, indices[3, 1], True)
+    actual = run(device, operands)
+    assert torch.equal(actual[0].isnan(), (dy[3] * values[3, 1]).isnan() & hit[:, None])
+    for a, e in zip(actual[1:], expected[1:], strict=True):
+        assert identical(a, e)
+
+
+def test_sae_gradients_are_one_function_of_their_input(device, chunk, widest):
+    operands = sae_operands(15, 33, 9, 4, torch.float32)
+    first = run(device, operands)
+    assert all(map(identical, run(device, operands), first))
+
+
+def test_rows_beyond_2_to_the_31_elements(device):
+    """Row 1 of every matrix begins after 2^31 elements of one lazily mapped allocation."""
+    far, d = 2**31 + 8, 5
+    if device == "cpu":  # torch.empty would touch every page, to poison it
+        base = torch.from_numpy(np.empty(far + 256, np.float16))
+    else:
+        base = torch.empty(far + 256, dtype=torch.float16, device=device)
+    names = "dy", "x", "w_dec", "dw_dec", "dw_enc"
+    view = {n: base.as_strided((2, d), (far, 1), 32 * i) for i, n in enumerate(names)}
+    near = {n: randint(2, d, seed=i).half().to(device) for i, n in enumerate(names)}
+    for n in names:
+        view[n].copy_(near[n])
+    values = torch.tensor([[1.0, 2.0], [3.0, -1.0]], dtype=torch.float16)
+    indices = torch.tensor([[0, 1], [1, 0]])
+    given = on(device, values, indices, *by_feature_reference(indices.reshape(-1), 2))
+    bias = torch.empty(2, device=device)
+    for operands in (view, near):
+        rows = (operands[n] for n in names)
+        sae_gradients_op(*given, *rows, bias, False, impl="triton")
+    assert all(identical(view[n], near[n]) for n in names)
+    for operands in (view, near):
+        dots = gather_dot_op(operands["dy"], operands["w_dec"], given[1], impl="triton")
+        sums, _ = feature_sum_op(given[0], operands["dy"], *given[2:], impl="triton")
+        assert identical(dots.cpu(), gather_dot(near["dy"].cpu(), near["w_dec"].cpu(), indices))
+        assert identical(sums, near["dw_dec"])
