@@ -14,7 +14,7 @@ from typing import Any, overload
 
 import torch
 
-from mikernels._dispatch import FLOATS, accumulate_dtype
+from mikernels._dispatch import FLOATS, accumulate_dtype, resolve_impl
 from mikernels.ops.adam import adam_rows_op, grad_sumsq_op
 
 STATE = ("exp_avg", "exp_avg_sq")
@@ -33,6 +33,10 @@ class RowAdam(torch.optim.Optimizer):
         lr, betas, eps: as in torch.optim.Adam.
         clip_norm: limit on the norm of all gradients together, as
             `torch.nn.utils.clip_grad_norm_`; None is none. It never synchronises a device.
+        capturable: keep lr and the step counts in tensors on the parameters' device, so that a step
+            captured in a CUDA graph, once it has run, can be replayed. lr may then be a 0-dim
+            tensor; `group["lr"].fill_(rate)` changes it for the graph as well, as torch's
+            schedulers do, and a number put in its place does not.
 
     Raises:
         TypeError, ValueError: for settings or parameters other than the above.
@@ -41,26 +45,29 @@ class RowAdam(torch.optim.Optimizer):
     def __init__(
         self,
         params: Iterable[Any],
-        lr: float = 1e-3,
+        lr: float | torch.Tensor = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         *,
         clip_norm: float | None = None,
+        capturable: bool = False,
     ):
         if clip_norm is not None and not clip_norm > 0:
             raise ValueError(f"RowAdam: clip_norm must be above 0 or None, got {clip_norm}")
         self.clip_norm = clip_norm
+        self.capturable = capturable
         defaults = dict(lr=lr, betas=tuple(betas), eps=eps, project=False, unit_norm=False)
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        if not (math.isfinite(group["lr"]) and group["lr"] >= 0 and group["eps"] >= 0):
+        rate = float(group["lr"])
+        if not (math.isfinite(rate) and rate >= 0 and group["eps"] >= 0):
             raise ValueError(
-                f"RowAdam: lr and eps must be finite and at least 0, got {group['lr']} and "
-                f"{group['eps']}"
+                f"RowAdam: lr and eps must be finite and at least 0, got {rate} and {group['eps']}"
             )
+        group["lr"] = self._rate(group["lr"], group["params"][0].device)
         if len(group["betas"]) != 2 or not all(0 <= beta < 1 for beta in group["betas"]):
             raise ValueError(f"RowAdam: betas must be two numbers in [0, 1), got {group['betas']}")
         for p in group["params"]:
@@ -76,6 +83,21 @@ class RowAdam(torch.optim.Optimizer):
                     f"RowAdam: project and unit_norm need matrices [rows, columns], got shape "
                     f"{list(p.shape)}; put it in another group"
                 )
+
+    def _rate(self, lr: float | torch.Tensor, device: torch.device) -> float | torch.Tensor:
+        if not isinstance(lr, torch.Tensor):
+            return _scalar(lr, torch.float64, device) if self.capturable else lr
+        if not self.capturable:
+            raise TypeError(
+                "RowAdam: lr must be a number, got a tensor; pass lr.item(), or capturable=True to "
+                "keep it on its device"
+            )
+        if lr.dim() or lr.device != device or lr.dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"RowAdam: a tensor lr must be 0-dim float32 or float64 on {device}, got "
+                f"{list(lr.shape)} {lr.dtype} on {lr.device}"
+            )
+        return lr
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -125,11 +147,12 @@ class RowAdam(torch.optim.Optimizer):
                 )
         if not todo:
             return
+        self._check_capture(todo)
         clip = self._clip(todo)
         for group, p, grad in todo:
             state = self.state[p]
             if not state:
-                state["step"] = 0
+                state["step"] = _scalar(0, torch.int64, p.device) if self.capturable else 0
                 for name in STATE:
                     state[name] = torch.zeros_like(p, dtype=accumulate_dtype(p.dtype))
             state["step"] += 1
@@ -137,34 +160,84 @@ class RowAdam(torch.optim.Optimizer):
                 _rows(p),
                 _rows(grad),
                 *(_rows(state[name]) for name in STATE),
-                torch.full((), group["lr"], dtype=torch.float64, device=p.device),
+                _scalar(group["lr"], torch.float64, p.device),
                 *group["betas"],
                 group["eps"],
-                torch.full((), state["step"], device=p.device),
+                _scalar(state["step"], torch.int64, p.device),
                 clip,
                 group["project"],
                 group["unit_norm"],
+                impl=resolve_impl(adam_rows_op, None, p.device),
+            )
+
+    def _check_capture(self, todo: list[tuple[dict[str, Any], torch.Tensor, torch.Tensor]]) -> None:
+        device = todo[0][1].device
+        if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
+            return
+        if not self.capturable:
+            raise RuntimeError(
+                "RowAdam: a captured step would repeat its lr and step count; make the optimiser "
+                "with capturable=True"
+            )
+        if not all(self.state[p] for _, p, _ in todo):
+            raise RuntimeError(
+                "RowAdam: the first step makes the state and cannot be captured; run it before"
             )
 
     def _clip(self, todo: list[tuple[dict[str, Any], torch.Tensor, torch.Tensor]]) -> torch.Tensor:
         if self.clip_norm is None:
             return torch.ones((), device=todo[0][1].device)
-        sums = [grad_sumsq_op(_rows(grad), _rows(p), g["project"]) for g, p, grad in todo]
+        impl = resolve_impl(grad_sumsq_op, None, todo[0][1].device)
+        sums = [
+            grad_sumsq_op(_rows(grad), _rows(p), g["project"], impl=impl) for g, p, grad in todo
+        ]
         norm = torch.stack(sums).sum().sqrt()
         # 1e-6 as in torch.nn.utils.clip_grad_norm_
         return (self.clip_norm / (norm + 1e-6)).clamp(max=1.0)
 
+    def state_dict(self) -> dict[str, Any]:
+        """As in torch, with lr and steps as numbers: one format, capturable or not."""
+        whole = super().state_dict()
+        for group in whole["param_groups"]:
+            group["lr"] = float(group["lr"])
+        whole["state"] = {
+            index: {**state, "step": int(state["step"])} for index, state in whole["state"].items()
+        }
+        return whole
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As in torch, except that fp32 state stays fp32 for low-precision parameters."""
+        """As in torch, except that fp32 state stays fp32 for low-precision parameters, and that
+        it does not matter whether the saved optimiser was capturable. A CUDA graph captured before
+        is to be captured again: the state lies elsewhere now."""
+        rates = [group["lr"] for group in self.param_groups]
         super().load_state_dict(state_dict)
+        for group, rate in zip(self.param_groups, rates, strict=True):
+            value = float(group["lr"])
+            if isinstance(rate, torch.Tensor):
+                group["lr"] = rate.fill_(value)
+            else:
+                group["lr"] = self._rate(value, group["params"][0].device)
         saved = [index for group in state_dict["param_groups"] for index in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
         for index, p in zip(saved, params, strict=True):
+            entries = state_dict["state"].get(index, {})
             for name in STATE:
-                if name in state_dict["state"].get(index, {}):
+                if name in entries:
                     # torch has cast it to p's dtype, which loses bits
-                    full = state_dict["state"][index][name]
-                    self.state[p][name] = full.to(p.device, accumulate_dtype(p.dtype), copy=True)
+                    full = entries[name].to(p.device, accumulate_dtype(p.dtype), copy=True)
+                    self.state[p][name] = full
+            if "step" in entries:
+                step = int(entries["step"])
+                self.state[p]["step"] = (
+                    _scalar(step, torch.int64, p.device) if self.capturable else step
+                )
+
+
+def _scalar(value: float | torch.Tensor, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """A 0-dim tensor, filled on the device: nothing is copied from the host."""
+    if isinstance(value, torch.Tensor):
+        return value
+    return torch.full((), value, dtype=dtype, device=device)
 
 
 def _rows(t: torch.Tensor) -> torch.Tensor:

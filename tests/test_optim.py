@@ -2,6 +2,7 @@
 """RowAdam against torch.optim.Adam with projection, clipping and renormalisation by hand."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -128,6 +129,72 @@ def test_a_loaded_state_continues_with_the_same_bits(dtype) -> None:
             assert a.data_ptr() != b.data_ptr() and identical(a, b)
 
 
+def test_capturable_computes_the_same_bits() -> None:
+    runs = []
+    for capturable in (False, True):
+        params = parameters()
+        optimizer = row_adam(params, clip_norm=1.0, capturable=capturable)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.9**step)
+        for step in range(STEPS):
+            for name, p in params.items():
+                p.grad = gradient(name, step, 1.0)
+            optimizer.step()
+            schedule.step()
+        runs.append(params.values())
+    assert all(identical(a, b) for a, b in zip(*runs, strict=True))
+    for group in optimizer.param_groups:
+        assert group["lr"].dim() == 0 and group["lr"].item() == pytest.approx(LR * 0.9**STEPS)
+    assert all(state["step"].equal(torch.tensor(STEPS)) for state in optimizer.state.values())
+
+
+def test_capturable_reads_and_counts_in_place() -> None:
+    p = nn.Parameter(torch.zeros(4))
+    rate = torch.tensor(0.5)
+    optimizer = RowAdam([p], lr=rate, capturable=True)
+    optimizer.apply_gradients({p: torch.ones(4)})
+    torch.testing.assert_close(p.detach(), torch.full((4,), -0.5))
+    state = {name: t.data_ptr() for name, t in optimizer.state[p].items()}
+    rate.fill_(0.25)
+    optimizer.apply_gradients({p: torch.ones(4)})
+    torch.testing.assert_close(p.detach(), torch.full((4,), -0.75))
+    assert state == {name: t.data_ptr() for name, t in optimizer.state[p].items()}
+    assert optimizer.param_groups[0]["lr"] is rate
+
+
+@pytest.mark.parametrize("source", [False, True])
+@pytest.mark.parametrize("target", [False, True])
+def test_states_are_exchanged_between_capturable_and_not(source, target) -> None:
+    params = parameters()
+    optimizer = row_adam(params, clip_norm=1.0, capturable=source)
+    for step in range(3):
+        optimizer.apply_gradients({p: gradient(name, step, 1.0) for name, p in params.items()})
+    copies = {name: nn.Parameter(p.detach().clone()) for name, p in params.items()}
+    other = row_adam(copies, clip_norm=1.0, lr=1.0, capturable=target)
+    rates = [group["lr"] for group in other.param_groups]
+    saved = copy.deepcopy(optimizer.state_dict())
+    assert all(type(state["step"]) is int for state in saved["state"].values())
+    json.dumps(saved["param_groups"])
+    other.load_state_dict(saved)
+    if target:
+        assert all(a is g["lr"] for a, g in zip(rates, other.param_groups, strict=True))
+    for o, ps in ((optimizer, params), (other, copies)):
+        o.apply_gradients({p: gradient(name, 3, 1.0) for name, p in ps.items()})
+        assert all(int(state["step"]) == 4 for state in o.state.values())
+    assert all(identical(params[name], copies[name]) for name in SHAPES)
+
+
+def test_a_torch_state_with_tensor_steps_is_taken() -> None:
+    p = nn.Parameter(torch.ones(4))
+    optimizer = RowAdam([p])
+    optimizer.apply_gradients({p: torch.ones(4)})
+    saved = optimizer.state_dict()
+    saved["state"][0]["step"] = torch.tensor(7.0)
+    saved["param_groups"][0]["lr"] = torch.tensor(0.5)
+    optimizer.load_state_dict(saved)
+    assert optimizer.state[p]["step"] == 7 and type(optimizer.state[p]["step"]) is int
+    assert optimizer.param_groups[0]["lr"] == 0.5
+
+
 def test_it_is_a_torch_optimizer() -> None:
     p, idle = nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(4))
     optimizer = RowAdam([p, idle], lr=0.1)
@@ -162,6 +229,11 @@ def test_bad_settings_parameters_and_gradients_are_refused() -> None:
         RowAdam([nn.Parameter(torch.ones(4, 3).T)])
     with pytest.raises(TypeError, match="must be one of"):
         RowAdam([nn.Parameter(torch.ones(4, dtype=torch.complex64))])
+    with pytest.raises(TypeError, match="lr must be a number, got a tensor; pass lr.item"):
+        RowAdam([p], lr=torch.tensor(0.1))
+    for lr in (torch.tensor([0.1]), torch.tensor(0.1).half()):
+        with pytest.raises(ValueError, match="must be 0-dim float32 or float64 on cpu, got"):
+            RowAdam([p], lr=lr, capturable=True)
     optimizer = RowAdam([p])
     with pytest.raises(ValueError, match=r"must have its parameter's shape \[4, 3\]"):
         optimizer.apply_gradients({p: torch.ones(3, 4)})

@@ -60,6 +60,7 @@ adam_rows_op = Op(
     " bool unit_norm) -> ()",
     reference,
     lambda *args: None,
+    triton="adam:adam_rows_",
 )
 
 
@@ -75,4 +76,5 @@ grad_sumsq_op = Op(
     "grad_sumsq(Tensor grad, Tensor param, bool project) -> Tensor",
     sumsq_reference,
     lambda grad, param, project: grad.new_empty((), dtype=torch.float64),
+    triton="adam_sumsq:grad_sumsq",
 )
