@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import torch
 
-from mikernels._dispatch import Op, accumulate_dtype
+from mikernels._dispatch import Op, accumulate_dtype, resolve_impl
 
 
 def by_feature_reference(
@@ -64,7 +64,8 @@ def by_feature(indices: torch.Tensor, n_features: int) -> tuple[torch.Tensor, to
         )
     if n_features < 0:
         raise ValueError(f"by_feature: n_features must be at least 0, got {n_features}")
-    return by_feature_op(indices, n_features)
+    impl = resolve_impl(by_feature_op, None, indices.device)
+    return by_feature_op(indices, n_features, impl=impl)
 
 
 def gather_dot_reference(

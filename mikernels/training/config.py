@@ -41,6 +41,8 @@ class TrainConfig:
         log_every, checkpoint_every: steps.
         keep_checkpoints: the newest ones that are kept.
         seed: torch's global generator at step 0.
+        cuda_graph: record the fused step in a CUDA graph and replay it, to the same bits; for a
+            CUDA device and step "fused". Steps with AuxK run eagerly.
 
     Raises:
         TypeError, ValueError: for a setting outside the above, by name.
@@ -65,6 +67,7 @@ class TrainConfig:
     checkpoint_every: int = 1000
     keep_checkpoints: int = 2
     seed: int = 0
+    cuda_graph: bool = False
 
     def __post_init__(self) -> None:
         counts = ("total_tokens", "batch_size", "accumulation", "log_every", "checkpoint_every")
@@ -77,6 +80,11 @@ class TrainConfig:
                 _check_int(name, getattr(self, name), 1)
         _check_int("seed", self.seed, -(2**63))
         _check_choice("step", self.step, STEPS)
+        _check_choice("cuda_graph", self.cuda_graph, (False, True))
+        if self.cuda_graph and self.step != "fused":
+            raise ValueError(
+                f"TrainConfig: cuda_graph needs step='fused', got {self.step!r}; leave it out"
+            )
         _check_choice("decay", self.decay, DECAYS)
         _check_choice("dtype", self.dtype, (None, *DTYPES))
         _check_number("lr", self.lr)

@@ -13,12 +13,19 @@ fvu), over the number of micro-batches:
 The last term is b_dec's part through the encoder's input, taken once a step from the summed db_enc.
 AuxK adds a second pass over the same buffers, with the dead features' codes against the residual.
 Gradients are fp32 also for bfloat16 weights, where autograd rounds them to bfloat16.
+
+A step without AuxK never reads a device back and keeps its shapes and addresses, so it can be
+recorded in a CUDA graph (`mikernels.training.graph`). AuxK cannot: the number of dead features, a
+result of the steps before, decides the shapes of its pass.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
+from mikernels._dispatch import resolve_impl
 from mikernels.codes import SparseCodes
 from mikernels.nn import TopKSAE
 from mikernels.ops.decode import sparse_decode
@@ -41,7 +48,17 @@ def row_adam(sae: TopKSAE, config: TrainConfig) -> RowAdam:
         betas=config.betas,
         eps=config.eps,
         clip_norm=config.clip_norm,
+        capturable=config.cuda_graph,
     )
+
+
+def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set every group's lr; a tensor is filled, for the CUDA graph that reads it."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
 
 
 class FusedStep:
@@ -91,6 +108,15 @@ class FusedStep:
             self._input_bias_gradient()
         with clock.part("optimizer"):
             self.optimizer.apply_gradients(self.gradients)
+
+    def buffers(self) -> Iterator[torch.Tensor]:
+        """Every tensor that outlives a step and that a step reads or writes."""
+        yield from self.gradients
+        yield from self.gradients.values()
+        yield self.sae.tokens_since_fired
+        yield self._centred
+        for state in self.optimizer.state.values():
+            yield from (value for value in state.values() if isinstance(value, torch.Tensor))
 
     def _accumulate(
         self,
@@ -149,6 +175,7 @@ class FusedStep:
             sae.w_dec,
             *outputs,
             accumulate,
+            impl=resolve_impl(sae_gradients_op, None, dy.device),
         )
 
     def _auxiliary(

@@ -78,6 +78,12 @@ class Means:
             self.sums[name] = self.sums[name] + value.detach().double()
         self.count += 1
 
+    def merge(self, other: Means) -> None:
+        """Add another's sums; they are copied, so that it may change afterwards."""
+        for name, value in other.sums.items():
+            self.sums[name] = self.sums[name] + value
+        self.count += other.count
+
     def read(self) -> dict[str, float]:
         """The sums as numbers: synchronises the device."""
         return {name: float(value) for name, value in self.sums.items()}

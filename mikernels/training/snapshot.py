@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 # what may differ between a run and its continuation: with a constant learning rate none of it
 # changes a number that the first run computed
-FREE = ("total_tokens", "log_every", "checkpoint_every", "keep_checkpoints")
+FREE = ("total_tokens", "log_every", "checkpoint_every", "keep_checkpoints", "cuda_graph")
 GENERATOR = "torch_generator"
 
 

@@ -14,7 +14,8 @@ from mikernels.training.autograd import AutogradStep, dense_forward, sparse_forw
 from mikernels.training.batches import BatchSource, take_batches
 from mikernels.training.checkpoint import checkpoints, save_checkpoint
 from mikernels.training.config import DTYPES, TrainConfig
-from mikernels.training.fused import FusedStep
+from mikernels.training.fused import FusedStep, set_rate
+from mikernels.training.graph import GraphedStep
 from mikernels.training.interrupts import Interrupts
 from mikernels.training.metrics import Clock, History, JsonLines, Means
 from mikernels.training.preflight import check_fit, prepare_out_dir
@@ -61,9 +62,10 @@ class Trainer:
             sae.to(DTYPES[config.dtype])
         self.sae, self.source, self.config, self.quiet = sae, source, config, quiet
         self.out_dir = None if out_dir is None else Path(out_dir)
-        self._update: FusedStep | AutogradStep
+        self._update: FusedStep | GraphedStep | AutogradStep
         if config.step == "fused":
-            self._update = FusedStep(sae, config, optimizer)
+            fused = FusedStep(sae, config, optimizer)
+            self._update = GraphedStep(fused) if config.cuda_graph else fused
         else:
             forward = dense_forward if config.step == "dense" else sparse_forward
             self._update = AutogradStep(sae, config, optimizer, forward)
@@ -162,8 +164,7 @@ class Trainer:
             if config.init_b_dec:
                 sae.init_b_dec_(batches[0])
         with self._clock.step():
-            for group in self.optimizer.param_groups:
-                group["lr"] = config.lr_at(self.step)
+            set_rate(self.optimizer, config.lr_at(self.step))
             k = config.k_at(self.step, sae.config.k)
             self._update(batches, k, self._dead(), self.means, self._clock)
         self.step += 1
