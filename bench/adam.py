@@ -26,15 +26,14 @@ class _Inputs:
 def _ours(inputs: _Inputs, mode: str) -> Runner:
     param = inputs.param.clone()
     exp_avg, exp_avg_sq = torch.zeros_like(param), torch.zeros_like(param)
-    step = 0
+    lr, step = torch.tensor(LR, dtype=torch.float64), torch.tensor(0)
 
     def run() -> Outputs:
-        nonlocal step
-        step += 1
+        step.add_(1)
         norm = grad_sumsq_op(inputs.grad, param, True).sqrt()
         clip = (CLIP / (norm + 1e-6)).clamp(max=1.0)
         adam_rows_op(
-            param, inputs.grad, exp_avg, exp_avg_sq, LR, BETA1, BETA2, EPS, step, clip, True, True
+            param, inputs.grad, exp_avg, exp_avg_sq, lr, BETA1, BETA2, EPS, step, clip, True, True
         )
         return {"param": param}
 
@@ -116,5 +115,7 @@ BENCHMARK = Benchmark(
     # projection 4, norm 2, clip 1, moments 7, update 6, normalisation 3
     flops=lambda s, mode: 23 * s.f * s.d,
     # one sweep: param and both moments in and out, the gradient in; the norm reads two once more
-    bytes=lambda s, mode: 36 * s.f * s.d,
+    bytes=lambda s, mode, size: 36 * s.f * s.d,
+    gpu_shapes={"step": ("G1", "G2", "G3")},
+    gpu_dtypes=("fp32",),
 )

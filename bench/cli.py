@@ -4,20 +4,18 @@
 from __future__ import annotations
 
 import fnmatch
-import json
 from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 from rich.console import Console
-from rich.status import Status
 from typer.core import TyperGroup
 
-from . import NAMES, harness, load, machine, report, results
-from .declare import SHAPES, Benchmark
+from . import NAMES, harness, load, results, session
+from . import device as devices
+from .declare import DTYPES, GPU_SHAPES, SHAPES, Benchmark
 
 
 class _RunByDefault(TyperGroup):
@@ -42,7 +40,10 @@ def run(
         typer.Argument(help="Operators to measure, or `all`; none lists them."),
     ] = None,
     shape: Annotated[
-        str | None, typer.Option(help=f"Comma-separated: {', '.join(SHAPES)}.")
+        str | None,
+        typer.Option(
+            help=f"Comma-separated: {', '.join(SHAPES)}; with cuda also {', '.join(GPU_SHAPES)}."
+        ),
     ] = None,
     mode: Annotated[str | None, typer.Option(help="Comma-separated: fwd, bwd, step.")] = None,
     providers: Annotated[
@@ -65,7 +66,13 @@ def run(
     resume: Annotated[
         bool, typer.Option("--resume", help="Skip cases that --json already holds.")
     ] = False,
-    device: Annotated[str, typer.Option(help="cpu; cuda once there are kernels for it.")] = "cpu",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="Comma-separated, with cuda: bf16, fp32, fp16; default: what each operator names."
+        ),
+    ] = None,
     list_only: Annotated[bool, typer.Option("--list", help="List operators and shapes.")] = False,
 ) -> None:
     """Measure operators; `bench plot` draws the results.
@@ -83,11 +90,11 @@ def run(
         if list_only or not ops:
             _list(console)
             return
-        _check_device(device)
+        where = devices.get(device)
         if check and json_file is not None:
             raise ValueError("bench: --check measures nothing to save; leave out it or --json")
         chosen = [load(name) for name in (NAMES if ops == ["all"] else ops)]
-        cases = _cases(chosen, shape, mode)
+        cases = _cases(chosen, shape, mode, dtype, device)
         options = harness.Options(
             providers=tuple(providers.split(",")),
             rounds=rounds,
@@ -96,16 +103,37 @@ def run(
             memory=memory,
             baseline=baseline,
             seed=seed,
+            device=where,
         )
-        _check_providers(chosen, options.providers, baseline)
+        _check_providers(chosen, options.providers, baseline, device)
         if threads is not None:
             torch.set_num_threads(threads)
-        failed = _measure_all(cases, options, json_file, resume, console)
+        failed = session.measure_all(cases, options, json_file, resume, console)
     except (ValueError, OSError) as error:
         raise typer.BadParameter(str(error)) from error
     if failed:
         console.print("[bold red]FAIL[/] " + "; ".join(failed))
         raise typer.Exit(1)
+
+
+@app.command()
+def predict(
+    devices_named: Annotated[
+        list[str] | None, typer.Argument(metavar="[DEVICE]...", help="h200, h100; none is both.")
+    ] = None,
+) -> None:
+    """Write down the times expected on a GPU, from bytes, arithmetic and machine code."""
+    from . import predicted
+    from .predict import predictions
+    from .rates import DEVICES
+
+    for name in devices_named or DEVICES:
+        if name not in DEVICES:
+            raise typer.BadParameter(
+                f"bench predict: must be of {', '.join(DEVICES)}, got {name!r}"
+            )
+        results.save(predicted.path(name), predictions(name))
+        typer.echo(f"wrote {predicted.path(name).name}")
 
 
 @app.command()
@@ -131,31 +159,44 @@ def _list(console: Console) -> None:
         console.print(f"[bold]{name}[/]  {bench.summary}")
         console.print(f"  modes {', '.join(bench.modes)}; `all` measures {cases}")
         console.print(f"  providers {entries}; baseline {bench.baseline}")
-    for s in SHAPES.values():
+        for m, names in bench.gpu_shapes.items():
+            dtypes = ", ".join(bench.gpu_dtypes)
+            console.print(f"  cuda, {m}: {' '.join(names)} in {dtypes}", highlight=False)
+    for s in (SHAPES | GPU_SHAPES).values():
         console.print(f"{s.name}: N={s.n} d={s.d} F={s.f} k={s.k}", highlight=False)
 
 
-def _check_device(device: str) -> None:
-    if device not in ("cpu", "cuda"):
-        raise ValueError(f"bench: device must be cpu or cuda, got {device!r}")
-    if device == "cuda":
-        why = (
-            "no CUDA kernels are written yet" if torch.cuda.is_available() else "torch sees no GPU"
-        )
-        raise ValueError(f"bench: device cuda is not available: {why}; use --device cpu")
-
-
-def _cases(chosen: list[Benchmark], shape: str | None, mode: str | None) -> list[tuple]:
-    """(benchmark, shape, mode) of all that was asked for; an op without a mode is skipped."""
+def _cases(
+    chosen: list[Benchmark], shape: str | None, mode: str | None, dtype: str | None, device: str
+) -> list[session.Case]:
+    """All that was asked for; an op without a mode or a dtype is skipped."""
     modes = {m for bench in chosen for m in bench.modes}
+    shapes = SHAPES if device == "cpu" else SHAPES | GPU_SHAPES
     _known("mode", mode, modes)
-    _known("shape", shape, SHAPES)
+    _known("shape", shape, shapes)
+    _known("dtype", dtype, DTYPES if device == "cuda" else ("fp32",))
     cases = []
     for bench in chosen:
-        # without --shape: what `all` measures; a mode that is not part of it at S1
-        for m in mode.split(",") if mode else (bench.modes if shape else bench.shapes):
-            names = shape.split(",") if shape else bench.shapes.get(m, ("S1",))
-            cases += [(bench, SHAPES[name], m) for name in names if m in bench.modes]
+        own, dtypes = bench.shapes, ["fp32"]
+        if device != "cpu":
+            # fp16 is bf16's twin: on request
+            own, dtypes = bench.gpu_shapes, [t for t in bench.gpu_dtypes if t != "fp16"]
+            dtypes = dtype.split(",") if dtype else dtypes
+        # without --shape: what `all` measures; a mode that is not part of it at its first shape
+        for m in mode.split(",") if mode else (bench.modes if shape else own):
+            if m not in bench.modes:
+                continue
+            fallback = ("S1",) if device == "cpu" else next(iter(own.values()))[:1]
+            for name in shape.split(",") if shape else own.get(m, fallback):
+                for kind in dtypes:
+                    low = kind in bench.gpu_dtypes and m not in bench.fp32_modes
+                    if kind == "fp32" or low:
+                        cases.append(session.Case(bench, shapes[name], m, kind))
+    if not cases:
+        raise ValueError(
+            f"bench: none of {', '.join(b.name for b in chosen)} is measured in --dtype {dtype}; "
+            f"leave it out"
+        )
     return cases
 
 
@@ -168,76 +209,17 @@ def _known(option: str, words: str | None, choices: Iterable[str]) -> None:
 
 
 def _check_providers(
-    chosen: list[Benchmark], patterns: tuple[str, ...], baseline: str | None
+    chosen: list[Benchmark], patterns: tuple[str, ...], baseline: str | None, device: str
 ) -> None:
-    names = {e.name: None for bench in chosen for e in harness.entrants(bench)}
+    names = {e.name: None for bench in chosen for e in harness.entrants(bench, kind=device)}
     for pattern in patterns:
         if not fnmatch.filter(names, pattern):
             raise ValueError(
                 f"bench: --providers must match some of {', '.join(names)}, got {pattern!r}"
             )
     for bench in chosen if baseline else ():
-        own = [provider.name for provider in bench.providers]
+        own = [provider.name for provider in bench.providers if device in provider.devices]
         if baseline not in own:
             raise ValueError(
                 f"bench {bench.name}: --baseline must be one of {', '.join(own)}, got {baseline!r}"
             )
-
-
-def _measure_all(
-    cases: list[tuple],
-    options: harness.Options,
-    json_file: Path | None,
-    resume: bool,
-    console: Console,
-) -> list[str]:
-    """Runs the cases, prints and saves each; returns what failed the gate."""
-    facts = machine.facts()
-    kept = None
-    if json_file is not None and json_file.exists():
-        kept = results.load(json_file)
-        results.same_machine(json_file, kept, facts)
-    # the gate alone compares with no ceiling
-    peaks = {} if options.check else machine.peaks()
-    file = {**(kept or results.new(facts, peaks)), "machine": facts, "peaks": peaks}
-    console.print(
-        f"{facts['cpu']}, {facts['torch_threads']} threads, level {facts['level']}, load "
-        f"{facts['load'] and round(facts['load'][0], 1)}"
-        + (f"; ceilings {json.dumps(_rounded(peaks))}" if peaks else ""),
-        highlight=False,
-    )
-    if facts["load"] and facts["load"][0] > facts["cores"] / 2 and not options.check:
-        console.print(
-            f"[yellow]busy[/]: load {facts['load'][0]:.1f} on {facts['cores']} cores before the "
-            f"start; times will be noise"
-        )
-    have = {results.key(case) for case in file["cases"]}
-    failed = []
-    for bench, shape, mode in cases:
-        name = f"{bench.name} {mode} {shape.name}"
-        if resume and (bench.name, shape.name, mode, facts["torch_threads"]) in have:
-            console.print(f"{name}: kept from {json_file}")
-            continue
-        with Status(name, console=console) as status:
-            timed = replace(options, notify=status.update)
-            case = harness.measure(bench, shape, mode, timed)
-        if not options.check:
-            case["peaks"] = peaks
-            report.derive(case)
-        report.show(case, console)
-        failed += [
-            f"{name}: {p['name']} ({p['reason']})"
-            for p in case["providers"]
-            if p["status"] == "wrong" or (p["status"] == "failed" and p["name"].startswith("ours"))
-        ]
-        if json_file is not None:
-            results.merge(file, case)
-            results.save(json_file, file)
-    return failed
-
-
-def _rounded(peaks: dict[str, dict[str, float | None]]) -> dict[str, dict[str, float]]:
-    return {
-        threads: {name: round(value, 1) for name, value in values.items() if value}
-        for threads, values in peaks.items()
-    }

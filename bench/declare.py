@@ -32,6 +32,18 @@ SHAPES = {
         Shape("S2", 1024, 2304, 65536, 64),
     )
 }
+# of a GPU; row_topk at G2 is the 8192 x 131072 of its target
+GPU_SHAPES = {
+    shape.name: shape
+    for shape in (
+        Shape("G1", 4096, 768, 32768, 32),
+        Shape("G2", 8192, 2304, 131072, 64),
+        Shape("G3", 8192, 4096, 131072, 128),
+        Shape("G4", 8192, 4096, 1048576, 64),
+    )
+}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+CPU, CUDA = "cpu", "cuda"
 
 
 class Unavailable(Exception):
@@ -59,13 +71,16 @@ class Provider:
         name: as shown; "eager" is the numerical yardstick of every benchmark.
         build: (inputs, mode) -> Runner; raises Unavailable with the reason.
         ours: also run at each instruction-set level below the one in use.
-        screens: its ceiling is the 16-bit unit (AMX tiles, int16 products) rather than fp32 FMA.
+        screens: its ceiling is the 16-bit unit (AMX tiles, int16 products; on a GPU the bf16 matrix
+            unit) rather than fp32 FMA.
+        devices: where it takes part.
     """
 
     name: str
     build: Callable[[Any, str], Runner]
     ours: bool = False
     screens: bool = False
+    devices: tuple[str, ...] = (CPU, CUDA)
 
 
 @dataclass(frozen=True)
@@ -80,13 +95,19 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Target:
-    """A speed to reach: ours at least `ratio` times `baseline`, extra memory at most `extra_mb`."""
+    """A speed to reach: ours at least `ratio` times `baseline`, extra memory at most `extra_mb`.
+
+    With floor: at most that many times the least traffic at the measured copy rate. dtype "":
+    any.
+    """
 
     shape: str
     mode: str
     baseline: str
     ratio: float
     extra_mb: float | None = None
+    floor: float | None = None
+    dtype: str = ""
 
 
 @dataclass(frozen=True)
@@ -95,10 +116,14 @@ class Benchmark:
 
     Attributes:
         modes: the first is the default; "fwd", "bwd" (backward alone) or "step".
-        shapes: what `all` measures, per mode.
+        shapes: what `all` measures, per mode. gpu_shapes: the same with --device cuda.
+        gpu_dtypes: what it is measured in there; on a CPU everything is fp32. fp32_modes: modes
+            that only fp32 judges, because 16-bit scores tie and each side selects for itself.
         inputs: (shape, mode, seed) -> anything; random normal, never zeros.
         check: (inputs, mode, outputs, eager's outputs) -> Verdict, run before any timing.
-        flops, bytes: (shape, mode) -> arithmetic, and the least traffic that the operator needs.
+        flops: (shape, mode) -> arithmetic.
+        bytes: (shape, mode, bytes of an element) -> the least traffic that the operator needs.
+        yardstick: eager in small pieces, for shapes at which eager itself runs out of memory.
         baseline: the provider that ratios refer to, unless the caller names another.
     """
 
@@ -110,18 +135,41 @@ class Benchmark:
     providers: tuple[Provider, ...]
     check: Callable[[Any, str, Outputs, Outputs], Verdict]
     flops: Callable[[Shape, str], float]
-    bytes: Callable[[Shape, str], float]
+    bytes: Callable[[Shape, str, int], float]
     baseline: str = "eager"
     targets: tuple[Target, ...] = field(default=())
+    gpu_shapes: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    gpu_dtypes: tuple[str, ...] = ("bf16", "fp32", "fp16")
+    fp32_modes: tuple[str, ...] = ()
+    yardstick: Callable[[Any, str], Outputs] | None = None
 
     def provider(self, name: str) -> Provider:
         """The provider of that name; a level suffix (`ours:avx2`) is ignored."""
-        stem = name.split(":", 1)[0]
-        return next(provider for provider in self.providers if provider.name == stem)
+        for wanted in (name, name.split(":", 1)[0]):
+            for provider in self.providers:
+                if provider.name == wanted:
+                    return provider
+        raise KeyError(name)
 
 
 def generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+    """On torch's default device, which the harness sets while it makes inputs."""
+    return torch.Generator(device=torch.get_default_device()).manual_seed(seed)
+
+
+def cast(inputs: Any, dtype: torch.dtype) -> Any:
+    """The inputs with their floating tensors in `dtype`."""
+    for name, value in vars(inputs).items():
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            setattr(inputs, name, value.to(dtype))
+    return inputs
+
+
+def need(op: Any, impl: str) -> None:
+    """Raises Unavailable with the reason where an operator lacks this implementation."""
+    state = op.backends()[impl]
+    if state != "ready":
+        raise Unavailable(state)
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:

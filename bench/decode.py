@@ -4,14 +4,16 @@
 from __future__ import annotations
 
 import warnings
+from functools import partial
 
 import torch
 
 import mikernels
-from mikernels.ops.decode import reference
+from mikernels.ops.decode import decode_op, reference
 
 from . import peers
 from .declare import (
+    CUDA,
     Benchmark,
     Outputs,
     Provider,
@@ -22,6 +24,7 @@ from .declare import (
     Verdict,
     compiled,
     generator,
+    need,
 )
 from .gate import values_gate
 from .synthetic import Weights
@@ -46,10 +49,14 @@ class _Inputs:
         self.exact: Outputs | None = None
 
 
-def _ours(values, indices, w_dec, b_dec):
-    return mikernels.sparse_decode(
-        mikernels.SparseCodes(values, indices, w_dec.shape[0]), w_dec, b_dec
-    )
+def _ours(values, indices, w_dec, b_dec, impl=None):
+    codes = mikernels.SparseCodes(values, indices, w_dec.shape[0])
+    return mikernels.sparse_decode(codes, w_dec, b_dec, impl=impl)
+
+
+def _triton(inputs: _Inputs, mode: str) -> Runner:
+    need(decode_op, "triton")
+    return _runner(partial(_ours, impl="triton"))(inputs, mode)
 
 
 def _embedding_bag(values, indices, w_dec, b_dec):
@@ -65,7 +72,7 @@ def _dense(values, indices, w_dec, b_dec):
 def _csr(values, indices, w_dec, b_dec):
     n, k = values.shape
     codes = torch.sparse_csr_tensor(
-        torch.arange(0, n * k + 1, k),
+        torch.arange(0, n * k + 1, k, device=values.device),
         indices.reshape(-1),
         values.reshape(-1),
         size=(n, w_dec.shape[0]),
@@ -121,6 +128,18 @@ def _sparsify(inputs: _Inputs, mode: str) -> Runner:
     return Runner(run)
 
 
+def _openai(inputs: _Inputs, mode: str) -> Runner:
+    if mode != "fwd":
+        raise Unavailable("only its forward product is compared")
+    matmul = peers.openai_decode()
+    operands = inputs.indices, inputs.values, inputs.w_dec
+
+    def run() -> Outputs:
+        return {"y": matmul(*operands) + inputs.b_dec}
+
+    return Runner(run)
+
+
 def _check(inputs: _Inputs, mode: str, outputs: Outputs, eager: Outputs) -> Verdict:
     if inputs.exact is None:
         inputs.exact = _exact(inputs, mode)
@@ -128,16 +147,17 @@ def _check(inputs: _Inputs, mode: str, outputs: Outputs, eager: Outputs) -> Verd
 
 
 def _exact(inputs: _Inputs, mode: str) -> Outputs:
-    values, w_dec, b_dec = (getattr(inputs, name).double() for name in GRADIENTS)
+    values, w_dec, b_dec = inputs.values.double(), inputs.w_dec, inputs.b_dec
+    # rows become fp64 as they are gathered, the matrix never does
     if mode == "fwd":
         return {"y": reference(values, inputs.indices, w_dec, b_dec)}
     dy = inputs.dy.double()
-    dw_dec = torch.zeros_like(w_dec)
+    dw_dec = torch.zeros_like(w_dec, dtype=torch.float64)
     dvalues = torch.empty_like(values)
     for j in range(inputs.k):
         column = inputs.indices[:, j]
         dw_dec.index_add_(0, column, dy * values[:, j : j + 1])
-        dvalues[:, j] = (dy * w_dec[column]).sum(-1)
+        dvalues[:, j] = (dy * w_dec[column].double()).sum(-1)
     return {"values": dvalues, "w_dec": dw_dec, "b_dec": dy.sum(0)}
 
 
@@ -149,18 +169,24 @@ BENCHMARK = Benchmark(
     inputs=_Inputs,
     providers=(
         Provider("ours", _runner(_ours), ours=True),
+        Provider("ours:triton", _triton, devices=(CUDA,)),
         Provider("eager", _runner(_embedding_bag)),
         Provider("compile", lambda inputs, mode: _runner(compiled(_embedding_bag))(inputs, mode)),
         Provider("dense", _runner(_dense)),
         Provider("csr", _csr_build),
         Provider("sparsify", _sparsify),
+        Provider("openai", _openai, devices=(CUDA,)),
     ),
     check=_check,
     flops=lambda s, mode: 2 * s.n * s.k * s.d * (1 if mode == "fwd" else 2),
     # the rows that are gathered, and the output; the backward also writes every row of dw_dec
-    bytes=lambda s, mode: 4 * (s.n * s.k * s.d + s.n * s.d + (s.f * s.d if mode == "bwd" else 0)),
+    bytes=lambda s, mode, size: (
+        size * (s.n * s.k * s.d + s.n * s.d + (s.f * s.d if mode == "bwd" else 0))
+    ),
     targets=(
         Target("S1", "fwd", "eager", 1.2),
         Target("S1", "fwd", "dense", 10.0),
+        *(Target(name, "fwd", "dense", 1.0, floor=1 / 0.85) for name in ("G1", "G2", "G3")),
     ),
+    gpu_shapes={"fwd": ("G1", "G2", "G3", "G4")},
 )

@@ -3,12 +3,16 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 import mikernels
+from mikernels.ops.encode import encode_op
 
 from . import peers
 from .declare import (
+    CUDA,
     Benchmark,
     Outputs,
     Provider,
@@ -19,6 +23,7 @@ from .declare import (
     Verdict,
     compiled,
     generator,
+    need,
 )
 from .gate import Truth, selection_gate, truths, values_gate
 from .synthetic import Weights
@@ -50,8 +55,14 @@ class Inputs:
         return [getattr(self, name).detach().requires_grad_() for name in GRADIENTS]
 
 
-def _ours(x, w_enc, b_enc, b_dec, k):
-    codes = mikernels.topk_encode(x, w_enc, b_enc, k=k, b_dec=b_dec)
+# tokens of a piece where eager's own N x F matrices do not fit
+PIECE = 256
+# rows of w_enc that are fp64 at a time
+ROWS = 1 << 17
+
+
+def _ours(x, w_enc, b_enc, b_dec, k, impl=None):
+    codes = mikernels.topk_encode(x, w_enc, b_enc, k=k, b_dec=b_dec, impl=impl)
     return codes.values, codes.indices
 
 
@@ -59,6 +70,23 @@ def _eager(x, w_enc, b_enc, b_dec, k):
     scores = torch.relu(torch.addmm(b_enc, x - b_dec, w_enc.T))
     values, indices = torch.topk(scores, k, dim=-1, sorted=False)
     return values, indices
+
+
+def _mm_row_topk(x, w_enc, b_enc, b_dec, k):
+    """Eager's product with our selection: what a fused encode has to beat."""
+    values, indices = mikernels.row_topk(torch.addmm(b_enc, x - b_dec, w_enc.T), k)
+    return values.relu(), indices
+
+
+def _triton(inputs: Inputs, mode: str) -> Runner:
+    need(encode_op, "triton")
+    return _runner(partial(_ours, impl="triton"))(inputs, mode)
+
+
+def _in_pieces(inputs: Inputs, mode: str) -> Outputs:
+    weights = inputs.w_enc, inputs.b_enc, inputs.b_dec, inputs.k
+    pieces = [_eager(x, *weights) for x in inputs.x.split(PIECE)]
+    return _named(*(torch.cat(parts) for parts in zip(*pieces, strict=True)))
 
 
 def _runner(encode):
@@ -123,14 +151,15 @@ def _check(inputs: Inputs, mode: str, outputs: Outputs, eager: Outputs) -> Verdi
             inputs.exact = _exact_gradients(inputs)
         return values_gate(outputs, eager, inputs.exact)
     if inputs.truth is None:
-        w64, b64 = inputs.w_enc.double().T, inputs.b_dec.double()
 
-        def scores(rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        def scores(rows: slice | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             x = inputs.x[rows]
-            exact = (x.double() - b64) @ w64 + inputs.b_enc
+            centred = x.double() - inputs.b_dec.double()
+            products = [centred @ w.double().T for w in inputs.w_enc.split(ROWS)]
+            exact = torch.cat(products, 1).add_(inputs.b_enc)
             return exact, torch.addmm(inputs.b_enc, x - inputs.b_dec, inputs.w_enc.T)
 
-        inputs.truth = truths(scores, inputs.shape.n, inputs.k)
+        inputs.truth = truths(scores, inputs.shape.n, inputs.shape.f, inputs.k)
     return selection_gate(inputs.truth, outputs, eager, relu=True)
 
 
@@ -157,6 +186,8 @@ BENCHMARK = Benchmark(
     inputs=Inputs,
     providers=(
         Provider("ours", _runner(_ours), ours=True, screens=True),
+        Provider("ours:triton", _triton, screens=True, devices=(CUDA,)),
+        Provider("mm_row_topk", _runner(_mm_row_topk), devices=(CUDA,)),
         Provider("eager", _runner(_eager)),
         Provider("compile", lambda inputs, mode: _runner(compiled(_eager))(inputs, mode)),
         Provider("sparsify", _no_grad(_sparsify)),
@@ -164,9 +195,15 @@ BENCHMARK = Benchmark(
     ),
     check=_check,
     flops=lambda s, mode: 2 * s.n * s.d * s.f if mode == "fwd" else 4 * s.n * s.k * s.d,
-    bytes=lambda s, mode: 4 * (s.n * s.d + s.f * s.d + s.f) * (1 if mode == "fwd" else 2),
+    bytes=lambda s, mode, size: size * (s.n * s.d + s.f * s.d + s.f) * (1 if mode == "fwd" else 2),
     targets=(
         Target("S1", "fwd", "eager", 8.0, extra_mb=64.0),
         Target("S2", "fwd", "eager", 6.0),
+        Target("G1", "fwd", "eager", 3.5),
+        Target("G2", "fwd", "eager", 2.0),
+        Target("G3", "fwd", "eager", 1.6),
     ),
+    gpu_shapes={"fwd": ("G1", "G2", "G3", "G4")},
+    fp32_modes=("bwd",),
+    yardstick=_in_pieces,
 )

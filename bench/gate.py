@@ -16,11 +16,20 @@ import torch
 
 from .declare import Outputs, Verdict
 
+# fp64 scores that are kept at a time; above it a sample of the tokens is judged
+SCORE_BYTES = 2 << 30
+# elements that are compared at a time
+PIECE = 1 << 27
+
 
 def _worst(out: torch.Tensor, exact: torch.Tensor) -> float:
     if out.shape != exact.shape:
         raise ValueError(f"expected shape {list(exact.shape)}, got {list(out.shape)}")
-    return float((out.double() - exact).abs().max()) if exact.numel() else 0.0
+    if not exact.numel():
+        return 0.0
+    pairs = zip(out.reshape(-1).split(PIECE), exact.reshape(-1).split(PIECE), strict=True)
+    # torch's max keeps a NaN, Python's would not
+    return float(torch.stack([(o.double() - e).abs().max() for o, e in pairs]).max())
 
 
 def values_gate(outputs: Outputs, eager: Outputs, exact: Outputs) -> Verdict:
@@ -43,23 +52,29 @@ class Truth:
     """fp64 scores of a block of rows, and how far eager arithmetic may stray from them.
 
     Attributes:
-        rows: which rows. exact: `[rows, F]` fp64. last: `[rows, 1]`, the k-th best.
+        rows: a slice or row numbers. exact: `[rows, F]` fp64. last: `[rows, 1]`, the k-th best.
         slack: `[rows, 1]`, twice eager's error with one rounding; 0 where eager is exact.
     """
 
-    rows: slice
+    rows: slice | torch.Tensor
     exact: torch.Tensor
     last: torch.Tensor
     slack: torch.Tensor
 
 
 def truths(
-    scores: Callable[[slice], tuple[torch.Tensor, torch.Tensor]], n: int, k: int, rows: int = 512
+    scores: Callable[[slice | torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
+    n: int,
+    n_features: int,
+    k: int,
+    rows: int = 512,
 ) -> list[Truth]:
-    """The truth in blocks, from scores of a slice of rows in fp64 and in eager arithmetic."""
+    """The truth in blocks, from scores of some rows in fp64 and in eager arithmetic.
+
+    Of more tokens than 2 GB of fp64 scores hold, evenly spread ones are judged.
+    """
     blocks = []
-    for start in range(0, n, rows):
-        part = slice(start, min(start + rows, n))
+    for part in _parts(n, SCORE_BYTES // (8 * n_features), rows):
         exact, eager = scores(part)
         off = (eager.double() - exact).abs().amax(1, keepdim=True)
         # two scores are compared, each with eager's error
@@ -67,6 +82,13 @@ def truths(
         slack = torch.where(off > 0, 2 * (off + rounding), 0)
         blocks.append(Truth(part, exact, exact.topk(k, dim=1).values[:, -1:], slack))
     return blocks
+
+
+def _parts(n: int, most: int, rows: int) -> list[slice | torch.Tensor]:
+    if n <= most:
+        return [slice(start, min(start + rows, n)) for start in range(0, n, rows)]
+    sample = torch.arange(max(1, most), device="cpu") * n // max(1, most)
+    return list(sample.split(rows))
 
 
 def selection_gate(blocks: list[Truth], outputs: Outputs, eager: Outputs, *, relu: bool) -> Verdict:
@@ -78,7 +100,7 @@ def selection_gate(blocks: list[Truth], outputs: Outputs, eager: Outputs, *, rel
     if bool((indices.sort(dim=1).values.diff(dim=1) == 0).any()):
         return Verdict(False, math.inf, 0.0, "a row selects the same feature twice")
     errors, eager_errors, scales = [], [], []
-    missed = below = unlike = 0
+    missed = below = unlike = judged = 0
     for block in blocks:
         part, exact, last, slack = block.rows, block.exact, block.last, block.slack
         chosen = torch.zeros_like(exact, dtype=torch.bool).scatter_(1, indices[part], True)
@@ -86,6 +108,7 @@ def selection_gate(blocks: list[Truth], outputs: Outputs, eager: Outputs, *, rel
         below += int(((exact.gather(1, indices[part]) < last - slack) & active).sum())
         floor = last.clamp_min(0.0) if relu else last
         missed += int(((exact > floor + slack) & ~chosen).sum())
+        judged += last.shape[0]
         unlike += int((~chosen.gather(1, eager["indices"][part])).sum())
         errors.append(_picked_error(block, outputs, relu))
         eager_errors.append(_picked_error(block, eager, relu))
@@ -100,7 +123,10 @@ def selection_gate(blocks: list[Truth], outputs: Outputs, eager: Outputs, *, rel
     # a NaN in any block must not hide behind max()
     if not all(e <= allowed for e in errors):
         wrong.append(f"values: error {error:.2e}, allowed {allowed:.2e}")
-    detail = f"{unlike} of {indices.numel()} slots differ from eager's" if unlike else ""
+    slots = judged * indices.shape[1]
+    detail = f"{unlike} of {slots} slots differ from eager's" if unlike else ""
+    if judged < indices.shape[0]:
+        detail = f"{judged} of {indices.shape[0]} tokens judged" + ("; " + detail if detail else "")
     return Verdict(not wrong, error / scale, eager_error / scale, "; ".join(wrong) or detail)
 
 

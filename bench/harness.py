@@ -4,15 +4,14 @@
 All providers run in one process on the same inputs, in rounds A B C A B C, so that drift of the
 machine hits all alike. At least `rounds` rounds, more while the budget lasts. A provider that is
 absent, fails or gives wrong results stays in the record with its reason, and has no times.
+Where and how calls are timed is device.py's.
 """
 
 from __future__ import annotations
 
-import fnmatch
 import gc
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,11 +20,12 @@ import torch
 import mikernels
 
 from . import machine, stats
-from .declare import Benchmark, Outputs, Provider, Runner, Shape, Unavailable
+from .declare import DTYPES, Benchmark, Outputs, Shape, Unavailable, cast
+from .device import Cpu, Meter
+from .entrant import EAGER, Entrant, entrants
 from .memory import peak_extra
 
 MOST_ROUNDS = 101
-EAGER = "eager"
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,9 @@ class Options:
         rounds: the fewest interleaved rounds.
         budget: seconds a case may go on adding rounds.
         check: gate only, no timing.
-        memory: measure peak extra memory, one process a provider.
+        memory: measure peak extra memory, on a CPU in one process a provider.
         baseline: overrides the benchmark's own.
+        device: where to measure. dtype: of the inputs; a name of DTYPES.
     """
 
     providers: tuple[str, ...] = ("*",)
@@ -48,60 +49,25 @@ class Options:
     memory: bool = True
     baseline: str | None = None
     seed: int = 0
+    device: Cpu = field(default_factory=Cpu)
+    dtype: str = "fp32"
     notify: Callable[[str], None] = field(default=lambda message: None)
-
-
-@dataclass
-class Entrant:
-    """A provider in one case, at one level."""
-
-    name: str
-    provider: Provider
-    level: str | None = None
-    runner: Runner | None = None
-    record: dict[str, Any] = field(default_factory=lambda: {"status": "ok", "reason": ""})
-    times: list[float] = field(default_factory=list)
-    seconds: float = 0.0
-
-    def at_level(self):
-        return mikernels.force_level(self.level) if self.level else nullcontext()
-
-    def call(self) -> Outputs:
-        """One call; `seconds` is how long it took."""
-        assert self.runner is not None
-        with self.at_level():
-            if self.runner.before is not None:
-                self.runner.before()
-            start = time.perf_counter()
-            outputs = self.runner.run()
-            self.seconds = time.perf_counter() - start
-        return outputs
-
-
-def entrants(benchmark: Benchmark, patterns: tuple[str, ...] = ("*",)) -> list[Entrant]:
-    """The providers that match a pattern, and the yardstick; ours at each lower level too."""
-    everyone = []
-    for provider in benchmark.providers:
-        everyone.append(Entrant(provider.name, provider))
-        if provider.ours:
-            for level in mikernels.supported_levels():
-                if level != mikernels.cpu_level():
-                    everyone.append(Entrant(f"{provider.name}:{level}", provider, level))
-    wanted = (*patterns, EAGER)
-    return [e for e in everyone if any(fnmatch.fnmatchcase(e.name, p) for p in wanted)]
 
 
 def measure(benchmark: Benchmark, shape: Shape, mode: str, options: Options) -> dict[str, Any]:
     """One case, as the dictionary that goes into the JSON file."""
-    everyone = entrants(benchmark, options.providers)
+    device, dtype = options.device, DTYPES[options.dtype]
+    everyone = entrants(benchmark, options.providers, device.kind)
     started = machine.facts()
     options.notify(f"{benchmark.name} {shape.name} {mode}: inputs")
-    inputs = benchmark.inputs(shape, mode, options.seed)
+    with device.making():
+        inputs = cast(benchmark.inputs(shape, mode, options.seed), dtype)
+    device.release()
     _gate(benchmark, inputs, mode, everyone, options)
     racing = [e for e in everyone if e.record["status"] == "ok"]
     if not options.check:
         _race(racing, options)
-        if options.memory:
+        if options.memory and device.kind == "cpu":
             # after the race, and without its inputs and optimiser states in this process
             del inputs
             for entrant in everyone:
@@ -112,16 +78,17 @@ def measure(benchmark: Benchmark, shape: Shape, mode: str, options: Options) -> 
         "op": benchmark.name,
         "shape": vars(shape),
         "mode": mode,
-        "dtype": "float32",
+        "dtype": str(dtype).removeprefix("torch."),
+        "device": device.kind,
         "baseline": options.baseline or benchmark.baseline,
         "check": options.check,
         "seed": options.seed,
         "flops": benchmark.flops(shape, mode),
-        "bytes": benchmark.bytes(shape, mode),
+        "bytes": benchmark.bytes(shape, mode, dtype.itemsize),
         "facts": {
             key: started[key] for key in ("date", "load", "git", "level", "torch", "torch_threads")
         },
-        "providers": [_record(entrant) for entrant in everyone],
+        "providers": [_record(entrant, device) for entrant in everyone],
     }
 
 
@@ -129,23 +96,33 @@ def _gate(
     benchmark: Benchmark, inputs: Any, mode: str, everyone: list[Entrant], options: Options
 ) -> None:
     """Builds and calls each provider once, the yardstick first, and judges its outputs."""
+    device = options.device
     yardstick: Outputs | None = None
     for entrant in sorted(everyone, key=lambda e: e.name != EAGER):
         options.notify(f"{benchmark.name} {mode}: gate, {entrant.name}")
+        meter = Meter(device)
+        outputs: Outputs = {}
         try:
-            with entrant.at_level():
+            with entrant.at_level(), device.making():
                 entrant.runner = entrant.provider.build(inputs, mode)
-            outputs = entrant.call()
-            if yardstick is None:
-                yardstick = outputs
-            verdict = benchmark.check(inputs, mode, outputs, yardstick)
+            device.poison()
+            outputs = entrant.call(device)
+            entrant.settle(device)
+            with meter.ignoring():
+                if yardstick is None:
+                    yardstick = _own_copy(outputs, device)
+                verdict = benchmark.check(inputs, mode, outputs, yardstick)
+            outputs = {}
+            if device.kind != "cpu" and options.memory and verdict.ok:
+                _device_memory(entrant, device, meter)
         except Unavailable as error:
             entrant.record.update(status="absent", reason=str(error))
         except Exception as error:
             # a broken peer must not end the run of the others; the table shows why it is out
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
             entrant.record.update(status="failed", reason=reason)
-            if entrant.name == EAGER:
+            no_memory = isinstance(error, device.OutOfMemory)
+            if entrant.name == EAGER and (benchmark.yardstick is None or not no_memory):
                 raise
         else:
             entrant.record.update(
@@ -156,15 +133,37 @@ def _gate(
             )
         if entrant.record["status"] != "ok":
             entrant.runner = None
+            outputs = {}
+            device.release()
+        if yardstick is None:
+            assert benchmark.yardstick is not None
+            yardstick = benchmark.yardstick(inputs, mode)
+
+
+def _own_copy(outputs: Outputs, device: Cpu) -> Outputs:
+    """On a GPU a copy: what eager allocated is measured when its outputs are gone."""
+    if device.kind == "cpu":
+        return outputs
+    return {name: tensor.clone() for name, tensor in outputs.items()}
+
+
+def _device_memory(entrant: Entrant, device: Cpu, meter: Meter) -> None:
+    meter.built()
+    meter.watch()
+    entrant.call(device, meter)
+    entrant.settle(device)
+    entrant.record["extra_bytes"] = max(0, meter.extra())
 
 
 def _race(racing: list[Entrant], options: Options) -> None:
+    device = options.device
     share = options.budget / max(1, len(racing))
     # the gate's call has compiled and touched everything; quick ones still warm up caches
     for entrant in racing:
         if entrant.seconds < 0.5:
-            entrant.call()
-            entrant.call()
+            entrant.call(device)
+            entrant.call(device)
+            entrant.settle(device)
     # lower levels of ours are for information: a slow one takes no more than its share
     wanted = {
         e.name: max(1, min(options.rounds, int(share / max(e.seconds, 1e-9))))
@@ -172,6 +171,8 @@ def _race(racing: list[Entrant], options: Options) -> None:
         else options.rounds
         for e in racing
     }
+    for entrant in racing:
+        entrant.host_times = entrant.host_times[-1:]
     began = time.perf_counter()
     gc.collect()
     gc.disable()
@@ -180,10 +181,14 @@ def _race(racing: list[Entrant], options: Options) -> None:
             if done >= options.rounds and time.perf_counter() - began > options.budget:
                 break
             options.notify(f"round {done + 1}")
-            for entrant in racing:
-                if done < wanted[entrant.name] or wanted[entrant.name] >= options.rounds:
-                    entrant.call()
-                    entrant.times.append(entrant.seconds * 1e3)
+            running = [
+                e for e in racing if done < wanted[e.name] or wanted[e.name] >= options.rounds
+            ]
+            for entrant in running:
+                entrant.call(device)
+            device.settle()
+            for entrant in running:
+                entrant.times.append(device.seconds(entrant.span) * 1e3)
     finally:
         gc.enable()
 
@@ -201,11 +206,14 @@ def _memory(
             entrant.record["extra_reason"] = answer["reason"]
 
 
-def _record(entrant: Entrant) -> dict[str, Any]:
+def _record(entrant: Entrant, device: Cpu) -> dict[str, Any]:
     record = {"name": entrant.name, "screens": entrant.provider.screens, **entrant.record}
-    ours = entrant.name.startswith("ours")
+    ours = entrant.name.startswith("ours") and device.kind == "cpu"
     record["level"] = entrant.level or (mikernels.cpu_level() if ours else None)
     record["times_ms"] = [round(t, 6) for t in entrant.times]
+    if entrant.times and device.kind != "cpu":
+        # what the host spends on a call; above ms, the launches are the bottleneck
+        record["host_ms"] = stats.summary(entrant.host_times[1:])
     if entrant.times:
         record["ms"] = stats.summary(entrant.times)
     return record

@@ -18,14 +18,17 @@ import torch
 import mikernels
 from mikernels import _ext
 
+from . import gpu
+from .device import Cpu, Cuda
+
 # of the processor's flags, those that decide speed here
 FLAGS = re.compile(r"^(avx|fma|f16c|amx|bmi2|sve|asimd|neon|avx512.*|avx_vnni|avx2)")
 
 
-def facts() -> dict[str, Any]:
+def facts(device: Cpu | None = None) -> dict[str, Any]:
     """Everything that a number needs beside it; no host names and no paths."""
     cpu = _cpuinfo()
-    return {
+    found = {
         "cpu": cpu.get("model name") or platform.processor() or platform.machine(),
         "flags": sorted(flag for flag in cpu.get("flags", "").split() if FLAGS.match(flag)),
         "cores": os.cpu_count(),
@@ -41,6 +44,7 @@ def facts() -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "load": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
     }
+    return found | {"gpu": gpu.facts(device)} if isinstance(device, Cuda) else found
 
 
 def _cpuinfo() -> dict[str, str]:
@@ -77,12 +81,15 @@ def _git() -> dict[str, Any] | None:
         return None
 
 
-def peaks() -> dict[str, dict[str, float | None]]:
+def peaks(device: Cpu | None = None) -> dict[str, dict[str, float | None]]:
     """Ceilings measured now, for one thread and for all of torch's threads.
 
     fma_gflops (fp32), tile_gflops (AMX bf16), madd16_gops (int16 products), copy_gbs, read_gbs; a
-    unit that is absent is None. Without the extension: torch's own sgemm and copy.
+    unit that is absent is None. Without the extension: torch's own sgemm and copy. On a GPU: the
+    one entry "gpu", of gpu.py.
     """
+    if isinstance(device, Cuda):
+        return {"gpu": gpu.peaks(device)}
     return {"one": _peaks(False), "all": _peaks(True)}
 
 

@@ -19,9 +19,8 @@ import torch
 from .declare import Unavailable
 from .synthetic import Weights
 
-# settings that keep libraries from talking to a network or a GPU; a user's own settings win
+# settings that keep libraries from talking to a network; a user's own settings win
 ENVIRONMENT = {
-    "SPARSIFY_DISABLE_TRITON": "1",
     "HF_HUB_OFFLINE": "1",
     "WANDB_MODE": "disabled",
 }
@@ -30,6 +29,9 @@ ENVIRONMENT = {
 def _module(name: str, package: str) -> Any:
     for key, value in ENVIRONMENT.items():
         os.environ.setdefault(key, value)
+    if torch.get_default_device().type == "cpu":
+        # decided at its import: no Triton kernels for CPU tensors
+        os.environ.setdefault("SPARSIFY_DISABLE_TRITON", "1")
     try:
         # they print and warn while being imported
         with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
@@ -46,13 +48,19 @@ def sparsify_sae(weights: Weights, k: int) -> Any:
     sparsify = _module("sparsify", "eai-sparsify")
     f, d = weights.w_enc.shape
     config = sparsify.SaeConfig(num_latents=f, k=k)
-    sae = sparsify.SparseCoder(d, config)
+    sae = sparsify.SparseCoder(d, config).to(weights.w_enc.device, weights.w_enc.dtype)
     with torch.no_grad():
         sae.encoder.weight.copy_(weights.w_enc)
         sae.encoder.bias.copy_(weights.b_enc)
         sae.W_dec.copy_(weights.w_dec)
         sae.b_dec.copy_(weights.b_dec)
     return sae
+
+
+def openai_decode() -> Any:
+    """openai/sparse_autoencoder's Triton product: (indices, values, w `[F, d]`) -> `[N, d]`."""
+    kernels = _module("sparse_autoencoder.kernels", "openai's sparse_autoencoder")
+    return kernels.triton_sparse_dense_matmul
 
 
 def dictionary_learning_trainer(weights: Weights, k: int, lr: float) -> Any:
@@ -68,7 +76,7 @@ def dictionary_learning_trainer(weights: Weights, k: int, lr: float) -> Any:
         lm_name="none",
         lr=lr,
         warmup_steps=0,
-        device="cpu",
+        device=str(weights.w_enc.device),
     )
     with torch.no_grad():
         trainer.ae.encoder.weight.copy_(weights.w_enc)
@@ -84,16 +92,19 @@ def saelens_trainer(weights: Weights, k: int, lr: float, batch: int) -> Any:
     config = _module("sae_lens.config", "sae-lens")
     trainer = _module("sae_lens.training.sae_trainer", "sae-lens")
     f, d = weights.w_enc.shape
-    sae = sae_lens.TopKTrainingSAE(sae_lens.TopKTrainingSAEConfig(d_in=d, d_sae=f, k=k))
+    where = str(weights.w_enc.device)
+    settings = sae_lens.TopKTrainingSAEConfig(d_in=d, d_sae=f, k=k, device=where)
+    sae = sae_lens.TopKTrainingSAE(settings)
     with torch.no_grad():
         sae.W_enc.copy_(weights.w_enc.T)
         sae.b_enc.copy_(weights.b_enc)
         sae.W_dec.copy_(weights.w_dec)
         sae.b_dec.copy_(weights.b_dec)
-    settings = config.SAETrainerConfig(
+    schedule = config.SAETrainerConfig(
         total_training_samples=1_000_000 * batch,
         train_batch_size_samples=batch,
         lr=lr,
         lr_end=lr,
+        device=where,
     )
-    return trainer.SAETrainer(settings, sae, iter(()))
+    return trainer.SAETrainer(schedule, sae, iter(()))

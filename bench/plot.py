@@ -114,6 +114,12 @@ def _conditions(results: dict[str, Any]) -> str:
     level = f"level {machine['level']}" if machine["level"] else "no extension"
     git = machine["git"]
     commit = f" ({git['commit'][:9]}{', dirty' if git['dirty'] else ''})" if git else ""
+    gpu = machine.get("gpu")
+    if gpu:
+        return (
+            f"{gpu['name']}, driver {gpu['driver']}, triton {gpu['triton']}; torch "
+            f"{machine['torch']}, mikernels {machine['mikernels']}{commit}; {machine['date'][:10]}"
+        )
     return (
         f"{machine['cpu']}, {machine['torch_threads']} threads, {level}; torch {machine['torch']}, "
         f"mikernels {machine['mikernels']}{commit}; {machine['date'][:10]}"

@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from . import load, stats
+from . import gpu, load, predicted, stats
+from .declare import DTYPES
 from .machine import screen_gflops
 
 COLUMNS = ("ms", "p20 - p80", "rounds", "ratio", "95 % CI", "extra MB", "GB/s", "GFLOP/s")
@@ -36,6 +37,8 @@ def ratio(case: dict[str, Any], name: str, baseline: str | None = None) -> dict[
 
 def rates(case: dict[str, Any], record: dict[str, Any]) -> dict[str, float]:
     """GB/s and GFLOP/s at the median, and their fractions of the ceilings of as many threads."""
+    if case.get("device", "cpu") == "cuda":
+        return gpu.rates(case, record)
     seconds = record["ms"]["p50"] / 1e3
     ceilings = case["peaks"]["one" if case["facts"]["torch_threads"] == 1 else "all"]
     compute = screen_gflops(ceilings, record["level"]) if record["screens"] else None
@@ -53,11 +56,14 @@ def targets(case: dict[str, Any]) -> list[dict[str, Any]]:
     """The speeds to reach of this case, and what was measured (None: not measured)."""
     rows = []
     for target in load(case["op"]).targets:
-        if (target.shape, target.mode) == (case["shape"]["name"], case["mode"]):
+        here = (target.shape, target.mode) == (case["shape"]["name"], case["mode"])
+        if here and (not target.dtype or str(DTYPES[target.dtype]) == f"torch.{case['dtype']}"):
             reached = ratio(case, "ours", target.baseline)
             ours = provider(case, "ours")
+            floors = gpu.floors(case, ours) if ours and target.floor else None
             rows.append(
-                {
+                ({"wanted_floor": target.floor, "floor": floors} if target.floor else {})
+                | {
                     "baseline": target.baseline,
                     "wanted": target.ratio,
                     "ratio": reached["ratio"] if reached else None,
@@ -80,10 +86,13 @@ def derive(case: dict[str, Any]) -> None:
 def show(case: dict[str, Any], console: Console) -> None:
     """Prints the case; below the table, why a provider has no times, and the speeds to reach."""
     shape = case["shape"]
+    where = f"{case['facts']['torch_threads']} threads"
+    if case.get("device", "cpu") != "cpu":
+        where = case["device"]
     sizes = f"N={shape['n']} d={shape['d']} F={shape['f']} k={shape['k']}"
     console.print(
         f"\n[bold]{case['op']} {case['mode']} {shape['name']}[/]  {sizes}, {case['dtype']}, "
-        f"{case['facts']['torch_threads']} threads; ratio to {case['baseline']}",
+        f"{where}; ratio to {case['baseline']}",
         highlight=False,
     )
     table = Table(box=SIMPLE, padding=(0, 1), pad_edge=False)
@@ -125,14 +134,19 @@ def _megabytes(record: dict[str, Any]) -> float | None:
 
 def _notes(case: dict[str, Any]) -> list[str]:
     lines = []
-    if case["facts"]["level"] is None:
+    if case["facts"]["level"] is None and case.get("device", "cpu") == "cpu":
         lines.append("ours ran the reference: the extension is not built (`mikernels info`)")
     for record in case["providers"]:
         if record["reason"]:
             lines.append(f"{record['name']}: {GATE[record['status']]}: {escape(record['reason'])}")
+        if "host_ms" in record and record["host_ms"]["p50"] > record["ms"]["p50"]:
+            host = record["host_ms"]["p50"]
+            lines.append(f"{record['name']}: its launches take the host {host:.3g} ms")
         if record.get("extra_reason"):
             lines.append(f"{record['name']}: no memory figure: {escape(record['extra_reason'])}")
-    return lines if case["check"] else lines + [_target_line(row) for row in targets(case)]
+    if case["check"]:
+        return lines
+    return lines + predicted.lines(case) + [_target_line(row) for row in targets(case)]
 
 
 def _target_line(row: dict[str, Any]) -> str:
@@ -144,4 +158,8 @@ def _target_line(row: dict[str, Any]) -> str:
         word = "reached" if row["extra_mb"] <= row["wanted_extra_mb"] else "missed"
         line += f"; extra memory at most {row['wanted_extra_mb']:g} MB: {word}, "
         line += f"{row['extra_mb']:.1f} MB"
+    if row.get("floor") is not None:
+        word = "reached" if row["floor"] <= row["wanted_floor"] else "missed"
+        line += f"; at most {row['wanted_floor']:.3g}x one pass over the memory: {word}, "
+        line += f"{row['floor']:.2f}x"
     return line

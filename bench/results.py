@@ -2,7 +2,8 @@
 """The results file: one JSON a machine, cases merged into it one by one.
 
 {"schema": 1, "machine": facts, "peaks": ceilings, "cases": [case, ...]}; a case is what
-`harness.measure` returns, keyed by op, shape, mode and threads: measuring it again replaces it.
+`harness.measure` returns, keyed by op, shape, mode and, on a CPU, its threads, on a GPU, the dtype:
+measuring it again replaces it.
 """
 
 from __future__ import annotations
@@ -12,11 +13,24 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from .declare import DTYPES
+
 SCHEMA = 1
 
 
-def key(case: dict[str, Any]) -> tuple[str, str, str, int]:
-    return case["op"], case["shape"]["name"], case["mode"], case["facts"]["torch_threads"]
+def key(case: dict[str, Any]) -> tuple[str, str, str, int | str]:
+    # files from before there were GPUs have no device
+    how: int | str = case["facts"]["torch_threads"]
+    if case.get("device", "cpu") != "cpu":
+        how = next(name for name, dtype in DTYPES.items() if str(dtype) == f"torch.{case['dtype']}")
+    return case["op"], case["shape"]["name"], case["mode"], how
+
+
+def key_of(op: str, shape: str, mode: str, dtype: str, device: str) -> tuple[str, str, str, Any]:
+    """The key that a case will have."""
+    return op, shape, mode, torch.get_num_threads() if device == "cpu" else dtype
 
 
 def new(machine: dict[str, Any], peaks: dict[str, Any]) -> dict[str, Any]:
@@ -48,6 +62,15 @@ def same_machine(path: Path, old: dict[str, Any], machine: dict[str, Any]) -> No
     Raises:
         ValueError: when they differ.
     """
+    gpus = [m.get("gpu", {}).get("name") for m in (machine, old["machine"])]
+    if gpus[0] != gpus[1]:
+        raise ValueError(
+            f"bench: {path} holds results of {gpus[1] or 'a CPU'}, these are of "
+            f"{gpus[0] or 'a CPU'}; choose another --json file"
+        )
+    if gpus[0] is not None:
+        # the host of a lent GPU changes, and does not decide its times
+        return
     mine, theirs = ([m["cpu"], m["cores"], m["flags"]] for m in (machine, old["machine"]))
     if mine != theirs:
         raise ValueError(

@@ -3,11 +3,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 import mikernels
+from mikernels.ops.row_topk import row_topk_op
 
 from .declare import (
+    CUDA,
     Benchmark,
     Outputs,
     Provider,
@@ -17,6 +21,7 @@ from .declare import (
     Verdict,
     compiled,
     generator,
+    need,
 )
 from .gate import Truth, selection_gate, truths, values_gate
 
@@ -55,6 +60,14 @@ def _runner(top_k):
     return build
 
 
+def _named_impl(impl: str):
+    def build(inputs: _Inputs, mode: str) -> Runner:
+        need(row_topk_op, impl)
+        return _runner(partial(mikernels.row_topk, impl=impl))(inputs, mode)
+
+    return build
+
+
 def _named(values: torch.Tensor, indices: torch.Tensor) -> Outputs:
     return {"values": values, "indices": indices}
 
@@ -66,7 +79,10 @@ def _check(inputs: _Inputs, mode: str, outputs: Outputs, eager: Outputs) -> Verd
     if inputs.truth is None:
         n, k = eager["indices"].shape
         inputs.truth = truths(
-            lambda rows: (inputs.scores[rows].double(), inputs.scores[rows]), n, k
+            lambda rows: (inputs.scores[rows].double(), inputs.scores[rows]),
+            n,
+            inputs.scores.shape[1],
+            k,
         )
     return selection_gate(inputs.truth, outputs, eager, relu=False)
 
@@ -79,12 +95,18 @@ BENCHMARK = Benchmark(
     inputs=_Inputs,
     providers=(
         Provider("ours", _runner(mikernels.row_topk), ours=True),
+        Provider("ours:triton", _named_impl("triton"), devices=(CUDA,)),
+        Provider("ours:cuda", _named_impl("cuda"), devices=(CUDA,)),
         Provider("eager", _runner(_eager)),
         Provider("compile", lambda inputs, mode: _runner(compiled(_eager))(inputs, mode)),
     ),
     check=_check,
     # one comparison an entry
     flops=lambda s, mode: s.n * s.f if mode == "fwd" else 0.0,
-    bytes=lambda s, mode: 4 * s.n * s.f + 12 * s.n * s.k,
-    targets=(Target("S1", "fwd", "eager", 4.0),),
+    bytes=lambda s, mode, size: size * s.n * s.f + (size + 8) * s.n * s.k,
+    targets=(
+        Target("S1", "fwd", "eager", 4.0),
+        Target("G2", "fwd", "eager", 8.0, floor=1.5, dtype="bf16"),
+    ),
+    gpu_shapes={"fwd": ("G1", "G2", "G3")},
 )

@@ -72,8 +72,8 @@ class Report:
     matrix_instructions: int
 
 
-def compile_case(case: Case, target: str) -> Report:
-    """Compile for a target of TARGETS; raises what the compiler raises."""
+def compiled(case: Case, target: str) -> Any:
+    """Triton's compiled kernel for a target of TARGETS; raises what the compiler raises."""
     names = case.kernel.arg_names
     aligned = {n for n, t in case.types.items() if t.startswith("*")} | set(case.divisible)
     source = ASTSource(
@@ -83,10 +83,15 @@ def compile_case(case: Case, target: str) -> Report:
         attrs={(names.index(n),): [["tt.divisibility", 16]] for n in aligned},
     )
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
-    compiled = triton.compile(source, target=TARGETS[target], options=options)
+    return triton.compile(source, target=TARGETS[target], options=options)
+
+
+def compile_case(case: Case, target: str) -> Report:
+    """Compile for a target of TARGETS; raises what the compiler raises."""
+    kernel = compiled(case, target)
     if target.startswith("gfx"):
-        return _report_amd(compiled, target)
-    return _report_nvidia(compiled, target)
+        return _report_amd(kernel, target)
+    return _report_nvidia(kernel, target)
 
 
 def _tool(name: str) -> str:

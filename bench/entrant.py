@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One provider in one case: called, timed, recorded."""
+
+from __future__ import annotations
+
+import fnmatch
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import mikernels
+
+from .declare import Benchmark, Outputs, Provider, Runner
+from .device import Cpu, Meter
+
+EAGER = "eager"
+
+
+@dataclass
+class Entrant:
+    """A provider in one case, at one level."""
+
+    name: str
+    provider: Provider
+    level: str | None = None
+    runner: Runner | None = None
+    record: dict[str, Any] = field(default_factory=lambda: {"status": "ok", "reason": ""})
+    times: list[float] = field(default_factory=list)
+    host_times: list[float] = field(default_factory=list)
+    seconds: float = 0.0
+    span: Any = None
+
+    def at_level(self):
+        return mikernels.force_level(self.level) if self.level else nullcontext()
+
+    def call(self, device: Cpu, meter: Meter | None = None) -> Outputs:
+        """One call; its span is known after `device.settle`."""
+        assert self.runner is not None
+        with self.at_level():
+            if self.runner.before is not None:
+                self.runner.before()
+            if meter is not None:
+                meter.watch_peak()
+            # the host needs about as long as last time
+            mark = device.begin(1.5 * self.host_times[-1] / 1e3 if self.host_times else 0.0)
+            began = time.perf_counter()
+            outputs = self.runner.run()
+            took = time.perf_counter() - began
+            self.span = device.end(mark)
+        self.host_times.append(took * 1e3)
+        return outputs
+
+    def settle(self, device: Cpu) -> None:
+        """`seconds` of the last call."""
+        device.settle()
+        self.seconds = device.seconds(self.span)
+
+
+def entrants(
+    benchmark: Benchmark, patterns: tuple[str, ...] = ("*",), kind: str = "cpu"
+) -> list[Entrant]:
+    """The providers that match a pattern, and the yardstick; on a CPU ours at lower levels too."""
+    everyone = []
+    for provider in benchmark.providers:
+        if kind not in provider.devices:
+            continue
+        everyone.append(Entrant(provider.name, provider))
+        if provider.ours and kind == "cpu":
+            for level in mikernels.supported_levels():
+                if level != mikernels.cpu_level():
+                    everyone.append(Entrant(f"{provider.name}:{level}", provider, level))
+    wanted = (*patterns, EAGER)
+    return [e for e in everyone if any(fnmatch.fnmatchcase(e.name, p) for p in wanted)]
