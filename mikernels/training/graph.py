@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import torch
 
+from mikernels import _triton
 from mikernels.training.fused import FusedStep
 from mikernels.training.metrics import Clock, Means
 
@@ -100,11 +101,16 @@ class GraphedStep:
 
 
 def check_device(device: torch.device) -> None:
-    """A device that has CUDA graphs, or a ValueError."""
+    """A device with CUDA graphs and kernels that never read it back, or a ValueError."""
     if device.type != "cuda":
         raise ValueError(
             f"Trainer: cuda_graph needs a CUDA device, got {device}; move the SAE with "
             f"sae.to('cuda') first, or leave cuda_graph out"
+        )
+    if reason := _triton.unsupported(device):
+        raise ValueError(
+            f"Trainer: cuda_graph needs Triton's kernels, since the references synchronise, got: "
+            f"{reason}; or leave cuda_graph out"
         )
 
 
