@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Builds `mikernels._C` against the torch that is already installed, or ships pure Python.
 
-MIKERNELS_EXT: auto (default: build, fall back to pure Python with a warning), cpu (build or fail),
-0 (never build). See CONTRIBUTING.md for the rest.
+MIKERNELS_EXT: auto (default: build, with CUDA where nvcc is; fall back to the CPU alone, then to
+pure Python, with a warning), cuda (build with CUDA or fail), cpu (build without CUDA or fail),
+0 (never build). MIKERNELS_ARCHS: GPU architectures. See CONTRIBUTING.md for the rest.
 """
 
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -19,6 +21,9 @@ from setuptools import setup
 ROOT = Path(__file__).resolve().parent
 EXT = os.environ.get("MIKERNELS_EXT", "auto")
 FACTS = ROOT / "mikernels" / "_build.json"
+# A100, H100 and H200, B200, and what comes after them. Never those of the machine that builds: it
+# may have no GPU, and wheels travel
+ARCHS = "8.0;9.0;10.0+PTX"
 
 
 def installed_torch():
@@ -42,14 +47,92 @@ def compiler():
     return name, ""
 
 
+def output(*command):
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def toolkit():
+    """The folder of the CUDA toolkit and of its static runtime, or why there is none."""
+    given = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    found = shutil.which("nvcc")
+    # nvcc on PATH may be a link or a script that leads elsewhere
+    homes = [given] if given else [found and Path(found).resolve().parents[1], "/usr/local/cuda"]
+    for home in map(Path, filter(None, homes)):
+        if (home / "bin/nvcc").exists():
+            for folder in (*home.glob("lib64"), *home.glob("lib"), *home.glob("targets/*/lib")):
+                if (folder / "libcudart_static.a").exists():
+                    return home, folder, ""
+    return None, None, f"no CUDA toolkit (nvcc, libcudart_static.a) in {given or 'PATH'}"
+
+
+def architectures(nvcc):
+    """What MIKERNELS_ARCHS, else TORCH_CUDA_ARCH_LIST, asks for, and nvcc's flags for it."""
+    names = [name for name in ("MIKERNELS_ARCHS", "TORCH_CUDA_ARCH_LIST") if os.environ.get(name)]
+    name = names[0] if names else ""
+    known = set(output(nvcc, "--list-gpu-arch").split())
+    archs, flags = [], []
+    for arch in filter(None, re.split(r"[;,\s]+", os.environ[name] if name else ARCHS)):
+        match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", arch)
+        number = "".join(match.groups()[:2]) if match else ""
+        if f"compute_{number}" not in known:
+            if not name:
+                continue  # an older nvcc builds what it can
+            raise ValueError(
+                f"{name}: expected architectures that nvcc knows, such as {ARCHS!r}, got {arch!r}"
+            )
+        number += match[3]
+        archs.append(arch)
+        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        if match[4]:
+            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    if not archs:
+        raise ValueError(f"{name or 'nvcc'}: expected architectures such as {ARCHS!r}, got none")
+    return archs, flags
+
+
+def cuda(torch, cpp_extension, flags):
+    """Additions to the extension's arguments that build csrc/cuda, and the facts about it."""
+    if EXT == "cpu":
+        return {}, {"reason": "built with MIKERNELS_EXT=cpu"}
+    try:
+        if torch.version.hip:
+            raise ValueError(f"torch {torch.__version__} is for ROCm")
+        home, libraries, why = toolkit()
+        if home is None:
+            raise ValueError(why)
+        nvcc = str(home / "bin/nvcc")
+        archs, arch_flags = architectures(nvcc)
+        version = output(nvcc, "--version").split(" V")[-1].split()[0]
+    except (ValueError, OSError, subprocess.CalledProcessError) as error:
+        # a value meant for this package alone is a mistake even where CUDA is optional
+        if EXT == "cuda" or str(error).startswith("MIKERNELS_ARCHS"):
+            raise SystemExit(f"mikernels: cannot build with CUDA: {error}") from error
+        print(f"mikernels: no CUDA kernels: {error}", file=sys.stderr)
+        return {}, {"reason": str(error)}
+    # torch leaves it unset where it has no CUDA itself
+    cpp_extension.CUDA_HOME = str(home)
+    nvcc_flags = ["-O3", "-std=c++20", "--threads", "2", "-Xcompiler", "-fvisibility=hidden"]
+    nvcc_flags += [*(flag for flag in flags if flag.startswith("-D")), *arch_flags]
+    if "CXX" in os.environ:
+        nvcc_flags += ["-ccbin", os.environ["CXX"]]
+    added = {
+        "sources": sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/cuda").glob("*.cu")),
+        "nvcc": nvcc_flags,
+        "library_dirs": [str(libraries)],
+        # static: the extension also loads where there is no CUDA
+        "libraries": ["cudart_static", "dl", "rt", "pthread"],
+    }
+    return added, {"reason": "", "nvcc": version, "archs": archs}
+
+
 def extension():
     """Keyword arguments for setup(), and the facts that `mikernels info` prints."""
     facts = {"extension": False, "reason": "", "mikernels_ext": EXT}
     if EXT == "0":
         facts["reason"] = "built with MIKERNELS_EXT=0"
         return {}, facts
-    if EXT not in ("auto", "cpu"):
-        raise SystemExit(f"MIKERNELS_EXT: expected auto, cpu or 0, got {EXT!r}")
+    if EXT not in ("auto", "cpu", "cuda"):
+        raise SystemExit(f"MIKERNELS_EXT: expected auto, cpu, cuda or 0, got {EXT!r}")
     torch, why_torch = installed_torch()
     cxx, why_cxx = compiler()
     if torch is None or cxx is None:
@@ -70,19 +153,23 @@ def extension():
     flags += ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY"]
     flags += os.environ.get("CXXFLAGS", "").split()
     sources = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").glob("**/*.cpp"))
+    added, facts["cuda"] = cuda(torch, cpp_extension, flags)
     module = cpp_extension.CppExtension(
         "mikernels._C",
-        sources,
+        sources + added.get("sources", []),
         include_dirs=[str(ROOT / "csrc"), pybind11.get_include()],
         depends=sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").glob("**/*.h")),
-        extra_compile_args={"cxx": flags},
+        extra_compile_args={"cxx": flags, "nvcc": added.get("nvcc", [])},
+        library_dirs=[*added.get("library_dirs", [])],
+        libraries=[*added.get("libraries", [])],
+        # where torch has CUDA, libtorch brings the library in which csrc/cuda/device.h finds the
+        # stream; nothing else is wanted of libtorch, and many linkers would drop it
+        extra_link_args=["-Wl,--no-as-needed", "-ltorch"] if added else [],
     )
     facts |= {
         "extension": True,
         "torch": torch.__version__,
-        "compiler": subprocess.run(
-            [cxx, "--version"], capture_output=True, text=True, check=True
-        ).stdout.splitlines()[0],
+        "compiler": output(cxx, "--version").splitlines()[0],
         "flags": flags,
         "machine": platform.machine(),
     }
@@ -91,17 +178,37 @@ def extension():
         def build_extensions(self):
             try:
                 super().build_extensions()
+                return
             except Exception as error:
                 if EXT != "auto":
                     raise
                 reason = f"compiling failed: {str(error).splitlines()[0]}"
-                print(f"mikernels: pure Python install: {reason}", file=sys.stderr)
-                FACTS.write_text(json.dumps({**facts, "extension": False, "reason": reason}))
-                self.extensions = []
+            if added:
+                print(f"mikernels: no CUDA kernels: {reason}", file=sys.stderr)
+                self.record(cuda={"reason": reason})
+                module.sources = sources
+                module.libraries = [x for x in module.libraries if x not in added["libraries"]]
+                added.clear()
+                self.build_extensions()
+                return
+            print(f"mikernels: pure Python install: {reason}", file=sys.stderr)
+            self.record(extension=False, reason=reason)
+            self.extensions = []
+
+        def record(self, **changed):
+            facts.update(changed)
+            # the second is the copy that a wheel is made of
+            for folder in (ROOT, Path(self.build_lib)):
+                if (folder / "mikernels").is_dir():
+                    write(folder / "mikernels" / FACTS.name, facts)
 
     return {"ext_modules": [module], "cmdclass": {"build_ext": Build}}, facts
 
 
+def write(path, facts):
+    path.write_text(json.dumps(facts, indent=1) + "\n")
+
+
 arguments, facts = extension()
-FACTS.write_text(json.dumps(facts, indent=1) + "\n")
+write(FACTS, facts)
 setup(**arguments)

@@ -70,11 +70,11 @@ __device__ uint32_t element(const uint32_t (&words)[4], uint32_t j) {
   return words[j / 2] >> (j % 2 * 16) & 0xffff;
 }
 
-// the larger element of a word, as a key
+// bits of the larger element of a word
 template <class Format>
-__device__ uint32_t folded_key(uint32_t word) {
-  if constexpr (sizeof(typename Format::Bits) == 4) return rank_key<Format>(word);
-  return rank_key<Format>(Format::larger(word, word >> 16) & 0xffff);
+__device__ uint32_t folded(uint32_t word) {
+  if constexpr (sizeof(typename Format::Bits) == 4) return word;
+  return Format::larger(word, word >> 16) & 0xffff;
 }
 
 }  // namespace mik::cuda

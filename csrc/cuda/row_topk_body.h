@@ -15,8 +15,8 @@
 namespace mik::cuda {
 
 constexpr uint32_t MAX_THREADS = 256;
-// 40 registers a thread: 6 blocks on a multiprocessor, 98 kB of loads in flight
-constexpr uint32_t MIN_BLOCKS = 6;
+// 48 registers a thread are enough; 5 blocks keep up to 80 kB of loads in flight
+constexpr uint32_t MIN_BLOCKS = 5;
 constexpr uint32_t LOADS = 4;
 
 struct Plan {
@@ -33,7 +33,7 @@ struct Plan {
 constexpr uint32_t MAX_BUFFER = 36 << 10;
 constexpr uint32_t MAX_LIST = 4096;
 
-// 16 bytes of keys each: the maxima of the groups of a row, wherever it starts
+// 16 bytes each: the maxima of the groups of a row, wherever it starts
 template <class Format>
 uint64_t slots_of_maxima(uint32_t columns, uint32_t spread) {
   const uint64_t vectors = (columns + 2ull * width<Format> - 2) / width<Format>;
@@ -112,13 +112,13 @@ struct Row {
   }
 };
 
-// maxima[g] = key of the largest element of group g; the last vector of maxima is filled with 0
+// maxima[g] = the largest element of group g. No barrier follows: find_cut has one before it loads.
 template <class Format>
 __device__ void group_maxima(const Row<Format>& row, uint32_t spread,
                              typename Format::Bits* maxima) {
   const uint32_t vectors = row.vectors(), full = row.full(), threads = blockDim.x;
   const auto put = [&](uint32_t v, uint32_t word) {
-    if (v < vectors && v % (1u << spread) == 0) maxima[v >> spread] = folded_key<Format>(word);
+    if (v < vectors && v % (1u << spread) == 0) maxima[v >> spread] = folded<Format>(word);
   };
   const auto within = [](const uint32_t (&w)[4]) {
     return Format::larger(Format::larger(w[0], w[1]), Format::larger(w[2], w[3]));
@@ -157,23 +157,22 @@ __device__ void group_maxima(const Row<Format>& row, uint32_t spread,
     for (uint32_t u = 0; u < LOADS; ++u) put(tile + u * threads + threadIdx.x, words[u]);
   }
   for (; tile < vectors; tile += threads) careful(tile);
-  const uint32_t groups = (vectors + (1u << spread) - 1) >> spread;
-  const uint32_t rest = groups + threadIdx.x;
-  if (rest < (groups + width<Format> - 1) / width<Format> * width<Format>) maxima[rest] = 0;
-  __syncthreads();
 }
 
 // sources of selection
 template <class Format>
 struct Groups {
   const typename Format::Bits* maxima;
-  uint32_t slots;
+  uint32_t count, slots;
 
   __device__ void load(uint32_t slot, uint32_t (&keys)[width<Format>]) const {
     const uint4 loaded = reinterpret_cast<const uint4*>(maxima)[slot];
     const uint32_t words[4] = {loaded.x, loaded.y, loaded.z, loaded.w};
 #pragma unroll
-    for (uint32_t j = 0; j < width<Format>; ++j) keys[j] = element<Format>(words, j);
+    for (uint32_t j = 0; j < width<Format>; ++j) {
+      const bool is_group = slot * width<Format> + j < count;
+      keys[j] = is_group ? rank_key<Format>(element<Format>(words, j)) : 0;
+    }
   }
 };
 
@@ -223,7 +222,7 @@ __global__ void __launch_bounds__(MAX_THREADS, MIN_BLOCKS)
   if (!plan.whole_row) {
     group_maxima(row, plan.spread, maxima);
     const uint32_t count = (row.vectors() + (1u << plan.spread) - 1) >> plan.spread;
-    const Groups<Format> groups = {maxima, (count + width<Format> - 1) / width<Format>};
+    const Groups<Format> groups = {maxima, count, (count + width<Format> - 1) / width<Format>};
     const Cut cut = find_cut<Format>(groups, k, 1, work);
     take<Format>(groups, cut, work, [&](uint32_t place, uint32_t slot, uint32_t j, uint32_t) {
       list[place] = static_cast<uint16_t>(slot * width<Format> + j);

@@ -45,7 +45,8 @@ __device__ inline void find_digit(Workspace& work, uint32_t need) {
 }
 
 // The k largest keys >= floor, of which there are at least k, by radix from the top, 8 bits a pass.
-// No pass is made whose outcome is known: often all keys of the last digit are needed.
+// No pass is made whose outcome is known: often all keys of the last digit are needed. The source
+// is loaded from behind a barrier.
 template <class Format, class Source>
 __device__ Cut find_cut(const Source& source, uint32_t k, uint32_t floor, Workspace& work) {
   constexpr uint32_t bits = 8 * sizeof(typename Format::Bits);
