@@ -149,6 +149,7 @@ class RowAdam(torch.optim.Optimizer):
             return
         self._check_capture(todo)
         clip = self._clip(todo)
+        made: dict[Any, torch.Tensor] = {}
         for group, p, grad in todo:
             state = self.state[p]
             if not state:
@@ -160,10 +161,10 @@ class RowAdam(torch.optim.Optimizer):
                 _rows(p),
                 _rows(grad),
                 *(_rows(state[name]) for name in STATE),
-                _scalar(group["lr"], torch.float64, p.device),
+                _scalar(group["lr"], torch.float64, p.device, made),
                 *group["betas"],
                 group["eps"],
-                _scalar(state["step"], torch.int64, p.device),
+                _scalar(state["step"], torch.int64, p.device, made),
                 clip,
                 group["project"],
                 group["unit_norm"],
@@ -206,17 +207,14 @@ class RowAdam(torch.optim.Optimizer):
         return whole
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As in torch, except that fp32 state stays fp32 for low-precision parameters, and that
-        it does not matter whether the saved optimiser was capturable. A CUDA graph captured before
-        is to be captured again: the state lies elsewhere now."""
+        """As in torch, but fp32 state stays fp32 for low-precision parameters, and whether the
+        saved one was capturable does not matter. A CUDA graph must be captured anew after it."""
         rates = [group["lr"] for group in self.param_groups]
         super().load_state_dict(state_dict)
         for group, rate in zip(self.param_groups, rates, strict=True):
-            value = float(group["lr"])
-            if isinstance(rate, torch.Tensor):
-                group["lr"] = rate.fill_(value)
-            else:
-                group["lr"] = self._rate(value, group["params"][0].device)
+            lr: float | torch.Tensor = float(group["lr"])
+            lr = rate.fill_(lr) if isinstance(rate, torch.Tensor) else lr
+            group["lr"] = self._rate(lr, group["params"][0].device)
         saved = [index for group in state_dict["param_groups"] for index in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
         for index, p in zip(saved, params, strict=True):
@@ -233,11 +231,20 @@ class RowAdam(torch.optim.Optimizer):
                 )
 
 
-def _scalar(value: float | torch.Tensor, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """A 0-dim tensor, filled on the device: nothing is copied from the host."""
+def _scalar(
+    value: float | torch.Tensor,
+    dtype: torch.dtype,
+    device: torch.device,
+    made: dict[Any, torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """A 0-dim tensor, filled on the device: nothing is copied from the host. Kept in `made`."""
     if isinstance(value, torch.Tensor):
         return value
-    return torch.full((), value, dtype=dtype, device=device)
+    if made is None:
+        return torch.full((), value, dtype=dtype, device=device)
+    if (value, dtype, device) not in made:
+        made[value, dtype, device] = _scalar(value, dtype, device)
+    return made[value, dtype, device]
 
 
 def _rows(t: torch.Tensor) -> torch.Tensor:
