@@ -29,6 +29,7 @@ class Op:
         triton: launcher of mikernels.kernels ("module:function") with the schema's arguments. It
             owns the CUDA dispatch key (ROCm's too) where Triton is installed; else the reference
             runs there.
+        cuda: csrc/cuda/<name>.cu implements it, as the operator <name>_cuda.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class Op:
         fake: Callable[..., Any],
         *,
         triton: str | None = None,
+        cuda: bool = False,
     ):
         self.name = schema.split("(", 1)[0]
         self.schema = schema
@@ -48,8 +50,14 @@ class Op:
         if self._triton is not None and not _triton.missing():
             LIBRARY.impl(self.name, self._on_device, "CUDA")
         torch.library.register_fake(f"mikernels::{self.name}", fake, lib=LIBRARY)
+        self._cuda = cuda
+        if self._has_cuda():
+            torch.library.register_fake(f"mikernels::{self.name}_cuda", fake, lib=LIBRARY)
         self.default = getattr(torch.ops.mikernels, self.name).default
         OPS[self.name] = self
+
+    def _has_cuda(self) -> bool:
+        return hasattr(torch.ops.mikernels, f"{self.name}_cuda")
 
     def _on_device(self, *args: Any) -> Any:
         run = self._triton if _triton.takes(args) else self.reference
@@ -70,13 +78,13 @@ class Op:
     def backends(self) -> dict[str, str]:
         """Backend -> "ready", or the reason why it is absent."""
         cpp = torch._C._dispatch_has_kernel_for_dispatch_key(f"mikernels::{self.name}", "CPU")
-        cuda = hasattr(torch.ops.mikernels, f"{self.name}_cuda")
+        cuda = "ready" if self._has_cuda() else _ext.cuda_missing()
         triton = "not written" if self._triton is None else _triton.missing()
         return {
             "reference": "ready",
             "cpp": "ready" if cpp else (_ext.MISSING or "not written"),
             "triton": triton or "ready",
-            "cuda": "ready" if cuda else "not written",
+            "cuda": cuda if self._cuda else "not written",
         }
 
 

@@ -32,6 +32,11 @@ def _load() -> tuple[ModuleType | None, str]:
         return None, f"{reason}; mend it with `MIKERNELS_EXT=cpu pip install --force-reinstall .`"
 
 
+def cuda_missing() -> str:
+    """Why the extension has no CUDA kernels, as far as the build recorded it."""
+    return MISSING or build_facts().get("cuda", {}).get("reason") or "built without CUDA"
+
+
 # the operators live in the extension's static initialisers, so importing it registers them
 C, MISSING = _load()
 

@@ -120,6 +120,12 @@ def _facts_table(facts: dict[str, Any]) -> Table:
     build = facts["build"]
     if build.get("extension"):
         table.add_row("built with", escape(f"{build.get('compiler')}, torch {build.get('torch')}"))
+        cuda = build.get("cuda", {})
+        if cuda.get("nvcc"):
+            text = f"nvcc {cuda['nvcc']}, for {' '.join(cuda['archs'])}"
+        else:
+            text = f"[dim]none: {escape(cuda.get('reason', 'not recorded'))}[/]"
+        table.add_row("cuda kernels", text)
     environment = "  ".join(f"{name}={value}" for name, value in facts["environment"].items())
     table.add_row("environment", environment or f"[dim]{', '.join(ENVIRONMENT)} unset[/]")
     return table

@@ -18,7 +18,8 @@ import pytest
 pytestmark = pytest.mark.install
 
 ROOT = Path(__file__).resolve().parents[1]
-HERE = ("PYTHONPATH", "MIKERNELS_EXT", "MIKERNELS_IMPL", "CXX", "CXXFLAGS")
+HERE = ("PYTHONPATH", "MIKERNELS_EXT", "MIKERNELS_ARCHS", "MIKERNELS_IMPL", "CXX", "CXXFLAGS")
+HERE += ("TORCH_CUDA_ARCH_LIST", "CUDA_HOME", "CUDA_PATH")
 
 
 def run(*command: object, cwd: Path, **environment: str) -> str:
@@ -91,7 +92,7 @@ def names_in(folder: Path, pattern: str) -> set[str]:
 
 def test_sdist_holds_the_sources_and_nothing_built(source):
     for folder in ("csrc", "kernels", "bench", "mikernels", "tests"):
-        for suffix in ("py", "cpp", "h"):
+        for suffix in ("py", "cpp", "h", "cu"):
             here, packed = (names_in(tree, f"{folder}/**/*.{suffix}") for tree in (ROOT, source))
             assert here - names_in(ROOT, "bench/results/**/*") == packed, folder
     for name in ("LICENSE", "README.md", "Makefile", "setup.py", "requirements/peers.txt"):
@@ -104,10 +105,32 @@ needs_compiler = pytest.mark.skipif(
 )
 
 
+@pytest.fixture(scope="module")
+def broken_toolkit(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A CUDA toolkit whose compiler answers questions and cannot compile."""
+    home = tmp_path_factory.mktemp("cuda")
+    (home / "bin").mkdir()
+    (home / "lib64").mkdir()
+    (home / "lib64/libcudart_static.a").touch()
+    nvcc = home / "bin/nvcc"
+    nvcc.write_text(
+        "#!/bin/sh\n"
+        "case $1 in\n"
+        "--list-gpu-arch) echo compute_80 compute_90 ;;\n"
+        "--version) echo 'Cuda compilation tools, release 13.0, V13.0.88' ;;\n"
+        "*) exit 1 ;;\n"
+        "esac\n"
+    )
+    nvcc.chmod(0o755)
+    return str(home)
+
+
 @needs_compiler
-def test_isolated_wheel_has_the_extension(source, environment, tmp_path):
+def test_isolated_wheel_has_the_extension_without_cuda_if_need_be(
+    source, environment, broken_toolkit, tmp_path
+):
     # -O0: what is built is of interest here, not how fast it runs
-    flags = {"MIKERNELS_EXT": "cpu", "CXXFLAGS": "-O0 -w"}
+    flags = {"MIKERNELS_EXT": "auto", "CXXFLAGS": "-O0 -w", "CUDA_HOME": broken_toolkit}
     environment.pip("wheel", "-w", tmp_path, source, cwd=tmp_path, **flags)
     wheel = next(tmp_path.glob("*.whl"))
     names = zipfile.ZipFile(wheel).namelist()
@@ -123,6 +146,8 @@ def test_isolated_wheel_has_the_extension(source, environment, tmp_path):
     info = environment.info()
     assert info["extension"] == {"loaded": True, "reason": ""}
     assert info["build"]["extension"] and info["level"] == info["supported_levels"][-1]
+    assert info["build"]["cuda"]["reason"].startswith("compiling failed")
+    assert info["operators"]["row_topk"]["cuda"] == info["build"]["cuda"]["reason"]
     assert all(states["cpp"] == "ready" for states in info["operators"].values())
     assert environment.check("import mikernels.kernels, mikernels.bench; print('imported')")
     # the name of another project's package
@@ -168,10 +193,18 @@ def test_install_without_extension_works_and_says_why(source, environment, varia
     "variables, message",
     [
         ({"MIKERNELS_EXT": "cpu", "CXX": "/nonexistent"}, "cannot build the extension: no C++"),
-        ({"MIKERNELS_EXT": "yes"}, "MIKERNELS_EXT: expected auto, cpu or 0, got 'yes'"),
+        ({"MIKERNELS_EXT": "yes"}, "MIKERNELS_EXT: expected auto, cpu, cuda or 0, got 'yes'"),
+        ({"MIKERNELS_EXT": "cuda", "CUDA_HOME": "/nonexistent"}, "no CUDA toolkit (nvcc, "),
+        ({"MIKERNELS_ARCHS": "9.0;hopper"}, "MIKERNELS_ARCHS: expected architectures that nvcc"),
+        ({"MIKERNELS_ARCHS": "9.0;hopper"}, "got 'hopper'"),
+        ({"MIKERNELS_ARCHS": "10.0"}, "got '10.0'"),
+        ({"MIKERNELS_EXT": "cuda", "TORCH_CUDA_ARCH_LIST": "Hopper"}, "got 'Hopper'"),
     ],
 )
-def test_build_that_cannot_give_what_was_asked_for_fails(source, environment, variables, message):
+def test_build_that_cannot_give_what_was_asked_for_fails(
+    source, environment, broken_toolkit, variables, message
+):
+    variables = {"CUDA_HOME": broken_toolkit, **variables}
     with pytest.raises(AssertionError, match=re.escape(message)):
         run(environment.python, "setup.py", "--version", cwd=source, **variables)
 

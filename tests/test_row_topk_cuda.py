@@ -8,6 +8,7 @@ is missing shows.
 
 import ctypes
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -17,6 +18,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from oracle import best, randint, randn
+
+import mikernels
+from mikernels import _ext
+from mikernels.ops.row_topk import row_topk_op
 
 ROOT = Path(__file__).resolve().parents[1]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -240,3 +245,49 @@ def test_plan_of_the_sizes_that_matter(library):
     for columns, k in ((1 << 20, 256), (16384, 32), (65536, 1024)):
         for dtype in DTYPES:
             assert not plan(library, dtype, columns, k, True)["whole_row"]
+
+
+INSTANCE = """
+#include "cuda/row_topk_body.h"
+template __global__ void mik::cuda::row_topk_kernel<mik::cuda::FORMAT>(
+    const mik::cuda::FORMAT::Bits*, int64_t, uint32_t, uint32_t, bool, mik::cuda::Plan,
+    mik::cuda::FORMAT::Bits*, int64_t*);
+"""
+
+
+def test_nvcc_makes_no_spills(tmp_path):
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("no nvcc on PATH")
+    source = tmp_path / "row_topk.cu"
+    source.write_text("".join(INSTANCE.replace("FORMAT", f) for f in ("Bf16", "Fp16", "Fp32")))
+    archs = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in (80, 90, 100)]
+    flags = ["-c", "-O3", "-std=c++20", "-Xptxas=-v", f"-I{ROOT / 'csrc'}"]
+    command = [nvcc, *flags, *archs, str(source), "-o", str(tmp_path / "row_topk.o")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    report = done.stdout + done.stderr
+    assert done.returncode == 0 and "warning" not in report, report
+    functions = re.findall(r"entry function '\w*row_topk_kernel\w*' for '(sm_\d+)'", report)
+    assert sorted(functions) == sorted(["sm_80", "sm_90", "sm_100"] * 3)
+    wanted = "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads"
+    assert report.count(wanted) == 9 and report.count("bytes stack frame") == 9, report
+    # all shared memory is what the plan asks for
+    assert not re.search(r"[1-9]\d* bytes smem", report)
+    assert all(int(r) <= 48 for r in re.findall(r"Used (\d+) registers", report)), report
+
+
+def test_operator_is_there_or_says_why_not():
+    if _ext.C is None:
+        pytest.skip(f"no extension ({_ext.MISSING})")
+    built = _ext.build_facts()["cuda"]
+    state = row_topk_op.backends()["cuda"]
+    if built["reason"]:
+        assert state == built["reason"]
+        pytest.skip(f"no CUDA kernels: {state}")
+    assert state == "ready" and built["nvcc"] and built["archs"]
+    scores = torch.empty(5, 300, device="meta", dtype=torch.bfloat16)
+    values, indices = row_topk_op(scores, 7, False, impl="cuda")
+    assert values.shape == indices.shape == (5, 7)
+    assert (values.dtype, indices.dtype) == (torch.bfloat16, torch.int64)
+    with pytest.raises(RuntimeError, match="row_topk: .* it runs on cuda tensors, got cpu"):
+        mikernels.row_topk(torch.zeros(2, 3), 1, impl="cuda")

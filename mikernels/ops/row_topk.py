@@ -32,6 +32,7 @@ row_topk_op = Op(
     reference,
     _fake,
     triton="row_topk:row_topk",
+    cuda=True,
 )
 
 
