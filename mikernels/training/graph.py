@@ -45,6 +45,7 @@ class GraphedStep:
         self._sums = Means()
         self._replay: Callable[[], None] | None = None
         self._ran: tuple[object, ...] = ()
+        self._stream: torch.cuda.Stream | None = None
 
     @torch.no_grad()
     def __call__(
@@ -91,10 +92,13 @@ class GraphedStep:
 
     def _record(self, work: Callable[[], None]) -> Callable[[], None]:
         graph = torch.cuda.CUDAGraph()
+        # one stream for all recordings, since cuBLAS keeps a workspace for each; torch's own would
+        # be that of the device which recorded first
+        self._stream = self._stream or torch.cuda.Stream(self._device)
         # thread_local: the source may allocate in a thread of its own meanwhile
         with (
             torch.cuda.device(self._device),
-            torch.cuda.graph(graph, capture_error_mode="thread_local"),
+            torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"),
         ):
             work()
         return graph.replay

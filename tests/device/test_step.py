@@ -89,13 +89,12 @@ def test_the_fused_step_is_that_of_autograd(device, monkeypatch, loss, dead) -> 
 class Pair:
     """A fused step and its twin from a graph, on the same batches."""
 
-    def __init__(self, dtype: torch.dtype, **settings):
+    def __init__(self, dtype: torch.dtype):
         self.d, n_features, k = 256, 2048, 16
-        given = {"dtype": {torch.float32: "float32"}.get(dtype, "bfloat16"), **settings}
         self.steps, self.means = [], [Means(), Means()]
         for cuda_graph in (False, True):
             sae = make_sae(self.d, n_features, k).to("cuda", dtype)
-            step = FusedStep(sae, config(128, cuda_graph=cuda_graph, **given))
+            step = FusedStep(sae, config(128, cuda_graph=cuda_graph))
             self.steps.append(GraphedStep(step) if cuda_graph else step)
         self.saes = [self.steps[0].sae, self.steps[1].step.sae]
 
