@@ -137,6 +137,22 @@ def predict(
 
 
 @app.command()
+def crossover(
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+) -> None:
+    """Check that `auto` is at most 5 % slower than the better of sparse and dense."""
+    from . import tune
+
+    try:
+        slow = tune.slow_choices(devices.get(device))
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    if slow:
+        typer.echo(f"FAIL {len(slow)} choices; `mikernels tune --device {device}` measures anew")
+        raise typer.Exit(1)
+
+
+@app.command()
 def plot(
     file: Annotated[Path, typer.Argument(help="A results file of `bench --json`.")],
     out: Annotated[Path, typer.Option(help="Picture to write: .svg or .png.")],

@@ -11,8 +11,9 @@ the call is recorded beside it.
 
 from __future__ import annotations
 
+import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -53,6 +54,19 @@ class Cpu:
     def making(self) -> Iterator[None]:
         """New tensors live on this device."""
         yield
+
+    def median(self, function: Callable[[], object], times: int = 10, warm: int = 3) -> float:
+        """Seconds of a call: the median of `times`, after `warm` others."""
+        spans = []
+        lead = 0.0
+        for _ in range(warm + times):
+            mark = self.begin(lead)
+            began = time.perf_counter()
+            function()
+            spans.append(self.end(mark))
+            lead = 1.5 * (time.perf_counter() - began)
+        self.settle()
+        return statistics.median(self.seconds(span) for span in spans[warm:])
 
 
 class Cuda(Cpu):
@@ -107,6 +121,21 @@ class Cuda(Cpu):
 
     def release(self) -> None:
         self.api.empty_cache()
+
+    def capture(self, run: Callable[[], Any]) -> Any:
+        """Outputs of a call that was captured in a graph and replayed."""
+        side = self.api.Stream()
+        side.wait_stream(self.api.current_stream())
+        with self.api.stream(side):
+            for _ in range(3):
+                run()
+        self.api.current_stream().wait_stream(side)
+        graph = self.api.CUDAGraph()
+        with self.api.graph(graph):
+            outputs = run()
+        graph.replay()
+        self.api.synchronize()
+        return outputs
 
     @contextmanager
     def making(self) -> Iterator[None]:

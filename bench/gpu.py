@@ -4,9 +4,8 @@
 from __future__ import annotations
 
 import importlib.util
-import statistics
 import subprocess
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,7 +25,6 @@ COPY_BYTES = 1 << 30
 # rows of the square product; fp32 without the matrix unit is 15 times slower
 SIZES = {torch.bfloat16: 8192, torch.float16: 8192, torch.float32: 4096}
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-TIMES = 10
 
 
 def facts(device: Cuda) -> dict[str, Any]:
@@ -82,7 +80,7 @@ def peaks(device: Cuda, scale: float = 1.0) -> dict[str, float | None]:
         with device.making():
             a, b = (torch.randn(n, n, dtype=torch.float32).to(dtype) for _ in range(2))
         out = torch.empty_like(a)
-        seconds = _seconds(device, lambda a=a, b=b, out=out: torch.mm(a, b, out=out))
+        seconds = device.median(partial(torch.mm, a, b, out=out))
         found[f"{NAMES[dtype]}_gflops"] = 2 * n**3 / seconds / 1e9
         del a, b, out
     device.release()
@@ -94,22 +92,9 @@ def _memory(device: Cuda, elements: int) -> dict[str, float]:
         source = torch.randn(elements)
         target = torch.empty_like(source)
     return {
-        "copy_gbs": 2 * source.nbytes / _seconds(device, lambda: target.copy_(source)) / 1e9,
-        "read_gbs": source.nbytes / _seconds(device, lambda: source.amax()) / 1e9,
+        "copy_gbs": 2 * source.nbytes / device.median(lambda: target.copy_(source)) / 1e9,
+        "read_gbs": source.nbytes / device.median(lambda: source.amax()) / 1e9,
     }
-
-
-def _seconds(device: Cuda, function: Callable[[], object]) -> float:
-    """The median of ten calls, after three."""
-    spans = []
-    for number in range(TIMES + 3):
-        mark = device.begin(0.0)
-        function()
-        spans.append(device.end(mark))
-        if number == 2:
-            spans.clear()
-    device.settle()
-    return statistics.median(device.seconds(span) for span in spans)
 
 
 def floors(case: dict[str, Any], record: dict[str, Any]) -> float:

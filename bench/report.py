@@ -54,7 +54,7 @@ def rates(case: dict[str, Any], record: dict[str, Any]) -> dict[str, float]:
 
 def targets(case: dict[str, Any]) -> list[dict[str, Any]]:
     """The speeds to reach of this case, and what was measured (None: not measured)."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for target in load(case["op"]).targets:
         here = (target.shape, target.mode) == (case["shape"]["name"], case["mode"])
         if here and (not target.dtype or str(DTYPES[target.dtype]) == f"torch.{case['dtype']}"):

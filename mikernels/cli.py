@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The `mikernels` command: info, demo, train, bench."""
+"""The `mikernels` command: info, demo, train, bench, tune."""
 
 from __future__ import annotations
 
@@ -151,6 +151,30 @@ def bench(context: typer.Context) -> None:
     from mikernels.bench.cli import app as bench_app
 
     bench_app(args=context.args, prog_name="mikernels bench")
+
+
+@app.command()
+def tune(
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    out: Annotated[
+        Path | None, typer.Option(help="Table to write.", show_default="in your cache folder")
+    ] = None,
+) -> None:
+    """Measure from which F / k on sparse paths beat dense ones here, for later runs to use.
+
+    Example:
+
+        mikernels tune --device cuda
+    """
+    from mikernels import _crossover
+    from mikernels.bench import device as devices
+    from mikernels.bench import tune as tuning
+
+    where = devices.get(device)
+    path = out or _crossover.user_table()
+    entries = tuning.run(where)
+    tuning.write(path, _crossover.device_name(where.target), entries)
+    print(f"wrote {path}")
 
 
 def main() -> None:

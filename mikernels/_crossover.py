@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sparse or dense: which path wins from which F / k on, by measurement.
+
+The packaged table has an entry for each kind of device; `mikernels tune` writes a second one to the
+user's cache folder, keyed by the device's name, which goes first. An entry is {op, dtype, d,
+threshold, source}: with F features and k slots a token the sparse path wins where
+F >= threshold k. "*" is any dtype; of several d the nearest counts, in ratio.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SCHEMA = 1
+PACKAGED = Path(__file__).with_name("_tuned.json")
+
+Entry = dict[str, Any]
+
+
+def user_table() -> Path:
+    """Where `mikernels tune` writes."""
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "mikernels" / "tuned.json"
+
+
+def load(path: Path) -> dict[str, list[Entry]]:
+    """Entries by device; none from a file that is missing, unreadable or of another schema."""
+    try:
+        table = json.loads(path.read_text())
+        return dict(table["devices"]) if table["schema"] == SCHEMA else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def cpu_name() -> str:
+    """The processor's model, as /proc/cpuinfo gives it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def device_name(device: torch.device) -> str:
+    """The key of a device in the table."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
+
+
+class _Tables:
+    """Read at import, which torch.compile cannot trace; answers are kept: a call takes 1 us."""
+
+    def __init__(self) -> None:
+        self.packaged = load(PACKAGED)
+        self.user = load(user_table())
+        self.names: dict[torch.device, str] = {}
+        self.answers: dict[tuple[str, torch.device, torch.dtype, int], float] = {}
+
+    def threshold(self, op: str, device: torch.device, dtype: torch.dtype, d: int) -> float:
+        key = op, device, dtype, d
+        answer = self.answers.get(key)
+        if answer is None:
+            answer = self.find(op, device, dtype, d)
+            # a name is not asked for while a graph is traced, so that answer is not for good
+            if not torch.compiler.is_compiling():
+                self.answers[key] = answer
+        return answer
+
+    def find(self, op: str, device: torch.device, dtype: torch.dtype, d: int) -> float:
+        kind = "cpu" if device.type == "cpu" else "cuda"
+        tables = [self.packaged.get(kind, [])]
+        if self.user and not torch.compiler.is_compiling():
+            if device not in self.names:
+                self.names[device] = device_name(device)
+            tables.insert(0, self.user.get(self.names[device], []))
+        name = str(dtype).removeprefix("torch.")
+        for entries in tables:
+            for wanted in (name, "*"):
+                fitting = [e for e in entries if e["op"] == op and e["dtype"] == wanted]
+                if not fitting:
+                    continue
+                nearest = min(fitting, key=lambda e: abs(math.log(max(e["d"], 1) / max(d, 1))))
+                return float(nearest["threshold"])
+        return 0.0
+
+
+_tables = _Tables()
+
+
+def reload() -> None:
+    """Read the tables anew."""
+    global _tables
+    _tables = _Tables()
+
+
+def sparse_wins(
+    op: str, device: torch.device, dtype: torch.dtype, d: int, n_features: int, k: int
+) -> bool:
+    """Whether the sparse path of "encode" or "decode" is the faster one for these sizes.
+
+    Args:
+        op: "encode" (screening rather than the product and row_topk) or "decode" (gathered rows
+            rather than the product with scattered codes).
+    """
+    return n_features >= _tables.threshold(op, device, dtype, d) * k
