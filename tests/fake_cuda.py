@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """torch.cuda's surface that the benchmarks use, over CPU tensors and a clock that ticks."""
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 
@@ -54,6 +55,23 @@ class FakeCuda:
 
     def empty_cache(self):
         pass
+
+    captured = 0
+
+    def Stream(self):
+        return SimpleNamespace(wait_stream=lambda other: None)
+
+    current_stream = Stream
+
+    def stream(self, stream):
+        return nullcontext()
+
+    def CUDAGraph(self):
+        return SimpleNamespace(replay=lambda: None)
+
+    def graph(self, graph):
+        self.captured += 1
+        return nullcontext()
 
 
 class _Event:

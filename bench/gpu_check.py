@@ -1,0 +1,257 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One command for a machine with a GPU: build, test, check, measure, and merge into one file.
+
+Run by bench/gpu_check.sh before anything is installed, so this file needs Python and torch alone.
+Each part is a process with a time limit of its own. A part that has succeeded is not run again
+while its record lies in out/gpu_check or in $OUT, so that a run that was cut short goes on. A
+failing part is recorded with the end of its output, and the others go on.
+
+Exit code: 0 all right, 1 a part failed, 2 no GPU or bad arguments.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RECORDS = ROOT / "out" / "gpu_check"
+MERGED = "gpu_check.json"
+TAIL = 4000
+# a part that is stopped gets this long to end by itself
+GRACE = 5.0
+OPS = ("row_topk", "encode", "decode", "gradients", "adam", "step")
+
+
+@dataclass(frozen=True)
+class Part:
+    """A process.
+
+    Attributes:
+        command: words; "{out}" is the folder of the records.
+        seconds: its limit.
+        result: the JSON file that it leaves in that folder, merged into the whole.
+        tool: a program that it needs; where it is missing the part is absent, not failed.
+        env: added to the environment.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    seconds: float
+    result: str = ""
+    tool: str = ""
+    env: Mapping[str, str] = field(default_factory=dict)
+
+
+def parts(python: str = sys.executable) -> list[Part]:
+    """Everything, in the order of what must not be missed when time runs out."""
+
+    def check(name: str, seconds: float) -> Part:
+        result = f"{name}.result.json"
+        words = (python, "-m", "mikernels.bench.gpu_parts", name, f"{{out}}/{result}")
+        return Part(name, words, seconds, result)
+
+    def sanitizer(tool: str) -> Part:
+        once = (python, "-m", "mikernels.bench.gpu_parts", "once", f"{{out}}/{tool}.result.json")
+        words = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *once)
+        # cached blocks would hide an access beyond a tensor's end
+        env = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        return Part(tool, words, 100, tool="compute-sanitizer", env=env)
+
+    tests = ["tests/device", "tests/test_row_topk.py", "tests/test_dispatch.py"]
+    workers = ["-n", "8"] if importlib.util.find_spec("xdist") else []
+    pytest = (python, "-m", "pytest", "-q", "--maxfail", "30", *workers, *tests)
+    command = (python, "-c", "from mikernels.cli import main; main()")
+    save = ("--device", "cuda", "--json", "{out}/bench.json", "--resume", "--rounds", "7")
+    install = "-m pip install --no-build-isolation --no-deps --disable-pip-version-check -e ."
+    return [
+        Part("build", (python, *install.split()), 240, env=build_env()),
+        check("facts", 60),
+        check("once", 120),
+        Part("tests", pytest, 240),
+        check("determinism", 90),
+        check("falsify", 60),
+        *(
+            Part(f"bench_{op}", (*command, "bench", op, *save, "--budget", "2"), 120, "bench.json")
+            for op in OPS
+        ),
+        check("graph", 60),
+        check("compile", 120),
+        Part("tune", (*command, "tune", "--device", "cuda", "--out", "{out}/tuned.json"), 60),
+        Part("crossover", (*command, "bench", "crossover", "--device", "cuda"), 60),
+        sanitizer("memcheck"),
+        sanitizer("racecheck"),
+    ]
+
+
+def build_env() -> dict[str, str]:
+    """One architecture compiles quickest; torch brings pybind11's headers where pip did not."""
+    env = {}
+    if "MIKERNELS_ARCHS" not in os.environ and (found := capability()):
+        env["MIKERNELS_ARCHS"] = found
+    if importlib.util.find_spec("pybind11") is None:
+        shim = RECORDS / "shim"
+        shim.mkdir(parents=True, exist_ok=True)
+        (shim / "pybind11.py").write_text(
+            "import importlib.util, pathlib\n\n\ndef get_include():\n"
+            "    origin = importlib.util.find_spec('torch').origin\n"
+            "    return str(pathlib.Path(origin).parent / 'include')\n"
+        )
+        env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(shim), os.environ.get("PYTHONPATH")]))
+    return env
+
+
+def capability() -> str:
+    """Of the first GPU, e.g. "9.0"; "" without torch or a GPU."""
+    code = "import torch; print('%d.%d' % torch.cuda.get_device_capability())"
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    return answer.stdout.strip() if answer.returncode == 0 else ""
+
+
+def run_part(part: Part, out: Path, limit: float) -> dict[str, Any]:
+    """Runs one part; its output goes to a file, its end into the record."""
+    if part.tool and shutil.which(part.tool) is None:
+        return {"status": "absent", "reason": f"{part.tool} is not on PATH", "seconds": 0.0}
+    log = out / f"{part.name}.log"
+    command = [word.replace("{out}", str(out)) for word in part.command]
+    began = time.monotonic()
+    record: dict[str, Any] = {"command": " ".join(part.command[1:]), "limit_s": round(limit, 1)}
+    with log.open("w") as file:
+        try:
+            process = subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env={**os.environ, **part.env},
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+        except OSError as error:
+            return {**record, "status": "failed", "reason": str(error), "seconds": 0.0}
+        code = _wait(process, limit)
+    record["seconds"] = round(time.monotonic() - began, 1)
+    tail = log.read_text(errors="replace")[-TAIL:]
+    if code is None:
+        return {**record, "status": "timeout", "reason": f"longer than {limit:.0f} s", "tail": tail}
+    if code:
+        return {**record, "status": "failed", "reason": f"exit code {code}", "tail": tail}
+    return {**record, "status": "ok", "tail": tail.splitlines()[-1:]}
+
+
+def _wait(process: subprocess.Popen[bytes], limit: float) -> int | None:
+    """The exit code, or None after stopping the part and everything that it started."""
+    try:
+        return process.wait(limit)
+    except subprocess.TimeoutExpired:
+        for sign in (signal.SIGTERM, signal.SIGKILL):
+            try:
+                os.killpg(process.pid, sign)
+                process.wait(GRACE)
+            except (ProcessLookupError, subprocess.TimeoutExpired):
+                continue
+        return None
+
+
+def check(
+    chosen: Sequence[Part],
+    folders: Sequence[Path],
+    *,
+    force: bool = False,
+    budget: float = 600.0,
+    say: Callable[[str], None] = print,
+) -> dict[str, dict[str, Any]]:
+    """Runs what has not succeeded yet, while the budget lasts; records are in folders[0]."""
+    out = folders[0]
+    out.mkdir(parents=True, exist_ok=True)
+    records, began = {}, time.monotonic()
+    for part in chosen:
+        old = None if force else _done(part, folders)
+        left = budget - (time.monotonic() - began)
+        if old:
+            record = old
+            say(f"{part.name}: kept, {old['status']}")
+        elif left < 1:
+            record = {"status": "not run", "reason": "the budget is spent", "seconds": 0.0}
+            say(f"{part.name}: not run, the budget of {budget:.0f} s is spent")
+        else:
+            say(f"{part.name} ...")
+            record = run_part(part, out, min(part.seconds, left))
+            (out / f"{part.name}.json").write_text(json.dumps(record, indent=1) + "\n")
+            reason = record.get("reason", "")
+            say(f"{part.name}: {record['status']} in {record['seconds']:.0f} s {reason}".rstrip())
+            if record["status"] in ("failed", "timeout"):
+                say("\n".join("    " + line for line in record.get("tail", "").splitlines()[-12:]))
+        records[part.name] = record
+    return records
+
+
+def _done(part: Part, folders: Sequence[Path]) -> dict[str, Any] | None:
+    for folder in folders:
+        record = _json(folder / f"{part.name}.json")
+        if record and record.get("status") == "ok":
+            return record
+    return None
+
+
+def _json(path: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def merge(chosen: Sequence[Part], records: dict[str, Any], folders: Sequence[Path]) -> Path:
+    """One file of every record and every result, in each of the folders."""
+    known = {part.name: records.get(part.name) or _done(part, folders) for part in chosen}
+    results = {}
+    for name in [*(part.result for part in chosen), "tuned.json"]:
+        found = next((r for f in folders if name and (r := _json(f / name))), None)
+        if found:
+            results[name.removesuffix(".json").removesuffix(".result")] = found
+    facts = results.get("facts", {})
+    text = json.dumps({"schema": 1, "facts": facts, "parts": known, "results": results}, indent=1)
+    for folder in folders:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / MERGED).write_text(text + "\n")
+        for log in () if folder == folders[0] else sorted(folders[0].glob("*.*")):
+            if log.is_file():
+                shutil.copy(log, folder / log.name)
+    return folders[-1] / MERGED
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    names = [part.name for part in parts()]
+    parser = argparse.ArgumentParser(prog="gpu_check", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--only", action="append", choices=names, help="a part; repeatable")
+    parser.add_argument("--force", action="store_true", help="run again what has succeeded")
+    parser.add_argument("--budget", type=float, default=600.0, help="seconds in all (600)")
+    given = parser.parse_args(words)
+    if not capability():
+        print("gpu_check: no CUDA device: torch sees none; run this on a machine with a GPU")
+        return 2
+    folders = [RECORDS, *([Path(os.environ["OUT"])] if os.environ.get("OUT") else [])]
+    chosen = [part for part in parts() if not given.only or part.name in given.only]
+    records = check(chosen, folders, force=given.force, budget=given.budget)
+    path = merge(parts(), records, folders)
+    bad = [name for name, r in records.items() if r["status"] in ("failed", "timeout", "not run")]
+    print(f"gpu_check: wrote {path}; " + (f"failed: {', '.join(bad)}" if bad else "all right"))
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    # this folder's modules belong to a package: none of them may be found as a top-level one
+    sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != ROOT / "bench"]
+    sys.exit(main())

@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The part runner of gpu_check with parts of its own, and the real parts on a stand-in device."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from fake_cuda import FakeCuda
+from mikernels.bench import falsify, gpu, gpu_check, gpu_parts
+from mikernels.bench.declare import Provider, Runner
+from mikernels.bench.device import Cuda
+from mikernels.bench.gpu_check import Part, check, merge
+
+
+def python(name: str, code: str, seconds: float = 60.0, **more) -> Part:
+    return Part(name, (sys.executable, "-c", code), seconds, **more)
+
+
+def quiet(line: str) -> None:
+    pass
+
+
+def test_parts_run_fail_and_go_on(tmp_path: Path) -> None:
+    out = tmp_path / "records"
+    chosen = [
+        Part(
+            "writes",
+            (sys.executable, "-c", "open('{out}/r.json', 'w').write('[1]'); print('done')"),
+            60,
+            "r.json",
+        ),
+        python("fails", "import sys; print('x' * 9000); print('the reason'); sys.exit(3)"),
+        python("env", "import os; assert os.environ['ANSWER'] == '42'", env={"ANSWER": "42"}),
+        Part("missing", ("no-such-program-here",), 60),
+        Part("tool", ("true",), 60, tool="no-such-tool-here"),
+    ]
+    lines: list[str] = []
+    records = check(chosen, [out], say=lines.append)
+    assert {name: r["status"] for name, r in records.items()} == {
+        "writes": "ok",
+        "fails": "failed",
+        "env": "ok",
+        "missing": "failed",
+        "tool": "absent",
+    }
+    assert records["fails"]["reason"] == "exit code 3"
+    assert records["fails"]["tail"].endswith("the reason\n")
+    assert len(records["fails"]["tail"]) <= gpu_check.TAIL
+    assert "no-such-tool-here is not on PATH" in records["tool"]["reason"]
+    assert any("the reason" in line for line in lines)
+    assert json.loads((out / "fails.json").read_text())["status"] == "failed"
+
+
+def test_parts_restart_where_they_were(tmp_path: Path) -> None:
+    out, other = tmp_path / "a", tmp_path / "b"
+    count = tmp_path / "count"
+    code = f"open({str(count)!r}, 'a').write('.')"
+    part, broken = python("part", code), python("broken", code + "; raise SystemExit(1)")
+    for expected in ("..", "..."):
+        # what failed is tried again
+        check([part, broken], [out], say=quiet)
+        assert count.read_text() == expected
+    # a record in any of the folders counts
+    check([part], [other, out], say=quiet)
+    assert count.read_text() == "..."
+    check([part], [out], force=True, say=quiet)
+    assert count.read_text() == "...."
+
+
+def test_parts_time_out_with_their_children(tmp_path: Path) -> None:
+    pid = tmp_path / "pid"
+    code = (
+        "import subprocess, sys, time\n"
+        "p = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
+        f"open({str(pid)!r}, 'w').write(str(p.pid)); print('started', flush=True); time.sleep(600)"
+    )
+    records = check([python("slow", code, 2.0), python("next", "")], [tmp_path], say=quiet)
+    assert records["slow"]["status"] == "timeout" and "started" in records["slow"]["tail"]
+    assert records["next"]["status"] == "ok"
+    state = Path(f"/proc/{pid.read_text()}/stat")
+    assert not state.exists() or state.read_text().split()[2] == "Z"
+
+
+def test_parts_budget(tmp_path: Path) -> None:
+    records = check([python("late", "")], [tmp_path], budget=0.0, say=quiet)
+    assert records["late"]["status"] == "not run"
+
+
+def test_merge_holds_records_and_results(tmp_path: Path) -> None:
+    out, copy = tmp_path / "a", tmp_path / "b"
+    facts = Part(
+        "facts",
+        (sys.executable, "-c", "open('{out}/facts.result.json', 'w').write('{\"gpu\": 1}')"),
+        60,
+        "facts.result.json",
+    )
+    later = python("later", "")
+    check([later], [out], say=quiet)
+    records = check([facts], [out], say=quiet)
+    path = merge([facts, later], records, [out, copy])
+    assert path == copy / gpu_check.MERGED
+    merged = json.loads(path.read_text())
+    assert merged["facts"] == {"gpu": 1} and merged["results"]["facts"] == {"gpu": 1}
+    # of an earlier run
+    assert merged["parts"]["later"]["status"] == "ok"
+    assert (copy / "later.json").exists() and (copy / "later.log").exists()
+
+
+def test_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    assert gpu_check.main([]) == 2
+    assert "gpu_check: no CUDA device" in capsys.readouterr().out
+
+
+def test_main_exit_codes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(gpu_check, "capability", lambda: "9.0")
+    monkeypatch.setattr(gpu_check, "RECORDS", tmp_path / "records")
+    monkeypatch.setenv("OUT", str(tmp_path / "out"))
+    chosen = [python("good", ""), python("bad", "raise SystemExit(1)")]
+    monkeypatch.setattr(gpu_check, "parts", lambda: chosen)
+    assert gpu_check.main(["--only", "good"]) == 0
+    assert gpu_check.main([]) == 1
+    assert (tmp_path / "out" / gpu_check.MERGED).exists()
+
+
+def test_the_real_parts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(gpu_check, "RECORDS", tmp_path)
+    monkeypatch.setattr(gpu_check, "capability", lambda: "9.0")
+    monkeypatch.delenv("MIKERNELS_ARCHS", raising=False)
+    found = gpu_check.parts("python")
+    assert len({part.name for part in found}) == len(found)
+    assert found[0].env["MIKERNELS_ARCHS"] == "9.0"
+    modules = {part.command[3] for part in found if "mikernels.bench.gpu_parts" in part.command[:3]}
+    assert modules == set(gpu_parts.PARTS)
+    for part in found:
+        if part.name == "tests":
+            paths = [word for word in part.command if word.startswith("tests/")]
+            assert paths and all((gpu_check.ROOT / path).exists() for path in paths)
+
+
+def test_build_without_pybind11(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(gpu_check, "RECORDS", tmp_path)
+    monkeypatch.setattr(gpu_check, "capability", lambda: "")
+    monkeypatch.setattr(gpu_check.importlib.util, "find_spec", lambda name: None)
+    env = gpu_check.build_env()
+    monkeypatch.undo()
+    shim = Path(env["PYTHONPATH"].split(os.pathsep)[0]) / "pybind11.py"
+    namespace: dict = {}
+    exec(shim.read_text(), namespace)
+    assert (Path(namespace["get_include"]()) / "pybind11" / "pybind11.h").exists()
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> Cuda:
+    monkeypatch.setattr(gpu, "COPY_BYTES", 1 << 20)
+    monkeypatch.setattr(gpu, "SIZES", dict.fromkeys(gpu.SIZES, 32))
+    monkeypatch.setattr(gpu_parts, "RUNS", 2)
+    # Triton's and CUDA's own providers need a GPU
+    real = gpu_parts._ours
+    monkeypatch.setattr(
+        gpu_parts, "_ours", lambda *a: (entry for entry in real(*a) if ":" not in entry[0])
+    )
+    return Cuda(FakeCuda(), "cpu")
+
+
+@pytest.mark.parametrize("part", ["facts", "once", "determinism"])
+def test_gpu_parts(part: str, device: Cuda, tmp_path: Path) -> None:
+    path = tmp_path / "result.json"
+    assert gpu_parts.main([part, str(path)], device) == 0
+    found = json.loads(path.read_text())
+    assert found["wrong"] == {}
+    if part == "facts":
+        assert found["machine"]["gpu"]["name"] == "Fake GPU" and "row_topk" in found["backends"]
+    else:
+        assert "encode fwd bf16 ours" in found["right"]
+        assert any(name.startswith("step step") for name in found["right"])
+
+
+def test_gpu_part_finds_what_is_wrong(
+    device: Cuda, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    bad = Provider("ours", lambda inputs, mode: Runner(lambda: {"y": torch.rand(9)}), ours=True)
+    broken = Provider("ours2", lambda inputs, mode: Runner(lambda: 1 / 0), ours=True)
+    monkeypatch.setattr(
+        gpu_parts, "_ours", lambda *a: [("bad", bad, None, "fwd"), ("broken", broken, None, "fwd")]
+    )
+    path = tmp_path / "result.json"
+    assert gpu_parts.main(["determinism", str(path)], device) == 1
+    wrong = json.loads(path.read_text())["wrong"]
+    assert "differs in y" in wrong["bad"] and "ZeroDivisionError" in wrong["broken"]
+
+
+def test_graph_part(device: Cuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = gpu_parts.graph(device)
+    assert found["wrong"] == {} and "encode bwd fp32 ours" in found["right"]
+    assert device.api.captured > 0
+
+
+def test_falsify_items(device: Cuda) -> None:
+    found = falsify.run(device, 0.004)
+    assert len(found["items"]) == 12 and found["wrong"] == {}
+    assert all(item["verdict"] in ("holds", "refuted") for item in found["items"])
+
+
+def test_falsify_records_what_cannot_run(device: Cuda) -> None:
+    ground = falsify.Ground(device)
+    item = falsify.Item("statement", 1.0, 0.5, 1.5, "ms", "a plan")
+    ground.judge(item, lambda: 1.2)
+    ground.judge(item, lambda: 2.0)
+    ground.judge(item, lambda: 1 / 0)
+    assert [f["verdict"] for f in ground.found] == ["holds", "refuted", "not measured"]
+    assert "ZeroDivisionError" in ground.found[-1]["why"]
