@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from oracle import randn, random_indices
 
-import mikernels.ops.adam  # noqa: F401  # registers its operators
+import mikernels.ops.update  # noqa: F401  # registers its operators, and those of adam
 from mikernels import by_feature
 from mikernels._dispatch import accumulate_dtype
 
@@ -55,6 +55,12 @@ def decode_samples(make, n, dtype):
     yield values, slots(n)[0], w, make(D, dtype=dtype, seed=2)
 
 
+def decode_error_samples(make, n, dtype):
+    x = make(n, D, dtype=accumulate_dtype(dtype), seed=3)
+    for arguments in decode_samples(make, n, dtype):
+        yield *arguments, x
+
+
 def gather_dot_samples(make, n, dtype):
     yield make(n, D, dtype=dtype), make(F, D, dtype=dtype, seed=1), slots(n)[0]
 
@@ -81,14 +87,27 @@ def grad_sumsq_samples(make, n, dtype):
     yield make(n, D, dtype=dtype, seed=1), dense(n, D, dtype=dtype), True
 
 
+def sae_update_samples(make, n, dtype):
+    acc = accumulate_dtype(dtype)
+    tokens = make(n, D, dtype=dtype, seed=1), make(n, D, dtype=dtype, seed=2)
+    weights = dense(F, D, dtype=dtype, seed=3), dense(F, D, dtype=dtype, seed=4)
+    moments = [torch.zeros(F, D, dtype=acc) for _ in range(4)]
+    shadow = torch.zeros(F, D, dtype=torch.bfloat16)
+    hyper = torch.tensor(1e-3), 0.9, 0.999, 1e-8, torch.tensor(1), torch.tensor(0.5, dtype=acc)
+    rest = *tokens, *weights, *moments, shadow, None, *hyper, True, True
+    yield make(n, K, dtype=dtype), *slots(n), *rest
+
+
 SAMPLES = {
     "by_feature": by_feature_samples,
     "row_topk": row_topk_samples,
     "encode": encode_samples,
     "decode": decode_samples,
+    "decode_error": decode_error_samples,
     "gather_dot": gather_dot_samples,
     "feature_sum": feature_sum_samples,
     "sae_gradients_": sae_gradients_samples,
+    "sae_update_": sae_update_samples,
     "adam_rows_": adam_rows_samples,
     "grad_sumsq": grad_sumsq_samples,
 }
@@ -103,6 +122,9 @@ HOSTILE = {
     "decode: short bias": ("decode", (V, slots(5)[0], W, torch.zeros(D - 1))),
     "decode: bias of another dtype": ("decode", (V, slots(5)[0], W, torch.zeros(D).half())),
     "decode: int32 indices": ("decode", (V, slots(5)[0].int(), W, None)),
+    "decode_error: short x": ("decode_error", (V, slots(5)[0], W, None, X[:2])),
+    "decode_error: narrow x": ("decode_error", (V, slots(5)[0], W, None, X[:, :2])),
+    "decode_error: x of another dtype": ("decode_error", (V, slots(5)[0], W, None, X.half())),
     "gather_dot: short rows": ("gather_dot", (X[:2], W, slots(5)[0])),
     "gather_dot: narrow rows": ("gather_dot", (X[:, :2], W, slots(5)[0])),
     "feature_sum: short rows": ("feature_sum", (V, X[:2], *slots(5)[1:])),

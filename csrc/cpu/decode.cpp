@@ -11,7 +11,7 @@
 namespace mik {
 namespace {
 
-Tensor decode(Tensor values, Tensor indices, Tensor w, OptionalTensor bias) {
+void check_operands(Tensor& values, Tensor& indices, Tensor& w, OptionalTensor& bias) {
   check(values.dim() == 2 && indices.dim() == 2 && w.dim() == 2, "decode: expected 2-D tensors");
   check(values.scalar_type() == w.scalar_type(), "decode: values and w must share a dtype");
   check(values.size(0) == indices.size(0) && values.size(1) == indices.size(1),
@@ -22,8 +22,12 @@ Tensor decode(Tensor values, Tensor indices, Tensor w, OptionalTensor bias) {
   indices = torch::stable::contiguous(indices);
   w = dense_rows(w);
   if (bias.has_value()) bias = torch::stable::contiguous(*bias);
+  check_indices("decode", indices, indices.numel(), w.size(0));
+}
+
+Tensor decode(Tensor values, Tensor indices, Tensor w, OptionalTensor bias) {
+  check_operands(values, indices, w, bias);
   const int64_t n = values.size(0), k = values.size(1), d = w.size(1);
-  check_indices("decode", indices, n * k, w.size(0));
   Tensor y = empty(values, {n, d});
   MIK_DISPATCH_FLOATING(values, [&] {
     using A = accumulator_t<scalar_t>;
@@ -39,7 +43,35 @@ Tensor decode(Tensor values, Tensor indices, Tensor w, OptionalTensor bias) {
   return y;
 }
 
-STABLE_TORCH_LIBRARY_IMPL(mikernels, CPU, m) { m.impl("decode", TORCH_BOX(&decode)); }
+std::tuple<Tensor, Tensor> decode_error(Tensor values, Tensor indices, Tensor w,
+                                        OptionalTensor bias, Tensor x) {
+  check_operands(values, indices, w, bias);
+  const int64_t n = values.size(0), k = values.size(1), d = w.size(1);
+  const bool wide = values.scalar_type() == ScalarType::Double;
+  check(x.dim() == 2 && x.size(0) == n && x.size(1) == d &&
+            x.scalar_type() == (wide ? ScalarType::Double : ScalarType::Float),
+        "decode_error: x must be [N, d] in float32 (float64 for float64)");
+  x = dense_rows(x);
+  Tensor error = empty(x, {n, d});
+  Tensor squares = empty(x, {n});
+  MIK_DISPATCH_FLOATING(values, [&] {
+    using A = accumulator_t<scalar_t>;
+    parallel(n, 16, [&](int64_t begin, int64_t end) {
+      std::unique_ptr<A[]> weights(new A[k]);
+      std::unique_ptr<const scalar_t*[]> rows(new const scalar_t*[k]);
+      MIK_AT_LEVEL(decode_errors<scalar_t, A>)(
+          begin, end, k, d, data<scalar_t>(values), data<int64_t>(indices), data<scalar_t>(w),
+          w.stride(0), data_or_null<scalar_t>(bias), data<A>(x), x.stride(0),
+          mutable_data<A>(error), mutable_data<A>(squares), rows.get(), weights.get());
+    });
+  });
+  return {error, squares};
+}
+
+STABLE_TORCH_LIBRARY_IMPL(mikernels, CPU, m) {
+  m.impl("decode", TORCH_BOX(&decode));
+  m.impl("decode_error", TORCH_BOX(&decode_error));
+}
 
 }  // namespace
 }  // namespace mik

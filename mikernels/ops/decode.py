@@ -37,6 +37,30 @@ decode_op = Op(
     "decode(Tensor values, Tensor indices, Tensor w, Tensor? bias) -> Tensor",
     reference,
     lambda values, indices, w, bias: values.new_empty(values.shape[0], w.shape[1]),
+    triton="decode:decode",
+)
+
+
+def error_reference(
+    values: torch.Tensor,
+    indices: torch.Tensor,
+    w: torch.Tensor,
+    bias: torch.Tensor | None,
+    x: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    wide = (None if t is None else t.to(x.dtype) for t in (w, bias))
+    error = reference(values.to(x.dtype), indices, *wide) - x
+    return error, error.square().sum(-1)
+
+
+# the residual y - x and its squares [N] for a loss, x in the accumulation dtype: y is not rounded
+# to w's dtype in between, and [N, d] is written once instead of read and written three times
+decode_error_op = Op(
+    "decode_error(Tensor values, Tensor indices, Tensor w, Tensor? bias, Tensor x)"
+    " -> (Tensor error, Tensor squares)",
+    error_reference,
+    lambda values, indices, w, bias, x: (x.new_empty(x.shape), x.new_empty(x.shape[0])),
+    triton="decode:decode_error",
 )
 
 

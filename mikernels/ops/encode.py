@@ -83,6 +83,7 @@ encode_op = Op(
     " bool relu) -> (Tensor values, Tensor indices)",
     reference,
     _fake,
+    triton="encode:encode",
 )
 
 

@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+import pytest
+import torch
+from encode_cases import ADVERSARIAL, NON_FINITE, check, scaled
+from mikernels.kernels import encode, encode_exact, encode_screen
+from oracle import identical, randn, unchanged
+
+from mikernels import _triton, topk_encode
+
+INTERPRETED = _triton.interpreting()
+
+
+@pytest.fixture(autouse=True)
+def large_programs(monkeypatch):
+    """The interpreter pays by the program, not by the element."""
+    if INTERPRETED:
+        monkeypatch.setattr(encode, "PACK", encode_screen.PACK | {"ROWS": 128})
+        monkeypatch.setattr(encode, "RESCORE", encode_screen.RESCORE | {"SLOTS": 64})
+        monkeypatch.setattr(encode, "EXACT", encode_exact.EXACT | {"FEATURES": 256})
+
+
+@pytest.fixture
+def certain(monkeypatch):
+    """Collects, for every token, whether the screen decided its selection."""
+    seen: list[int] = []
+
+    def spy(*arguments):
+        settle(*arguments)
+        tokens, buffers = arguments[0].shape[0], arguments[10]
+        seen.extend(buffers.certain[:tokens].tolist())
+
+    settle = encode.settle
+    monkeypatch.setattr(encode, "settle", spy)
+    return seen
+
+
+def on(device, tensors: dict) -> dict:
+    return {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in tensors.items()}
+
+
+@pytest.mark.parametrize(
+    "n, d, f, k",
+    [
+        (0, 8, 20, 3),
+        (1, 1, 1, 1),
+        (1, 7, 501, 5),
+        (5, 96, 700, 9),
+        (3, 33, 64, 64),
+        (2, 20, 99, 70),
+    ],
+)
+def test_encode_is_exact(device, dtype, n, d, f, k):
+    x, w = randn(n, d, dtype=dtype).to(device), randn(f, d, dtype=dtype, seed=1).to(device)
+    b_enc, b_dec = (randn(size, dtype=dtype, seed=2).to(device) for size in (f, d))
+    check("triton", x, w, k=k, exact=True)
+    check("triton", x, w, b_enc, k=k, b_dec=b_dec, scale=b_enc.abs(), relu=False, exact=True)
+
+
+def test_the_screen_decides_ordinary_tokens(device, dtype, certain):
+    """Else the exact pass would hide whatever is wrong with the screen, and all speed with it."""
+    case = scaled(b_enc=randn(501, seed=2), b_dec=randn(96, seed=3), scale=1 + randn(501).abs())
+    case = {k: v.to(dtype) if isinstance(v, torch.Tensor) else v for k, v in case.items()}
+    case["x"] = case["x"][:6]
+    check("triton", exact=True, **on(device, case))
+    assert certain == [1] * 6
+
+
+def test_rounded_bounds_hold(device):
+    """Every bound is at least the exact score, and above it by what the proof allows."""
+    n, d, f = 4, 70, 256
+    x, w, bias = randn(n, d), randn(f, d, seed=1), 30 * randn(f, seed=2)
+    scale, shift = randn(f, seed=3).exp(), randn(d, seed=4)
+    x, w, bias, scale, shift = (t.to(device) for t in (x, w, bias, scale, shift))
+    width = encode.packed_width(d)
+    packed = [torch.empty(m, width, dtype=torch.bfloat16, device=device) for m in (n, f)]
+    norms = [torch.empty(m, device=device) for m in (n, f)]
+    encode.pack(x, shift, None, None, packed[0], packed[0][:, width - 8 :], norms[0], True)
+    encode.pack(w, None, scale, bias, packed[1], packed[1][:, width - 8 :], norms[1], False)
+    bounds = packed[0].double() @ packed[1].double().T
+    centred = (x - shift).double()
+    exact = (centred @ w.double().T + bias.double()) * scale.double()
+    slack = bounds - exact
+    size = centred.norm(dim=1)[:, None] * (w.double() * scale.double()[:, None]).norm(dim=1)
+    assert (slack > 0).all()
+    assert (slack < 0.02 * size + 2e-3 * (bias * scale).double().abs()).all()
+
+
+QUICK = (
+    "near ties 1e-05",
+    "ties by rounding",
+    "duplicate features",
+    "uneven features",
+    "ascending with non-finite",
+    "zero rows",
+    "huge x",
+    "denormal w",
+    "large biases",
+    "spread scale",
+)
+
+
+@pytest.mark.parametrize("name", QUICK if INTERPRETED else ADVERSARIAL)
+def test_encode_adversarial(device, name):
+    case = ADVERSARIAL[name]()
+    case.pop("fp32_sums_overflow", None)
+    if INTERPRETED:
+        case["x"] = case["x"][::11]
+    check("triton", exact=True, **on(device, case))
+
+
+@pytest.mark.parametrize("name", [*NON_FINITE][::3] if INTERPRETED else NON_FINITE)
+def test_encode_non_finite(device, name):
+    x, w, b_enc, b_dec = randn(9, 12), randn(301, 12, seed=1), randn(301, seed=2), randn(12, seed=3)
+    NON_FINITE[name](x, w, b_enc, b_dec)
+    x, w, b_enc, b_dec = (t.to(device) for t in (x, w, b_enc, b_dec))
+    check("triton", x, w, b_enc, k=5, b_dec=b_dec, exact=True)
+
+
+def test_encode_layouts(device):
+    x, w = randn(5, 40).to(device), randn(40, 300, seed=1).to(device)
+    check("triton", x, w.T, k=4, exact=True)
+    check("triton", x[:, ::2], w.T[:, 1::2], k=4, exact=True)
+    check("triton", x[:1].expand(3, 40), w.T[::3], k=4, exact=True)
+
+
+def test_encode_in_panels_and_chunks(device, monkeypatch, certain):
+    """Scratch that holds 5 tokens and 64 features at a time: merges happen, and change nothing."""
+    plan = encode.Plan(tokens=5, rows=2, features=64, exact_programs=2)
+    monkeypatch.setattr(encode, "plan", lambda *sizes: plan)
+    case = on(device, {**scaled(), "b_enc": randn(501, seed=2)})
+    case["x"] = case["x"][:8]
+    check("triton", exact=True, **case)
+    assert certain == [1] * 8
+
+
+def test_large_k_needs_no_screen(device, monkeypatch):
+    monkeypatch.setattr(encode, "TILE", 16)
+    case = scaled(b_enc=randn(501, seed=2), scale=1 + randn(501).abs())
+    check("triton", exact=True, **on(device, case))
+
+
+@pytest.mark.parametrize(
+    "n, f, d, c", [(1, 5, 3, 5), (8192, 131072, 2304, 144), (8192, 1 << 20, 4096, 168)]
+)
+def test_scratch_is_bounded(n, f, d, c):
+    for limit in (256 << 20, 64 << 20, 16 << 20):
+        sizes = encode.plan(n, f, encode.packed_width(d), c, limit)
+        b = encode.Buffers(torch.device("meta"), d, f, c, sizes)
+        used = sum(t.nbytes for t in vars(b).values() if isinstance(t, torch.Tensor))
+        least = 16 * (5 * c * 6 + c * 22 + 2 * d) + 8 * f + 256 * 2 * (d + 64)
+        assert used <= max(1.05 * limit, 1.5 * least)
+        assert 1 <= sizes.tokens <= n and 1 <= sizes.features <= f
+
+
+def test_scratch_shrinks_before_it_fails(device, monkeypatch):
+    asked = []
+    buffers = encode.Buffers
+
+    def crowded(device, d, f, c, sizes, room=3):
+        asked.append(sizes)
+        if len(asked) < room:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return buffers(device, d, f, c, sizes)
+
+    monkeypatch.setattr(encode, "Buffers", crowded)
+    x, w = randn(4, 20).to(device), randn(900, 20, seed=1).to(device)
+    check("triton", x, w, k=3, exact=True)
+    assert len(asked) == 3
+
+    def full(*sizes):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(encode, "Buffers", full)
+    with pytest.raises(RuntimeError, match="topk_encode: expected 4 MB of free memory on .*; free"):
+        topk_encode(x, w, k=3, impl="triton")
+
+
+def test_encode_gradients(device):
+    """The backward of the codes, on the device's kernels, against autograd of the dense product."""
+    shapes = ((4, 12), (60, 12), (60,), (12,))
+    leaves = [randn(*s, seed=i).to(device).requires_grad_() for i, s in enumerate(shapes)]
+    x, w, b_enc, b_dec = leaves
+    with unchanged(*leaves):
+        codes = topk_encode(x, w, b_enc, k=5, b_dec=b_dec, impl="triton")
+        weights = randn(4, 5, seed=9).to(device)
+        found = torch.autograd.grad((codes.values * weights).sum(), leaves)
+    h = ((x - b_dec) @ w.T + b_enc).relu().gather(-1, codes.indices)
+    for a, b in zip(found, torch.autograd.grad((h * weights).sum(), leaves), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_encode_is_deterministic(device):
+    x, w = randn(16, 64).to(device), randn(3000, 64, seed=1).to(device)
+    first = topk_encode(x[:3] if INTERPRETED else x, w, k=7, impl="triton")
+    for _ in range(1 if INTERPRETED else 20):
+        again = topk_encode(x[:3] if INTERPRETED else x, w, k=7, impl="triton")
+        assert identical(first.values, again.values) and torch.equal(first.indices, again.indices)
