@@ -57,6 +57,11 @@ def candidates(k: int, d: int, n_features: int, rounded: bool) -> int:
     return min(n_features, -(-(int(k * factor) + 32) // 8) * 8)
 
 
+def rounds(x: torch.Tensor, b_dec: torch.Tensor | None, scale: torch.Tensor | None) -> bool:
+    """Whether bf16 holds less than the operands do."""
+    return x.dtype != torch.bfloat16 or b_dec is not None or scale is not None
+
+
 @dataclass(frozen=True)
 class Plan:
     """Tokens that go through all panels together, tokens and features of one product."""
@@ -226,8 +231,7 @@ def encode(
     out = x.new_empty(n, k), torch.empty(n, k, dtype=torch.int64, device=x.device)
     if n == 0:
         return out
-    rounded = x.dtype != torch.bfloat16 or b_dec is not None or scale is not None
-    c = candidates(k, d, f, rounded)
+    c = candidates(k, d, f, rounds(x, b_dec, scale))
     if c > TILE:
         return dense(x, w_enc, b_enc, b_dec, scale, k, relu, out)
     sizes, buffers = allocate(x.device, n, d, f, c)

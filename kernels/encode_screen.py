@@ -181,7 +181,7 @@ def _encode_settle_kernel(
     """Selects k of a token's c exact scores, and decides whether that is certainly the selection.
 
     It is when no feature outside the candidates can reach the k-th score: their upper bounds are at
-    most the least bound of the candidates (and left_out, where given), before it was rounded.
+    most the least bound of the candidates (or left_out, where given), before it was rounded.
     """
     row = tl.program_id(0).to(tl.int64)
     slot = tl.arange(0, BLOCK)
@@ -200,7 +200,7 @@ def _encode_settle_kernel(
     bound = tl.load(bounds_ptr + row * stride_c + slot, mask=inside, other=0.0).to(tl.float32)
     least = tl.min(tl.where(inside, order_key(bound, 0), 0x7FFFFFFF))
     if left_out_ptr is not None:
-        least = tl.maximum(least, tl.load(left_out_ptr + row))
+        least = tl.maximum(least, order_key(tl.load(left_out_ptr + row), 0))
     edge = score_of(least)
     # bf16's rounding of the bound (2^-9), fp32's of the scores, underflow anywhere
     edge += tl.abs(edge) * 2.0**-7 + 2.0**-100
@@ -253,7 +253,7 @@ def cases() -> list[Case]:
                     f"settle {name} {block}",
                     _encode_settle_kernel,
                     {"s_ptr": "*fp32", "h_ptr": "*fp32", "bounds_ptr": "*bf16"}
-                    | {"candidates_ptr": "*i32", "left_out_ptr": "*i32", "norms_ptr": "*fp32"}
+                    | {"candidates_ptr": "*i32", "left_out_ptr": "*fp32", "norms_ptr": "*fp32"}
                     | {"largest_ptr": "*fp32", "values_ptr": f"*{name}", "indices_ptr": "*i64"}
                     | {"certain_ptr": "*i32"}
                     | dict.fromkeys(("c", "k", "complete", "stride_c"), "i32"),

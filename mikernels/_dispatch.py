@@ -62,7 +62,9 @@ class Op:
     def _on_device(self, *args: Any) -> Any:
         run = self._triton if _triton.takes(args) else self.reference
         assert run is not None
-        return run(*args)
+        # Triton launches on the current device
+        with torch.cuda.device(_triton.first_tensor(args).device):
+            return run(*args)
 
     def __call__(self, *args: Any, impl: str = "auto") -> Any:
         if impl == "reference":

@@ -48,8 +48,8 @@ def error_reference(
     bias: torch.Tensor | None,
     x: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    wide = (None if t is None else t.to(x.dtype) for t in (w, bias))
-    error = reference(values.to(x.dtype), indices, *wide) - x
+    bias = None if bias is None else bias.to(x.dtype)
+    error = reference(values.to(x.dtype), indices, w.to(x.dtype), bias) - x
     return error, error.square().sum(-1)
 
 
