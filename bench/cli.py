@@ -47,7 +47,7 @@ def run(
     ] = None,
     mode: Annotated[str | None, typer.Option(help="Comma-separated: fwd, bwd, step.")] = None,
     providers: Annotated[
-        str, typer.Option(help="Comma-separated names or globs: ours,eager or 'ours*'.")
+        str, typer.Option(help="Comma-separated names or globs: ours,eager or '*,!compile'.")
     ] = "*",
     baseline: Annotated[
         str | None, typer.Option(help="Provider that ratios refer to; default: the operator's own.")
@@ -229,7 +229,7 @@ def _check_providers(
 ) -> None:
     names = {e.name: None for bench in chosen for e in harness.entrants(bench, kind=device)}
     for pattern in patterns:
-        if not fnmatch.filter(names, pattern):
+        if not fnmatch.filter(names, pattern.removeprefix("!")):
             raise ValueError(
                 f"bench: --providers must match some of {', '.join(names)}, got {pattern!r}"
             )

@@ -60,7 +60,8 @@ class Entrant:
 def entrants(
     benchmark: Benchmark, patterns: tuple[str, ...] = ("*",), kind: str = "cpu"
 ) -> list[Entrant]:
-    """The providers that match a pattern, and the yardstick; on a CPU ours at lower levels too."""
+    """The providers that match a pattern and none with a leading "!", and the yardstick; on a CPU
+    ours at lower levels too."""
     everyone = []
     for provider in benchmark.providers:
         if kind not in provider.devices:
@@ -70,5 +71,13 @@ def entrants(
             for level in mikernels.supported_levels():
                 if level != mikernels.cpu_level():
                     everyone.append(Entrant(f"{provider.name}:{level}", provider, level))
-    wanted = (*patterns, EAGER)
-    return [e for e in everyone if any(fnmatch.fnmatchcase(e.name, p) for p in wanted)]
+    unwanted = [p[1:] for p in patterns if p.startswith("!")]
+    wanted = [*(p for p in patterns if not p.startswith("!")), EAGER]
+
+    def chosen(name: str) -> bool:
+        named, barred = (
+            any(fnmatch.fnmatchcase(name, p) for p in group) for group in (wanted, unwanted)
+        )
+        return name == EAGER or (named and not barred)
+
+    return [e for e in everyone if chosen(e.name)]

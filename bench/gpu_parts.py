@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ Findings = dict[str, Any]
 
 
 def _ours(
-    device: Cpu, ops: tuple[str, ...], shape: Shape = SMALL
+    device: Cpu, ops: tuple[str, ...], shape: Shape
 ) -> Iterator[tuple[str, Provider, Any, str]]:
     """(name, provider, inputs, mode) of each of ours in each dtype."""
     for op in ops:
@@ -57,11 +58,14 @@ def _run(device: Cpu, provider: Provider, inputs: Any, mode: str) -> Outputs:
 
 
 def _each(
-    device: Cpu, ops: tuple[str, ...], judge: Callable[[Provider, Any, str], str]
+    device: Cpu,
+    ops: tuple[str, ...],
+    judge: Callable[[Provider, Any, str], str],
+    shape: Shape = SMALL,
 ) -> Findings:
     """judge answers "" or what is wrong; a provider that cannot run here is left out."""
     findings: Findings = {"wrong": {}, "right": [], "absent": {}}
-    for name, provider, inputs, mode in _ours(device, ops):
+    for name, provider, inputs, mode in _ours(device, ops, shape):
         try:
             wrong = judge(provider, inputs, mode)
             device.settle()
@@ -91,15 +95,20 @@ def facts(device: Cpu) -> Findings:
     }
 
 
-def once(device: Cpu) -> Findings:
-    """Every operator once: for the sanitizers, and to see that it runs at all."""
+def once(device: Cpu, ops: tuple[str, ...] = (*GRAPHED, "step"), shape: Shape = SMALL) -> Findings:
+    """Every operator once, to see that it runs at all."""
 
     def judge(provider: Provider, inputs: Any, mode: str) -> str:
         outputs = _run(device, provider, inputs, mode)
         bad = [name for name, t in outputs.items() if t.isnan().any()]
         return f"NaN in {', '.join(bad)}" if bad else ""
 
-    return _each(device, (*GRAPHED, "step"), judge)
+    return _each(device, ops, judge, shape)
+
+
+def tiny(device: Cpu) -> Findings:
+    """The same with five tokens, for the sanitizers, which take long."""
+    return once(device, GRAPHED, replace(SMALL, n=5))
 
 
 def determinism(device: Cpu) -> Findings:
@@ -186,6 +195,7 @@ def compile(device: Cpu) -> Findings:
 PARTS: dict[str, Callable[[Cpu], Findings]] = {
     "facts": facts,
     "once": once,
+    "tiny": tiny,
     "determinism": determinism,
     "graph": graph,
     "compile": compile,

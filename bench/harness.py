@@ -65,6 +65,12 @@ def measure(benchmark: Benchmark, shape: Shape, mode: str, options: Options) -> 
     device.release()
     _gate(benchmark, inputs, mode, everyone, options)
     racing = [e for e in everyone if e.record["status"] == "ok"]
+    if device.kind != "cpu":
+        # the fp64 truth has served, and a GPU's memory is short
+        for name in ("truth", "exact"):
+            if hasattr(inputs, name):
+                setattr(inputs, name, None)
+        device.release()
     if not options.check:
         _race(racing, options)
         if options.memory and device.kind == "cpu":
@@ -161,9 +167,13 @@ def _race(racing: list[Entrant], options: Options) -> None:
     # the gate's call has compiled and touched everything; quick ones still warm up caches
     for entrant in racing:
         if entrant.seconds < 0.5:
-            entrant.call(device)
-            entrant.call(device)
-            entrant.settle(device)
+            for _ in range(2):
+                if entrant.runner is not None:
+                    _call_or_drop(entrant, device)
+    device.settle()
+    racing[:] = [entrant for entrant in racing if entrant.runner is not None]
+    for entrant in racing:
+        entrant.seconds = device.seconds(entrant.span)
     # lower levels of ours are for information: a slow one takes no more than its share
     wanted = {
         e.name: max(1, min(options.rounds, int(share / max(e.seconds, 1e-9))))
@@ -185,12 +195,26 @@ def _race(racing: list[Entrant], options: Options) -> None:
                 e for e in racing if done < wanted[e.name] or wanted[e.name] >= options.rounds
             ]
             for entrant in running:
-                entrant.call(device)
+                _call_or_drop(entrant, device)
             device.settle()
             for entrant in running:
-                entrant.times.append(device.seconds(entrant.span) * 1e3)
+                if entrant.runner is not None:
+                    entrant.times.append(device.seconds(entrant.span) * 1e3)
+            racing[:] = [entrant for entrant in racing if entrant.runner is not None]
     finally:
         gc.enable()
+
+
+def _call_or_drop(entrant: Entrant, device: Cpu) -> None:
+    """A provider that finds no memory beside what all the others keep leaves the race."""
+    try:
+        entrant.call(device)
+    except device.OutOfMemory as error:
+        reason = f"in the race, {type(error).__name__}: {error}".splitlines()[0]
+        entrant.record.update(status="failed", reason=reason)
+        entrant.runner, entrant.times = None, []
+    if entrant.runner is None:
+        device.release()
 
 
 def _memory(

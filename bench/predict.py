@@ -18,7 +18,8 @@ from .declare import GPU_SHAPES, Shape
 from .rates import DEVICES, Rates, row_cycles
 
 Part = tuple[str, float, str]
-PANEL = 16384
+# of kernels.encode: features of a product, and panels between two merges
+PANEL, WAITING = 8192, 4
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 # torch.topk is bound by its SMs: seconds an element on 132 of them (a B200-class and an L20 timing,
 # scaled by SMs and clock)
@@ -54,6 +55,7 @@ def encode(r: Rates, s: Shape, dtype: str) -> list[Part]:
     b, c = BYTES[dtype], candidates(s)
     panels = math.ceil(s.f / PANEL)
     whole, why = select(r, s.n, PANEL, c, "bf16")
+    merge = select(r, s.n, (WAITING + 1) * c, c, "bf16")[0] + s.n * c * 32 / r.copy + 4 * r.launch
     dots = float(s.n * c * s.d)
     gather, turn = dots * b / r.copy / GATHER, dots / r.convert64
     return [
@@ -64,7 +66,7 @@ def encode(r: Rates, s: Shape, dtype: str) -> list[Part]:
         ),
         ("product", gemm(r, s.n, s.f, s.d, "bf16") + panels * r.launch, "bf16 cuBLAS, in panels"),
         ("select", panels * whole, f"{panels} panels of {PANEL}; {why}"),
-        ("merge", panels * (s.n * 2 * c * 12 / r.copy + r.launch), "2 C pairs of 12 B a panel"),
+        ("merge", panels / WAITING * merge, f"{WAITING + 1} C candidates, every {WAITING} panels"),
         (
             "rescore",
             max(gather, turn) + r.launch,

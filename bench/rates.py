@@ -58,7 +58,8 @@ DEVICES = {
 HALF_RATE = re.compile(r"^(ISETP|IADD3|LOP3|SEL|V?IMNMX|SHF|PRMT|PLOP3|LEA|FMNMX|FSETP|P2R|VOTE)")
 # instructions of the group-maximum loop a score, where the compiler is not at hand
 SCORE_INSTRUCTIONS = 14.0
-# (F, k) of kernels.row_topk.cases()
+# rows, and (F, k), of kernels.row_topk.cases()
+WHOLE = (512, 2048, 8192)
 PINNED = ((24576, 32), (131072, 64), (131072, 256), (1 << 20, 64), (65536, 512))
 
 
@@ -121,13 +122,15 @@ def row_cycles(n: int, k: int, dtype: str) -> tuple[float, str]:
         return n * 2 * SCORE_INSTRUCTIONS / 32 + selection, "estimated without Triton"
     from mikernels.kernels import row_topk
 
-    # the pinned case whose row is nearest in size
-    size = {f"grouped {dtype} F={f} k={j}": (f, j) for f, j in PINNED}
+    # the pinned case whose row is nearest in size; what fits in registers has a kernel of its own
+    size = {f"whole {dtype} {f}": (f, k) for f in WHOLE if f >= n}
+    size = size or {f"grouped {dtype} F={f} k={j}": (f, j) for f, j in PINNED}
     cases = [case for case in row_topk.cases() if case.name in size]
     case = min(cases, key=lambda c: abs(size[c.name][0] - n) + abs(size[c.name][1] - k))
     found, straight = loops(sass_of(case))
     constants = case.constants
-    scan = n / (constants["STEP"] * constants["GROUP"])
-    rounds = [scan] + [32.0 - constants["UNUSED"]] * (len(found) - 1)
+    rounds = [32.0 - constants["UNUSED"]] * len(found)
+    if "STEP" in constants:
+        rounds[0] = n / (constants["STEP"] * constants["GROUP"])
     total = straight + sum(r * loop.cycles for r, loop in zip(rounds, found, strict=True))
     return case.num_warps * total, f"machine code of `{case.name}`, sm_90"

@@ -9,6 +9,7 @@ share; our sides, eager and compile are also compared by the weights that they e
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 
@@ -18,6 +19,7 @@ from mikernels.nn import TopKSAE
 from mikernels.training.autograd import AutogradStep, dense_forward, sparse_forward
 from mikernels.training.config import TrainConfig
 from mikernels.training.fused import FusedStep
+from mikernels.training.graph import GraphedStep
 from mikernels.training.metrics import PARTS, Clock, Means
 
 from . import peers
@@ -37,7 +39,7 @@ def _sae(batch: SAEBatch) -> TopKSAE:
 
 
 def _trainer_step(
-    make: Callable[[TopKSAE, TrainConfig], FusedStep | AutogradStep],
+    make: Callable[[TopKSAE, TrainConfig], FusedStep | GraphedStep | AutogradStep],
 ) -> Callable[[SAEBatch, str], Runner]:
     def build(batch: SAEBatch, mode: str) -> Runner:
         sae = _sae(batch)
@@ -93,6 +95,10 @@ def _in_bf16(batch: SAEBatch, mode: str) -> Runner:
             return {"mse": inner.run()["mse"].bfloat16()}
 
     return Runner(run)
+
+
+def _graphed(sae: TopKSAE, config: TrainConfig) -> GraphedStep:
+    return GraphedStep(FusedStep(sae, dataclasses.replace(config, cuda_graph=True)))
 
 
 def _saelens(batch: SAEBatch, mode: str) -> Runner:
@@ -219,6 +225,7 @@ BENCHMARK = Benchmark(
             "eager",
             _trainer_step(lambda sae, config: AutogradStep(sae, config, None, dense_forward)),
         ),
+        Provider("ours:graph", _trainer_step(_graphed), screens=True, devices=(CUDA,)),
         Provider("eager_bf16", _in_bf16, devices=(CUDA,)),
         Provider("compile", _compile),
         Provider("sae_lens", _saelens),

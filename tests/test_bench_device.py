@@ -81,7 +81,7 @@ def test_bench_cuda_times_calls_on_the_device(cuda: Cuda, api: FakeCuda) -> None
     assert all(len(p["times_ms"]) == 4 for p in case["providers"])
     # each call is preceded by a spin that covers its launches; the device is awaited once a round
     assert len(api.spins) == 2 * (2 + 2 + 4) and api.spins[-1] > 1
-    assert not api.pending and api.synchronized == 1 + 2 * 2 + 2 + 4
+    assert not api.pending and api.synchronized == 1 + 2 * 2 + 1 + 4
 
 
 def test_bench_eager_out_of_memory_is_a_result(cuda: Cuda, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,6 +103,36 @@ def test_bench_eager_out_of_memory_is_a_result(cuda: Cuda, monkeypatch: pytest.M
     assert records["ours"]["status"] == "ok" and len(records["ours"]["times_ms"]) == 2
     with pytest.raises(torch.OutOfMemoryError):
         harness.measure(replace(starved, yardstick=None), SMOKE, "fwd", options)
+
+
+def test_bench_out_of_memory_in_the_race(cuda: Cuda) -> None:
+    benchmark = load("decode")
+
+    def build(inputs, mode):
+        calls = []
+
+        def run():
+            calls.append(1)
+            if len(calls) > 3:
+                raise torch.OutOfMemoryError("no room beside the others")
+            return inner.run()
+
+        inner = benchmark.provider("eager").build(inputs, mode)
+        return declare.Runner(run)
+
+    hungry = declare.Provider("hungry", build)
+    some = replace(benchmark, providers=(hungry, benchmark.provider("eager")))
+    options = harness.Options(rounds=3, budget=0.0, device=cuda)
+    records = {p["name"]: p for p in harness.measure(some, SMOKE, "fwd", options)["providers"]}
+    assert records["hungry"]["status"] == "failed" and records["hungry"]["times_ms"] == []
+    assert "in the race" in records["hungry"]["reason"]
+    assert len(records["eager"]["times_ms"]) == 3
+
+
+def test_provider_patterns() -> None:
+    names = [e.name for e in harness.entrants(load("encode"), ("*", "!compile", "!s*"), "cuda")]
+    assert "compile" not in names and "sparsify" not in names
+    assert {"ours", "eager", "mm_row_topk"} <= set(names)
 
 
 @pytest.mark.parametrize("op", ["row_topk", "encode"])

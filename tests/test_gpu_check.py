@@ -135,6 +135,7 @@ def test_the_real_parts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
     assert len({part.name for part in found}) == len(found)
     assert found[0].env["MIKERNELS_ARCHS"] == "9.0"
     modules = {part.command[3] for part in found if "mikernels.bench.gpu_parts" in part.command[:3]}
+    modules |= {part.command[-2] for part in found if part.tool == "compute-sanitizer"}
     assert modules == set(gpu_parts.PARTS)
     for part in found:
         if part.name == "tests":
@@ -167,7 +168,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Cuda:
     return Cuda(FakeCuda(), "cpu")
 
 
-@pytest.mark.parametrize("part", ["facts", "once", "determinism"])
+@pytest.mark.parametrize("part", ["facts", "once", "tiny", "determinism"])
 def test_gpu_parts(part: str, device: Cuda, tmp_path: Path) -> None:
     path = tmp_path / "result.json"
     assert gpu_parts.main([part, str(path)], device) == 0
@@ -177,7 +178,8 @@ def test_gpu_parts(part: str, device: Cuda, tmp_path: Path) -> None:
         assert found["machine"]["gpu"]["name"] == "Fake GPU" and "row_topk" in found["backends"]
     else:
         assert "encode fwd bf16 ours" in found["right"]
-        assert any(name.startswith("step step") for name in found["right"])
+        steps = any(name.startswith("step step") for name in found["right"])
+        assert steps == (part != "tiny")
 
 
 def test_gpu_part_finds_what_is_wrong(
