@@ -89,6 +89,8 @@ def cases() -> list[offline.Case]:
         types = {"rows": f"*{dtype}", "w": f"*{dtype}", "indices": "*i64", "out": f"*{dtype}"}
         types |= {"k": "i32", "d": "i32", **strides, "indices_n": "i32"}
         for block_d, block_k in GATHER_TILES.items():
+            if dtype != "bf16" and block_d < 512:
+                continue
             found.append(
                 offline.Case(
                     f"gather_dot {dtype} BLOCK_D={block_d}",

@@ -36,8 +36,12 @@ def sae_rows(
         live = value != 0
         read = live[:, None] & inside[None, :]
         token = token_of(slot, k, SHORT)[:, None]
-        g = tl.load(dy + token * dy_n + columns[None, :] * dy_d, read, other=0).to(tl.float32)
-        h = tl.load(x + token * x_n + columns[None, :] * x_d, read, other=0).to(tl.float32)
+        g = tl.load(dy + token * dy_n + columns[None, :].to(tl.int64) * dy_d, read, other=0).to(
+            tl.float32
+        )
+        h = tl.load(x + token * x_n + columns[None, :].to(tl.int64) * x_d, read, other=0).to(
+            tl.float32
+        )
         # a row of w with inf or NaN times rows that were not read would give NaN
         dv = tl.where(live, tl.sum(g * w[None, :], 1), 0)
         to_dec += tl.sum(g * value[:, None], 0)
@@ -126,9 +130,11 @@ ROW_TILES = {
 WIDEST = 4096
 
 
-def row_tile(d: int, slots: int) -> dict[str, int | bool]:
+def row_tile(
+    d: int, slots: int, tiles: dict[int, tuple[int, int]] = ROW_TILES
+) -> dict[str, int | bool]:
     block_d = max(64, triton.next_power_of_2(d))
-    entries, warps = ROW_TILES[block_d]
+    entries, warps = tiles[block_d]
     short = gradients_slots.is_short(slots)
     return {"SHORT": short, "E": entries, "BLOCK_D": block_d, "num_warps": warps}
 
@@ -185,6 +191,8 @@ def cases() -> list[offline.Case]:
         strides = dict.fromkeys(("dy_n", "x_n", "w_f"), "i32")
         sizes = {"bits": "i32", "k": "i32", "d": "i32", **strides}
         for block_d, (entries, warps) in ROW_TILES.items():
+            if (dtype, weights) != ("fp32", "bf16") and block_d < WIDEST:
+                continue
             tile = dict(dy_d=1, x_d=1, w_d=1, SHORT=True, E=entries, BLOCK_D=block_d)
             name = f"{dtype} w={weights} BLOCK_D={block_d}"
             found.append(

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Hot features: sums over many slots, cut into shares that several programs take.
 
-A feature with more than a chunk of slots would leave one program behind (a feature of all 8192 tokens
-takes one SM about 1 ms). The sorted slots are cut at multiples of the chunk, whatever the features
-are. A block meets at most two hot features: the one of its first slot and the one
-of its last. So 2 ceil(M / chunk) programs, a number the host knows, cover every hot feature: share
-2 b is the part of block b that belongs to the feature of its first slot, share 2 b + 1 the part of
-a feature that begins inside the block and holds its last slot. Partial sums go to a workspace, and
-the feature's own program adds them in order of the blocks. No table, no atomics, no host sync, and
-the same bits whatever runs first.
+A feature with more than a chunk of slots would leave one program behind: one of all 8192 tokens
+takes an SM about 1 ms. The sorted slots are cut at multiples of the chunk, whatever the features
+are. A block meets at most two hot features: the one of its first slot and the one of its last. So
+2 ceil(M / chunk) programs, a number the host knows, cover every hot feature: share 2 b is the part
+of block b that belongs to the feature of its first slot, share 2 b + 1 the part of a feature that
+begins inside the block and holds its last slot. Partial sums go to a workspace, and the feature's
+own program adds them in order of the blocks. No table, no atomics, no host sync, and the same bits
+whatever runs first.
 """
 
 from __future__ import annotations
