@@ -139,6 +139,30 @@ def draw(ground: Ground, kind: str, n: int, f: int, k: int) -> torch.Tensor:
     return (float(f) ** u).long().sub_(1).clamp_(0, f - 1)
 
 
+def _group_maxima(ground: Ground) -> None:
+    for name, expected in (("G1", 0.5), ("G2", 0.65)):
+        s = GPU_SHAPES[name]
+        n, f = ground.size(s.n), ground.size(s.f)
+
+        def measure(n: int = n, f: int = f, d: int = s.d, k: int = s.k) -> float:
+            from mikernels.kernels.encode_groups import encode_groups
+
+            x, w = ground.normal(n, d), ground.normal(f, d)
+            product = ground.device.median(lambda: torch.mm(x, w.T))
+            whole = ground.device.median(lambda: encode_groups(x, w, None, None, None, k, True))
+            return product / whole
+
+        item = Item(
+            f"encode by group maxima at {name}, bf16: cuBLAS's bare product, of its time",
+            expected,
+            expected,
+            1.0,
+            "fraction",
+            "below it Triton's product is too slow, and panels by cuBLAS stay",
+        )
+        ground.judge(item, measure)
+
+
 def _gradients(ground: Ground) -> None:
     s = GPU_SHAPES["G1"]
     n, f = ground.size(s.n), ground.size(s.f)
@@ -208,6 +232,7 @@ def run(device: Cpu, scale: float = 1.0) -> dict[str, Any]:
     _torch_topk(ground)
     _product(ground, peaks.get("bf16_gflops") or 1.0)
     _decode(ground, peaks.get("copy_gbs") or 1.0)
+    _group_maxima(ground)
     _gradients(ground)
     _sort(ground)
     _crossover(ground)

@@ -204,8 +204,10 @@ def test_graph_part(device: Cuda, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_falsify_items(device: Cuda) -> None:
     found = falsify.run(device, 0.004)
-    assert len(found["items"]) == 12 and found["wrong"] == {}
-    assert all(item["verdict"] in ("holds", "refuted") for item in found["items"])
+    assert len(found["items"]) == 14
+    # Triton's kernels need a GPU
+    absent = {item["statement"] for item in found["items"] if item["verdict"] == "not measured"}
+    assert absent == set(found["wrong"]) and all("group maxima" in name for name in absent)
 
 
 def test_falsify_records_what_cannot_run(device: Cuda) -> None:
