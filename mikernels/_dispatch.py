@@ -104,9 +104,9 @@ def resolve_impl(op: Op, impl: str | None, device: torch.device) -> str:
         reason = _triton.unsupported(device)
     else:
         kind = {"cpp": "cpu", "cuda": "cuda"}[name]
-        reason = "" if device.type == kind else f"it runs on {kind} tensors, got {device}"
+        reason = "" if device.type == kind else f"runs on {kind} tensors, got {device}"
     if reason:
-        raise RuntimeError(f"{op.name}: impl={name!r} cannot run: {reason}")
+        raise RuntimeError(f"{op.name}: impl={name!r} {reason}")
     return name
 
 

@@ -27,8 +27,12 @@ def interpreting() -> bool:
 
 @functools.cache
 def missing() -> str:
-    """Why there is no Triton at all; "" if there is."""
-    return "" if importlib.util.find_spec("triton") else f"Triton is not installed; {REMEDY}"
+    """Why no implementation by Triton can run, as a predicate; "" if Triton is installed."""
+    return (
+        ""
+        if importlib.util.find_spec("triton")
+        else f"needs Triton, which is not installed; {REMEDY}"
+    )
 
 
 @functools.cache
@@ -37,19 +41,19 @@ def _capability(index: int) -> tuple[int, int]:
 
 
 def unsupported(device: torch.device) -> str:
-    """Why kernels cannot run on this device; "" if they can."""
+    """Why kernels cannot run on this device, as a predicate; "" if they can."""
     if missing():
         return missing()
     if device.type == "cpu" and interpreting():
         return ""
     if device.type != "cuda":
-        return f"Triton kernels run on cuda tensors, got {device}"
+        return f"runs on cuda tensors, got {device}"
     index = torch.cuda.current_device() if device.index is None else device.index
     capability = _capability(index)
     if torch.version.hip is None and capability < OLDEST_CAPABILITY:
         return (
-            f"Triton kernels need compute capability {OLDEST_CAPABILITY[0]}.{OLDEST_CAPABILITY[1]} "
-            f"or newer, {device} has {capability[0]}.{capability[1]}"
+            f"needs compute capability {OLDEST_CAPABILITY[0]}.{OLDEST_CAPABILITY[1]} or newer, "
+            f"{device} has {capability[0]}.{capability[1]}"
         )
     return ""
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.autograd.function import once_differentiable
 
+from mikernels._crossover import sparse_wins
 from mikernels._dispatch import Op, accumulate_dtype, check_floating, check_shape, resolve_impl
 from mikernels.ops.gradients import by_feature_op, feature_sum_op, gather_dot_op
 
@@ -64,10 +65,55 @@ decode_error_op = Op(
 )
 
 
+# bytes of the dense codes of one chunk of tokens
+DENSE_SCRATCH = 64 << 20
+
+
+def _dense(
+    values: torch.Tensor, indices: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """By a product with the scattered codes, in chunks of tokens: where k / F is not small."""
+    n, f = values.shape[0], w.shape[0]
+    out = values.new_empty(n, w.shape[1])
+    rows = max(1, DENSE_SCRATCH // (f * values.element_size()))
+    for first in range(0, n, rows):
+        here = slice(first, first + rows)
+        codes = values.new_zeros(out[here].shape[0], f).scatter_(1, indices[here], values[here])
+        torch.mm(codes, w, out=out[here])
+    return out if bias is None else out.add_(bias)
+
+
+def _forward(values, indices, w, bias, impl) -> torch.Tensor:
+    (f, d), k = w.shape, values.shape[1]
+    if impl == "auto" and not sparse_wins("decode", w.device, w.dtype, d, f, k):
+        return _dense(values, indices, w, bias)
+    return decode_op(values, indices, w, bias, impl=impl)
+
+
+def decode_error(
+    codes: SparseCodes, w_dec: torch.Tensor, b_dec: torch.Tensor | None, x: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The residual `sparse_decode(codes, w_dec, b_dec) - x` and its squares, for a loss.
+
+    Args:
+        codes: of N tokens, values `[N, k]` in the dtype of `w_dec`.
+        x: `[N, d]` float32 (float64 for float64 weights).
+
+    Returns:
+        error `[N, d]` and |error|^2 `[N]` in the dtype of `x`. Neither is differentiable.
+    """
+    (f, d), impl = w_dec.shape, resolve_impl(decode_error_op, None, w_dec.device)
+    operands = codes.values.detach(), codes.indices, w_dec.detach(), b_dec
+    if impl == "auto" and not sparse_wins("decode", w_dec.device, w_dec.dtype, d, f, codes.k):
+        error = _dense(*operands).to(x.dtype).sub_(x)
+        return error, torch.linalg.vector_norm(error, dim=-1).square()
+    return decode_error_op(*operands, x, impl=impl)
+
+
 class _Decode(torch.autograd.Function):
     @staticmethod
     def forward(values, indices, w, bias, impl):
-        return decode_op(values, indices, w, bias, impl=impl)
+        return _forward(values, indices, w, bias, impl)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -108,7 +154,7 @@ def sparse_decode(
         b_dec: `[d]` or None.
         prefixes: ascending feature counts in 1..F; adds a leading dimension of that length, entry
             p reconstructed from the features below `prefixes[p]` only.
-        impl: None (best for the device), "cpp" or "reference".
+        impl: None (best for the device and k / F), "cpp", "triton" or "reference".
 
     Returns:
         `[..., d]`, or `[len(prefixes), ..., d]`.

@@ -24,6 +24,9 @@ rescored on the spot, so the screen decides no case alone and no list overflows.
 
 Scratch: one 16-bit panel of w_enc (16 MB; 48 MB if its rows are strided) and, for chunks of tokens
 that fit 64 MB, x^ and 4k + 64 candidates of 16 bytes a token. Time O(N F d) in 16-bit products.
+
+On a GPU the same bound rides along in one bf16 product (mikernels/kernels/encode_screen.py), for
+inputs of any dtype: values and selection are those of the CPU. Scratch there is at most 256 MB.
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ from __future__ import annotations
 import torch
 from torch.autograd.function import once_differentiable
 
+from mikernels._crossover import sparse_wins
 from mikernels._dispatch import (
     Op,
     accumulate_dtype,
@@ -44,9 +48,6 @@ from mikernels.ops.decode import decode_op
 from mikernels.ops.gradients import by_feature_op, feature_sum_op, weighted_row_sum
 from mikernels.ops.row_topk import reference as row_topk_reference
 from mikernels.ops.row_topk import row_topk_op
-
-# below this many features a slot the dense product and row_topk win: little is left to screen out
-DENSE_BELOW = 8
 
 
 def _scores(x, w_enc, b_enc, b_dec):
@@ -90,7 +91,9 @@ encode_op = Op(
 class _Encode(torch.autograd.Function):
     @staticmethod
     def forward(x, w_enc, b_enc, b_dec, scale, k, relu, impl):
-        if impl == "auto" and k * DENSE_BELOW > w_enc.shape[0]:
+        # with few features a slot little is left to screen out
+        f, d = w_enc.shape
+        if impl == "auto" and not sparse_wins("encode", x.device, x.dtype, d, f, k):
             return reference(x, w_enc, b_enc, b_dec, scale, k, relu, row_topk_op)
         return encode_op(x, w_enc, b_enc, b_dec, scale, k, relu, impl=impl)
 
@@ -147,7 +150,7 @@ def topk_encode(
         scale: `[F]` ranking weights, e.g. decoder norms; not differentiated.
         relu: clamp the winners at 0; slots at 0 get no gradient.
         precision: round x and the weights to this dtype first, as autocast does; None keeps theirs.
-        impl: None (best for the device, dtype and k / F), "cpp" or "reference".
+        impl: None (best for the device, dtype and k / F), "cpp", "triton" or "reference".
 
     Returns:
         SparseCodes with values `[..., k]` in the dtype of x and indices `[..., k]` int64 ascending.

@@ -28,7 +28,7 @@ import torch
 from mikernels._dispatch import resolve_impl
 from mikernels.codes import SparseCodes
 from mikernels.nn import TopKSAE
-from mikernels.ops.decode import sparse_decode
+from mikernels.ops.decode import decode_error, sparse_decode
 from mikernels.ops.encode import topk_encode
 from mikernels.ops.gradients import sae_gradients_op, weighted_row_sum
 from mikernels.optim import RowAdam
@@ -132,13 +132,12 @@ class FusedStep:
         with clock.part("encode"):
             codes = sae.encode(x, k)
         with clock.part("decode"):
-            y = sae.decode(codes)
-        error = y.float().sub_(x)
-        squares = _sum_squares(error)
+            error, squares = decode_error(codes, sae.w_dec, sae.b_dec, x)
+        squares = squares.sum()
         # the mean's buffer is free again before the centred input is needed
         spread = _sum_squares(torch.sub(x, x.mean(0), out=self._scratch(x)))
         mse, fvu = squares / x.shape[0], squares / spread
-        rounded = x.to(y.dtype).float()
+        rounded = x.to(sae.w_dec.dtype).float()
         centred = torch.sub(rounded, sae.b_dec.float(), out=self._scratch(x))
         by_mse = sae.config.loss == "mse"
         loss = mse if by_mse else fvu
