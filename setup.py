@@ -176,6 +176,7 @@ def extension():
 
     class Build(cpp_extension.BuildExtension):
         def build_extensions(self):
+            self.forget_stale_objects()
             try:
                 super().build_extensions()
                 return
@@ -194,6 +195,14 @@ def extension():
             print(f"mikernels: pure Python install: {reason}", file=sys.stderr)
             self.record(extension=False, reason=reason)
             self.extensions = []
+
+        def forget_stale_objects(self):
+            # where torch has no CUDA, it does not tell ninja which headers a .cu includes
+            newest = max(header.stat().st_mtime for header in (ROOT / "csrc").glob("**/*.h"))
+            for source in added.get("sources", []):
+                made = (Path(self.build_temp) / source).with_suffix(".o")
+                if made.exists() and made.stat().st_mtime < newest:
+                    made.unlink()
 
         def record(self, **changed):
             facts.update(changed)
