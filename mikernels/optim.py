@@ -147,32 +147,43 @@ class RowAdam(torch.optim.Optimizer):
                 )
         if not todo:
             return
-        self._check_capture(todo)
+        self.check_capture([p for _, p, _ in todo])
         clip = self._clip(todo)
         made: dict[Any, torch.Tensor] = {}
         for group, p, grad in todo:
-            state = self.state[p]
-            if not state:
-                state["step"] = _scalar(0, torch.int64, p.device) if self.capturable else 0
-                for name in STATE:
-                    state[name] = torch.zeros_like(p, dtype=accumulate_dtype(p.dtype))
-            state["step"] += 1
+            moments, settings = self.advance(group, p, made)
             adam_rows_op(
                 _rows(p),
                 _rows(grad),
-                *(_rows(state[name]) for name in STATE),
-                _scalar(group["lr"], torch.float64, p.device, made),
-                *group["betas"],
-                group["eps"],
-                _scalar(state["step"], torch.int64, p.device, made),
+                *(_rows(m) for m in moments),
+                *settings,
                 clip,
                 group["project"],
                 group["unit_norm"],
                 impl=resolve_impl(adam_rows_op, None, p.device),
             )
 
-    def _check_capture(self, todo: list[tuple[dict[str, Any], torch.Tensor, torch.Tensor]]) -> None:
-        device = todo[0][1].device
+    def advance(
+        self, group: dict[str, Any], p: torch.Tensor, made: dict[Any, torch.Tensor]
+    ) -> tuple[list[torch.Tensor], tuple[Any, ...]]:
+        """Count a step of p, which the caller applies.
+
+        `made` keeps scalars that parameters share. Returns p's moments, and (lr, beta1, beta2, eps,
+        step) as `adam_rows_` takes them.
+        """
+        state = self.state[p]
+        if not state:
+            state["step"] = _scalar(0, torch.int64, p.device) if self.capturable else 0
+            for name in STATE:
+                state[name] = torch.zeros_like(p, dtype=accumulate_dtype(p.dtype))
+        state["step"] += 1
+        lr = _scalar(group["lr"], torch.float64, p.device, made)
+        step = _scalar(state["step"], torch.int64, p.device, made)
+        return [state[name] for name in STATE], (lr, *group["betas"], group["eps"], step)
+
+    def check_capture(self, params: list[torch.Tensor]) -> None:
+        """Raises RuntimeError while a CUDA graph is recorded that could not be replayed."""
+        device = params[0].device
         if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
             return
         if not self.capturable:
@@ -180,7 +191,7 @@ class RowAdam(torch.optim.Optimizer):
                 "RowAdam: a captured step would repeat its lr and step count; make the optimiser "
                 "with capturable=True"
             )
-        if not all(self.state[p] for _, p, _ in todo):
+        if not all(self.state[p] for p in params):
             raise RuntimeError(
                 "RowAdam: the first step makes the state and cannot be captured; run it before"
             )

@@ -12,6 +12,8 @@ fvu), over the number of micro-batches:
 
 The last term is b_dec's part through the encoder's input, taken once a step from the summed db_enc.
 AuxK adds a second pass over the same buffers, with the dead features' codes against the residual.
+Where nothing needs the gradients of the matrices (no clipping, no AuxK, one micro-batch), a GPU
+applies them while they are in registers (`sae_update_`), and none is in memory.
 Gradients are fp32 also for bfloat16 weights, where autograd rounds them to bfloat16.
 
 A step without AuxK never reads a device back and keeps its shapes and addresses, so it can be
@@ -22,6 +24,7 @@ result of the steps before, decides the shapes of its pass.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -31,6 +34,7 @@ from mikernels.nn import TopKSAE
 from mikernels.ops.decode import decode_error, sparse_decode
 from mikernels.ops.encode import topk_encode
 from mikernels.ops.gradients import sae_gradients_op, weighted_row_sum
+from mikernels.ops.update import sae_update_op
 from mikernels.optim import RowAdam
 from mikernels.training.config import TrainConfig
 from mikernels.training.metrics import Clock, Means
@@ -39,7 +43,7 @@ from mikernels.training.metrics import Clock, Means
 def row_adam(sae: TopKSAE, config: TrainConfig) -> RowAdam:
     """The optimiser of an SAE: one group for the constrained decoder, one for the rest."""
     constrained = sae.config.normalize_decoder
-    return RowAdam(
+    optimizer = RowAdam(
         [
             {"params": [sae.w_dec], "project": constrained, "unit_norm": constrained},
             {"params": [sae.w_enc, sae.b_enc, sae.b_dec]},
@@ -50,6 +54,10 @@ def row_adam(sae: TopKSAE, config: TrainConfig) -> RowAdam:
         clip_norm=config.clip_norm,
         capturable=config.cuda_graph,
     )
+    # one tensor, if it is one: sae_update_ needs to know that the rates are equal, unread
+    for group in optimizer.param_groups:
+        group["lr"] = optimizer.param_groups[0]["lr"]
+    return optimizer
 
 
 def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
@@ -90,10 +98,8 @@ class FusedStep:
             )
         self.sae = sae
         self.optimizer = row_adam(sae, config) if optimizer is None else optimizer
-        self.gradients: dict[torch.Tensor, torch.Tensor] = {
-            p: torch.zeros_like(p, dtype=torch.float32)
-            for p in (sae.w_dec, sae.w_enc, sae.b_enc, sae.b_dec)
-        }
+        # made when first needed: sae_update_ does without those of the matrices
+        self.gradients: dict[torch.Tensor, torch.Tensor] = {}
         self._centred = torch.empty(0)
         self._dead_rows = torch.empty(0)
 
@@ -102,6 +108,12 @@ class FusedStep:
         self, batches: list[torch.Tensor], k: int, dead: torch.Tensor, means: Means, clock: Clock
     ) -> None:
         """Train on float32 micro-batches `[n, d]`; `dead` are the indices of AuxK's features."""
+        if len(batches) == 1 and self._updates_at_once(dead):
+            self._update(batches[0], k, means, clock)
+            return
+        for p in self._parameters():
+            if p not in self.gradients:
+                self.gradients[p] = torch.zeros_like(p, dtype=torch.float32)
         for number, x in enumerate(batches):
             self._accumulate(x, k, dead, 1 / len(batches), number > 0, means, clock)
         with clock.part("gradients"):
@@ -111,23 +123,80 @@ class FusedStep:
 
     def buffers(self) -> Iterator[torch.Tensor]:
         """Every tensor that outlives a step and that a step reads or writes."""
-        yield from self.gradients
+        yield from self._parameters()
         yield from self.gradients.values()
         yield self.sae.tokens_since_fired
         yield self._centred
         for state in self.optimizer.state.values():
             yield from (value for value in state.values() if isinstance(value, torch.Tensor))
 
-    def _accumulate(
-        self,
-        x: torch.Tensor,
-        k: int,
-        dead: torch.Tensor,
-        share: float,
-        accumulate: bool,
-        means: Means,
-        clock: Clock,
-    ) -> None:
+    def _parameters(self) -> tuple[torch.Tensor, ...]:
+        return self.sae.w_dec, self.sae.w_enc, self.sae.b_enc, self.sae.b_dec
+
+    def _updates_at_once(self, dead: torch.Tensor) -> bool:
+        """Whether Adam may run while a row's gradient is in registers: on a GPU, without clipping
+        (the norm of all gradients comes first) and AuxK (which adds to them), and with the same
+        settings for both matrices."""
+        sae = self.sae
+        impl = resolve_impl(sae_update_op, None, sae.w_dec.device)
+        if impl != "triton" and not (impl == "auto" and sae.w_dec.is_cuda):
+            return False
+        if self.optimizer.clip_norm is not None or (dead.numel() and sae.config.aux_coefficient):
+            return False
+        decoder, encoder = (self._group(p) for p in (sae.w_dec, sae.w_enc))
+        plain = not (encoder["project"] or encoder["unit_norm"])
+        same = all(decoder[name] == encoder[name] for name in ("betas", "eps"))
+        # a device tensor is compared by identity: by value would wait for it
+        return plain and same and _same_rate(decoder["lr"], encoder["lr"])
+
+    def _group(self, p: torch.Tensor) -> dict[str, Any]:
+        groups = self.optimizer.param_groups
+        return next(g for g in groups if any(p is own for own in g["params"]))
+
+    def _update(self, x: torch.Tensor, k: int, means: Means, clock: Clock) -> None:
+        """A whole step; the matrices' gradients stay in registers."""
+        sae, optimizer = self.sae, self.optimizer
+        codes, dy, centred, _, losses = self._forward(x, k, None, 1.0, clock)
+        optimizer.check_capture(list(self._parameters()))
+        made: dict[Any, torch.Tensor] = {}
+        decoder = self._group(sae.w_dec)
+        moments_dec, settings = optimizer.advance(decoder, sae.w_dec, made)
+        moments_enc, _ = optimizer.advance(self._group(sae.w_enc), sae.w_enc, made)
+        with clock.part("gradients"):
+            db_enc, through_input = sae_update_op(
+                codes.values.float(),
+                codes.indices,
+                *codes.by_feature(),
+                dy,
+                centred,
+                sae.w_dec,
+                sae.w_enc,
+                *moments_dec,
+                *moments_enc,
+                None,
+                None,
+                *settings,
+                torch.ones((), device=dy.device),
+                decoder["project"],
+                decoder["unit_norm"],
+                impl=resolve_impl(sae_update_op, None, dy.device),
+            )
+        with clock.part("optimizer"):
+            db_dec = dy.sum(0).sub_(through_input)
+            optimizer.apply_gradients({sae.b_enc: db_enc, sae.b_dec: db_dec})
+        sae.track_fired_(codes)
+        means.add(codes, **losses)
+
+    def _forward(
+        self, x: torch.Tensor, k: int, dead: torch.Tensor | None, share: float, clock: Clock
+    ) -> tuple[
+        SparseCodes,
+        torch.Tensor,
+        torch.Tensor,
+        tuple[SparseCodes, torch.Tensor] | None,
+        dict[str, torch.Tensor],
+    ]:
+        """Codes, dy, the centred input, AuxK's (codes, dy), and the losses."""
         sae = self.sae
         with clock.part("encode"):
             codes = sae.encode(x, k)
@@ -143,22 +212,36 @@ class FusedStep:
         loss = mse if by_mse else fvu
         aux_loss = torch.zeros_like(mse)
         aux = None
-        if dead.numel() and sae.config.aux_coefficient:
+        if dead is not None and dead.numel() and sae.config.aux_coefficient:
             aux_codes, dy, aux_loss = self._auxiliary(x, error, dead, share, clock)
             aux = aux_codes, dy
             loss = loss + sae.config.aux_coefficient * aux_loss
-        error.mul_(2 * share / x.shape[0] if by_mse else 2 * share / spread)
+        dy = error.mul_(2 * share / x.shape[0] if by_mse else 2 * share / spread)
+        losses = {"loss": loss, "mse": mse, "fvu": fvu, "aux_loss": aux_loss}
+        return codes, dy, centred, aux, losses
+
+    def _accumulate(
+        self,
+        x: torch.Tensor,
+        k: int,
+        dead: torch.Tensor,
+        share: float,
+        accumulate: bool,
+        means: Means,
+        clock: Clock,
+    ) -> None:
+        codes, dy, centred, aux, losses = self._forward(x, k, dead, share, clock)
         with clock.part("gradients"):
-            self._add_gradients(codes, error, centred, accumulate)
-            db_dec = self.gradients[sae.b_dec]
+            self._add_gradients(codes, dy, centred, accumulate)
+            db_dec = self.gradients[self.sae.b_dec]
             if accumulate:
-                db_dec += error.sum(0)
+                db_dec += dy.sum(0)
             else:
-                torch.sum(error, 0, out=db_dec)
+                torch.sum(dy, 0, out=db_dec)
             if aux is not None:
                 self._add_gradients(*aux, centred, True)
-        sae.track_fired_(codes)
-        means.add(codes, loss=loss, mse=mse, fvu=fvu, aux_loss=aux_loss)
+        self.sae.track_fired_(codes)
+        means.add(codes, **losses)
 
     def _add_gradients(
         self, codes: SparseCodes, dy: torch.Tensor, centred: torch.Tensor, accumulate: bool
@@ -216,6 +299,12 @@ class FusedStep:
         if self._dead_rows.shape[0] < dead.numel() or self._dead_rows.dtype != w_enc.dtype:
             self._dead_rows = w_enc.new_empty(min(w_enc.shape[0], 2 * dead.numel()), w_enc.shape[1])
         return torch.index_select(w_enc, 0, dead, out=self._dead_rows[: dead.numel()])
+
+
+def _same_rate(a: float | torch.Tensor, b: float | torch.Tensor) -> bool:
+    if isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor):
+        return a is b
+    return a == b
 
 
 def _sum_squares(t: torch.Tensor) -> torch.Tensor:

@@ -2,6 +2,7 @@
 """The fused step by Triton: against the reference, and, on a GPU, from a CUDA graph."""
 
 import copy
+import os
 
 import pytest
 import torch
@@ -52,24 +53,32 @@ def state_of(sae: TopKSAE, optimizer: torch.optim.Optimizer) -> list[torch.Tenso
     return [t.detach() for t in (*found, sae.tokens_since_fired)]
 
 
-def train(device: str, step: str, dtype: torch.dtype, loss: str, dead: list[int]):
-    """A few steps; the state and the losses, on the CPU."""
+def train(
+    device: str, step: str, dtype: torch.dtype, loss: str, dead: list[int], at_once: bool = False
+):
+    """A few steps; the state and the losses, on the CPU. `at_once`: nothing needs the gradients."""
+    settings = config(clip_norm=None if at_once else 0.5)
     sae = make_sae(loss=loss).to(device=device, dtype=dtype)
     update = (
-        FusedStep(sae, config())
+        FusedStep(sae, settings)
         if step == "fused"
-        else AutogradStep(sae, config(), None, dense_forward)
+        else AutogradStep(sae, settings, None, dense_forward)
     )
     means, features = Means(), torch.tensor(dead, dtype=torch.int64, device=device)
     for number in range(STEPS):
-        inputs = [x.to(dtype) for x in batches(device, number, 2)]
+        inputs = [x.to(dtype) for x in batches(device, number, 1 if at_once else 2)]
         update(inputs, K, features, means, clock())
+    if step == "fused":
+        matrices = sae.w_dec in update.gradients
+        assert matrices != (at_once and os.environ["MIKERNELS_IMPL"] == "triton")
     losses = [torch.tensor(means.read()[name]) for name in MEANS]
     return [t.cpu() for t in (*state_of(sae, update.optimizer), *losses)]
 
 
-@pytest.mark.parametrize("loss, dead", [("mse", []), ("fvu", [1, 5, 30])])
-def test_the_fused_step_is_that_of_autograd(device, monkeypatch, loss, dead) -> None:
+@pytest.mark.parametrize(
+    "loss, dead, at_once", [("mse", [], False), ("fvu", [1, 5, 30], False), ("fvu", [], True)]
+)
+def test_the_fused_step_is_that_of_autograd(device, monkeypatch, loss, dead, at_once) -> None:
     """Against plain PyTorch in fp64, and no worse than the fused step by the references."""
     results = []
     for impl, step, dtype in (
@@ -78,7 +87,7 @@ def test_the_fused_step_is_that_of_autograd(device, monkeypatch, loss, dead) -> 
         ("reference", "fused", torch.float32),
     ):
         monkeypatch.setenv("MIKERNELS_IMPL", impl)
-        results.append(train(device, step, dtype, loss, dead))
+        results.append(train(device, step, dtype, loss, dead, at_once))
     for actual, oracle, eager in zip(*results, strict=True):
         if actual.is_floating_point():
             assert_accurate(actual, oracle, eager)
@@ -89,12 +98,12 @@ def test_the_fused_step_is_that_of_autograd(device, monkeypatch, loss, dead) -> 
 class Pair:
     """A fused step and its twin from a graph, on the same batches."""
 
-    def __init__(self, dtype: torch.dtype):
+    def __init__(self, dtype: torch.dtype, **settings):
         self.d, n_features, k = 256, 2048, 16
         self.steps, self.means = [], [Means(), Means()]
         for cuda_graph in (False, True):
             sae = make_sae(self.d, n_features, k).to("cuda", dtype)
-            step = FusedStep(sae, config(128, cuda_graph=cuda_graph))
+            step = FusedStep(sae, config(128, cuda_graph=cuda_graph, **settings))
             self.steps.append(GraphedStep(step) if cuda_graph else step)
         self.saes = [self.steps[0].sae, self.steps[1].step.sae]
 
@@ -111,9 +120,9 @@ class Pair:
 
 @cuda_only
 @pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("count", [1, 2])
-def test_a_replayed_step_has_the_bits_of_an_eager_one(weights, count) -> None:
-    pair = Pair(weights)
+@pytest.mark.parametrize("count, clip_norm", [(1, 0.5), (2, 0.5), (1, None)])
+def test_a_replayed_step_has_the_bits_of_an_eager_one(weights, count, clip_norm) -> None:
+    pair = Pair(weights, clip_norm=clip_norm)
     for seed in range(6):
         pair.run(seed, count=count)
     assert pair.steps[1]._replay is not None
