@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
+from rich.markup import escape
 from typer.core import TyperGroup
 
 from . import NAMES, harness, load, results, session
@@ -112,7 +113,7 @@ def run(
     except (ValueError, OSError) as error:
         raise typer.BadParameter(str(error)) from error
     if failed:
-        console.print("[bold red]FAIL[/] " + "; ".join(failed))
+        console.print("[bold red]FAIL[/] " + escape("; ".join(failed)))
         raise typer.Exit(1)
 
 

@@ -77,7 +77,9 @@ def parts(python: str = sys.executable) -> list[Part]:
     install = "-m pip install --no-build-isolation --no-deps --disable-pip-version-check -e ."
     save = "--device cuda --budget 2 --resume --json {out}/"
     # Inductor takes half a minute an operator, so it is measured at one shape
-    compiled = f"bench all --providers ours,compile --shape G2 {save}bench_compile.json"
+    compiled = (
+        f"bench all --providers ours,compile --shape G2 --mode fwd,step {save}bench_compile.json"
+    )
     quick = f"--providers *,!compile {save}bench.json"
     return [
         Part("build", (python, *install.split()), 240, env=build_env()),

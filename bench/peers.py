@@ -78,6 +78,7 @@ def dictionary_learning_trainer(weights: Weights, k: int, lr: float) -> Any:
         warmup_steps=0,
         device=str(weights.w_enc.device),
     )
+    trainer.ae.to(weights.w_enc.dtype)
     with torch.no_grad():
         trainer.ae.encoder.weight.copy_(weights.w_enc)
         trainer.ae.encoder.bias.copy_(weights.b_enc)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich.console import Console
+from rich.markup import escape
 from rich.status import Status
 
 from . import harness, machine, predicted, report, results
@@ -51,7 +52,17 @@ def measure_all(
             continue
         with Status(name, console=console) as status:
             timed = replace(options, notify=status.update, dtype=dtype)
-            case = harness.measure(bench, shape, mode, timed)
+            try:
+                case = harness.measure(bench, shape, mode, timed)
+            except Exception as error:
+                if device.kind == "cpu":
+                    raise
+                # lent GPUs are dear: one case without a yardstick must not cost the others
+                reason = f"{type(error).__name__}: {error}".splitlines()[0]
+                console.print(f"{name}: [bold red]error[/] {escape(reason)}", highlight=False)
+                failed.append(f"{name}: {reason}")
+                device.release()
+                continue
         if not options.check:
             case["peaks"] = peaks
             predicted.attach(case, facts)

@@ -105,6 +105,21 @@ def test_bench_eager_out_of_memory_is_a_result(cuda: Cuda, monkeypatch: pytest.M
         harness.measure(replace(starved, yardstick=None), SMOKE, "fwd", options)
 
 
+def test_bench_cuda_goes_on_after_a_broken_case(
+    cuda: Cuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(inputs, mode):
+        raise RuntimeError("eager [cannot] do this")
+
+    broken = replace(load("row_topk"), providers=(declare.Provider("eager", fails),))
+    monkeypatch.setattr("mikernels.bench.row_topk.BENCHMARK", broken)
+    words = ["row_topk", "adam", "--device", "cuda", "--shape", "smoke", "--mode", "fwd,step"]
+    code, output = invoke(*words, "--providers", "eager", "--check", "--dtype", "fp32")
+    assert code == 1 and "adam step smoke" in output
+    assert "row_topk fwd smoke fp32: error RuntimeError: eager [cannot] do this" in output
+    assert "FAIL row_topk fwd smoke fp32: RuntimeError" in output
+
+
 def test_bench_out_of_memory_in_the_race(cuda: Cuda) -> None:
     benchmark = load("decode")
 
