@@ -29,24 +29,27 @@ def sae_rows(
     to_dec = tl.zeros([BLOCK_D], tl.float32)
     to_enc = tl.zeros([BLOCK_D], tl.float32)
     bias = tl.zeros([E], tl.float32)
+    # slots are known two tiles ahead and values one, so that a tile waits for its rows only
+    at = begin + tl.arange(0, E)
+    slot = tl.load(order + at, at < end, other=0)
+    value = tl.load(values + slot, at < end, other=0).to(tl.float32)
+    next_slot = tl.load(order + at + E, at + E < end, other=0)
     for start in range(begin, end, E):
-        at = start + tl.arange(0, E)
-        slot = tl.load(order + at, at < end, other=0)
-        value = tl.load(values + slot, at < end, other=0).to(tl.float32)
         live = value != 0
         read = live[:, None] & inside[None, :]
         token = token_of(slot, k, SHORT)[:, None]
-        g = tl.load(dy + token * dy_n + columns[None, :].to(tl.int64) * dy_d, read, other=0).to(
-            tl.float32
-        )
-        h = tl.load(x + token * x_n + columns[None, :].to(tl.int64) * x_d, read, other=0).to(
-            tl.float32
-        )
+        column = columns[None, :].to(tl.int64)
+        g = tl.load(dy + token * dy_n + column * dy_d, read, other=0).to(tl.float32)
+        h = tl.load(x + token * x_n + column * x_d, read, other=0).to(tl.float32)
+        at = start + E + tl.arange(0, E)
+        next_value = tl.load(values + next_slot, at < end, other=0).to(tl.float32)
+        last_slot = tl.load(order + at + E, at + E < end, other=0)
         # a row of w with inf or NaN times rows that were not read would give NaN
         dv = tl.where(live, tl.sum(g * w[None, :], 1), 0)
         to_dec += tl.sum(g * value[:, None], 0)
         to_enc += tl.sum(h * dv[:, None], 0)
         bias += dv
+        value, slot, next_slot = next_value, next_slot, last_slot
     return to_dec, to_enc, tl.sum(bias, 0)
 
 
@@ -58,9 +61,10 @@ def _sae_shares_kernel(
     share = tl.program_id(0)
     feature, begin, end = hot_share(share, offsets, n_features, slots, bits)
     if begin < end:
-        columns = tl.arange(0, BLOCK_D).to(tl.int64)
+        columns = tl.arange(0, BLOCK_D)
         inside = columns < d
-        w = tl.load(w_dec + feature * w_f + columns * w_d, inside, other=0).to(tl.float32)
+        w = tl.load(w_dec + feature * w_f + columns.to(tl.int64) * w_d, inside, other=0)
+        w = w.to(tl.float32)
         to_dec, to_enc, bias = sae_rows(
             begin, end, order, values, dy, x, w, k, dy_n, dy_d, x_n, x_d, columns, inside, SHORT,
             E, BLOCK_D,
@@ -98,15 +102,15 @@ def _sae_gradients_kernel(
     SHORT: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     feature = tl.program_id(0).to(tl.int64)
-    columns = tl.arange(0, BLOCK_D).to(tl.int64)
+    columns = tl.arange(0, BLOCK_D)
     inside = columns < d
-    w = tl.load(w_dec + feature * w_f + columns * w_d, inside, other=0).to(tl.float32)
+    w = tl.load(w_dec + feature * w_f + columns.to(tl.int64) * w_d, inside, other=0).to(tl.float32)
     to_dec, to_enc, bias = sae_feature(
         feature, values, order, offsets, dy, x, w, partial, partial_bias, bits, k, d, dy_n, dy_d,
         x_n, x_d, columns, inside, SHORT, E, BLOCK_D,
     )  # fmt: skip
-    at_dec = dw_dec + feature * dec_f + columns * dec_d
-    at_enc = dw_enc + feature * enc_f + columns * enc_d
+    at_dec = dw_dec + feature * dec_f + columns.to(tl.int64) * dec_d
+    at_enc = dw_enc + feature * enc_f + columns.to(tl.int64) * enc_d
     at_bias = db_enc + feature * db_f
     if ACCUMULATE:
         to_dec += tl.load(at_dec, inside, other=0).to(tl.float32)
@@ -117,15 +121,15 @@ def _sae_gradients_kernel(
     tl.store(at_bias, bias.to(db_enc.dtype.element_ty))
 
 
-# BLOCK_D -> (slots of a tile, warps)
+# BLOCK_D -> (slots of a tile, warps): as many slots as leave room for 16 warps on an SM
 ROW_TILES = {
-    64: (16, 1),
-    128: (8, 1),
-    256: (4, 1),
-    512: (4, 2),
-    1024: (4, 4),
-    2048: (4, 8),
-    4096: (2, 8),
+    64: (8, 1),
+    128: (2, 1),
+    256: (2, 1),
+    512: (2, 2),
+    1024: (2, 4),
+    2048: (2, 8),
+    4096: (1, 8),
 }
 WIDEST = 4096
 

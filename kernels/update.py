@@ -25,10 +25,10 @@ from .update_wide import update_by_pieces
 TILES = {
     64: (8, 1),
     128: (4, 1),
-    256: (4, 2),
-    512: (4, 4),
-    1024: (4, 8),
-    2048: (4, 16),
+    256: (2, 2),
+    512: (2, 4),
+    1024: (2, 8),
+    2048: (2, 16),
     4096: (2, 16),
 }
 MOST_PROGRAMS = 4096  # 15 for each of 264 that run at once on an H200
