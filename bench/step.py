@@ -101,6 +101,16 @@ def _graphed(sae: TopKSAE, config: TrainConfig) -> GraphedStep:
     return GraphedStep(FusedStep(sae, dataclasses.replace(config, cuda_graph=True)))
 
 
+def _unclipped(batch: SAEBatch, mode: str) -> Runner:
+    """As sparsify trains. Adam then runs while gradients are in registers; judged by its loss."""
+
+    def make(sae: TopKSAE, config: TrainConfig) -> FusedStep:
+        return FusedStep(sae, dataclasses.replace(config, clip_norm=None))
+
+    inner = _trainer_step(make)(batch, mode)
+    return Runner(lambda: {"mse": inner.run()["mse"]})
+
+
 def _saelens(batch: SAEBatch, mode: str) -> Runner:
     trainer = peers.saelens_trainer(batch.weights(), batch.k, LR, batch.shape.n)
 
@@ -226,6 +236,7 @@ BENCHMARK = Benchmark(
             _trainer_step(lambda sae, config: AutogradStep(sae, config, None, dense_forward)),
         ),
         Provider("ours:graph", _trainer_step(_graphed), screens=True, devices=(CUDA,)),
+        Provider("ours:unclipped", _unclipped, screens=True, devices=(CUDA,)),
         Provider("eager_bf16", _in_bf16, devices=(CUDA,)),
         Provider("compile", _compile),
         Provider("sae_lens", _saelens),
