@@ -59,12 +59,13 @@ class Cpu:
         """Seconds of a call: the median of `times`, after `warm` others."""
         spans = []
         lead = 0.0
-        for _ in range(warm + times):
+        for number in range(warm + times):
             mark = self.begin(lead)
             began = time.perf_counter()
             function()
             spans.append(self.end(mark))
-            lead = 1.5 * (time.perf_counter() - began)
+            if number == warm - 1:
+                lead = 1.5 * (time.perf_counter() - began)
         self.settle()
         return statistics.median(self.seconds(span) for span in spans[warm:])
 

@@ -174,6 +174,7 @@ def _race(racing: list[Entrant], options: Options) -> None:
     racing[:] = [entrant for entrant in racing if entrant.runner is not None]
     for entrant in racing:
         entrant.seconds = device.seconds(entrant.span)
+        entrant.lead = 1.5 * entrant.host_ms / 1e3
     # lower levels of ours are for information: a slow one takes no more than its share
     wanted = {
         e.name: max(1, min(options.rounds, int(share / max(e.seconds, 1e-9))))
@@ -181,8 +182,6 @@ def _race(racing: list[Entrant], options: Options) -> None:
         else options.rounds
         for e in racing
     }
-    for entrant in racing:
-        entrant.host_times = entrant.host_times[-1:]
     began = time.perf_counter()
     gc.collect()
     gc.disable()
@@ -237,7 +236,7 @@ def _record(entrant: Entrant, device: Cpu) -> dict[str, Any]:
     record["times_ms"] = [round(t, 6) for t in entrant.times]
     if entrant.times and device.kind != "cpu":
         # what the host spends on a call; above ms, the launches are the bottleneck
-        record["host_ms"] = stats.summary(entrant.host_times[1:])
+        record["host_ms"] = round(entrant.host_ms, 6)
     if entrant.times:
         record["ms"] = stats.summary(entrant.times)
     return record

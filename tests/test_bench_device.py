@@ -63,7 +63,7 @@ def test_bench_cuda_runs_and_reports(op: str, cuda: Cuda, tmp_path: Path) -> Non
         ours = report.provider(case, "ours")
         # the stand-in's clock ticks 0.5 ms an event, and its calls allocate 4096 bytes
         assert ours["ms"]["p50"] == 0.5 and ours["extra_bytes"] == 4096
-        assert ours["host_ms"]["p50"] > 0 and ours["level"] is None
+        assert ours["host_ms"] > 0 and ours["level"] is None
         assert ours["rates"]["gbs_fraction"] > 0 and ours["rates"]["gflops_fraction"] >= 0
     before = path.read_bytes()
     assert "kept from" in invoke(*words, "--resume")[1]
