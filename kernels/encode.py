@@ -37,9 +37,9 @@ from .row_topk import TILE, select_into, warps
 SCRATCH = 256 << 20
 LEAST_SCRATCH = 4 << 20
 # a panel is wide enough for cuBLAS to run at its rate, and its scores narrow enough for SCRATCH
-MOST_FEATURES, MOST_TOKENS = 8192, 4096
+MOST_FEATURES, MOST_TOKENS = 32768, 4096
 # panels whose candidates wait before they are merged
-WAITING = 4
+WAITING = 3
 # programs of encode_exact, each with a scratch of 8 bytes a feature
 EXACT_PROGRAMS = 128
 
@@ -74,14 +74,16 @@ class Plan:
 
 def plan(n: int, f: int, width: int, c: int, scratch: int) -> Plan:
     """Sizes whose tensors fit in `scratch` bytes, as far as one panel of 16 x 256 allows."""
-    share = scratch // 5  # weights, bounds, the exact pass; two for what each token needs
-    features = min(f, MOST_FEATURES, max(256, share // (2 * width)))
+    features = MOST_FEATURES
+    while features > 256 and 2 * width * features > 0.33 * scratch:
+        features //= 2
     # packed x, bounds and features of the waiting candidates, exact h and s
     token_bytes = 2 * width + (WAITING + 1) * c * 6 + c * 22
-    tokens = min(n, max(16, 2 * share // token_bytes))
+    tokens = min(n, max(16, int(0.38 * scratch) // token_bytes))
     tokens = -(-n // -(-n // tokens))
-    rows = min(tokens, MOST_TOKENS, max(16, share // (2 * features)))
-    return Plan(tokens, rows, features, min(tokens, EXACT_PROGRAMS, max(1, share // (8 * f))))
+    rows = min(tokens, MOST_TOKENS, max(16, int(0.24 * scratch) // (2 * features)))
+    programs = max(1, int(0.05 * scratch) // (8 * f))
+    return Plan(tokens, rows, min(f, features), min(tokens, EXACT_PROGRAMS, programs))
 
 
 @contextmanager

@@ -5,6 +5,8 @@ A score's key is an int32 that orders as selection does: value descending, NaN a
 to +0. Ties go to the lower index because tiles are scanned in index order.
 """
 
+import os
+
 import torch
 import triton
 import triton.language as tl
@@ -12,6 +14,7 @@ import triton.language as tl
 # low key bits that a dtype never uses: its scores are equal exactly if their keys are
 UNUSED_BITS = {torch.float32: 0, torch.float16: 13, torch.bfloat16: 16}
 
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 NOTHING = tl.constexpr(-(2**31))  # below the key of -inf
 
 
@@ -24,6 +27,22 @@ def order_key(x, UNUSED: tl.constexpr):
     key = tl.where(magnitude == 0, 0, key)
     key = tl.where(magnitude > 0x7F800000, 0x7FFFFFFF, key)
     return (key >> UNUSED) << UNUSED
+
+
+@triton.jit
+def _larger(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def largest_key(x, UNUSED: tl.constexpr):
+    """The largest key of each row of scores [n, m], whose padding is -inf.
+
+    One max.NaN a score and a key a row: 4 times fewer instructions than a key a score (sm_90).
+    """
+    if INTERPRETED:  # the interpreter would call `_larger` in Python, score by score
+        return tl.max(order_key(x.to(tl.float32), UNUSED), 1)
+    return order_key(tl.reduce(x.to(tl.float32), 1, _larger), UNUSED)
 
 
 @triton.jit
