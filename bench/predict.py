@@ -18,8 +18,6 @@ from .declare import GPU_SHAPES, Shape
 from .rates import DEVICES, Rates, row_cycles
 
 Part = tuple[str, float, str]
-# of kernels.encode: features of a product, and panels between two merges
-PANEL, WAITING = 8192, 4
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 # torch.topk is bound by its SMs: seconds an element on 132 of them (a B200-class and an L20 timing,
 # scaled by SMs and clock)
@@ -46,26 +44,36 @@ def row_topk(r: Rates, s: Shape, dtype: str) -> list[Part]:
     return [("select", *select(r, s.n, s.f, s.k, dtype))]
 
 
-def candidates(s: Shape) -> int:
-    """Slots that are kept for rescoring: the k best in bf16 may differ by its rounding."""
-    return math.ceil(s.k * math.exp(0.0115 * math.sqrt(s.d))) + 32
+def plan(s: Shape, dtype: str) -> tuple[int, Any]:
+    """The candidates and the sizes that kernels.encode works with."""
+    from mikernels.kernels import encode, encode_screen
+
+    c = encode.candidates(s.k, s.d, s.f, dtype != "bf16")
+    return c, encode.plan(s.n, s.f, encode_screen.packed_width(s.d), c, encode.SCRATCH)
 
 
 def encode(r: Rates, s: Shape, dtype: str) -> list[Part]:
-    b, c = BYTES[dtype], candidates(s)
-    panels = math.ceil(s.f / PANEL)
-    whole, why = select(r, s.n, PANEL, c, "bf16")
+    from mikernels.kernels.encode import WAITING
+
+    b, (c, sizes) = BYTES[dtype], plan(s, dtype)
+    chunks, panels = math.ceil(s.n / sizes.tokens), math.ceil(s.f / sizes.features)
+    products = math.ceil(sizes.tokens / sizes.rows) * chunks
+    chosen, why = select(r, sizes.rows, sizes.features, c, "bf16")
     merge = select(r, s.n, (WAITING + 1) * c, c, "bf16")[0] + s.n * c * 32 / r.copy + 4 * r.launch
     dots = float(s.n * c * s.d)
     gather, turn = dots * b / r.copy / GATHER, dots / r.convert64
     return [
         (
             "pack",
-            (s.f + s.n) * s.d * (b + 2) / r.copy + 2 * r.launch,
-            f"{b} B in, 2 B out a weight",
+            (s.f * chunks + s.n) * s.d * (b + 2) / r.copy + chunks * (panels + 1) * r.launch,
+            f"{b} B in, 2 B out a weight, for each of {chunks} chunks of tokens",
         ),
-        ("product", gemm(r, s.n, s.f, s.d, "bf16") + panels * r.launch, "bf16 cuBLAS, in panels"),
-        ("select", panels * whole, f"{panels} panels of {PANEL}; {why}"),
+        (
+            "product",
+            gemm(r, s.n, s.f, s.d, "bf16") + products * panels * r.launch,
+            f"bf16 cuBLAS, {products} x {panels} products of {sizes.rows} x {sizes.features}",
+        ),
+        ("select", products * panels * chosen, why),
         ("merge", panels / WAITING * merge, f"{WAITING + 1} C candidates, every {WAITING} panels"),
         (
             "rescore",
@@ -78,7 +86,7 @@ def encode(r: Rates, s: Shape, dtype: str) -> list[Part]:
 
 def encode_groups(r: Rates, s: Shape, dtype: str) -> float:
     """The way by group maxima: no scores in memory, c groups of every token multiplied again."""
-    c, group = candidates(s), 64 if s.f >= 65536 else 32
+    (c, _), group = plan(s, dtype), 64 if s.f >= 65536 else 32
     # Triton against cuBLAS; fp32 weights pass through registers to become bf16
     share = 0.85 if dtype != "fp32" else 0.55
     again = 2.0 * s.n * c * group * s.d / (0.4 * r.bf16)

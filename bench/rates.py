@@ -57,10 +57,10 @@ DEVICES = {
 # this pipe takes a warp in two cycles: half as many lanes as the schedulers issue
 HALF_RATE = re.compile(r"^(ISETP|IADD3|LOP3|SEL|V?IMNMX|SHF|PRMT|PLOP3|LEA|FMNMX|FSETP|P2R|VOTE)")
 # instructions of the group-maximum loop a score, where the compiler is not at hand
-SCORE_INSTRUCTIONS = 14.0
+SCORE_INSTRUCTIONS = 5.0
 # rows, and (F, k), of kernels.row_topk.cases()
 WHOLE = (512, 2048, 8192)
-PINNED = ((24576, 32), (131072, 64), (131072, 256), (1 << 20, 64), (65536, 512))
+PINNED = ((16384, 144), (24576, 32), (131072, 64), (131072, 256), (1 << 20, 64), (65536, 512))
 
 
 @dataclass(frozen=True)
@@ -118,18 +118,20 @@ def sass_of(case: Any, target: str = "sm_90") -> str:
 def row_cycles(n: int, k: int, dtype: str) -> tuple[float, str]:
     """Scheduler cycles of one row of n scores in row_topk, all warps, and how they were counted."""
     if importlib.util.find_spec("triton") is None:
-        selection = 2 * 4096 * (16 if dtype != "fp32" else 32) * 4 / 32
+        selection = 2 * 4096 * (9 if dtype != "fp32" else 25) * 4 / 32
         return n * 2 * SCORE_INSTRUCTIONS / 32 + selection, "estimated without Triton"
     from mikernels.kernels import row_topk
 
-    # the pinned case whose row is nearest in size; what fits in registers has a kernel of its own
-    size = {f"whole {dtype} {f}": (f, k) for f in WHOLE if f >= n}
-    size = size or {f"grouped {dtype} F={f} k={j}": (f, j) for f, j in PINNED}
+    # the pinned case of the launcher's kernel whose row is nearest in size
+    size = {f"grouped {dtype} F={f} k={j}": (f, j) for f, j in PINNED}
+    if row_topk.grouped_shape(n, k) is None:
+        size = {f"whole {dtype} {f}": (f, k) for f in WHOLE if f >= n}
     cases = [case for case in row_topk.cases() if case.name in size]
     case = min(cases, key=lambda c: abs(size[c.name][0] - n) + abs(size[c.name][1] - k))
     found, straight = loops(sass_of(case))
     constants = case.constants
-    rounds = [32.0 - constants["UNUSED"]] * len(found)
+    # the k-th and the largest score share the sign and most of the exponent
+    rounds = [25.0 - constants["UNUSED"]] * len(found)
     if "STEP" in constants:
         rounds[0] = n / (constants["STEP"] * constants["GROUP"])
     total = straight + sum(r * loop.cycles for r, loop in zip(rounds, found, strict=True))

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 from .offline import Case
-from .order import NOTHING, kth_key, order_key, places
+from .order import NOTHING, kth_key, least_key, order_key, places
 from .row_topk import warps
 
 PACK = {"ROWS": 4, "BLOCK": 512}
@@ -188,7 +188,7 @@ def _encode_settle_kernel(
     inside = slot < c
     s = tl.load(s_ptr + row * c + slot, mask=inside, other=0.0)
     keys = tl.where(inside, order_key(s, 0), NOTHING)
-    kth = kth_key(keys, k, 0)
+    kth = kth_key(keys, k, least_key(keys), 0)
     ties = k - tl.sum((keys > kth).to(tl.int32))
     taken, place = places(keys, kth, ties, 0, 0)
     h = tl.load(h_ptr + row * c + slot, mask=inside, other=0.0)

@@ -46,11 +46,31 @@ def largest_key(x, UNUSED: tl.constexpr):
 
 
 @triton.jit
-def kth_key(keys, k, UNUSED: tl.constexpr):
-    """The k-th largest key, bit by bit from the top: one count a bit, no data movement."""
-    found = tl.full((), -(2**31), tl.int32)
-    bit = tl.full((), -(2**31), tl.int32)
-    for _ in range(32 - UNUSED):
+def least_key(keys):
+    """The smallest key that is one."""
+    return tl.min(tl.where(keys == NOTHING, 0x7FFFFFFF, keys))
+
+
+@triton.jit
+def kth_key(keys, k, low, UNUSED: tl.constexpr):
+    """The k-th largest key, which is at least `low`.
+
+    Bit by bit, one count each, from the highest bit in which `low` and the largest key differ: of
+    bf16's 16 bits some 9, of fp32's 32 some 25.
+    """
+    high = tl.max(keys)
+    differ = high ^ low
+    differ |= differ >> 1
+    differ |= differ >> 2
+    differ |= differ >> 4
+    differ |= differ >> 8
+    differ |= differ >> 16
+    # in biased order, where bits compare as they are: the bits above are those of the k-th key
+    found = ((high ^ -(2**31)) & ~differ) ^ -(2**31)
+    stop = (1 << UNUSED) >> 1
+    bit = differ ^ ((differ >> 1) & 0x7FFFFFFF)
+    bit = tl.where(differ == 0, stop, bit)
+    while bit != stop:
         candidate = found ^ bit
         enough = tl.sum((keys >= candidate).to(tl.int32)) >= k
         found = tl.where(enough, candidate, found)

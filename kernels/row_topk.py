@@ -19,7 +19,7 @@ import triton.language as tl
 
 from . import order
 from .offline import Case
-from .order import NOTHING, kth_key, largest_key, order_key, places
+from .order import NOTHING, kth_key, largest_key, least_key, order_key, places
 
 # elements that a program holds in registers: 32 a thread at 8 warps
 TILE = 8192
@@ -41,7 +41,7 @@ def _row_topk_whole_kernel(
     address = scores_ptr + row * stride_row + column
     x = tl.load(address, mask=inside, other=0.0)
     keys = tl.where(inside, order_key(x.to(tl.float32), UNUSED), NOTHING)
-    kth = kth_key(keys, k, UNUSED)
+    kth = kth_key(keys, k, least_key(keys), UNUSED)
     ties = k - tl.sum((keys > kth).to(tl.int32))
     taken, slot = places(keys, kth, ties, 0, 0)
     out = row * stride_out + slot
@@ -71,9 +71,9 @@ def _row_topk_grouped_kernel(
     # phase 2: the k groups whose maxima are largest, in index order
     group = tl.arange(0, GROUPS)
     maxima = tl.load(scratch + group, mask=group < n_groups, other=NOTHING)
-    kth = kth_key(maxima, k, UNUSED)
-    ties = k - tl.sum((maxima > kth).to(tl.int32))
-    taken, slot = places(maxima, kth, ties, 0, 0)
+    tau = kth_key(maxima, k, least_key(maxima), UNUSED)
+    ties = k - tl.sum((maxima > tau).to(tl.int32))
+    taken, slot = places(maxima, tau, ties, 0, 0)
     tl.debug_barrier()
     tl.store(scratch + slot, group, mask=taken)
     tl.debug_barrier()
@@ -84,7 +84,7 @@ def _row_topk_grouped_kernel(
     x = tl.load(row + column, mask=column < n, other=0.0)
     keys = tl.where(column < n, order_key(x.to(tl.float32), UNUSED), NOTHING)
     keys = tl.reshape(keys, [KEPT * GROUP])
-    kth = kth_key(keys, k, UNUSED)
+    kth = kth_key(keys, k, tau, UNUSED)
     ties = k - tl.sum((keys > kth).to(tl.int32))
     taken, slot = places(keys, kth, ties, 0, 0)
     # addressed and loaded anew: kept in registers since the first load, they would spill
