@@ -44,18 +44,44 @@ def row_topk(r: Rates, s: Shape, dtype: str) -> list[Part]:
     return [("select", *select(r, s.n, s.f, s.k, dtype))]
 
 
-def plan(s: Shape, dtype: str) -> tuple[int, Any]:
-    """The candidates and the sizes that kernels.encode works with."""
+def plan(s: Shape) -> tuple[int, Any]:
+    """The candidates and the sizes that kernels.encode screens with."""
     from mikernels.kernels import encode, encode_screen
 
-    c = encode.candidates(s.k, s.d, s.f, dtype != "bf16")
+    c = encode.candidates(s.k, s.d, s.f, True)
     return c, encode.plan(s.n, s.f, encode_screen.packed_width(s.d), c, encode.SCRATCH)
 
 
-def encode(r: Rates, s: Shape, dtype: str) -> list[Part]:
-    from mikernels.kernels.encode import WAITING
+def encode_plain(r: Rates, s: Shape, dtype: str) -> list[Part]:
+    from mikernels.kernels import encode_panels, encode_plain
 
-    b, (c, sizes) = BYTES[dtype], plan(s, dtype)
+    tokens, rows, features = encode_plain.plan(s.n, s.f, s.k, encode_panels.SCRATCH)
+    panels = math.ceil(s.f / features)
+    products = math.ceil(s.n / tokens) * math.ceil(tokens / rows)
+    chosen, why = select(r, rows, features, s.k, dtype)
+    waiting = encode_panels.WAITING
+    merge = select(r, s.n, (waiting + 1) * s.k, s.k, dtype)[0] + s.n * s.k * 32 / r.copy
+    return [
+        (
+            "product",
+            gemm(r, s.n, s.f, s.d, dtype) + products * panels * r.launch,
+            f"{dtype} cuBLAS, {products} x {panels} products of {rows} x {features}",
+        ),
+        ("select", products * panels * chosen, why),
+        (
+            "merge",
+            math.ceil(panels / waiting) * (merge + 4 * r.launch),
+            f"{waiting + 1} k winners, every {waiting} panels",
+        ),
+    ]
+
+
+def encode(r: Rates, s: Shape, dtype: str) -> list[Part]:
+    from mikernels.kernels.encode_panels import WAITING
+
+    if dtype != "fp32":
+        return encode_plain(r, s, dtype)
+    b, (c, sizes) = BYTES[dtype], plan(s)
     chunks, panels = math.ceil(s.n / sizes.tokens), math.ceil(s.f / sizes.features)
     products = math.ceil(sizes.tokens / sizes.rows) * chunks
     chosen, why = select(r, sizes.rows, sizes.features, c, "bf16")
@@ -86,12 +112,12 @@ def encode(r: Rates, s: Shape, dtype: str) -> list[Part]:
 
 def encode_groups(r: Rates, s: Shape, dtype: str) -> float:
     """The way by group maxima: no scores in memory, c groups of every token multiplied again."""
-    (c, _), group = plan(s, dtype), 64 if s.f >= 65536 else 32
+    (c, _), group = plan(s), 64 if s.f >= 65536 else 32
     # Triton against cuBLAS; fp32 weights pass through registers to become bf16
     share = 0.85 if dtype != "fp32" else 0.55
     again = 2.0 * s.n * c * group * s.d / (0.4 * r.bf16)
     choose = select(r, s.n, s.f // group, c, "fp32")[0] + select(r, s.n, c * group, c, "bf16")[0]
-    same = {name: seconds for name, seconds, _ in encode(r, s, dtype)}
+    same = {name: seconds for name, seconds, _ in encode(r, s, "fp32")}
     keep = same["pack"] / 2 + same["rescore"] + same["final"]
     sort = s.n * c / r.sort + 12 * r.launch
     return gemm(r, s.n, s.f, s.d, "bf16") / share + again + choose + keep + sort

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Top-k encode without the tokens x features matrix: screen, select, rescore, settle.
 
+16-bit inputs go another way (`encode_plain`). For the others, and for ranks with a scale:
+
 1. Panels of features: the bf16 product of packed operands (`encode_screen`) gives upper bounds of
    all scores, `row_topk` keeps the c highest of every token, panel after panel, in one read.
 2. The c candidates are scored exactly and the k best selected; the least of their upper bounds
@@ -15,14 +17,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 import triton
 
 from .encode_exact import EXACT, EXACT_WARPS, _encode_exact_kernel
+from .encode_panels import (
+    MOST_FEATURES,
+    MOST_TOKENS,
+    SCRATCH,
+    Winners,
+    full_sums,
+    part,
+    within_memory,
+)
+from .encode_plain import encode_plain
 from .encode_screen import (
+    EXTRA,
     PACK,
     PACK_WARPS,
     RESCORE,
@@ -34,12 +46,9 @@ from .encode_screen import (
 )
 from .row_topk import TILE, select_into, warps
 
-SCRATCH = 256 << 20
-LEAST_SCRATCH = 4 << 20
-# a panel is wide enough for cuBLAS to run at its rate, and its scores narrow enough for SCRATCH
-MOST_FEATURES, MOST_TOKENS = 32768, 4096
-# panels whose candidates wait before they are merged
-WAITING = 3
+# scores in these dtypes are rounded by 2^-9 or 2^-12, as eager's are: to settle the order below
+# that costs more (at G2 some 3 of 11 ms, predicted) than it tells
+PLAIN = (torch.bfloat16, torch.float16)
 # programs of encode_exact, each with a scratch of 8 bytes a feature
 EXACT_PROGRAMS = 128
 
@@ -49,7 +58,7 @@ def candidates(k: int, d: int, n_features: int, rounded: bool) -> int:
 
     For scores that fall off as normal ones do, the bound (relative to their spread) is worth
     exp(0.0115 sqrt(d)) times as many features: bf16's rounding of both operands is 0.0023 |x| |v|
-    or 0.0023 sqrt(d) spreads, and 4 + a share more is the rate at which they thin out per spread.
+    or 0.0023 sqrt(d) spreads, and 4 + a quarter is the rate at which they thin out per spread.
     bf16 operands that are not rounded leave the rounding of the bounds themselves. More candidates
     cost a dot product each, too few an exact pass over the token.
     """
@@ -77,25 +86,13 @@ def plan(n: int, f: int, width: int, c: int, scratch: int) -> Plan:
     features = MOST_FEATURES
     while features > 256 and 2 * width * features > 0.33 * scratch:
         features //= 2
-    # packed x, bounds and features of the waiting candidates, exact h and s
-    token_bytes = 2 * width + (WAITING + 1) * c * 6 + c * 22
+    # packed x, candidates, exact h and s
+    token_bytes = 2 * width + Winners.token_bytes(c) + c * 8
     tokens = min(n, max(16, int(0.38 * scratch) // token_bytes))
     tokens = -(-n // -(-n // tokens))
     rows = min(tokens, MOST_TOKENS, max(16, int(0.24 * scratch) // (2 * features)))
     programs = max(1, int(0.05 * scratch) // (8 * f))
     return Plan(tokens, rows, min(f, features), min(tokens, EXACT_PROGRAMS, programs))
-
-
-@contextmanager
-def _full_sums() -> Iterator[None]:
-    """cuBLAS may not add up parts of a bf16 product in bf16: the bound is for fp32 sums."""
-    matmul = torch.backends.cuda.matmul
-    before = matmul.allow_bf16_reduced_precision_reduction
-    matmul.allow_bf16_reduced_precision_reduction = False
-    try:
-        yield
-    finally:
-        matmul.allow_bf16_reduced_precision_reduction = before
 
 
 def pack(rows, shift, scale, bias, packed, extra, norms, tokens: bool) -> None:
@@ -112,10 +109,6 @@ def step(t: torch.Tensor | None) -> int:
     return 0 if t is None else t.stride(0)
 
 
-def part(t: torch.Tensor | None, begin: int, end: int) -> torch.Tensor | None:
-    return None if t is None else t[begin:end]
-
-
 class Buffers:
     """The scratch of one call, for chunks of `sizes.tokens` tokens."""
 
@@ -123,76 +116,45 @@ class Buffers:
         def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
             return torch.empty(shape, dtype=dtype, device=device)
 
-        n, width, waiting = sizes.tokens, packed_width(d), (WAITING + 1) * c
+        n, width = sizes.tokens, packed_width(d)
         self.x = empty(n, width, dtype=torch.bfloat16)
         self.weights = empty(sizes.features, width, dtype=torch.bfloat16)
         self.bounds = empty(sizes.rows * sizes.features, dtype=torch.bfloat16)
         self.x_norms = empty(n, dtype=torch.float32)
         self.weight_norms = empty(sizes.features, dtype=torch.float32)
-        self.kept = empty(n, waiting, dtype=torch.bfloat16)
-        self.features = empty(n, waiting, dtype=torch.int32)
-        self.merged = empty(n, c, dtype=torch.bfloat16)
-        self.places = empty(n, c, dtype=torch.int64)
+        self.winners = Winners(n, c, torch.bfloat16, device)
         self.h, self.s = empty(2, n, c, dtype=torch.float32)
         self.certain = empty(n, dtype=torch.int32)
         self.exact = empty(sizes.exact_programs, 2, f, dtype=torch.float32)
 
 
-def allocate(device: torch.device, n: int, d: int, f: int, c: int) -> tuple[Plan, Buffers]:
-    """Buffers of SCRATCH bytes or, where the device has no room, of less and less."""
-    scratch = SCRATCH
-    while True:
-        sizes = plan(n, f, packed_width(d), c, scratch)
-        try:
-            return sizes, Buffers(device, d, f, c, sizes)
-        except torch.OutOfMemoryError as error:
-            if scratch <= LEAST_SCRATCH:
-                raise RuntimeError(
-                    f"topk_encode: expected {scratch >> 20} MB of free memory on {device} for "
-                    f"scratch, got an allocation failure; free memory there"
-                ) from error
-            scratch //= 4
-
-
-def screen(
-    x, w_enc, b_enc, b_dec, scale, c: int, sizes: Plan, b: Buffers
-) -> tuple[int, torch.Tensor]:
-    """Fills b.kept and b.features with the features of highest bound, ascending by feature.
+def screen(x, w_enc, b_enc, b_dec, scale, sizes: Plan, b: Buffers) -> tuple[int, torch.Tensor]:
+    """Fills b.winners with the features of highest bound.
 
     Returns their number a token and the largest norm of the weights.
     """
     n, f = x.shape[0], w_enc.shape[0]
-    extra = b.x.shape[1] - 8
+    extra = b.x.shape[1] - EXTRA.value
     pack(x, b_dec, None, None, b.x, b.x[:, extra:], b.x_norms, True)
     largest = torch.zeros((), dtype=torch.float32, device=x.device)
-    filled = 0
+    b.winners.begin(n)
     for first in range(0, f, sizes.features):
         end = min(f, first + sizes.features)
         weights, norms = b.weights[: end - first], b.weight_norms[: end - first]
         rows, scales, biases = (part(t, first, end) for t in (w_enc, scale, b_enc))
         pack(rows, None, scales, biases, weights, weights[:, extra:], norms, False)
         largest = torch.maximum(largest, norms.max())
-        if filled + min(c, end - first) > b.kept.shape[1]:
-            filled = _merge(n, c, filled, b)
-        taken = min(c, end - first)
-        for row in range(0, n, sizes.rows):
-            bounds = b.bounds[: min(sizes.rows, n - row) * len(weights)].view(-1, len(weights))
-            rows_here = slice(row, row + len(bounds))
-            with _full_sums():
-                torch.mm(b.x[rows_here], weights.T, out=bounds)
-            columns = slice(filled, filled + taken)
-            out = b.kept[rows_here, columns], b.features[rows_here, columns]
-            select_into(bounds, taken, *out, base=first)
-        filled += taken
-    return (_merge(n, c, filled, b) if filled > c else filled), largest
+        b.winners.add(_bounds(n, weights, sizes.rows, b), first, end - first)
+    return b.winners.close(), largest
 
 
-def _merge(n: int, c: int, filled: int, b: Buffers) -> int:
-    merged, places = b.merged[:n], b.places[:n]
-    select_into(b.kept[:n, :filled], c, merged, places)
-    b.kept[:n, :c] = merged
-    b.features[:n, :c] = b.features[:n].gather(1, places)
-    return c
+def _bounds(n: int, weights, rows: int, b: Buffers) -> Iterator[tuple[int, torch.Tensor]]:
+    for row in range(0, n, rows):
+        here = b.x[row : min(n, row + rows)]
+        bounds = b.bounds[: len(here) * len(weights)].view(len(here), len(weights))
+        with full_sums():
+            torch.mm(here, weights.T, out=bounds)
+        yield row, bounds
 
 
 def settle(x, w_enc, b_enc, b_dec, scale, k, relu, c, left_out, largest, b: Buffers, out) -> None:
@@ -202,14 +164,15 @@ def settle(x, w_enc, b_enc, b_dec, scale, k, relu, c, left_out, largest, b: Buff
     values, indices = out
     strides = step(b_enc), step(b_dec), step(scale)
     _encode_rescore_kernel[(n, triton.cdiv(c, RESCORE["SLOTS"]))](
-        x, w_enc, b_enc, b_dec, scale, b.features, b.h, b.s, d, c,
-        *x.stride(), *w_enc.stride(), *strides, step(b.features),
+        x, w_enc, b_enc, b_dec, scale, b.winners.features, b.h, b.s, d, c,
+        *x.stride(), *w_enc.stride(), *strides, step(b.winners.features),
         num_warps=RESCORE_WARPS, **RESCORE,
     )  # fmt: skip
     block = max(16, triton.next_power_of_2(c))
     _encode_settle_kernel[(n,)](
-        b.s, b.h, b.kept, b.features, left_out, b.x_norms, largest, values, indices, b.certain,
-        c, k, int(c == f), step(b.kept), RELU=relu, BLOCK=block, num_warps=warps(block),
+        b.s, b.h, b.winners.scores, b.winners.features, left_out, b.x_norms, largest,
+        values, indices, b.certain, c, k, int(c == f), step(b.winners.scores),
+        RELU=relu, BLOCK=block, num_warps=warps(block),
     )  # fmt: skip
     if c < f:
         _encode_exact_kernel[(min(n, len(b.exact)),)](
@@ -219,6 +182,7 @@ def settle(x, w_enc, b_enc, b_dec, scale, k, relu, c, left_out, largest, b: Buff
         )  # fmt: skip
 
 
+@torch.no_grad()
 def encode(
     x: torch.Tensor,
     w_enc: torch.Tensor,
@@ -233,16 +197,23 @@ def encode(
     out = x.new_empty(n, k), torch.empty(n, k, dtype=torch.int64, device=x.device)
     if n == 0:
         return out
+    if x.dtype in PLAIN and scale is None:
+        return encode_plain(x, w_enc, b_enc, b_dec, k, relu, out)
     c = candidates(k, d, f, rounds(x, b_dec, scale))
     if c > TILE:
         return dense(x, w_enc, b_enc, b_dec, scale, k, relu, out)
-    sizes, buffers = allocate(x.device, n, d, f, c)
+
+    def buffers(scratch: int) -> tuple[Plan, Buffers]:
+        sizes = plan(n, f, packed_width(d), c, scratch)
+        return sizes, Buffers(x.device, d, f, c, sizes)
+
+    sizes, b = within_memory(x.device, buffers)
     for first in range(0, n, sizes.tokens):
         tokens = x[first : first + sizes.tokens]
         here = tuple(t[first : first + sizes.tokens] for t in out)
         operands = tokens, w_enc, b_enc, b_dec, scale
-        kept, largest = screen(*operands, c, sizes, buffers)
-        settle(*operands, k, relu, kept, None, largest, buffers, here)
+        kept, largest = screen(*operands, sizes, b)
+        settle(*operands, k, relu, kept, None, largest, b, here)
     return out
 
 

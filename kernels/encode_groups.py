@@ -152,6 +152,7 @@ def tokens_at_once(n: int, d: int, groups: int, group: int, m: int, c: int) -> i
     return min(n, max(16, encode.SCRATCH // token_bytes))
 
 
+@torch.no_grad()
 def encode_groups(
     x: torch.Tensor,
     w_enc: torch.Tensor,
@@ -186,7 +187,7 @@ def encode_groups(
 
 
 def _screen(x, w_enc, b_dec, scale, extra_w, group, groups, c, m, b) -> torch.Tensor | None:
-    """Fills b.kept and b.features; returns the bound of the groups left out, if any."""
+    """Fills b.winners; returns the bound of the groups left out, if any."""
     (n, d), f = x.shape, w_enc.shape[0]
     extra_x = torch.zeros(n, WIDE.value, dtype=torch.bfloat16, device=x.device)
     encode.pack(x, b_dec, None, None, b.x, extra_x, b.x_norms, True)
@@ -213,10 +214,11 @@ def _screen(x, w_enc, b_dec, scale, extra_w, group, groups, c, m, b) -> torch.Te
         *operands, group_of, last - chunks, offsets, order, bounds, groups, m, d, f, *strides,
         GROUP=group, WIDEN=WIDEN, **AGAIN, **AGAIN_LAUNCH,
     )  # fmt: skip
-    merged, places = b.merged[:n], b.places[:n]
-    select_into(bounds, c, merged, places)
-    b.kept[:n, :c] = merged
-    b.features[:n, :c] = chosen.gather(1, places // group) * group + places % group
+    kept = torch.empty(n, c, dtype=torch.bfloat16, device=x.device)
+    places = torch.empty(n, c, dtype=torch.int64, device=x.device)
+    select_into(bounds, c, kept, places)
+    b.winners.scores[:n, :c] = kept
+    b.winners.features[:n, :c] = chosen.gather(1, places // group) * group + places % group
     return None if m == groups else best.amin(1)
 
 

@@ -25,8 +25,9 @@ rescored on the spot, so the screen decides no case alone and no list overflows.
 Scratch: one 16-bit panel of w_enc (16 MB; 48 MB if its rows are strided) and, for chunks of tokens
 that fit 64 MB, x^ and 4k + 64 candidates of 16 bytes a token. Time O(N F d) in 16-bit products.
 
-On a GPU the same bound rides along in one bf16 product (mikernels/kernels/encode_screen.py), for
-inputs of any dtype: values and selection are those of the CPU. Scratch there is at most 256 MB.
+On a GPU the same bound rides along in one bf16 product (mikernels/kernels/encode_screen.py): values
+and selection are those of the CPU. bf16 and fp16 inputs without `scale` are ranked there, as in
+eager torch, by fp32 sums rounded to their dtype (`encode_plain`). Scratch is at most 256 MB.
 """
 
 from __future__ import annotations
@@ -139,7 +140,8 @@ def topk_encode(
     """The k best features of every token, exactly, without the tokens x features matrix.
 
     `h = (x - b_dec) w_enc^T + b_enc`; the k largest `h * scale` of each token are kept with value
-    `relu(h)`. For fp32 inputs the selected set is that of fp32 scores.
+    `relu(h)`. For fp32 inputs the selected set is that of fp32 scores; for
+    16-bit inputs on a GPU, that of scores rounded to their dtype.
 
     Args:
         x: `[..., d]` activations; float32, bfloat16, float16 or float64, any strides.
