@@ -39,6 +39,11 @@ class SparseCodes:
             raise TypeError(f"SparseCodes: values must be floating, got {self.values.dtype}")
         if self.indices.dtype != torch.int64:
             raise TypeError(f"SparseCodes: indices must be int64, got {self.indices.dtype}")
+        if self.values.device != self.indices.device:
+            raise ValueError(
+                f"SparseCodes: values and indices must be on one device, got "
+                f"{self.values.device} and {self.indices.device}; move one of them"
+            )
 
     @property
     def k(self) -> int:

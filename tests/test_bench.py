@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from mikernels.bench import NAMES, harness, load, memory, report, results, stats
-from mikernels.bench.cli import app
-from mikernels.bench.declare import SHAPES, Provider, Runner, Unavailable
 from typer.testing import CliRunner
 
 import mikernels
+from mikernels.bench import NAMES, harness, load, memory, report, results, stats
+from mikernels.bench.cli import app
+from mikernels.bench.declare import SHAPES, Provider, Runner, Unavailable
 
 SMOKE = SHAPES["smoke"]
 QUICK = harness.Options(rounds=2, budget=0.0, memory=False)

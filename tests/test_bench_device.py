@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from fake_cuda import FakeCuda
+from typer.testing import CliRunner
+
 from mikernels.bench import NAMES, declare, gate, gpu, harness, load, predicted, report, results
 from mikernels.bench import device as devices
 from mikernels.bench.cli import app
 from mikernels.bench.declare import GPU_SHAPES, SHAPES
 from mikernels.bench.device import Cpu, Cuda, Meter
-from typer.testing import CliRunner
 
 SMOKE = SHAPES["smoke"]
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from fake_cuda import FakeCuda
+
 from mikernels.bench import falsify, gpu, gpu_check, gpu_parts
 from mikernels.bench.declare import Provider, Runner
 from mikernels.bench.device import Cuda

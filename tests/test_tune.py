@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from mikernels.bench import tune
-from mikernels.bench.device import Cpu
-from mikernels.bench.tune import Point, threshold
 
 from mikernels import _crossover
 from mikernels._crossover import sparse_wins
+from mikernels.bench import tune
+from mikernels.bench.device import Cpu
+from mikernels.bench.tune import Point, threshold
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 FP32, BF16 = torch.float32, torch.bfloat16

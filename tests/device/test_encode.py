@@ -2,10 +2,10 @@
 import pytest
 import torch
 from encode_cases import ADVERSARIAL, INF, NAN, NON_FINITE, check, scaled
-from mikernels.kernels import encode, encode_exact, encode_groups, encode_plain, encode_screen
 from oracle import identical, randn, unchanged
 
 from mikernels import _triton, topk_encode
+from mikernels.kernels import encode, encode_exact, encode_groups, encode_plain, encode_screen
 
 INTERPRETED = _triton.interpreting()
 

@@ -4,9 +4,9 @@
 import numpy as np
 import pytest
 import torch
-from mikernels.kernels import gradients_fused, gradients_slots
 from oracle import assert_accurate, identical, randint, randn, random_indices, unchanged
 
+from mikernels.kernels import gradients_fused, gradients_slots
 from mikernels.ops.gradients import (
     by_feature_op,
     by_feature_reference,

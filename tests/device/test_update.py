@@ -3,10 +3,10 @@
 
 import pytest
 import torch
-from mikernels.kernels import gradients_slots, update, update_wide
 from oracle import assert_accurate, identical, unchanged
 from update_cases import OUTPUTS, changed, operands, plain, run, scale_of_sums
 
+from mikernels.kernels import gradients_slots, update, update_wide
 from mikernels.ops.update import sae_update_op
 
 

@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""When Triton runs an operator, and what is said when it cannot; without a GPU."""
+
+import pytest
+import torch
+from oracle import randn
+
+from mikernels import SparseCodes, _triton, row_topk
+from mikernels._dispatch import OPS
+
+CUDA = torch.device("cuda", 0)
+
+
+def test_every_operator_has_a_launcher():
+    assert [name for name, op in OPS.items() if op._triton is None] == []
+
+
+def test_the_cuda_key_has_an_owner_where_triton_is_installed():
+    registered = torch._C._dispatch_has_kernel_for_dispatch_key
+    for name in OPS:
+        assert registered(f"mikernels::{name}", "CUDA") == (not _triton.missing())
+
+
+def test_importing_mikernels_does_not_import_triton(run_python):
+    assert run_python("import sys, mikernels; print('triton' in sys.modules)").strip() == "False"
+
+
+@pytest.mark.skipif(_triton.interpreting(), reason="the interpreter takes CPU tensors")
+def test_a_named_implementation_says_why_it_cannot_run(monkeypatch):
+    monkeypatch.setattr(_triton, "missing", lambda: "")
+    with pytest.raises(
+        RuntimeError, match=r"^row_topk: impl='triton' runs on cuda tensors, got cpu$"
+    ):
+        row_topk(randn(2, 5), 2, impl="triton")
+    monkeypatch.setattr(_triton, "missing", lambda: "needs Triton, which is not installed; do")
+    with pytest.raises(
+        RuntimeError, match="row_topk: impl='triton' is not available: needs Triton"
+    ):
+        row_topk(randn(2, 5), 2, impl="triton")
+
+
+def test_old_devices_are_told_what_is_needed(monkeypatch):
+    monkeypatch.setattr(_triton, "missing", lambda: "")
+    monkeypatch.setattr(_triton, "_capability", lambda index: (7, 5))
+    reason = "needs compute capability 8.0 or newer, cuda:0 has 7.5"
+    assert _triton.unsupported(CUDA) == reason
+    monkeypatch.setattr(_triton, "_capability", lambda index: (9, 0))
+    assert _triton.unsupported(CUDA) == ""
+
+
+def test_the_rule_of_auto(monkeypatch):
+    """fp64, and devices that Triton does not support, run the reference."""
+    monkeypatch.setattr(_triton, "unsupported", lambda device: "")
+    x, w = (torch.empty(2, 3, device="meta") for _ in range(2))
+    assert _triton.takes([None, x, w, 3])
+    assert not _triton.takes([x.double(), w])
+    # a 0-dim fp64 tensor is a setting (Adam's lr), not data
+    assert _triton.takes([x, torch.zeros((), dtype=torch.float64, device="meta")])
+    monkeypatch.setattr(_triton, "unsupported", lambda device: "too old")
+    assert not _triton.takes([x, w])
+
+
+def test_codes_live_on_one_device():
+    with pytest.raises(ValueError, match="SparseCodes: values and indices must be on one device"):
+        SparseCodes(randn(2, 3), torch.zeros(2, 3, dtype=torch.int64, device="meta"), 9)
