@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    import torch
+
     from mikernels.training.sources import Source
 
 ACTIVATIONS, SAE, TRAINING, OUTPUT = "Activations", "SAE", "Training", "Output"
@@ -102,6 +104,13 @@ def train(
         str | None,
         option("A class of torch.optim, with --step autograd.", TRAINING, show_default="Adam"),
     ] = None,
+    device: Annotated[
+        str | None,
+        option("cpu, cuda or cuda:N.", TRAINING, show_default="cuda where there is one"),
+    ] = None,
+    cuda_graph: Annotated[
+        bool, option("Launch a step at once, on a GPU.", TRAINING, "--cuda-graph")
+    ] = False,
     threads: Annotated[int | None, option("CPU threads.", TRAINING, show_default="torch's")] = None,
     seed: Annotated[int, option("Seed of weights and order.", TRAINING)] = 0,
     out: Annotated[Path, option("Folder of metrics.jsonl and checkpoints.", OUTPUT)] = Path(
@@ -146,8 +155,9 @@ def train(
         )
     if threads is not None:
         torch.set_num_threads(threads)
+    target = _device(device)
     source = _source(
-        activations, model, gguf_file, layer, text, context, skip_first, batch_size, seed
+        activations, model, gguf_file, layer, text, context, skip_first, batch_size, seed, target
     )
     if tokens is None:
         tokens = getattr(source, "n_rows", None)
@@ -168,6 +178,7 @@ def train(
         dtype=dtype,
         log_every=log_every,
         checkpoint_every=checkpoint_every,
+        cuda_graph=cuda_graph,
         seed=seed,
     )
     sae = TopKSAE(
@@ -179,7 +190,7 @@ def train(
         dead_after=dead_after,
         loss=loss,
         generator=torch.Generator().manual_seed(seed),
-    )
+    ).to(target)
     chosen = None
     if optimizer is not None:
         chosen = getattr(torch.optim, optimizer)(sae.parameters(), lr=lr)
@@ -204,6 +215,24 @@ def train(
         print(f"SAELens: sae_lens.SAE.load_from_disk({str(export_saelens)!r})")
 
 
+def _device(name: str | None) -> torch.device:
+    import torch
+
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"train: --device must be cpu, cuda or cuda:N, got {name!r}") from error
+    seen = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= seen:
+        raise ValueError(
+            f"train: --device must be one that torch sees, got {name} of {seen} CUDA devices "
+            f"(torch {torch.__version__}); use --device cpu, or install a torch with CUDA"
+        )
+    return device
+
+
 def _source(
     activations: Path | None,
     model: Path | None,
@@ -214,6 +243,7 @@ def _source(
     skip_first: int,
     batch_size: int,
     seed: int,
+    device: torch.device,
 ) -> Source:
     if (activations is None) == (model is None):
         raise ValueError(
@@ -232,7 +262,7 @@ def _source(
     texts = TextFiles(text)  # a missing file is found before the model loads
     network, tokenizer = load_model(model, gguf_file)
     return ModelSource(
-        network,
+        network.to(device),
         tokenizer,
         layer,
         texts,

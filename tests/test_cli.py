@@ -175,6 +175,12 @@ def test_train_exports_for_saelens(command, acts, tmp_path):
         (("--activations", "{acts}", "--tokens", "many"), "expected a number such as 500k"),
         (("--activations", "{acts}", "--optimizer", "SGD"), "--optimizer needs --step autograd"),
         (("--activations", "{acts}", "--optimizer", "X", "--step", "dense"), "torch.optim"),
+        (("--activations", "{acts}", "--device", "gpu"), "--device must be cpu, cuda or cuda:N"),
+        (
+            ("--activations", "{acts}", "--device", "cuda:99"),
+            "--device must be one that torch sees",
+        ),
+        (("--activations", "{acts}", "--device", "cpu", "--cuda-graph"), "needs a CUDA device"),
         (("--activations", "{acts}", "--resume"), "must hold a checkpoint-<step> folder"),
     ],
 )
