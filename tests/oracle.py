@@ -35,6 +35,17 @@ def random_indices(n: int, k: int, n_features: int, *, seed: int = 0) -> torch.T
     return torch.rand(n, n_features, generator=generator).argsort(-1)[:, :k].contiguous()
 
 
+def far_apart(rows: torch.Tensor) -> torch.Tensor:
+    """The same [2, d], its rows 2^31 + 8 elements apart in memory of which little is touched."""
+    far, d = 2**31 + 8, rows.shape[1]
+    if rows.device.type == "cpu":  # torch.empty would touch every page, to poison it
+        name = str(rows.dtype).removeprefix("torch.")
+        base = torch.from_numpy(np.empty(far + d, name))
+    else:
+        base = torch.empty(far + d, dtype=rows.dtype, device=rows.device)
+    return base.as_strided((2, d), (far, 1)).copy_(rows)
+
+
 def identical(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Equal bit for bit, except that one NaN is as good as another."""
     if a.dtype != b.dtype or a.shape != b.shape or not torch.equal(a.isnan(), b.isnan()):

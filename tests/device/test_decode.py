@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
 import torch
-from oracle import assert_accurate, identical, randn, random_indices, unchanged
+from oracle import assert_accurate, far_apart, identical, randn, random_indices, unchanged
 
 from mikernels import SparseCodes, _triton, sparse_decode
-from mikernels.ops.decode import decode_error_op
+from mikernels.ops.decode import decode_error_op, decode_op
 
 NAN = float("nan")
 
@@ -54,6 +54,16 @@ def test_inactive_slots_add_nothing(device):
     check(values, indices, w)
     values[0, 0], w[1] = NAN, float("inf")
     check(values, indices, w)
+
+
+def test_decode_beyond_2_to_the_31_elements(device):
+    values, indices, w, bias = operands(device, torch.float16, 3, 20, 2, 2)
+    x = randn(3, 20, seed=5).to(device)
+    for operator, more in ((decode_op, ()), (decode_error_op, (x,))):
+        near = operator(values, indices, w, bias, *more, impl="triton")
+        far = operator(values, indices, far_apart(w), bias, *more, impl="triton")
+        for a, b in zip(near, far, strict=True):
+            assert identical(a, b)
 
 
 def test_decode_prefixes(device):

@@ -2,7 +2,7 @@
 import pytest
 import torch
 from encode_cases import ADVERSARIAL, INF, NAN, NON_FINITE, check, scaled
-from oracle import identical, randn, unchanged
+from oracle import far_apart, identical, randn, unchanged
 
 from mikernels import _triton, topk_encode
 from mikernels.kernels import encode, encode_exact, encode_groups, encode_plain, encode_screen
@@ -124,6 +124,15 @@ def test_encode_layouts(device):
     check("triton", x, w.T, k=4, exact=True)
     check("triton", x[:, ::2], w.T[:, 1::2], k=4, exact=True)
     check("triton", x[:1].expand(3, 40), w.T[::3], k=4, exact=True)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_encode_beyond_2_to_the_31_elements(device, scaled):
+    x, w = randn(2, 20).half().to(device), randn(2, 20, seed=1).half().to(device)
+    scale = torch.ones(2, dtype=torch.float16, device=device) if scaled else None
+    near = topk_encode(x, w, k=1, scale=scale, impl="triton")
+    far = topk_encode(far_apart(x), far_apart(w), k=1, scale=scale, impl="triton")
+    assert identical(near.values, far.values) and torch.equal(near.indices, far.indices)
 
 
 def test_encode_in_panels_and_chunks(device, monkeypatch, certain):

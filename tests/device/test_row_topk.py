@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
 import torch
-from oracle import best, identical, randint, randn, unchanged
+from oracle import best, far_apart, identical, randint, randn, unchanged
 
 from mikernels import _triton, row_topk
 from mikernels._dispatch import OPS
@@ -95,17 +95,13 @@ def test_row_topk_layouts(device, impl, dtype, f):
         assert identical(values.cpu(), scores.cpu().gather(-1, expected))
 
 
-def test_row_topk_far_apart_rows(device, impl):
-    """Row offsets beyond 2^31 elements, on a storage of which only two rows are touched."""
-    if _triton.interpreting():
-        pytest.skip("8 GB of address space: on a GPU only")
-    stride = (1 << 31) + 64
-    storage = torch.empty(stride + 9000, dtype=torch.float16, device=device)
-    scores = storage.as_strided((2, 9000), (stride, 1))
-    scores.copy_(randn(2, 9000, dtype=torch.float16))
-    check(scores.cpu(), 7, device, impl)
-    values, indices = row_topk(scores, 7, impl=impl)
-    assert torch.equal(indices.cpu(), best(scores.cpu(), 7).sort(-1).values)
+@pytest.mark.parametrize("f, k", [(50, 7), (8600, 7), (8600, 3000)])
+def test_row_topk_beyond_2_to_the_31_elements(device, impl, f, k):
+    near = randn(2, f, dtype=torch.float16)
+    values, indices = row_topk(far_apart(near.to(device)), k, impl=impl)
+    expected = best(near, k).sort(-1).values
+    assert torch.equal(indices.cpu(), expected)
+    assert identical(values.cpu(), near.gather(-1, expected))
 
 
 def test_row_topk_is_deterministic(device, impl):
