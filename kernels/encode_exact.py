@@ -12,7 +12,7 @@ EXACT = {"FEATURES": 32, "BLOCK": 128, "PASS": 2048}
 EXACT_WARPS = 8
 
 
-@triton.jit(do_not_specialize=["n", "d", "f", "k"])
+@triton.jit(do_not_specialize=["n", "f", "k"])
 def _encode_exact_kernel(
     x_ptr, w_ptr, b_enc_ptr, b_dec_ptr, scale_ptr, certain_ptr, scratch_ptr,
     values_ptr, indices_ptr, n, d, f, k,
@@ -71,7 +71,7 @@ def cases() -> list[Case]:
                 | dict.fromkeys(("n", "d", "f", "k"), "i32"),
                 ones | {"scale_ptr": None, "RELU": True} | EXACT,
                 num_warps=EXACT_WARPS,
-                divisible=("stride_xn", "stride_wf"),
+                divisible=("stride_xn", "stride_wf", "d"),
             )
         )
     return found

@@ -17,12 +17,11 @@ import triton
 import triton.language as tl
 
 from . import encode
+from .encode_screen import EXTRA
 from .gradients import by_feature
 from .offline import Case
 from .row_topk import select_into
 
-# the extra columns as a matrix instruction takes them
-WIDE = tl.constexpr(16)
 # Hopper's and Blackwell's shared memory holds three stages of a 128 x 256 tile; Ampere's registers
 # and CDNA's 64 KB hold half of it
 LARGE = {"BLOCK_N": 128, "BLOCK_F": 256, "BLOCK_D": 64}
@@ -32,7 +31,7 @@ LAUNCH = {"num_warps": 8, "num_stages": 3}
 SMALL_LAUNCH = {"num_warps": 8, "num_stages": 2}
 AGAIN_LAUNCH = {"num_warps": 4, "num_stages": 2}
 # Triton's interpreter multiplies the bit patterns of bf16 numbers
-WIDEN = os.environ.get("TRITON_INTERPRET") == "1"
+EXTRAN = os.environ.get("TRITON_INTERPRET") == "1"
 # tiles of tokens that share a tile of features in the second-level cache
 SWIZZLE = tl.constexpr(8)
 
@@ -50,8 +49,8 @@ def _weights(w_ptr, scale_ptr, feature, column, inside, stride_wf, stride_wd, st
 
 
 @triton.jit
-def _product(x, w, total, WIDEN: tl.constexpr):
-    if WIDEN:
+def _product(x, w, total, EXTRAN: tl.constexpr):
+    if EXTRAN:
         return tl.dot(x.to(tl.float32), w.to(tl.float32), total, input_precision="ieee")
     return tl.dot(x, w, total)
 
@@ -60,7 +59,7 @@ def _product(x, w, total, WIDEN: tl.constexpr):
 def _bounds(
     x_ptr, extra_x_ptr, w_ptr, extra_w_ptr, scale_ptr, token, valid, feature, d, f, stride_x,
     stride_wf, stride_wd, stride_s,
-    BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr, WIDEN: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr, EXTRAN: tl.constexpr,
 ):  # fmt: skip
     """Upper bounds [tokens, features] in fp32; NaN is +inf, features beyond F are -inf."""
     total = tl.zeros([BLOCK_N, BLOCK_F], tl.float32)
@@ -71,13 +70,13 @@ def _bounds(
         w = _weights(
             w_ptr, scale_ptr, feature, column, column < d, stride_wf, stride_wd, stride_s, f
         )
-        total = _product(x, w, total, WIDEN)
-    column = tl.arange(0, WIDE)
-    address = extra_x_ptr + token[:, None].to(tl.int64) * WIDE + column[None, :]
+        total = _product(x, w, total, EXTRAN)
+    column = tl.arange(0, EXTRA)
+    address = extra_x_ptr + token[:, None].to(tl.int64) * EXTRA + column[None, :]
     x = tl.load(address, mask=valid[:, None], other=0.0)
-    address = extra_w_ptr + feature[None, :].to(tl.int64) * WIDE + column[:, None]
+    address = extra_w_ptr + feature[None, :].to(tl.int64) * EXTRA + column[:, None]
     w = tl.load(address, mask=(feature < f)[None, :], other=0.0)
-    total = _product(x, w, total, WIDEN)
+    total = _product(x, w, total, EXTRAN)
     total = tl.where(total == total, total, float("inf"))
     return tl.where((feature < f)[None, :], total, float("-inf"))
 
@@ -87,7 +86,7 @@ def _encode_group_max_kernel(
     x_ptr, extra_x_ptr, w_ptr, extra_w_ptr, scale_ptr, maxima_ptr, n, d, f,
     stride_x, stride_wf, stride_wd, stride_s, stride_m,
     GROUP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr,
-    WIDEN: tl.constexpr,
+    EXTRAN: tl.constexpr,
 ):  # fmt: skip
     tiles_n = tl.cdiv(n, BLOCK_N)
     tiles_f = tl.cdiv(f, BLOCK_F)
@@ -100,7 +99,7 @@ def _encode_group_max_kernel(
     feature = tile_f * BLOCK_F + tl.arange(0, BLOCK_F)
     bounds = _bounds(
         x_ptr, extra_x_ptr, w_ptr, extra_w_ptr, scale_ptr, token, token < n, feature, d, f,
-        stride_x, stride_wf, stride_wd, stride_s, BLOCK_N, BLOCK_F, BLOCK_D, WIDEN,
+        stride_x, stride_wf, stride_wd, stride_s, BLOCK_N, BLOCK_F, BLOCK_D, EXTRAN,
     )  # fmt: skip
     maxima = tl.max(tl.reshape(bounds, [BLOCK_N, BLOCK_F // GROUP, GROUP]), 2)
     group = tile_f * (BLOCK_F // GROUP) + tl.arange(0, BLOCK_F // GROUP)
@@ -113,7 +112,7 @@ def _encode_group_max_kernel(
 def _encode_groups_again_kernel(
     x_ptr, extra_x_ptr, w_ptr, extra_w_ptr, scale_ptr, group_of_ptr, first_of_ptr, offsets_ptr,
     order_ptr, bounds_ptr, groups, m, d, f, stride_x, stride_wf, stride_wd, stride_s,
-    GROUP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, WIDEN: tl.constexpr,
+    GROUP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, EXTRAN: tl.constexpr,
 ):  # fmt: skip
     """The bounds of one group for BLOCK_N of the tokens that kept it."""
     group = tl.load(group_of_ptr + tl.program_id(0)).to(tl.int32)
@@ -128,7 +127,7 @@ def _encode_groups_again_kernel(
         feature = group * GROUP + tl.arange(0, GROUP)
         bounds = _bounds(
             x_ptr, extra_x_ptr, w_ptr, extra_w_ptr, scale_ptr, slot // m, valid, feature, d, f,
-            stride_x, stride_wf, stride_wd, stride_s, BLOCK_N, GROUP, BLOCK_D, WIDEN,
+            stride_x, stride_wf, stride_wd, stride_s, BLOCK_N, GROUP, BLOCK_D, EXTRAN,
         )  # fmt: skip
         address = bounds_ptr + slot[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
         tl.store(address, bounds.to(tl.bfloat16), mask=valid[:, None])
@@ -171,7 +170,7 @@ def encode_groups(
     groups = triton.cdiv(f, group)
     c = encode.candidates(k, d, f, encode.rounds(x, b_dec, scale))
     m = min(groups, c)
-    extra_w = torch.zeros(f, WIDE.value, dtype=torch.bfloat16, device=x.device)
+    extra_w = torch.zeros(f, EXTRA.value, dtype=torch.bfloat16, device=x.device)
     norms = torch.empty(f, dtype=torch.float32, device=x.device)
     encode.pack(w_enc, None, scale, b_enc, None, extra_w, norms, False)
     largest = norms.max()
@@ -189,7 +188,7 @@ def encode_groups(
 def _screen(x, w_enc, b_dec, scale, extra_w, group, groups, c, m, b) -> torch.Tensor | None:
     """Fills b.winners; returns the bound of the groups left out, if any."""
     (n, d), f = x.shape, w_enc.shape[0]
-    extra_x = torch.zeros(n, WIDE.value, dtype=torch.bfloat16, device=x.device)
+    extra_x = torch.zeros(n, EXTRA.value, dtype=torch.bfloat16, device=x.device)
     encode.pack(x, b_dec, None, None, b.x, extra_x, b.x_norms, True)
     operands = b.x, extra_x, w_enc, extra_w, scale
     strides = b.x.stride(0), *w_enc.stride(), encode.step(scale)
@@ -197,7 +196,7 @@ def _screen(x, w_enc, b_dec, scale, extra_w, group, groups, c, m, b) -> torch.Te
     tile, launch = product(x.device)
     grid = triton.cdiv(n, tile["BLOCK_N"]) * triton.cdiv(f, tile["BLOCK_F"])
     _encode_group_max_kernel[(grid,)](
-        *operands, maxima, n, d, f, *strides, groups, GROUP=group, WIDEN=WIDEN, **tile, **launch
+        *operands, maxima, n, d, f, *strides, groups, GROUP=group, EXTRAN=EXTRAN, **tile, **launch
     )
     best = torch.empty(n, m, dtype=torch.float32, device=x.device)
     chosen = torch.empty(n, m, dtype=torch.int64, device=x.device)
@@ -212,7 +211,7 @@ def _screen(x, w_enc, b_dec, scale, extra_w, group, groups, c, m, b) -> torch.Te
     bounds = torch.empty(n, m * group, dtype=torch.bfloat16, device=x.device)
     _encode_groups_again_kernel[(programs,)](
         *operands, group_of, last - chunks, offsets, order, bounds, groups, m, d, f, *strides,
-        GROUP=group, WIDEN=WIDEN, **AGAIN, **AGAIN_LAUNCH,
+        GROUP=group, EXTRAN=EXTRAN, **AGAIN, **AGAIN_LAUNCH,
     )  # fmt: skip
     kept = torch.empty(n, c, dtype=torch.bfloat16, device=x.device)
     places = torch.empty(n, c, dtype=torch.int64, device=x.device)
@@ -227,7 +226,7 @@ def cases() -> list[Case]:
     for name in ("fp32", "bf16", "fp16"):
         operands = {"x_ptr": "*bf16", "extra_x_ptr": "*bf16", "w_ptr": f"*{name}"}
         operands |= {"extra_w_ptr": "*bf16", "stride_x": "i32", "stride_wf": "i32"}
-        fixed = {"scale_ptr": None, "stride_wd": 1, "stride_s": 1, "WIDEN": False}
+        fixed = {"scale_ptr": None, "stride_wd": 1, "stride_s": 1, "EXTRAN": False}
         for group in (32, 64):
             for tile, launch, targets in (
                 (LARGE, LAUNCH, ("sm_90", "sm_100")),

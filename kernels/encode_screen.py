@@ -29,19 +29,20 @@ PACK_WARPS = 4
 RESCORE = {"SLOTS": 16, "BLOCK": 128}
 RESCORE_WARPS = 4
 
-EXTRA = tl.constexpr(8)  # columns after the operand: the six above, and two of padding
+EXTRA = tl.constexpr(16)  # columns after the operand: the six above, and padding
 UP = tl.constexpr(1 + 2.0**-6)
 TINY = tl.constexpr(2.0**-56)
 
 
 def packed_width(d: int) -> int:
-    """Columns of a packed operand: d to a multiple of 8 (16 bytes), and the bound."""
-    return -(-d // 8) * 8 + EXTRA.value
+    """Columns of a packed operand: d to a multiple of 16, and the bound."""
+    return -(-d // 16) * 16 + EXTRA.value
 
 
-@triton.jit(do_not_specialize=["n", "d"])
+# not d and body: where 16 divides them, a thread moves 16 bytes at a time, else one number
+@triton.jit(do_not_specialize=["n"])
 def _encode_pack_kernel(
-    rows_ptr, shift_ptr, scale_ptr, bias_ptr, packed_ptr, extra_ptr, norms_ptr, n, d, width,
+    rows_ptr, shift_ptr, scale_ptr, bias_ptr, packed_ptr, extra_ptr, norms_ptr, n, d, body,
     stride_row, stride_col, stride_packed, stride_extra, stride_shift, stride_scale, stride_bias,
     TOKENS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -52,7 +53,6 @@ def _encode_pack_kernel(
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     valid = row < n
     source = rows_ptr + row[:, None] * stride_row
-    body = width - EXTRA
     factor = tl.full([ROWS], 1.0, tl.float32)
     if scale_ptr is not None:
         factor = tl.load(scale_ptr + row * stride_scale, mask=valid, other=0.0).to(tl.float32)
@@ -80,7 +80,7 @@ def _encode_pack_kernel(
     lost_norm = tl.sqrt(tl.sum(lost, 1))
     kept_norm = tl.sqrt(tl.sum(kept, 1))
     whole_norm = tl.sqrt(tl.sum(whole, 1))
-    rounding = width * 2.0**-23
+    rounding = (body + EXTRA) * 2.0**-23
     column = tl.arange(0, EXTRA)[None, :]
     extra = tl.zeros([ROWS, EXTRA], tl.float32)
     if TOKENS:
@@ -139,7 +139,7 @@ def exact_scores(
     return h, s
 
 
-@triton.jit(do_not_specialize=["d", "c"])
+@triton.jit(do_not_specialize=["c"])
 def _encode_rescore_kernel(
     x_ptr, w_ptr, b_enc_ptr, b_dec_ptr, scale_ptr, candidates_ptr, h_ptr, s_ptr, d, c,
     stride_xn, stride_xd, stride_wf, stride_wd, stride_be, stride_bd, stride_s, stride_c,
@@ -225,12 +225,12 @@ def cases() -> list[Case]:
                     f"pack {side} {name}",
                     _encode_pack_kernel,
                     {"rows_ptr": f"*{name}", "packed_ptr": "*bf16", "extra_ptr": "*bf16"}
-                    | {"norms_ptr": "*fp32", "n": "i32", "d": "i32", "width": "i32"}
+                    | {"norms_ptr": "*fp32", "n": "i32", "d": "i32", "body": "i32"}
                     | strides
                     | pointers,
                     ones | absent | {"TOKENS": side == "x"} | PACK,
                     num_warps=PACK_WARPS,
-                    divisible=("stride_row", "stride_packed", "stride_extra"),
+                    divisible=("stride_row", "stride_packed", "stride_extra", "d", "body"),
                 )
             )
         operands = dict.fromkeys(("x_ptr", "w_ptr", "b_enc_ptr", "b_dec_ptr"), f"*{name}")
@@ -244,7 +244,7 @@ def cases() -> list[Case]:
                 | dict.fromkeys(("d", "c", "stride_xn", "stride_wf", "stride_c"), "i32"),
                 ones | {"scale_ptr": None} | RESCORE,
                 num_warps=RESCORE_WARPS,
-                divisible=("stride_xn", "stride_wf"),
+                divisible=("stride_xn", "stride_wf", "d"),
             )
         )
         for block in (64, 512, 4096):

@@ -74,11 +74,11 @@ def test_rounded_bounds_hold(device):
     x, w, bias = randn(n, d), randn(f, d, seed=1), 30 * randn(f, seed=2)
     scale, shift = randn(f, seed=3).exp(), randn(d, seed=4)
     x, w, bias, scale, shift = (t.to(device) for t in (x, w, bias, scale, shift))
-    width = encode.packed_width(d)
+    width, extra = encode.packed_width(d), encode.EXTRA.value
     packed = [torch.empty(m, width, dtype=torch.bfloat16, device=device) for m in (n, f)]
     norms = [torch.empty(m, device=device) for m in (n, f)]
-    encode.pack(x, shift, None, None, packed[0], packed[0][:, width - 8 :], norms[0], True)
-    encode.pack(w, None, scale, bias, packed[1], packed[1][:, width - 8 :], norms[1], False)
+    encode.pack(x, shift, None, None, packed[0], packed[0][:, width - extra :], norms[0], True)
+    encode.pack(w, None, scale, bias, packed[1], packed[1][:, width - extra :], norms[1], False)
     bounds = packed[0].double() @ packed[1].double().T
     centred = (x - shift).double()
     exact = (centred @ w.double().T + bias.double()) * scale.double()
