@@ -20,7 +20,8 @@ UNROLL = 4
 CONFIG = {"BLOCK": 512, "num_warps": 4}
 
 
-@triton.jit(do_not_specialize=["k", "d"])
+# not d: where 16 divides it, a thread reads four numbers of a row at a time, else one
+@triton.jit(do_not_specialize=["k"])
 def _decode_kernel(
     values_ptr, indices_ptr, w_ptr, bias_ptr, x_ptr, out_ptr, squares_ptr, k, d,
     stride_vn, stride_vk, stride_in, stride_ik, stride_wf, stride_wd, stride_b, stride_xn,
@@ -103,14 +104,16 @@ def cases() -> list[Case]:
             ("decode", {}, plain),
             ("decode_error", residual | {"out_ptr": "*fp32"}, {"stride_xd": 1}),
         ):
-            found.append(
-                Case(
-                    f"{kind} {name}",
-                    _decode_kernel,
-                    types | pointers | typed,
-                    fixed | constants,
-                    num_warps=CONFIG["num_warps"],
-                    divisible=(*strides, *(("stride_xn",) if typed else ())),
+            even = ("d", *strides, *(("stride_xn",) if typed else ()))
+            for title, divisible in ((f"{kind} {name}", even), (f"{kind} {name}, odd d", ())):
+                found.append(
+                    Case(
+                        title,
+                        _decode_kernel,
+                        types | pointers | typed,
+                        fixed | constants,
+                        num_warps=CONFIG["num_warps"],
+                        divisible=divisible,
+                    )
                 )
-            )
     return found

@@ -26,7 +26,9 @@ TILE = 8192
 MOST_GROUPS = 8192
 # bytes of group maxima; rows beyond it go to further launches
 SCRATCH = 64 << 20
-RUNTIME = ["k", "n", "n_rows", "base"]
+# k is not to compile anything anew, also as the outputs' stride; n is: where 16 divides it, a
+# thread reads 16 bytes at a time, else one score
+RUNTIME = ["k", "n_rows", "base", "stride_out"]
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -247,50 +249,38 @@ def row_topk(scores: torch.Tensor, k: int, sorted: bool) -> tuple[torch.Tensor, 
 def cases() -> list[Case]:
     types = dict.fromkeys(("n_rows", "n", "k", "base"), "i32")
     types |= {"stride_row": "i32", "stride_out": "i32", "indices_ptr": "*i64"}
+    shapes = (
+        (16384, 144),
+        (24576, 32),
+        (131072, 64),
+        (131072, 256),
+        (1 << 20, 64),
+        (65536, 512),
+        (131071, 64),
+        (65535, 512),
+    )
     found = []
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)):
         typed = types | {"scores_ptr": f"*{name}", "values_ptr": f"*{name}"}
         fixed = {"UNUSED": order.UNUSED_BITS[dtype]}
-        for block in (512, 2048, TILE):
-            found.append(
-                Case(
-                    f"whole {name} {block}",
-                    _row_topk_whole_kernel,
-                    typed,
-                    fixed | {"BLOCK": block},
-                    num_warps=warps(block),
-                    divisible=("stride_row",),
-                )
-            )
-        found.append(
-            Case(
-                f"loop {name}",
-                _row_topk_loop_kernel,
-                typed,
-                fixed | {"BLOCK": 4096},
-                num_warps=8,
-                divisible=("stride_row",),
-            )
-        )
-        for n, k in (
-            (16384, 144),
-            (24576, 32),
-            (131072, 64),
-            (131072, 256),
-            (1 << 20, 64),
-            (65536, 512),
-        ):
+
+        def add(kernel, title, n, constants, num_warps, more=None, typed=typed, fixed=fixed):
+            # rows that also lie at odd strides may spill, up to 88 bytes a thread
+            aligned = ("stride_row", "n") if n % 16 == 0 else ("stride_row",)
+            types, constants = typed | (more or {}), fixed | constants
+            case = Case(title, kernel, types, constants, num_warps, divisible=aligned)
+            found.append(case)
+
+        for n in (512, 2048, TILE, TILE - 1):
+            block = triton.next_power_of_2(n)
+            title = f"whole {name} {n}"
+            add(_row_topk_whole_kernel, title, n, {"BLOCK": block}, warps(block))
+        for n in (TILE + 16, TILE + 1):
+            add(_row_topk_loop_kernel, f"loop {name} {n}", n, {"BLOCK": 4096}, 8)
+        for n, k in shapes:
             shape = grouped_shape(n, k)
             assert shape is not None
-            num_warps = shape.pop("num_warps")
-            found.append(
-                Case(
-                    f"grouped {name} F={n} k={k}",
-                    _row_topk_grouped_kernel,
-                    typed | {"maxima_ptr": "*i32"},
-                    fixed | shape,
-                    num_warps=num_warps,
-                    divisible=("stride_row",),
-                )
-            )
+            num_warps, more = shape.pop("num_warps"), {"maxima_ptr": "*i32"}
+            title = f"grouped {name} F={n} k={k}"
+            add(_row_topk_grouped_kernel, title, n, shape, num_warps, more)
     return found
