@@ -4,12 +4,15 @@
 Run by bench/gpu_check.sh before anything is installed, so this file needs Python and torch alone.
 Each part is a process with its own time limit. A part that has succeeded is kept while its record
 lies in out/gpu_check or in $OUT, so that a run that was cut short goes on. A failing part is
-recorded with the end of its output. Exit code: 0 all right, 1 a part failed, 2 no GPU.
+recorded with the end of its output. $OUT gets two files, anew after every part: a run may be
+stopped from outside, and what fetches files may take a few only. Exit code: 0 all right, 1 a part
+failed, 2 no GPU.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
 import json
 import os
@@ -17,6 +20,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,7 +29,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORDS = ROOT / "out" / "gpu_check"
-MERGED = "gpu_check.json"
+MERGED, LOGS = "gpu_check.json", "gpu_check_logs.tar.gz"
 TAIL = 4000
 # a part that is stopped gets this long to end by itself
 GRACE = 5.0
@@ -117,6 +121,7 @@ def build_env() -> dict[str, str]:
     return env
 
 
+@functools.cache
 def capability() -> str:
     """Of the first GPU, e.g. "9.0"; "" without torch or a GPU."""
     code = "import torch; print('%d.%d' % torch.cuda.get_device_capability())"
@@ -175,10 +180,14 @@ def check(
     folders: Sequence[Path],
     *,
     force: bool = False,
-    budget: float = 600.0,
+    budget: float = 570.0,
     say: Callable[[str], None] = print,
+    done: Callable[[dict[str, dict[str, Any]]], object] = lambda records: None,
 ) -> dict[str, dict[str, Any]]:
-    """Runs what has not succeeded yet, while the budget lasts; records are in folders[0]."""
+    """Runs what has not succeeded yet, while the budget lasts; records are in folders[0].
+
+    done: called with the records so far after every part that ran.
+    """
     out = folders[0]
     out.mkdir(parents=True, exist_ok=True)
     records, began = {}, time.monotonic()
@@ -200,14 +209,17 @@ def check(
             if record["status"] in ("failed", "timeout"):
                 say("\n".join("    " + line for line in record.get("tail", "").splitlines()[-12:]))
         records[part.name] = record
+        if not old:
+            done(records)
     return records
 
 
 def _done(part: Part, folders: Sequence[Path]) -> dict[str, Any] | None:
     for folder in folders:
-        record = _json(folder / f"{part.name}.json")
-        if record and record.get("status") == "ok":
-            return record
+        merged = (_json(folder / MERGED) or {}).get("parts", {})
+        for record in (_json(folder / f"{part.name}.json"), merged.get(part.name)):
+            if record and record.get("status") == "ok":
+                return record
     return None
 
 
@@ -223,35 +235,46 @@ def merge(chosen: Sequence[Part], records: dict[str, Any], folders: Sequence[Pat
     known = {part.name: records.get(part.name) or _done(part, folders) for part in chosen}
     results = {}
     for name in filter(None, (part.result for part in chosen)):
-        found = next((r for f in folders if (r := _json(f / name))), None)
+        key = Path(name).name.removesuffix(".json").removesuffix(".result")
+        earlier = ((_json(f / MERGED) or {}).get("results", {}).get(key) for f in folders)
+        found = next(filter(None, (*(_json(f / name) for f in folders), *earlier)), None)
         if found:
-            results[Path(name).name.removesuffix(".json").removesuffix(".result")] = found
+            results[key] = found
     facts = results.get("facts", {})
     text = json.dumps({"schema": 1, "facts": facts, "parts": known, "results": results}, indent=1)
     for folder in folders:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / MERGED).write_text(text + "\n")
-        for log in () if folder == folders[0] else sorted(folders[0].glob("*.*")):
-            if log.is_file():
-                shutil.copy(log, folder / log.name)
+    for folder in folders[1:]:
+        with tarfile.open(folder / LOGS, "w:gz") as archive:
+            for log in sorted(folders[0].glob("*.log")):
+                archive.add(log, log.name)
     return folders[-1] / MERGED
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    names = [part.name for part in parts()]
+    began, everything = time.monotonic(), parts()
+    names = [part.name for part in everything]
     parser = argparse.ArgumentParser(prog="gpu_check", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--only", action="append", choices=names, help="a part; repeatable")
     parser.add_argument("--force", action="store_true", help="run again what has succeeded")
-    parser.add_argument("--budget", type=float, default=600.0, help="seconds in all (600)")
+    parser.add_argument("--budget", type=float, default=570.0, help="seconds in all (570)")
     given = parser.parse_args(words)
     if not capability():
         print("gpu_check: no CUDA device: torch sees none; run this on a machine with a GPU")
         return 2
     folders = [RECORDS, *([Path(os.environ["OUT"])] if os.environ.get("OUT") else [])]
-    chosen = [part for part in parts() if not given.only or part.name in given.only]
-    records = check(chosen, folders, force=given.force, budget=given.budget)
-    path = merge(parts(), records, folders)
+    chosen = [part for part in everything if not given.only or part.name in given.only]
+    records = check(
+        chosen,
+        folders,
+        force=given.force,
+        # finding the GPU took some of it
+        budget=given.budget - (time.monotonic() - began),
+        done=lambda records: merge(everything, records, folders),
+    )
+    path = merge(everything, records, folders)
     bad = [name for name, r in records.items() if r["status"] not in ("ok", "absent")]
     print(f"gpu_check: wrote {path}; " + (f"failed: {', '.join(bad)}" if bad else "all right"))
     return 1 if bad else 0

@@ -4,6 +4,7 @@
 import json
 import os
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -107,7 +108,15 @@ def test_merge_holds_records_and_results(tmp_path: Path) -> None:
     assert merged["facts"] == {"gpu": 1} and merged["results"]["facts"] == {"gpu": 1}
     # of an earlier run
     assert merged["parts"]["later"]["status"] == "ok"
-    assert (copy / "later.json").exists() and (copy / "later.log").exists()
+    assert {f.name for f in copy.iterdir()} == {gpu_check.MERGED, gpu_check.LOGS}
+    with tarfile.open(copy / gpu_check.LOGS) as archive:
+        assert sorted(archive.getnames()) == ["facts.log", "later.log"]
+    # on another machine that file alone says what was done, and keeps its results
+    for kept in out.iterdir():
+        kept.unlink()
+    records = check([later], [out, copy], say=quiet)
+    assert not (out / "later.log").exists()
+    assert json.loads(merge([facts, later], records, [out, copy]).read_text()) == merged
 
 
 def test_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
