@@ -100,7 +100,8 @@ def pack(rows, shift, scale, bias, packed, extra, norms, tokens: bool) -> None:
     n, d = rows.shape
     _encode_pack_kernel[(triton.cdiv(n, PACK["ROWS"]),)](
         rows, shift, scale, bias, packed, extra, norms,
-        n, d, packed_width(d) - EXTRA.value, *rows.stride(), step(packed), step(extra), step(shift), step(scale), step(bias),
+        n, d, packed_width(d) - EXTRA.value, *rows.stride(),
+        step(packed), step(extra), step(shift), step(scale), step(bias),
         TOKENS=tokens, num_warps=PACK_WARPS, **PACK,
     )  # fmt: skip
 

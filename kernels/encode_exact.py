@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from .encode_screen import exact_scores, relu_of
-from .offline import Case
+from .offline import Case, with_odd_sizes
 from .row_topk import select_by_passes
 
 EXACT = {"FEATURES": 32, "BLOCK": 128, "PASS": 2048}
@@ -74,4 +74,4 @@ def cases() -> list[Case]:
                 divisible=("stride_xn", "stride_wf", "d"),
             )
         )
-    return found
+    return with_odd_sizes(found)

@@ -20,7 +20,7 @@ that underflow). Operands that are not finite give NaN or +inf, which rank first
 import triton
 import triton.language as tl
 
-from .offline import Case
+from .offline import Case, with_odd_sizes
 from .order import NOTHING, kth_key, least_key, order_key, places
 from .row_topk import warps
 
@@ -261,4 +261,4 @@ def cases() -> list[Case]:
                     num_warps=warps(block),
                 )
             )
-    return found
+    return with_odd_sizes(found)

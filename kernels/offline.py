@@ -12,7 +12,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,12 @@ class Case:
     divisible: tuple[str, ...] = ()
     matrix: bool = False
     targets: tuple[str, ...] = tuple(TARGETS)
+
+
+def with_odd_sizes(cases: list[Case]) -> list[Case]:
+    """The cases, and the fp32 ones again for sizes of which nothing is known."""
+    odd = [c for c in cases if "fp32" in c.name and c.divisible]
+    return cases + [replace(c, name=f"{c.name}, odd sizes", divisible=()) for c in odd]
 
 
 @dataclass(frozen=True)

@@ -24,12 +24,12 @@ def stem(module):
 
 
 CASES = {f"{stem(module)}: {case.name}": case for module in modules() for case in module.cases()}
-# fp16 differs from bf16 in conversions only: once is enough
+# fp16 differs from bf16 in conversions only, odd sizes in the width of loads: once is enough
 COMPILED = [
     (name, target)
     for name, case in CASES.items()
     for target in case.targets
-    if target == "sm_90" or "fp16" not in name
+    if target == "sm_90" or not ("fp16" in name or "odd" in name)
 ]
 
 
