@@ -118,6 +118,8 @@ def assert_selected(
     With `slack` [N, 1], features may stand in for each other whose finite scores are within it of
     the k-th best; NaN, inf and everything beyond the slack is still as the oracle has it.
     """
+    # the definition is numpy's
+    indices, scores = indices.cpu(), scores.cpu()
     rank = best(scores, indices.shape[-1])
     expected = rank.sort(-1).values
     if slack is None:
@@ -129,6 +131,7 @@ def assert_selected(
         torch.zeros(scores.shape, dtype=torch.bool).scatter_(-1, i, True)
         for i in (indices, expected)
     )
+    slack = slack.cpu()
     excusable = ((scores - kth).abs() <= slack) & (slack > 0)
     assert not ((chosen != wanted) & ~excusable).any()
 

@@ -186,7 +186,7 @@ def test_mismatched_operands_raise(device):
     for wrong in (
         {"param": torch.ones(3, 4, device=device).T},
         {"grad": w[:3]},
-        {"grad": w.double()},
+        {"grad": w.half()},
         {"exp_avg": w[:3]},
         {"exp_avg_sq": w.half()},
     ):
