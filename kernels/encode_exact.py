@@ -6,7 +6,7 @@ import triton.language as tl
 
 from .encode_screen import exact_scores, relu_of
 from .offline import Case, with_odd_sizes
-from .row_topk import select_by_passes
+from .row_topk_passes import select_by_passes
 
 EXACT = {"FEATURES": 32, "BLOCK": 128, "PASS": 2048}
 EXACT_WARPS = 8

@@ -8,7 +8,7 @@ grouped  two phases over contiguous groups of G. The k-th largest of the group m
          k-th score, so the k groups with the largest maxima (ties to the lower group) hold the
          answer: a group left out at a tie comes after k groups that each hold a score as large.
          One read of the row and k G elements; exact for any data, no buffer can overflow.
-loop     any k and any F: the bisection re-reads the row once a bit, from L2.
+passes   any k and any F: the row is read again for every bit (`row_topk_passes`).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import triton.language as tl
 from . import order
 from .offline import Case
 from .order import NOTHING, kth_key, largest_key, least_key, order_key, places
+from .row_topk_passes import PASS, _row_topk_passes_kernel
 
 # elements that a program holds in registers: 32 a thread at 8 warps
 TILE = 8192
@@ -98,61 +99,6 @@ def _row_topk_grouped_kernel(
     tl.store(indices_ptr + out, column + base, mask=taken)
 
 
-@triton.jit
-def _count(row, n, bound, UNUSED: tl.constexpr, BLOCK: tl.constexpr):
-    """How many keys of the row are at least `bound`."""
-    total = tl.zeros([BLOCK], tl.int32)
-    for first in range(0, n, BLOCK):
-        column = first + tl.arange(0, BLOCK)
-        x = tl.load(row + column, mask=column < n, other=0.0)
-        keys = tl.where(column < n, order_key(x.to(tl.float32), UNUSED), NOTHING)
-        total += (keys >= bound).to(tl.int32)
-    return tl.sum(total)
-
-
-@triton.jit
-def select_by_passes(
-    row, values_ptr, indices_ptr, n, k, base, UNUSED: tl.constexpr, BLOCK: tl.constexpr
-):
-    """The k best of one row of any length, by 32 - UNUSED counting passes and one to store."""
-    kth = tl.full((), -(2**31), tl.int32)
-    bit = tl.full((), -(2**31), tl.int32)
-    for _ in range(32 - UNUSED):
-        candidate = kth ^ bit
-        enough = _count(row, n, candidate, UNUSED, BLOCK) >= k
-        kth = tl.where(enough, candidate, kth)
-        bit = (bit >> 1) & 0x7FFFFFFF
-    # a key above `kth` is at least the next key that the dtype has
-    above = _count(row, n, kth + (1 << UNUSED), UNUSED, BLOCK)
-    above = tl.where(kth >= 0x7FFFFFFF - (1 << UNUSED) + 1, 0, above)
-    ties = k - above
-    above_before = tl.full((), 0, tl.int32)
-    ties_before = tl.full((), 0, tl.int32)
-    for first in range(0, n, BLOCK):
-        column = first + tl.arange(0, BLOCK)
-        x = tl.load(row + column, mask=column < n, other=0.0)
-        keys = tl.where(column < n, order_key(x.to(tl.float32), UNUSED), NOTHING)
-        taken, slot = places(keys, kth, ties, above_before, ties_before)
-        tl.store(values_ptr + slot, x, mask=taken)
-        tl.store(indices_ptr + slot, column + base, mask=taken)
-        above_before += tl.sum((keys > kth).to(tl.int32))
-        ties_before += tl.sum((keys == kth).to(tl.int32))
-
-
-@triton.jit(do_not_specialize=RUNTIME)
-def _row_topk_loop_kernel(
-    scores_ptr, values_ptr, indices_ptr, n_rows, n, k, base,
-    stride_row, stride_out,
-    UNUSED: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    out = row * stride_out
-    select_by_passes(
-        scores_ptr + row * stride_row, values_ptr + out, indices_ptr + out,
-        n, k, base, UNUSED, BLOCK,
-    )  # fmt: skip
-
-
 def group_size(n: int, k: int) -> int | None:
     """The G that reads least, n / G + k G elements, within a program's registers; None if none.
 
@@ -216,8 +162,8 @@ def select_into(
         )
         return
     if shape is None:
-        _row_topk_loop_kernel[(n_rows,)](
-            scores, values, indices, *ends, UNUSED=unused, BLOCK=4096, num_warps=8
+        _row_topk_passes_kernel[(n_rows,)](
+            scores, values, indices, *ends, UNUSED=unused, BLOCK=PASS, num_warps=8
         )
         return
     rows = max(1, SCRATCH // (4 * shape["GROUPS"]))
@@ -275,8 +221,6 @@ def cases() -> list[Case]:
             block = triton.next_power_of_2(n)
             title = f"whole {name} {n}"
             add(_row_topk_whole_kernel, title, n, {"BLOCK": block}, warps(block))
-        for n in (TILE + 16, TILE + 1):
-            add(_row_topk_loop_kernel, f"loop {name} {n}", n, {"BLOCK": 4096}, 8)
         for n, k in shapes:
             shape = grouped_shape(n, k)
             assert shape is not None
