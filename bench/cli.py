@@ -229,8 +229,11 @@ def _check_providers(
     chosen: list[Benchmark], patterns: tuple[str, ...], baseline: str | None, device: str
 ) -> None:
     names = {e.name: None for bench in chosen for e in harness.entrants(bench, kind=device)}
+    # what is left out need not be there, but must have a name that some operator knows
+    every = {e.name for name in NAMES for e in harness.entrants(load(name), kind=device)}
     for pattern in patterns:
-        if not fnmatch.filter(names, pattern.removeprefix("!")):
+        known = every if pattern.startswith("!") else names
+        if not fnmatch.filter(known, pattern.removeprefix("!")):
             raise ValueError(
                 f"bench: --providers must match some of {', '.join(names)}, got {pattern!r}"
             )

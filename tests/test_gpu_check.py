@@ -11,7 +11,7 @@ import pytest
 import torch
 from fake_cuda import FakeCuda
 
-from mikernels.bench import falsify, gpu, gpu_check, gpu_parts
+from mikernels.bench import NAMES, cli, falsify, gpu, gpu_check, gpu_parts, load
 from mikernels.bench.declare import Provider, Runner
 from mikernels.bench.device import Cuda
 from mikernels.bench.gpu_check import Part, check, merge
@@ -148,6 +148,10 @@ def test_the_real_parts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
     modules |= {part.command[-2] for part in found if part.tool == "compute-sanitizer"}
     assert modules == set(gpu_parts.PARTS)
     for part in found:
+        if part.name.startswith("bench_"):
+            ops, patterns = part.command[4], part.command[part.command.index("--providers") + 1]
+            chosen = [load(name) for name in (NAMES if ops == "all" else [ops])]
+            cli._check_providers(chosen, tuple(patterns.split(",")), None, "cuda")
         if part.name == "tests":
             paths = [word for word in part.command if word.startswith("tests/")]
             assert paths and all((gpu_check.ROOT / path).exists() for path in paths)
