@@ -163,7 +163,7 @@ def select_into(
         return
     if shape is None:
         _row_topk_passes_kernel[(n_rows,)](
-            scores, values, indices, *ends, UNUSED=unused, BLOCK=PASS, num_warps=8
+            scores, values, indices, *ends, UNUSED=unused, BLOCK=PASS, num_warps=4
         )
         return
     rows = max(1, SCRATCH // (4 * shape["GROUPS"]))

@@ -76,7 +76,7 @@ def cases() -> list[Case]:
             _row_topk_passes_kernel,
             types | {"scores_ptr": f"*{name}", "values_ptr": f"*{name}", "indices_ptr": "*i64"},
             {"UNUSED": order.UNUSED_BITS[dtype], "BLOCK": PASS},
-            num_warps=8,
+            num_warps=4,
             divisible=divisible,
         )
         for name, dtype in (
