@@ -92,13 +92,16 @@ def full_sums() -> Iterator[None]:
     """cuBLAS may not add up parts of a 16-bit product in 16 bits."""
     matmul = torch.backends.cuda.matmul
     names = "allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction"
-    before = [getattr(matmul, name) for name in names]
+    before = {}
     for name in names:
-        setattr(matmul, name, False)
+        # newer torch has a second half, whether products may be split at all
+        split = getattr(matmul, f"{name}_split_k", None)
+        before[name] = getattr(matmul, name) if split is None else (getattr(matmul, name), split)
+        setattr(matmul, name, False if split is None else (False, split))
     try:
         yield
     finally:
-        for name, value in zip(names, before, strict=True):
+        for name, value in before.items():
             setattr(matmul, name, value)
 
 

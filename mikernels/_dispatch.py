@@ -71,6 +71,11 @@ class Op:
             return self.reference(*args)
         if impl == "cuda":
             return getattr(torch.ops.mikernels, f"{self.name}_cuda").default(*args)
+        if impl == "triton" and not _triton.takes(args):
+            raise RuntimeError(
+                f"{self.name}: impl='triton' takes float32, bfloat16 and float16 tensors, got "
+                f"float64; convert them, or leave impl out"
+            )
         if impl == "triton" and _triton.first_tensor(args).device.type == "cpu":
             # the interpreter; on a GPU the dispatcher leads to Triton, also under torch.compile
             assert self._triton is not None

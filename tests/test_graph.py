@@ -12,9 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mikernels.nn import TopKSAE
 from mikernels.optim import RowAdam
 from mikernels.training import TrainConfig, Trainer, graph
-from mikernels.training.fused import FusedStep, set_rate
+from mikernels.training.fused import FusedStep
 from mikernels.training.graph import GraphedStep
 from mikernels.training.metrics import Clock, History, Means
+from mikernels.training.optimizer import set_rate
 from mikernels.training.sources import TensorSource
 
 D, F, K, BATCH = 16, 96, 4, 32

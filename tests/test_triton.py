@@ -48,6 +48,34 @@ def test_old_devices_are_told_what_is_needed(monkeypatch):
     assert _triton.unsupported(CUDA) == ""
 
 
+def test_named_triton_refuses_fp64(monkeypatch):
+    monkeypatch.setattr(_triton, "missing", lambda: "")
+    monkeypatch.setattr(_triton, "unsupported", lambda device: "")
+    message = "row_topk: impl='triton' takes float32, bfloat16 and float16 tensors, got float64"
+    with pytest.raises(RuntimeError, match=message):
+        row_topk(randn(2, 5, dtype=torch.float64), 2, impl="triton")
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_sums_are_full_only_within(before):
+    pytest.importorskip("triton")
+    from mikernels.kernels.encode_panels import full_sums
+
+    matmul = torch.backends.cuda.matmul
+    names = "allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction"
+    kept = [getattr(matmul, name) for name in names]
+    try:
+        for name in names:
+            setattr(matmul, name, before)
+        with pytest.raises(ZeroDivisionError), full_sums():
+            assert [getattr(matmul, name) for name in names] == [False, False]
+            raise ZeroDivisionError
+        assert [getattr(matmul, name) for name in names] == [before, before]
+    finally:
+        for name, value in zip(names, kept, strict=True):
+            setattr(matmul, name, value)
+
+
 def test_the_rule_of_auto(monkeypatch):
     """fp64, and devices that Triton does not support, run the reference."""
     monkeypatch.setattr(_triton, "unsupported", lambda device: "")

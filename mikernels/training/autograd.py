@@ -21,8 +21,8 @@ import torch
 from mikernels.codes import SparseCodes
 from mikernels.nn import SAEOutput, TopKSAE
 from mikernels.training.config import TrainConfig
-from mikernels.training.fused import row_adam
 from mikernels.training.metrics import Clock, Means
+from mikernels.training.optimizer import row_adam
 
 
 class Forward(Protocol):

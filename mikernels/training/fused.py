@@ -38,35 +38,7 @@ from mikernels.ops.update import sae_update_op
 from mikernels.optim import RowAdam
 from mikernels.training.config import TrainConfig
 from mikernels.training.metrics import Clock, Means
-
-
-def row_adam(sae: TopKSAE, config: TrainConfig) -> RowAdam:
-    """The optimiser of an SAE: one group for the constrained decoder, one for the rest."""
-    constrained = sae.config.normalize_decoder
-    optimizer = RowAdam(
-        [
-            {"params": [sae.w_dec], "project": constrained, "unit_norm": constrained},
-            {"params": [sae.w_enc, sae.b_enc, sae.b_dec]},
-        ],
-        lr=config.lr,
-        betas=config.betas,
-        eps=config.eps,
-        clip_norm=config.clip_norm,
-        capturable=config.cuda_graph,
-    )
-    # one tensor, if it is one: sae_update_ needs to know that the rates are equal, unread
-    for group in optimizer.param_groups:
-        group["lr"] = optimizer.param_groups[0]["lr"]
-    return optimizer
-
-
-def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Set every group's lr; a tensor is filled, for the CUDA graph that reads it."""
-    for group in optimizer.param_groups:
-        if isinstance(group["lr"], torch.Tensor):
-            group["lr"].fill_(lr)
-        else:
-            group["lr"] = lr
+from mikernels.training.optimizer import group_of, row_adam, same_settings
 
 
 class FusedStep:
@@ -143,15 +115,9 @@ class FusedStep:
             return False
         if self.optimizer.clip_norm is not None or (dead.numel() and sae.config.aux_coefficient):
             return False
-        decoder, encoder = (self._group(p) for p in (sae.w_dec, sae.w_enc))
+        decoder, encoder = (group_of(self.optimizer, p) for p in (sae.w_dec, sae.w_enc))
         plain = not (encoder["project"] or encoder["unit_norm"])
-        same = all(decoder[name] == encoder[name] for name in ("betas", "eps"))
-        # a device tensor is compared by identity: by value would wait for it
-        return plain and same and _same_rate(decoder["lr"], encoder["lr"])
-
-    def _group(self, p: torch.Tensor) -> dict[str, Any]:
-        groups = self.optimizer.param_groups
-        return next(g for g in groups if any(p is own for own in g["params"]))
+        return plain and same_settings(decoder, encoder)
 
     def _update(self, x: torch.Tensor, k: int, means: Means, clock: Clock) -> None:
         """A whole step; the matrices' gradients stay in registers."""
@@ -159,9 +125,9 @@ class FusedStep:
         codes, dy, centred, _, losses = self._forward(x, k, None, 1.0, clock)
         optimizer.check_capture(list(self._parameters()))
         made: dict[Any, torch.Tensor] = {}
-        decoder = self._group(sae.w_dec)
+        decoder, encoder = (group_of(optimizer, p) for p in (sae.w_dec, sae.w_enc))
         moments_dec, settings = optimizer.advance(decoder, sae.w_dec, made)
-        moments_enc, _ = optimizer.advance(self._group(sae.w_enc), sae.w_enc, made)
+        moments_enc, _ = optimizer.advance(encoder, sae.w_enc, made)
         with clock.part("gradients"):
             db_enc, through_input = sae_update_op(
                 codes.values.float(),
@@ -299,12 +265,6 @@ class FusedStep:
         if self._dead_rows.shape[0] < dead.numel() or self._dead_rows.dtype != w_enc.dtype:
             self._dead_rows = w_enc.new_empty(min(w_enc.shape[0], 2 * dead.numel()), w_enc.shape[1])
         return torch.index_select(w_enc, 0, dead, out=self._dead_rows[: dead.numel()])
-
-
-def _same_rate(a: float | torch.Tensor, b: float | torch.Tensor) -> bool:
-    if isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor):
-        return a is b
-    return a == b
 
 
 def _sum_squares(t: torch.Tensor) -> torch.Tensor:

@@ -14,10 +14,11 @@ from mikernels.training.autograd import AutogradStep, dense_forward, sparse_forw
 from mikernels.training.batches import BatchSource, take_batches
 from mikernels.training.checkpoint import checkpoints, save_checkpoint
 from mikernels.training.config import DTYPES, TrainConfig
-from mikernels.training.fused import FusedStep, set_rate
+from mikernels.training.fused import FusedStep
 from mikernels.training.graph import GraphedStep
 from mikernels.training.interrupts import Interrupts
 from mikernels.training.metrics import Clock, History, JsonLines, Means
+from mikernels.training.optimizer import set_rate
 from mikernels.training.preflight import check_fit, prepare_out_dir
 from mikernels.training.progress import Reporter
 from mikernels.training.snapshot import restore, take_snapshot

@@ -13,9 +13,10 @@ from mikernels.nn import TopKSAE
 from mikernels.optim import RowAdam
 from mikernels.training import TrainConfig, Trainer
 from mikernels.training.autograd import AutogradStep, dense_forward
-from mikernels.training.fused import FusedStep, set_rate
+from mikernels.training.fused import FusedStep
 from mikernels.training.graph import GraphedStep
 from mikernels.training.metrics import MEANS, Clock, History, Means
+from mikernels.training.optimizer import set_rate
 from mikernels.training.sources import TensorSource
 
 # a program takes the interpreter 0.5 ms and more, and a step has one a token and one a feature
