@@ -8,12 +8,15 @@ import os
 import pkgutil
 import platform
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
+
+if TYPE_CHECKING:
+    from mikernels._dispatch import Op
 
 ENVIRONMENT = ("MIKERNELS_EXT", "MIKERNELS_ARCHS", "MIKERNELS_IMPL", "MIKERNELS_JIT")
 # the flags that the kernels look for, and those that explain a level that is missing
@@ -92,11 +95,22 @@ def collect(peaks: bool = False) -> dict[str, Any]:
         "extension": {"loaded": _ext.C is not None, "reason": _ext.MISSING},
         "build": _ext.build_facts(),
         "environment": {name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
-        "operators": {name: op.backends() for name, op in sorted(OPS.items())},
+        "operators": {name: _states(op) for name, op in sorted(OPS.items())},
     }
     if peaks:
         facts["peaks"] = _ext.C.measure_peaks() if _ext.C is not None else None
     return facts
+
+
+def _states(op: Op) -> dict[str, str]:
+    """Backend -> state on this machine: what only a GPU runs is not ready without one."""
+    import torch
+
+    seen = torch.cuda.is_available()
+    return {
+        name: "no GPU" if state == "ready" and name in ("triton", "cuda") and not seen else state
+        for name, state in op.backends().items()
+    }
 
 
 def _facts_table(facts: dict[str, Any]) -> Table:
