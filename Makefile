@@ -9,6 +9,9 @@ PEERS = .venv-peers
 PIP = env -u PYTHONPATH $(1)/bin/python -m pip install --quiet --disable-pip-version-check
 SOURCES = pyproject.toml setup.py $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
+# two workers of one thread each: with two threads each they wait for each other
+PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/pytest -n 2
+
 .DEFAULT_GOAL := help
 .PHONY: help setup demo demo-mnist test bench bench-peers format clean
 
@@ -28,10 +31,10 @@ test: $(VENV)/.saelens $(VENV)/.triton-oldest ## lint, types, all tests, then in
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
-	$(VENV)/bin/pytest -rs -n 2 -m "not install" --ignore tests/test_offline.py
-	TRITON_INTERPRET=1 $(VENV)/bin/pytest -n 2 tests/device
-	$(VENV)/bin/pytest -n 2 tests/test_offline.py
-	PYTHONPATH=$(VENV)/triton-oldest $(VENV)/bin/pytest -n 2 tests/test_offline.py -k "sm_90 and (bf16 or fp32) and not odd"
+	$(PYTEST) -m "not install" --ignore tests/test_offline.py
+	TRITON_INTERPRET=1 $(PYTEST) tests/device
+	$(PYTEST) tests/test_offline.py
+	PYTHONPATH=$(VENV)/triton-oldest $(PYTEST) tests/test_offline.py -k "sm_90 and (bf16 or fp32) and not odd"
 	$(VENV)/bin/pytest -rs -m install
 
 bench: $(VENV)/.installed ## measure the operators against eager torch and torch.compile
