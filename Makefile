@@ -10,7 +10,7 @@ PIP = env -u PYTHONPATH $(1)/bin/python -m pip install --quiet --disable-pip-ver
 SOURCES = pyproject.toml setup.py $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
 # two workers of one thread each: with two threads each they wait for each other
-PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/pytest -n 2
+PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/pytest -rs -n 2
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo demo-mnist test bench bench-peers format clean

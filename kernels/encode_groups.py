@@ -64,7 +64,7 @@ def encode_groups(
     k: int,
     relu: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What `encode.encode` computes, bit for bit."""
+    """What `encode.encode` computes for fp32 inputs, bit for bit; 16-bit ones are rescored too."""
     (n, d), f = x.shape, w_enc.shape[0]
     out = x.new_empty(n, k), torch.empty(n, k, dtype=torch.int64, device=x.device)
     if n == 0:

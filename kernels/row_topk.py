@@ -112,8 +112,8 @@ def group_size(n: int, k: int) -> int | None:
     fitting = [
         g
         for g in (4, 8, 16, 32, 64, 128)
-        # a score that is selected from costs some 40 (bf16) to 80 (fp32) instructions, one that is
-        # only read 5
+        # estimated: a score that is selected from costs 40 (bf16) to 80 (fp32) instructions, one
+        # that is only read 5
         if 2 * selected_from(g) <= n and kept * g <= TILE and triton.cdiv(n, g) <= MOST_GROUPS
     ]
     return min(fitting, key=selected_from, default=None)

@@ -27,7 +27,8 @@ that fit 64 MB, x^ and 4k + 64 candidates of 16 bytes a token. Time O(N F d) in 
 
 On a GPU the same bound rides along in one bf16 product (mikernels/kernels/encode_screen.py): values
 and selection are those of the CPU. bf16 and fp16 inputs without `scale` are ranked there, as in
-eager torch, by fp32 sums rounded to their dtype (`encode_plain`). Scratch is at most 256 MB.
+eager torch, by fp32 sums rounded to their dtype (`encode_plain`). Scratch: 256 MB, and
+at most 64 MB in row_topk.
 """
 
 from __future__ import annotations
