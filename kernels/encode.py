@@ -9,8 +9,8 @@
    tells whether a feature that was left out could belong there.
 3. Tokens where it could (`encode_exact`) are done again without the screen. Almost always none.
 
-No step waits for the device, so a CUDA graph can hold them all. Scratch is planned to SCRATCH bytes,
-to which row_topk adds at most 64 MB, and shrinks when the device is full.
+No step waits for the device, so a CUDA graph can hold them all. Scratch is planned to SCRATCH
+bytes, to which row_topk adds at most 64 MB, and shrinks when the device is full.
 """
 
 from __future__ import annotations
@@ -58,9 +58,9 @@ def candidates(k: int, d: int, n_features: int, rounded: bool) -> int:
 
     For scores that fall off as normal ones do, the bound (relative to their spread) is worth
     exp(0.0115 sqrt(d)) times as many features: bf16's rounding of both operands is 0.0023 |x| |v|
-    or 0.0023 sqrt(d) spreads, and 5 (4, and a quarter more) is the rate at which they thin out per spread.
-    bf16 operands that are not rounded leave the rounding of the bounds themselves. More candidates
-    cost a dot product each, too few an exact pass over the token.
+    or 0.0023 sqrt(d) spreads, and 5 (4, and a quarter more) is the rate at which they thin out per
+    spread. bf16 operands that are not rounded leave the rounding of the bounds themselves. More
+    candidates cost a dot product each, too few an exact pass over the token.
     """
     factor = math.exp(0.0115 * math.sqrt(d)) if rounded else 1.1
     return min(n_features, -(-(int(k * factor) + 32) // 8) * 8)
