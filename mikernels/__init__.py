@@ -4,18 +4,43 @@
 from mikernels._ext import cpu_level, force_level, supported_levels
 from mikernels._version import __version__
 from mikernels.codes import SparseCodes
+from mikernels.interactions import Interactions
+from mikernels.ops.block_norms import block_norms
 from mikernels.ops.decode import sparse_decode
+from mikernels.ops.edge_heads import edge_scores_heads
+from mikernels.ops.edges import edge_mix, edge_scores
 from mikernels.ops.encode import topk_encode
+from mikernels.ops.feature_edges import edge_topk, feature_edges, qk_interactions
+from mikernels.ops.grad_gram import grad_gram
 from mikernels.ops.gradients import by_feature
+from mikernels.ops.mass_threshold import mass_threshold
+from mikernels.ops.pair_products import pairwise_products
+from mikernels.ops.pairwise_topk import pairwise_topk
+from mikernels.ops.positional_dot import positional_dot
 from mikernels.ops.row_topk import row_topk
+from mikernels.ops.second_moment import second_moment
 
 __all__ = [
+    "Interactions",
     "SparseCodes",
     "__version__",
+    "block_norms",
     "by_feature",
     "cpu_level",
+    "edge_mix",
+    "edge_scores",
+    "edge_scores_heads",
+    "edge_topk",
+    "feature_edges",
     "force_level",
+    "grad_gram",
+    "mass_threshold",
+    "pairwise_products",
+    "pairwise_topk",
+    "positional_dot",
+    "qk_interactions",
     "row_topk",
+    "second_moment",
     "sparse_decode",
     "supported_levels",
     "topk_encode",
