@@ -58,8 +58,8 @@ def edge_scores_heads(
     `edge_scores(einsum("bphe,hed->bphd", dz, w_o), grad)` without that tensor.
 
     Args:
-        dz: `[B, P, H, d_head]` differences of the heads' attention-weighted values; heads of several
-            layers may be stacked in H. float32, bfloat16, float16 or float64, any strides.
+        dz: `[B, P, H, d_head]` differences of the heads' weighted values; heads of several layers
+            may be stacked in H. float32, bfloat16, float16 or float64, any strides.
         w_o: `[H, d_head, d]` output projections, dtype of dz.
         grad: `[B, P, R, d]` gradients at the readers' inputs, dtype of dz.
         prefix: heads that come before a reader: an int, or int64 `[R]`; None is all.
@@ -85,8 +85,8 @@ def edge_scores_heads(
     prefix = check_prefix(name, prefix, grad.shape[2], dz.device)
     weights = check_weights(name, weights, dz)
     impl = resolve_impl(edge_heads_op, impl, dz.device)
-    shape = (dz.shape[2], grad.shape[2])
-    shape = shape if weights is None else (weights.shape[0], *shape)
+    replicates = () if weights is None else weights.shape[:1]
+    shape = (*replicates, dz.shape[2], grad.shape[2])
     operands = dz.detach(), w_o.detach(), grad.detach()
     total = check_out(name, out, shape, operands[0])
     scores = total[None] if weights is None else total

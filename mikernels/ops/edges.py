@@ -138,8 +138,8 @@ def edge_scores(
     if out is None:
         scores = _EdgeScores.apply(delta, grad, prefix, weights, impl)
         return scores[0] if weights is None else scores
-    shape = (delta.shape[2], grad.shape[2])
-    shape = shape if weights is None else (weights.shape[0], *shape)
+    replicates = () if weights is None else weights.shape[:1]
+    shape = (*replicates, delta.shape[2], grad.shape[2])
     total = check_out(name, out, shape, delta)
     total = total[None] if weights is None else total
     pair_products_op(delta, grad, None, weights, prefix, False, total, impl=impl)

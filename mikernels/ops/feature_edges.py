@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import torch
 
-from mikernels._dispatch import check_floating, check_shape
+from mikernels._dispatch import accumulate_dtype, check_floating, check_shape
 from mikernels.interactions import Interactions
 from mikernels.ops.edges import check_edges, check_prefix
-from mikernels.ops.pairwise_topk import as_rows, select_pairs, strongest
+from mikernels.ops.pairwise_topk import merged, nothing_found, select_pairs
 
 
 def edge_topk(
@@ -50,7 +50,7 @@ def edge_topk(
     if col_rank is not None:
         row_rank = torch.arange(delta.shape[2], device=delta.device)
     return select_pairs(
-        name, as_rows(delta), as_rows(grad), k=k, by=by, min_value=min_value,
+        name, delta, grad, k=k, by=by, min_value=min_value,
         row_rank=row_rank, col_rank=col_rank, impl=impl,
     )  # fmt: skip
 
@@ -113,11 +113,7 @@ def feature_edges(
     if row_position is None or col_position is None:
         return _edges(name, w_dec, w_enc, *parts, min_value=min_value, **rule)
     # position by position; the k-th edge so far is what later ones have to reach
-    found: list[torch.Tensor] = [
-        torch.empty(0, dtype=torch.float64 if w_dec.dtype == torch.float64 else torch.float32,
-                    device=w_dec.device),
-        *(torch.empty(0, dtype=torch.int64, device=w_dec.device) for _ in range(2)),
-    ]  # fmt: skip
+    found = nothing_found(accumulate_dtype(w_dec.dtype), w_dec.device)
     least = min_value
     for position in row_position.unique().tolist():
         rows = (row_position == position).nonzero()[:, 0]
@@ -125,17 +121,16 @@ def feature_edges(
         own = [None if t is None else t[i] for t, i in zip(parts, (rows, cols) * 2, strict=True)]
         here = _edges(name, w_dec[rows], w_enc[cols], *own, min_value=least, **rule)
         new = here.values, rows[here.rows], cols[here.cols]
-        merged = (torch.cat(pair) for pair in zip(found, new, strict=True))
-        found = list(strongest(*merged, k, by))
+        found = merged(found, new, k, by)
         if len(found[0]) == k and not found[0][-1].isnan():
             weakest = float(found[0][-1].abs() if by == "abs" else found[0][-1])
             least = weakest if min_value is None else max(min_value, weakest)
-    return Interactions(*found, (w_dec.shape[0], w_enc.shape[0]))
+    return Interactions(*found, shape=(w_dec.shape[0], w_enc.shape[0]))
 
 
 def _edges(name, w_dec, w_enc, row_scale, col_scale, row_layer, col_layer, **rule) -> Interactions:
     return select_pairs(
-        name, w_dec, w_enc, row_scale=row_scale, col_scale=col_scale, row_rank=row_layer,
+        name, w_dec[None, None], w_enc[None, None], row_scale=row_scale, col_scale=col_scale, row_rank=row_layer,
         col_rank=col_layer, **rule,
     )  # fmt: skip
 
@@ -203,7 +198,7 @@ def qk_interactions(
     check_shape(name, "k_scale", k_scale, k_features.shape[:1])
     check_shape(name, "q_position", q_position, q_features.shape[:1])
     check_shape(name, "k_position", k_position, k_features.shape[:1])
-    ranks = (None, None)
+    ranks: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
     if q_position is not None and k_position is not None:
         # a key may be at the query's own position: position_k < position_q + 1, ranks reversed
         ranks = (-q_position, 1 - k_position)
@@ -217,8 +212,8 @@ def qk_interactions(
         found.append(
             select_pairs(
                 name,
-                queries,
-                keys,
+                queries[None, None],
+                keys[None, None],
                 k=k,
                 by=by,
                 min_value=min_value,

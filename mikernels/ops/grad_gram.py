@@ -1,15 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Inner products of per-sample gradients, without the gradients.
 
-A linear layer's weight gradient for sample i is `sum_t g_i[t] a_i[t]^T` (output gradient times input
-activation), so
+The weight gradient of a linear layer for sample i is `sum_t g_i[t] a_i[t]^T`, the gradient at its
+output times its input. So
 
     <grad_i, grad_j> = sum_layers sum_{t, s} <a_i[t], a_j[s]> <g_i[t], g_j[s]>
-                     = sum_layers sum_{d, e} G_i[e, d] G_j[e, d]
 
-Two tile products, multiplied while they are in registers, replace `[n, parameters]`. With T
-positions a sample that costs n^2 T^2 (d_in + d_out); where that is more than forming a sample's
-gradient (T (d_in + d_out) > d_in d_out), gradients are formed for a block of samples at a time.
+Two tile products, multiplied where they are made, replace `[n, parameters]`. O(n^2 T^2 (d_in +
+d_out)) time for T positions a sample, scratch one tile a thread; half of it with one side.
 """
 
 from __future__ import annotations
@@ -20,7 +18,7 @@ import torch
 
 from mikernels._dispatch import Op, accumulate_dtype, check_floating, check_shape, resolve_impl
 from mikernels.interactions import Interactions
-from mikernels.ops.pairwise_topk import check_selection, strongest
+from mikernels.ops.pairwise_topk import check_selection, merged, nothing_found
 
 # rows of the Gram matrix that exist at a time when only the k best are kept
 BLOCK = 1024
@@ -67,7 +65,8 @@ def _layers(name: str, tensors: Layers) -> list[torch.Tensor]:
 def _check_pairs(acts: list[torch.Tensor], grads: list[torch.Tensor], names: str) -> None:
     if len(acts) != len(grads) or not acts:
         raise ValueError(
-            f"grad_gram: {names} must have one tensor a layer each, got {len(acts)} and {len(grads)}"
+            f"grad_gram: {names} must have one tensor a layer each, got {len(acts)} and "
+            f"{len(grads)}"
         )
     for layer, (a, g) in enumerate(zip(acts, grads, strict=True)):
         check_floating("grad_gram", acts=a, grads=g, first=acts[0])
@@ -128,11 +127,7 @@ def grad_gram(
     if k is None:
         return gram.block(0, n, 0, m)
     check_selection("grad_gram", k, by, None)
-    device = left[0][0].device
-    kept: list[torch.Tensor] = [
-        torch.empty(0, dtype=gram.dtype, device=device),
-        *(torch.empty(0, dtype=torch.int64, device=device) for _ in range(2)),
-    ]
+    kept = nothing_found(gram.dtype, left[0][0].device)
     for top in range(0, n, BLOCK):
         for start in range(top if one_sided else 0, m, BLOCK):
             block = gram.block(top, min(n, top + BLOCK), start, min(m, start + BLOCK))
@@ -144,10 +139,8 @@ def grad_gram(
             if one_sided and start == top:
                 here = here.triu(1)
             i, j = here.nonzero(as_tuple=True)
-            parts = block[i, j], i + top, j + start
-            merged = (torch.cat(pair) for pair in zip(kept, parts, strict=True))
-            kept = list(strongest(*merged, k, by))
-    return Interactions(*kept, (n, m))
+            kept = merged(kept, (block[i, j], i + top, j + start), k, by)
+    return Interactions(*kept, shape=(n, m))
 
 
 class _Gram:
@@ -163,14 +156,13 @@ class _Gram:
             self.norms = rows, rows if one_sided else self._norms(right)
 
     def _norms(self, side) -> torch.Tensor:
-        """[n], each sample with itself: a Gram matrix of one."""
-        n = side[0][0].shape[0]
-        squares = torch.zeros(n, dtype=self.dtype, device=side[0][0].device)
+        """[n], the norms of the samples' gradients."""
+        squares = torch.zeros(side[0][0].shape[0], dtype=self.dtype, device=side[0][0].device)
         for a, g in zip(*side, strict=True):
-            for i in range(n):
-                one = a[i : i + 1], g[i : i + 1]
-                gram_op(*one, *one, True, squares[i : i + 1, None], impl=self.impl)
-        return squares.sqrt()
+            # a sample at a time: [T, T], not [n, T, T]
+            for i, (one, other) in enumerate(zip(a.to(self.dtype), g.to(self.dtype), strict=True)):
+                squares[i] += ((one @ one.T) * (other @ other.T)).sum()
+        return squares.clamp(min=0).sqrt()
 
     def block(self, top: int, bottom: int, start: int, stop: int) -> torch.Tensor:
         shape = bottom - top, stop - start

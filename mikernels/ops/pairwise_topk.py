@@ -8,10 +8,11 @@ of the products, rounded once to fp32; the set returned is the one that these sc
 
 How the CPU kernel is fast and exact. Pairs are *screened* in 16 bits (int16 or, with AMX, bf16),
 under the bound that mikernels/ops/encode.py proves:
-|score - screened| <= |a - a^| |b| + |a^| |b - b^| plus rounding, with computed norms. A pair whose upper bound is below the k-th largest lower bound
-seen so far has k pairs before it; every other is kept, and rescored in fp64 at the end. Each thread
-keeps a list of 4 k + 64 candidates; a full list is tightened and, where bounds cannot separate it,
-rescored on the spot, so that no list overflows. Symmetric (b is a): half of the products.
+|score - screened| <= |a - a^| |b| + |a^| |b - b^| plus rounding, with
+computed norms. A pair whose upper bound is below the k-th largest lower bound seen so far has k
+pairs before it; every other is kept, and rescored in fp64 at the end. Each thread keeps a list of
+4 k + 64 candidates; a full list is tightened and, where bounds cannot separate it, rescored on the
+spot, so that no list overflows. Symmetric (b is a): half of the products.
 
 O(n m D) time in 16-bit products. Scratch: 16-bit panels of 16 MB of either operand, and the lists.
 fp64 inputs: scores in fp64.
@@ -41,6 +42,21 @@ def strongest(
     return values[order], rows[order], cols[order]
 
 
+Pairs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def nothing_found(dtype: torch.dtype, device: torch.device) -> Pairs:
+    """No pairs: values, rows, cols."""
+    index = torch.empty(0, dtype=torch.int64, device=device)
+    return torch.empty(0, dtype=dtype, device=device), index, index
+
+
+def merged(found: Pairs, more: Pairs, k: int, by: str) -> Pairs:
+    """The k strongest of two lists of pairs."""
+    values, rows, cols = (torch.cat(both) for both in zip(found, more, strict=True))
+    return strongest(values, rows, cols, k, by)
+
+
 def _rows(x: torch.Tensor) -> torch.Tensor:
     """[B, P, n, D] as [n, B P D]."""
     return x.movedim(2, 0).reshape(x.shape[2], -1)
@@ -62,11 +78,7 @@ def reference(
     n, m = a.shape[0], b.shape[0]
     out_dtype = accumulate_dtype(a.dtype)
     wide = b.double() if col_scale is None else b.double() * col_scale.double()[:, None]
-    found = (
-        torch.empty(0, dtype=out_dtype, device=a.device),
-        torch.empty(0, dtype=torch.int64, device=a.device),
-        torch.empty(0, dtype=torch.int64, device=a.device),
-    )
+    found = nothing_found(out_dtype, a.device)
     rows_at_once = max(1, CHUNK // max(1, m))
     for first in range(0, n, rows_at_once):
         here = slice(first, first + rows_at_once)
@@ -79,8 +91,7 @@ def reference(
         if row_rank is not None and col_rank is not None:
             kept &= row_rank[here, None] < col_rank
         i, j = kept.nonzero(as_tuple=True)
-        parts = (scores[i, j], i + first, j)
-        found = strongest(*(torch.cat(pair) for pair in zip(found, parts, strict=True)), k, by)
+        found = merged(found, (scores[i, j], i + first, j), k, by)
     missing = min(k, n * m) - len(found[0])
     values = torch.cat([found[0], found[0].new_zeros(missing)])
     rows, cols = (torch.cat([t, t.new_full((missing,), -1)]) for t in found[1:])
@@ -93,7 +104,8 @@ def _fake(a, b, row_scale, col_scale, row_rank, col_rank, k, by, min_value, symm
     return values, *(a.new_empty(size, dtype=torch.int64) for _ in range(2))
 
 
-# a [B, P, n, D] and b [B, P, m, D]; padded to min(k, n m) entries: those beyond the pairs that qualify have value 0 and rows, cols -1
+# a [B, P, n, D], b [B, P, m, D]; padded to min(k, n m) entries: value 0, row and column -1 where
+# fewer pairs qualify
 pairwise_topk_op = Op(
     "pairwise_topk(Tensor a, Tensor b, Tensor? row_scale, Tensor? col_scale, Tensor? row_rank,"
     " Tensor? col_rank, SymInt k, str by, float min_value, bool symmetric)"
@@ -190,9 +202,10 @@ def pairwise_topk(
     if upper:
         row_rank = torch.arange(a.shape[-2], device=a.device)
         col_rank = row_rank if b is None else torch.arange(b.shape[-2], device=a.device)
+    operands = _four_dimensional(a), None if b is None else _four_dimensional(b)
     return select_pairs(
-        name, _four_dimensional(a), None if b is None else _four_dimensional(b), k=k, by=by, min_value=min_value,
-        row_rank=row_rank, col_rank=col_rank, impl=impl,
+        name, *operands, k=k, by=by, min_value=min_value, row_rank=row_rank, col_rank=col_rank,
+        impl=impl,
     )  # fmt: skip
 
 

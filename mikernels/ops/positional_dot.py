@@ -54,7 +54,9 @@ def positional_dot(
     out: torch.Tensor | None = None,
     impl: str | None = None,
 ) -> torch.Tensor:
-    """Each vector with the gradients at its position: `out[i, b] += scale_i <grads[b, pos_i], v_i>`.
+    """Each vector with the gradients at its position.
+
+    `out[i, b] += scale[i] <grads[b, positions[i]], vectors[i]>`
 
     Equal to `einsum("bid,id->ib", grads[:, positions], vectors)` without the gathered gradients.
     (Attribution graphs: Ameisen et al., 2025; the inner step of circuit-tracer.)
