@@ -130,8 +130,8 @@ def feature_edges(
 
 def _edges(name, w_dec, w_enc, row_scale, col_scale, row_layer, col_layer, **rule) -> Interactions:
     return select_pairs(
-        name, w_dec[None, None], w_enc[None, None], row_scale=row_scale, col_scale=col_scale, row_rank=row_layer,
-        col_rank=col_layer, **rule,
+        name, w_dec[None, None], w_enc[None, None], row_scale=row_scale, col_scale=col_scale,
+        row_rank=row_layer, col_rank=col_layer, **rule,
     )  # fmt: skip
 
 
