@@ -10,6 +10,8 @@ that share their upper 16 bits share an exponent, so their masses add up as inte
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from mikernels._dispatch import Op, check_floating, resolve_impl
@@ -38,7 +40,7 @@ def mass_threshold(
     circuit-tracer's `find_threshold`, which sorts: `mask = x >= mass_threshold(x, 0.8)`.
 
     Args:
-        x: any shape and strides, not empty, no NaN, and not negative unless `abs`; float32,
+        x: any shape and strides, not empty, finite, and not negative unless `abs`; float32,
             bfloat16, float16 or float64.
         frac: in 0..1.
         abs: of |x|.
@@ -59,8 +61,8 @@ def mass_threshold(
         raise ValueError(f"{name}: x must have entries, got shape {list(x.shape)}")
     x = x.detach()
     low, high = (float(v) for v in x.aminmax())
-    if low != low or high != high:
-        raise ValueError(f"{name}: x must not contain NaN; remove them first")
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise ValueError(f"{name}: x must be finite, got {low} to {high}; remove the others first")
     if low < 0 and not abs:
         raise ValueError(
             f"{name}: x must not be negative, got {low}; pass abs=True for the mass of |x|"

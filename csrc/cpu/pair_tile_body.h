@@ -1,0 +1,135 @@
+// SPDX-License-Identifier: Apache-2.0
+// Products of rows with rows, in register tiles; compiled once per level.
+//
+// Both operands run along the contraction, so neither is packed or transposed: a tile of rows is
+// loaded as it lies, and the lanes of its sums are added up once at the end.
+
+#if MIK_VECTOR_BYTES == 64
+constexpr int kTileRows = 4, kTileCols = 6;  // 24 sums, 4 rows, 1 column of 32 registers
+#elif MIK_VECTOR_BYTES == 32
+constexpr int kTileRows = 3, kTileCols = 4;  // 12 sums, 3 rows, 1 column of 16
+#else
+constexpr int kTileRows = 2, kTileCols = 4;
+#endif
+
+typedef float floats __attribute__((vector_size(MIK_VECTOR_BYTES)));
+typedef double tile_doubles __attribute__((vector_size(MIK_VECTOR_BYTES)));
+template <class A>
+struct vector_of {
+  using type = floats;
+};
+template <>
+struct vector_of<double> {
+  using type = tile_doubles;
+};
+
+template <class V, class A>
+static inline V load_lanes(const A* at) {
+  V v;
+  __builtin_memcpy(&v, at, sizeof(v));
+  return v;
+}
+
+// the sum of the lanes, by halves
+template <class A, int N>
+static inline A sum_lanes(const A* lanes) {
+  if constexpr (N == 1) {
+    return lanes[0];
+  } else {
+    A half[N / 2];
+#pragma omp simd
+    for (int i = 0; i < N / 2; ++i) half[i] = lanes[i] + lanes[i + N / 2];
+    return sum_lanes<A, N / 2>(half);
+  }
+}
+
+// acc[r][c] += <a[r], b[c]> over d numbers, for the first `rows` of kTileRows rows and N columns
+template <class A, int N>
+static inline void dot_tile(const A* const* a, const A* const* b, int64_t d, int rows, double* acc,
+                            int64_t ld) {
+  using V = typename vector_of<A>::type;
+  constexpr int64_t lanes = MIK_VECTOR_BYTES / sizeof(A);
+  V sums[kTileRows][N];
+#pragma GCC unroll 8
+  for (int r = 0; r < kTileRows; ++r)
+#pragma GCC unroll 8
+    for (int c = 0; c < N; ++c) sums[r][c] = V{};
+  int64_t k = 0;
+  for (; k + lanes <= d; k += lanes) {
+    V row[kTileRows];
+#pragma GCC unroll 8
+    for (int r = 0; r < kTileRows; ++r) row[r] = load_lanes<V>(a[r] + k);
+#pragma GCC unroll 8
+    for (int c = 0; c < N; ++c) {
+      const V column = load_lanes<V>(b[c] + k);
+#pragma GCC unroll 8
+      for (int r = 0; r < kTileRows; ++r) sums[r][c] += row[r] * column;
+    }
+  }
+  for (int r = 0; r < rows; ++r) {
+    for (int c = 0; c < N; ++c) {
+      A folded[lanes];
+      __builtin_memcpy(folded, &sums[r][c], sizeof(folded));
+      A total = sum_lanes<A, lanes>(folded);
+      for (int64_t t = k; t < d; ++t) total += a[r][t] * b[c][t];
+      acc[r * ld + c] += total;
+    }
+  }
+}
+
+// acc[i][j] += <a[i], b[j]>. With `limits`, column j wants the rows first_row + i < limits[j] only:
+// tiles without such a pair are passed over, others are filled whole
+template <class A>
+static void block_products(const A* const* a, int64_t rows, const A* const* b, int64_t cols,
+                           int64_t d, const int64_t* limits, int64_t first_row, double* acc,
+                           int64_t ld) {
+  for (int64_t i = 0; i < rows; i += kTileRows) {
+    const int here = rows - i < kTileRows ? static_cast<int>(rows - i) : kTileRows;
+    const A* row[kTileRows];
+    for (int r = 0; r < kTileRows; ++r) row[r] = a[i + (r < here ? r : here - 1)];
+    for (int64_t j = 0; j < cols; j += kTileCols) {
+      const int wide = cols - j < kTileCols ? static_cast<int>(cols - j) : kTileCols;
+      if (limits != nullptr) {
+        bool any = false;
+        for (int c = 0; c < wide; ++c) any = any || first_row + i < limits[j + c];
+        if (!any) continue;
+      }
+      double* out = acc + i * ld + j;
+      switch (wide) {
+        case 1:
+          dot_tile<A, 1>(row, b + j, d, here, out, ld);
+          break;
+        case 2:
+          dot_tile<A, 2>(row, b + j, d, here, out, ld);
+          break;
+        case 3:
+          dot_tile<A, 3>(row, b + j, d, here, out, ld);
+          break;
+        case 4:
+          dot_tile<A, 4>(row, b + j, d, here, out, ld);
+          break;
+#if MIK_VECTOR_BYTES == 64
+        case 5:
+          dot_tile<A, 5>(row, b + j, d, here, out, ld);
+          break;
+        default:
+          dot_tile<A, 6>(row, b + j, d, here, out, ld);
+#endif
+      }
+    }
+  }
+}
+
+// d numbers `stride` apart, times scale[0:d] if there is one, as a dense row
+template <class T, class A>
+static void copy_row(const T* from, int64_t stride, const T* scale, int64_t scale_stride, int64_t d,
+                     A* to) {
+  if (stride == 1) {
+#pragma omp simd
+    for (int64_t i = 0; i < d; ++i) to[i] = static_cast<A>(from[i]);
+  } else {
+    for (int64_t i = 0; i < d; ++i) to[i] = static_cast<A>(from[i * stride]);
+  }
+  if (scale != nullptr)
+    for (int64_t i = 0; i < d; ++i) to[i] *= static_cast<A>(scale[i * scale_stride]);
+}

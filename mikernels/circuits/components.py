@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The components of a decoder and the gradient of a logit at each: `L3.attn`, `L3.h7`, `L3.mlp`.
+
+A component writes into the residual stream, so all gradients are `[B, P, d]` in one basis. For an
+attention block and an MLP it is the gradient at the output, g. At a head's own residual write that
+gradient would be g again, the same for all heads of a layer; at z, the head's input to the output
+projection, `g_z = g W_O^T` differs from head to head but is in a basis of that head. Hence
+
+    g_z W_O,   [B, P, dh] times [dh, d]
+
+the move of the residual stream when z goes up its gradient: the part of g that the head can write.
+
+One forward and one backward pass, `[B, P, d]` a component. Parameters are frozen meanwhile, so that
+no weight gradient is computed, and nothing is left in any `.grad`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+
+from mikernels.circuits.decoder import NAME, decoder_blocks, frozen, head_matrices, watch
+
+
+def split_heads(name: str, heads: torch.Tensor) -> dict[str, torch.Tensor]:
+    """A component of several heads `[..., H, D]` as H components `name.h0`, `name.h1`, ... (views).
+
+    Raises:
+        ValueError: for fewer than two dimensions.
+    """
+    if heads.dim() < 2:
+        raise ValueError(f"split_heads: {name} must be [..., H, D], got {list(heads.shape)}")
+    return {f"{name}.h{h}": part for h, part in enumerate(heads.unbind(-2))}
+
+
+def _last(inputs: Mapping[str, Any], logits: torch.Tensor) -> torch.Tensor:
+    """`[B, V]` logits at the last position that is not padding."""
+    mask = inputs.get("attention_mask")
+    if mask is None:
+        return logits[:, -1]
+    if mask.shape != logits.shape[:2] or not bool((mask != 0).any(-1).all()):
+        raise ValueError(
+            f"{NAME}: attention_mask must be {list(logits.shape[:2])} with a token in every row, "
+            f"got {list(mask.shape)}"
+        )
+    last = mask.shape[1] - 1 - (mask != 0).int().flip(-1).argmax(-1)
+    return logits[torch.arange(len(last), device=logits.device), last.to(logits.device)]
+
+
+def _target(target: int | torch.Tensor | None, logits: torch.Tensor) -> torch.Tensor:
+    """`[B]` token ids."""
+    if target is None:
+        return logits.argmax(-1)
+    ids = torch.as_tensor(target, device=logits.device)
+    if (
+        ids.is_floating_point()
+        or ids.dtype == torch.bool
+        or ids.shape not in ((), logits.shape[:1])
+    ):
+        raise ValueError(
+            f"{NAME}: target must be a token id or [{len(logits)}] of them, got {ids.dtype} "
+            f"{list(ids.shape)}"
+        )
+    if ((ids < 0) | (ids >= logits.shape[1])).any():
+        raise ValueError(
+            f"{NAME}: target must be in 0..{logits.shape[1] - 1} (vocabulary), got {ids.tolist()}"
+        )
+    return ids.to(torch.int64).expand(len(logits))
+
+
+def _run(model: torch.nn.Module, inputs: Mapping[str, Any]) -> torch.Tensor:
+    """`[B, P, V]` logits."""
+    logits = getattr(model(**{**inputs, "use_cache": False}), "logits", None)
+    if not isinstance(logits, torch.Tensor) or logits.dim() != 3:
+        raise ValueError(
+            f"{NAME}: model must return logits [B, P, V], got none from {type(model).__name__}; "
+            f"load it with AutoModelForCausalLM"
+        )
+    return logits
+
+
+def gradient_components(
+    model: torch.nn.Module,
+    inputs: torch.Tensor | Mapping[str, Any],
+    target: int | torch.Tensor | None = None,
+    *,
+    heads: bool = False,
+    attribution: bool = False,
+) -> dict[str, torch.Tensor]:
+    """The gradient of a logit at every attention block and MLP of a decoder, or at every head.
+
+    The logit is that of the target token at the last position that the attention mask keeps; the
+    rows of a batch are independent.
+
+    Args:
+        model: a Hugging Face causal language model (Llama, GPT-2, GPT-NeoX, ... style) in eval
+            mode, with blocks that add attention and MLP to the residual stream as they are.
+        inputs: token ids `[B, P]`, or what the tokeniser returned (keywords of the model).
+        target: a token id, `[B]` of them, or None: the one the model predicts.
+        heads: the heads of each layer in place of the attention block, which is their sum: an
+            interaction of the whole with its part would say nothing.
+        attribution: gradient times activation, elementwise: `g * output`, and for a head
+            `g * (z W_O)`. Summed over positions and d: what the component adds to the logit, to
+            first order. Heads add up to the attention block less its bias.
+
+    Returns:
+        Name -> `[B, P, d]` in the dtype of the model, in the order of the model: `L0.attn` (or
+        `L0.h0`, `L0.h1`, ...), `L0.mlp`, `L1.attn`, ...
+
+    Raises:
+        TypeError, ValueError: for a model that is not recognised, for one in training mode, or for
+            other inputs or targets. Hooks are removed and `requires_grad` is restored in any case.
+    """
+    blocks = decoder_blocks(model)
+    given = {"input_ids": inputs} if isinstance(inputs, torch.Tensor) else inputs
+    if not isinstance(given, Mapping):
+        raise TypeError(
+            f"{NAME}: inputs must be a tensor of token ids or a mapping with input_ids, got "
+            f"{type(inputs).__name__}"
+        )
+    ids = given.get("input_ids")
+    if isinstance(ids, torch.Tensor) and (ids.dim() != 2 or ids.numel() == 0):
+        raise ValueError(f"{NAME}: input_ids must be [B, P], not empty, got {list(ids.shape)}")
+    w_o = [head_matrices(model, i, parts) for i, parts in enumerate(blocks)] if heads else []
+    with ExitStack() as stack:
+        stack.enter_context(frozen(model))
+        # also where the caller has switched gradients off
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        sites = [watch(model, i, parts, stack) for i, parts in enumerate(blocks)]
+        logits = _last(given, _run(model, given))
+        score = logits.gather(1, _target(target, logits.detach())[:, None]).sum()
+        at = "z" if heads and not attribution else "attn"
+        grads = torch.autograd.grad(score, [site[name] for site in sites for name in (at, "mlp")])
+    found: dict[str, torch.Tensor] = {}
+    for layer, site in enumerate(sites):
+        g, g_mlp = grads[2 * layer : 2 * layer + 2]
+        if heads:
+            z = (site["z"].detach() if attribution else g).unflatten(-1, w_o[layer].shape[:2])
+            written = torch.einsum("bphe,hed->bphd", z, w_o[layer])
+            found |= split_heads(f"L{layer}", written * g[:, :, None] if attribution else written)
+        else:
+            found[f"L{layer}.attn"] = g * site["attn"].detach() if attribution else g
+        found[f"L{layer}.mlp"] = g_mlp * site["mlp"].detach() if attribution else g_mlp
+    return found

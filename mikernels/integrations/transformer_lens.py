@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: Apache-2.0
+"""TransformerLens: heads' results by batched products, for one model.
+
+With `use_attn_result`, the attention of a HookedTransformer forms `z * W_O` before it sums over
+`d_head`: a tensor `[B, T, H, d_head, d_model]`, 33 MB for each token and layer of Llama-3.1-8B in
+bf16, three times in a backward pass. `fast_heads(model)` computes `einsum("bthe,hed->bthd")`
+instead, and likewise the q, k and v of split inputs where the installed version forms
+`[B, T, H, d_model, d_head]` for them (2.10 to 2.15).
+
+Only that expression is replaced: the model's attention modules get copies of their own methods
+whose global name `einops` answers the two rearrangements of the product with an object that can do
+nothing but be multiplied and summed. So every hook, cast and special case stays the library's, and
+a version that uses the operands in another way fails in an AttributeError or TypeError instead of
+giving other numbers. Checked against 2.10.0, 2.15.4 and 3.9.0; TransformerBridge, the only model of
+4.x, has the batched product already.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Callable
+from types import FunctionType, MethodType, TracebackType
+from typing import Any
+
+import torch
+
+# the operands of (z * w).sum(-2), as the library writes them: heads' results, split inputs
+ROWS = frozenset(
+    f"batch pos head_index {d} -> batch pos head_index {d} 1" for d in ("d_head", "d_model")
+)
+WEIGHTS = frozenset(
+    f"head_index {d} -> 1 1 head_index {d}" for d in ("d_head d_model", "d_model d_head")
+)
+
+
+class Handle:
+    """What was replaced in given objects, until `remove()` or the end of the `with` block.
+
+    Attributes:
+        replaced: how many attributes of objects.
+        calls: how often a replacement has computed something.
+    """
+
+    def __init__(self, name: str):
+        self.name = name
+        self.replaced = 0
+        self.calls = 0
+        self._values: list[tuple[weakref.ref, str, object]] = []
+        self._undo: list[Callable[[], object]] = []
+
+    def replace(self, owner: Any, attribute: str, value: object) -> None:
+        """Set an attribute of this one object; it is not kept alive."""
+        there = vars(owner)
+        had, before = attribute in there, there.get(attribute)
+        reference = weakref.ref(owner)
+
+        def undo() -> None:
+            if (alive := reference()) is None:
+                return
+            if had:
+                setattr(alive, attribute, before)
+            else:
+                delattr(alive, attribute)
+
+        setattr(owner, attribute, value)
+        self._values.append((reference, attribute, value))
+        self._undo.append(undo)
+        self.replaced += 1
+
+    def on_remove(self, undo: Callable[[], object]) -> None:
+        """Have `undo` called with the rest, the latest first."""
+        self._undo.append(undo)
+
+    def remove(self) -> None:
+        """Put back what was there. Does nothing the second time.
+
+        Raises:
+            RuntimeError: somebody else replaced it since; nothing is changed.
+        """
+        for owner, attribute, value in self._values:
+            alive = owner()
+            if alive is not None and vars(alive).get(attribute) is not value:
+                raise RuntimeError(
+                    f"{self.name}: expected its own {attribute} in the {type(alive).__name__}, got "
+                    f"{vars(alive).get(attribute)!r}; remove first what was installed after it"
+                )
+        self._values.clear()
+        while self._undo:
+            self._undo.pop()()
+
+    def __enter__(self) -> Handle:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.remove()
+        if kind is None and not self.calls:
+            warnings.warn(
+                f"{self.name}: nothing that it replaces was computed in its `with` block; run the "
+                f"model inside it",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+
+class _Product:
+    def __init__(self, rows: torch.Tensor, weights: torch.Tensor, handle: Handle):
+        self._operands = rows, weights
+        self._handle = handle
+
+    def sum(self, dim: int) -> torch.Tensor:
+        if dim != -2:
+            raise TypeError(f"fast_heads: expected the product's sum over -2, got {dim}")
+        self._handle.calls += 1
+        # contiguous as the sum would be, for hooks that call view
+        return torch.einsum("bthi,hio->btho", *self._operands).contiguous()
+
+
+class _Rows:
+    def __init__(self, rows: torch.Tensor, handle: Handle):
+        self._rows = rows
+        self._handle = handle
+
+    def __mul__(self, weights: torch.Tensor) -> _Product:
+        return _Product(self._rows, weights, self._handle)
+
+
+class _Einops:
+    """einops, except that the operands of the broadcast product stay as they are."""
+
+    def __init__(self, einops: Any, handle: Handle):
+        self._einops = einops
+        self._handle = handle
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._einops, name)
+
+    def rearrange(self, tensor: Any, pattern: str, **sizes: int) -> Any:
+        if pattern in ROWS:
+            return _Rows(tensor, self._handle)
+        if pattern in WEIGHTS:
+            return tensor
+        return self._einops.rearrange(tensor, pattern, **sizes)
+
+
+def _broadcasts(function: object) -> bool:
+    constants = set(getattr(getattr(function, "__code__", None), "co_consts", ()))
+    return bool(constants & ROWS) and bool(constants & WEIGHTS)
+
+
+def _rebound(function: Any, **names: object) -> FunctionType:
+    """The same code with other values of these global names, which only this copy sees."""
+    copy = FunctionType(
+        function.__code__,
+        {**function.__globals__, **names},
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy
+
+
+def _products(attention: torch.nn.Module, cfg: Any, handle: Handle) -> dict[str, FunctionType]:
+    """The methods of an attention module that form a broadcast product, without it."""
+    found: dict[str, FunctionType] = {}
+    if getattr(cfg, "load_in_4bit", False):
+        return found
+    forward: Any = type(attention).forward
+    if getattr(cfg, "use_attn_result", False) and _broadcasts(forward):
+        einops = _Einops(forward.__globals__["einops"], handle)
+        found["forward"] = _rebound(forward, einops=einops)
+    method: Any = getattr(type(attention), "calculate_qkv_matrices", None)
+    linear: Any = getattr(method, "__globals__", {}).get("complex_attn_linear")
+    split = getattr(cfg, "use_split_qkv_input", False) or getattr(cfg, "use_attn_in", False)
+    if split and _broadcasts(linear):
+        einops = _Einops(linear.__globals__["einops"], handle)
+        fast = _rebound(linear, einops=einops)
+        found["calculate_qkv_matrices"] = _rebound(method, complex_attn_linear=fast)
+    return found
+
+
+def fast_heads(model: torch.nn.Module) -> Handle:
+    """Compute this HookedTransformer's heads' results by a batched product.
+
+    All hooks fire as before: `hook_result` with `[B, T, H, d_model]`, and what it returns is what
+    is summed. Outputs and gradients are equal up to rounding; in 16 bits they are closer to exact,
+    since products are not rounded before the sum. Use as
+
+        with fast_heads(model):
+            model.run_with_hooks(...)
+
+    or keep the handle and call `handle.remove()`. A copy of the model made meanwhile stays fast.
+
+    Args:
+        model: a HookedTransformer with `use_attn_result` (or with split inputs, where the installed
+            version has a broadcast product for those).
+
+    Returns:
+        The handle: `replaced` methods, and `calls`, the products computed since.
+
+    Raises:
+        TypeError: model is not a TransformerLens model.
+        ValueError: it forms no broadcast product, or a method is replaced already.
+    """
+    handle = Handle("fast_heads")
+    cfg = getattr(model, "cfg", None)
+    if not isinstance(model, torch.nn.Module) or cfg is None:
+        raise TypeError(
+            f"fast_heads: model must be a TransformerLens model, got {type(model).__name__}"
+        )
+    heads = [module for module in model.modules() if hasattr(module, "hook_result")]
+    plans = [(module, _products(module, cfg, handle)) for module in heads]
+    if not any(methods for _, methods in plans):
+        if getattr(cfg, "use_attn_result", False):
+            fix = "leave out fast_heads: here they are computed in another way"
+        else:
+            fix = "call model.set_use_attn_result(True) first"
+        raise ValueError(
+            f"fast_heads: expected attention that forms heads' results by a broadcast product, got "
+            f"a {type(model).__name__} with {len(heads)} attention modules and no such product; "
+            f"{fix}"
+        )
+    for module, methods in plans:
+        for name in methods:
+            if name in vars(module):
+                raise ValueError(
+                    f"fast_heads: expected {type(module).__name__}.{name} of the class, got a "
+                    f"method of this module's own; remove what replaced it (fast_heads?) first"
+                )
+    for module, methods in plans:
+        for name, function in methods.items():
+            handle.replace(module, name, MethodType(function, module))
+    return handle
