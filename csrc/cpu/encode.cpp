@@ -1,36 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 // encode: exact top-k of (x - b_dec) w^T + b_enc without the matrix; the method and its proof are
 // in mikernels/ops/encode.py. encode_panels.h packs and deals out the work, encode_body.h screens,
-// encode_lists.h selects.
+// candidates.h selects.
 #include "cpu/encode.h"
 
 #include "common.h"
-#include "cpu/amx.h"
-#include "cpu/encode_lists.h"
+#include "cpu/candidates.h"
 #include "cpu/row_topk.h"
 
-#if MIK_X86_LEVELS
-#include <immintrin.h>
-#endif
-
 #define MIK_BODY "cpu/encode_body.h"
-#include "cpu/each_level.h"
-#if MIK_X86_LEVELS
-#pragma GCC push_options
-#pragma GCC target( \
-    "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c,bmi,bmi2,popcnt,lzcnt,prefer-vector-width=512")
-namespace mik::amx {
-#define MIK_VECTOR_BYTES 64
-#define MIK_AMX_TILES
-#include "cpu/encode_body.h"
-#undef MIK_AMX_TILES
-#undef MIK_VECTOR_BYTES
-}  // namespace mik::amx
-#pragma GCC pop_options
-#define MIK_SCREEN(f) (::mik::active_level() == ::mik::Level::amx ? amx::f : MIK_AT_LEVEL(f))
-#else
-#define MIK_SCREEN(f) (MIK_AT_LEVEL(f))
-#endif
+#include "cpu/each_screen_level.h"
 
 #include "cpu/encode_panels.h"
 

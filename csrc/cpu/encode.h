@@ -4,13 +4,10 @@
 
 #include <cstdint>
 
+#include "cpu/order.h"
+#include "cpu/screen.h"
+
 namespace mik {
-
-// tokens are packed 16 to a tile, as [pairs of dimensions][16 tokens][2]
-constexpr int kTileTokens = 16;
-
-// norms in this range keep every screened quantity far from fp32's limits
-constexpr double kSmallestNorm = 0x1p-40, kLargestNorm = 0x1p40;
 
 struct Candidate {
   float score;  // screened, or exact
@@ -20,6 +17,11 @@ struct Candidate {
 
   bool exact() const { return slack < 0; }
 };
+
+inline bool better(const Candidate& a, const Candidate& b) {
+  const int32_t ka = rank_key(a.score), kb = rank_key(b.score);
+  return ka != kb ? ka > kb : a.feature < b.feature;
+}
 
 // one panel of quantised features: row f is scale[f] * q[f], and the error bound of its scores is
 // ex[n] * p[f] + nx[n] * q[f] + r[f] (equation 1 of mikernels/ops/encode.py, times |rank|)

@@ -6,11 +6,6 @@
 namespace mik {
 
 constexpr int64_t kPanelBytes = 16 << 20;
-// rows of one panel are padded to the largest register block, dimensions to one AMX tile row
-constexpr int64_t kRowPadding = 96, kDimPadding = 32, kTokenPadding = 32;
-// u = 2^-24: the share of a bound that covers fp32 evaluation, and the norms' own rounding
-constexpr double kEvaluation = 16 * 0x1p-24, kUp = 1 + 0x1p-20;
-
 // below this packing the weights costs more than it saves
 constexpr int64_t kDirectTokens = 8, kDirectScores = 1 << 22;
 
@@ -25,8 +20,6 @@ inline int64_t tokens_a_chunk(int64_t k, int64_t features, int64_t d) {
       list_capacity(k, features) * static_cast<int64_t>(sizeof(Candidate)) + 2 * d;
   return std::max<int64_t>((64 << 20) / bytes / kTokenPadding * kTokenPadding, kTokenPadding);
 }
-
-inline int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 
 template <class T>
 class Encoder {
@@ -102,37 +95,14 @@ class Encoder {
       std::vector<uint16_t> quantised(padded_);
       for (int64_t n = begin; n < end; ++n) {
         centred(n, row.data());
-        const auto [scale, norm, error] = quantise(row.data(), quantised.data());
+        const auto [scale, norm, error] = quantise(row.data(), d_, quantised.data(), padded_);
         sx_[n] = static_cast<float>(scale);
         ex_[n] = static_cast<float>(error * kUp);
         nx_[n] = static_cast<float>((norm + error) * kUp);
         tau_[n] = -kInfinity;
-        uint16_t* tile =
-            tiles_.get() + n / kTileTokens * kTileTokens * padded_ + n % kTileTokens * 2;
-        for (int64_t pair = 0; pair < padded_ / 2; ++pair)
-          std::memcpy(tile + pair * kTileTokens * 2, quantised.data() + pair * 2, 4);
+        into_tile(quantised.data(), padded_, n, tiles_.get());
       }
     });
-  }
-
-  struct Row {
-    double scale, norm, error;
-  };
-
-  Row quantise(const float* row, uint16_t* out) const {
-    const auto at = [&](const auto& r) { return Row{r.scale, r.norm, r.error}; };
-    switch (active_level()) {
-#if MIK_X86_LEVELS
-      case Level::amx:
-        return at(amx::quantise_row(row, d_, out, padded_));
-      case Level::avx512:
-        return at(avx512::quantise_row(row, d_, out, padded_));
-      case Level::avx2:
-        return at(avx2::quantise_row(row, d_, out, padded_));
-#endif
-      default:
-        return at(portable::quantise_row(row, d_, out, padded_));
-    }
   }
 
   // fp32 copies of features first_ + begin..end, 16 strided columns at a time: a cache line a read
@@ -150,9 +120,7 @@ class Encoder {
 
   void pack_panel(int64_t count, int64_t rows) {
     float* terms = terms_.get();
-    // fp32 sums of 2 ceil(d / 2) products on AMX, exact integers elsewhere
-    const double accumulation =
-        active_level() == Level::amx ? 2. * static_cast<double>(padded_) * 0x1p-24 : 0.;
+    const double accumulation = screen_rounding(padded_);
     parallel(round_up(count, 16) / 16, 4, [&](int64_t begin, int64_t end) {
       std::vector<float> row(d_);
       end = std::min(end * 16, count);
@@ -169,7 +137,7 @@ class Encoder {
           const T* from = data<T>(w_) + feature * w_.stride(0);
           for (int64_t i = 0; i < d_; ++i) row[i] = static_cast<float>(from[i]);
         }
-        const Row q = quantise(source, panel_.get() + f * padded_);
+        const QuantisedRow q = quantise(source, d_, panel_.get() + f * padded_, padded_);
         const double bias = b_enc_ == nullptr ? 0. : static_cast<float>(b_enc_[feature]);
         const double rank = scale_ == nullptr ? 1. : static_cast<float>(scale_[feature]);
         const double weight = std::fabs(rank) * kUp;
@@ -197,9 +165,7 @@ class Encoder {
         tiles_.get(), kTileTokens * padded_, padded_ / 2, tokens_, sx_.get(), ex_.get(), nx_.get(),
         tau_.get()};
     const Lists lists{candidates_.get(), sizes_.get(), capacity_, this, &Encoder::make_room};
-    // half of the L2 for the tokens, the rest for what streams: 512 KB on Zen 3, 2 MB with AVX-512
-    const int64_t l2 = active_level() >= Level::avx512 ? 1 << 20 : 1 << 18;
-    const int64_t block = std::max<int64_t>(l2 / (kTileTokens * 2 * padded_) / 2 * 2, 2);
+    const int64_t block = tiles_in_cache(padded_);
     parallel(token_slots_ / kTokenPadding, 1, [&](int64_t begin, int64_t end) {
       // the units of the split are two tiles, so that every level's token block fits
       begin *= 2;
@@ -225,8 +191,8 @@ class Encoder {
   // h of one feature and, times its rank, what it is ordered by
   Candidate exact(const double* x, int64_t f) const {
     const double dot =
-        transposed_ ? MIK_AT_LEVEL(exact_dot<float>)(x, panel_copy_.get() + (f - first_) * d_, d_)
-                    : MIK_AT_LEVEL(exact_dot<T>)(x, data<T>(w_) + f * w_.stride(0), d_);
+        transposed_ ? exact_dot(x, panel_copy_.get() + (f - first_) * d_, d_)
+                    : exact_dot(x, data<T>(w_) + f * w_.stride(0), d_);
     const double bias = b_enc_ == nullptr ? 0. : static_cast<float>(b_enc_[f]);
     const float h = static_cast<float>(dot + bias);
     return {scale_ == nullptr ? h : h * static_cast<float>(scale_[f]), -1, h,

@@ -26,6 +26,7 @@ static inline float_vector multiply(float_vector a, float_vector b) { return _mm
 static inline float_vector multiply_add(float_vector a, float_vector b, float_vector c) {
   return _mm512_fmadd_ps(a, b, c);
 }
+static inline float_vector absolute(float_vector a) { return _mm512_abs_ps(a); }
 static inline unsigned not_below(float_vector a, float_vector b) {
   return _mm512_cmp_ps_mask(a, b, _CMP_NLT_UQ);
 }
@@ -55,6 +56,9 @@ static inline float_vector add(float_vector a, float_vector b) { return _mm256_a
 static inline float_vector multiply(float_vector a, float_vector b) { return _mm256_mul_ps(a, b); }
 static inline float_vector multiply_add(float_vector a, float_vector b, float_vector c) {
   return _mm256_fmadd_ps(a, b, c);
+}
+static inline float_vector absolute(float_vector a) {
+  return _mm256_andnot_ps(_mm256_set1_ps(-0.f), a);
 }
 static inline unsigned not_below(float_vector a, float_vector b) {
   return static_cast<unsigned>(_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_NLT_UQ)));
@@ -86,6 +90,7 @@ static inline float_vector multiply(float_vector a, float_vector b) { return _mm
 static inline float_vector multiply_add(float_vector a, float_vector b, float_vector c) {
   return _mm_add_ps(_mm_mul_ps(a, b), c);
 }
+static inline float_vector absolute(float_vector a) { return _mm_andnot_ps(_mm_set1_ps(-0.f), a); }
 static inline unsigned not_below(float_vector a, float_vector b) {
   return static_cast<unsigned>(_mm_movemask_ps(_mm_cmpnlt_ps(a, b)));
 }
@@ -115,5 +120,6 @@ static inline float_vector multiply(float_vector a, float_vector b) { return a *
 static inline float_vector multiply_add(float_vector a, float_vector b, float_vector c) {
   return a * b + c;
 }
+static inline float_vector absolute(float_vector a) { return __builtin_fabsf(a); }
 static inline unsigned not_below(float_vector a, float_vector b) { return !(a < b); }
 #endif

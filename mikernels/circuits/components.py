@@ -127,9 +127,8 @@ def gradient_components(
     w_o = [head_matrices(model, i, parts) for i, parts in enumerate(blocks)] if heads else []
     with ExitStack() as stack:
         stack.enter_context(frozen(model))
-        # also where the caller has switched gradients off
+        # switches gradients on, also within the caller's no_grad
         stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.enable_grad())
         sites = [watch(model, i, parts, stack) for i, parts in enumerate(blocks)]
         logits = _last(given, _run(model, given))
         score = logits.gather(1, _target(target, logits.detach())[:, None]).sum()
