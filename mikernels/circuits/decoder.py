@@ -105,7 +105,7 @@ def watch(model: torch.nn.Module, layer: int, parts: Block, stack: ExitStack) ->
         if (y - (x + attn + mlp)).norm() > limit:
             raise unrecognised(model, f"block {layer} does not return input + attention + mlp")
         projected = site["projected"]
-        if projected.shape != attn.shape or False:
+        if projected.shape != attn.shape or (projected.detach() - attn).norm() > 0:
             raise unrecognised(model, f"block {layer} changes what its projection returns")
 
     stack.callback(parts.block.register_forward_pre_hook(enter, with_kwargs=True).remove)
