@@ -53,7 +53,7 @@ int64_t tighten(C* list, int64_t size, int64_t k, S* tau, std::vector<S>& scratc
 // makes all candidates exact and keeps the k best. `score(candidate)` computes one. The k that look
 // best go first: their worst exact score is a bound without slack, and spares most of the others
 template <class C, class S, class Score>
-int64_t settle(C* list, int64_t size, int64_t k, S* tau, const Score& score) {
+int64_t settle(C* list, int64_t size, int64_t k, S* tau, Score&& score) {
   const int64_t first = keep_best(list, size, k);
   S worst = std::numeric_limits<S>::infinity();
   for (int64_t i = 0; i < first; ++i) {

@@ -38,6 +38,14 @@ void check_side(const OptionalTensor& scale, const OptionalTensor& rank, const T
         "pairwise_topk: ranks must be [n] and [m] int64");
 }
 
+template <class T>
+std::vector<Pair<accumulator_t<T>>> search(const LongRows<T>& a, const LongRows<T>& b,
+                                           const PairRule& rule) {
+  if constexpr (!std::is_same_v<T, double>)
+    if (a.length() <= kScreened) return ScreenedPairs<T>(a, b, rule).run();
+  return WidePairs<T>(a, b, rule).run();
+}
+
 std::tuple<Tensor, Tensor, Tensor> pairwise_topk(Tensor a, Tensor b, OptionalTensor row_scale,
                                                  OptionalTensor col_scale, OptionalTensor row_rank,
                                                  OptionalTensor col_rank, int64_t k, std::string by,
@@ -72,13 +80,7 @@ std::tuple<Tensor, Tensor, Tensor> pairwise_topk(Tensor a, Tensor b, OptionalTen
     using T = scalar_t;
     using S = accumulator_t<T>;
     const LongRows<T> left(a, scales(row_scale, n)), right(b, scales(col_scale, m));
-    std::vector<Pair<S>> found;
-    if constexpr (std::is_same_v<T, double>) {
-      found = WidePairs<T>(left, right, rule).run();
-    } else {
-      found = left.length() <= kScreened ? ScreenedPairs<T>(left, right, rule).run()
-                                         : WidePairs<T>(left, right, rule).run();
-    }
+    const std::vector<Pair<S>> found = search(left, right, rule);
     for (int64_t i = 0; i < k; ++i) {
       const bool here = i < static_cast<int64_t>(found.size());
       mutable_data<S>(values)[i] = here ? found[i].value : S(0);
