@@ -12,7 +12,25 @@ import importlib
 
 from .declare import Benchmark
 
-NAMES = ("row_topk", "encode", "decode", "gradients", "adam", "step")
+NAMES = (
+    "row_topk",
+    "encode",
+    "decode",
+    "gradients",
+    "adam",
+    "step",
+    "edge_scores",
+    "edge_heads",
+    "edge_mix",
+    "head_result",
+    "pairwise_products",
+    "pairwise_topk",
+    "positional_dot",
+    "grad_gram",
+    "block_norms",
+    "mass_threshold",
+    "second_moment",
+)
 
 
 def load(name: str) -> Benchmark:

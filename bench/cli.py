@@ -16,7 +16,7 @@ from typer.core import TyperGroup
 
 from . import NAMES, harness, load, results, session
 from . import device as devices
-from .declare import DTYPES, GPU_SHAPES, SHAPES, Benchmark
+from .declare import DTYPES, GPU_SHAPES, PAIR_SHAPES, SHAPES, Benchmark, sizes_of
 
 
 class _RunByDefault(TyperGroup):
@@ -43,7 +43,8 @@ def run(
     shape: Annotated[
         str | None,
         typer.Option(
-            help=f"Comma-separated: {', '.join(SHAPES)}; with cuda also {', '.join(GPU_SHAPES)}."
+            help=f"Comma-separated: {', '.join(SHAPES | PAIR_SHAPES)}; "
+            f"with cuda also {', '.join(GPU_SHAPES)}."
         ),
     ] = None,
     mode: Annotated[str | None, typer.Option(help="Comma-separated: fwd, bwd, step.")] = None,
@@ -179,8 +180,8 @@ def _list(console: Console) -> None:
         for m, names in bench.gpu_shapes.items():
             dtypes = ", ".join(bench.gpu_dtypes)
             console.print(f"  cuda, {m}: {' '.join(names)} in {dtypes}", highlight=False)
-    for s in (SHAPES | GPU_SHAPES).values():
-        console.print(f"{s.name}: N={s.n} d={s.d} F={s.f} k={s.k}", highlight=False)
+    for s in (SHAPES | PAIR_SHAPES | GPU_SHAPES).values():
+        console.print(f"{s.name}: {sizes_of(vars(s))}", highlight=False)
 
 
 def _cases(
@@ -188,7 +189,7 @@ def _cases(
 ) -> list[session.Case]:
     """All that was asked for; an op without a mode or a dtype is skipped."""
     modes = {m for bench in chosen for m in bench.modes}
-    shapes = SHAPES if device == "cpu" else SHAPES | GPU_SHAPES
+    shapes = SHAPES | PAIR_SHAPES | ({} if device == "cpu" else GPU_SHAPES)
     _known("mode", mode, modes)
     _known("shape", shape, shapes)
     _known("dtype", dtype, DTYPES if device == "cuda" else ("fp32",))
@@ -203,8 +204,10 @@ def _cases(
         for m in mode.split(",") if mode else (bench.modes if shape else own):
             if m not in bench.modes:
                 continue
-            fallback = ("S1",) if device == "cpu" else next(iter(own.values()))[:1]
+            fallback = next(iter((own or bench.shapes).values()))[:1]
             for name in shape.split(",") if shape else own.get(m, fallback):
+                if (name in PAIR_SHAPES) != (bench.family == "pairs"):
+                    continue
                 for kind in dtypes:
                     low = kind in bench.gpu_dtypes and m not in bench.fp32_modes
                     if kind == "fp32" or low:

@@ -23,6 +23,19 @@ class Shape:
     k: int
 
 
+@dataclass(frozen=True)
+class PairShape:
+    """n rows against m others, d numbers each, in `batch` examples of `positions`; k kept pairs."""
+
+    name: str
+    batch: int
+    positions: int
+    n: int
+    m: int
+    d: int
+    k: int = 0
+
+
 SHAPES = {
     shape.name: shape
     for shape in (
@@ -32,6 +45,29 @@ SHAPES = {
         Shape("S2", 1024, 2304, 65536, 64),
     )
 }
+PAIR_SHAPES = {
+    shape.name: shape
+    for shape in (
+        PairShape("pairs-smoke", 2, 3, 40, 24, 64, 8),
+        # EAP at layer 6 of GPT-2 and 16 of Llama-3.1-8B: n writers before m readers of one hook
+        PairShape("gpt2", 20, 20, 79, 12, 768),
+        PairShape("gpt2-layer", 20, 20, 79, 37, 768),
+        PairShape("llama", 4, 20, 529, 32, 4096),
+        # SAE features of a 2304 wide model, all against all
+        PairShape("features", 1, 1, 16384, 16384, 2304, 1000),
+        # an attribution graph: m gradients (rows of the graph) at 128 positions, n active features
+        PairShape("graph", 1, 128, 4000, 64, 2304),
+        # per-sample gradients of a 768 x 768 layer
+        PairShape("samples", 1, 1, 1024, 1024, 768, 1000),
+        PairShape("gradients", 8, 1, 2048, 2048, 768),
+        # 144 heads of GPT-2
+        PairShape("composition", 1, 64, 144, 144, 768),
+        PairShape("scores", 1, 1, 1, 30_000_000, 1),
+        PairShape("tokens", 1, 1, 8192, 1, 2048),
+    )
+}
+SMOKE = {"sae": SHAPES["smoke"], "pairs": PAIR_SHAPES["pairs-smoke"]}
+FIELDS = {"n": "N", "f": "F"}
 # of a GPU; row_topk at G2 is the 8192 x 131072 of its target
 GPU_SHAPES = {
     shape.name: shape
@@ -44,6 +80,11 @@ GPU_SHAPES = {
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CPU, CUDA = "cpu", "cuda"
+
+
+def sizes_of(shape: dict[str, Any]) -> str:
+    """A recorded shape's sizes in words."""
+    return " ".join(f"{FIELDS.get(k, k)}={v}" for k, v in shape.items() if k != "name")
 
 
 class Unavailable(Exception):
@@ -125,23 +166,25 @@ class Benchmark:
         bytes: (shape, mode, bytes of an element) -> the least traffic that the operator needs.
         yardstick: eager in small pieces, for shapes at which eager itself runs out of memory.
         baseline: the provider that ratios refer to, unless the caller names another.
+        family: whose shapes it takes: "sae" or "pairs".
     """
 
     name: str
     summary: str
     modes: tuple[str, ...]
     shapes: dict[str, tuple[str, ...]]
-    inputs: Callable[[Shape, str, int], Any]
+    inputs: Callable[[Any, str, int], Any]
     providers: tuple[Provider, ...]
     check: Callable[[Any, str, Outputs, Outputs], Verdict]
-    flops: Callable[[Shape, str], float]
-    bytes: Callable[[Shape, str, int], float]
+    flops: Callable[[Any, str], float]
+    bytes: Callable[[Any, str, int], float]
     baseline: str = "eager"
     targets: tuple[Target, ...] = field(default=())
     gpu_shapes: dict[str, tuple[str, ...]] = field(default_factory=dict)
     gpu_dtypes: tuple[str, ...] = ("bf16", "fp32", "fp16")
     fp32_modes: tuple[str, ...] = ()
     yardstick: Callable[[Any, str], Outputs] | None = None
+    family: str = "sae"
 
     def provider(self, name: str) -> Provider:
         """The provider of that name; a level suffix (`ours:avx2`) is ignored."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from . import report
+from .declare import sizes_of
 
 FORMATS = (".svg", ".png")
 OURS, OTHERS, INK = "#0b7285", "#adb5bd", "#343a40"
@@ -98,8 +99,8 @@ def _draw_case(axis: Any, case: dict[str, Any]) -> None:
         )
     shape = case["shape"]
     axis.set_title(
-        f"{case['op']}, {case['mode']}, {shape['name']}: N={shape['n']} d={shape['d']} "
-        f"F={shape['f']} k={shape['k']}, {case['dtype']} (times faster than {case['baseline']})",
+        f"{case['op']}, {case['mode']}, {shape['name']}: {sizes_of(shape)}, {case['dtype']} "
+        f"(times faster than {case['baseline']})",
         fontsize=9,
         loc="left",
     )

@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from . import gpu, load, predicted, stats
-from .declare import DTYPES
+from .declare import DTYPES, sizes_of
 from .machine import screen_gflops
 
 COLUMNS = ("ms", "p20 - p80", "rounds", "ratio", "95 % CI", "extra MB", "GB/s", "GFLOP/s")
@@ -89,7 +89,7 @@ def show(case: dict[str, Any], console: Console) -> None:
     where = f"{case['facts']['torch_threads']} threads"
     if case.get("device", "cpu") != "cpu":
         where = case["device"]
-    sizes = f"N={shape['n']} d={shape['d']} F={shape['f']} k={shape['k']}"
+    sizes = sizes_of(shape)
     console.print(
         f"\n[bold]{case['op']} {case['mode']} {shape['name']}[/]  {sizes}, {case['dtype']}, "
         f"{where}; ratio to {case['baseline']}",
