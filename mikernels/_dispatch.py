@@ -144,6 +144,8 @@ def check_floating(op: str, **tensors: torch.Tensor | None) -> None:
 
 def check_shape(op: str, name: str, tensor: torch.Tensor | None, expected: tuple[int, ...]) -> None:
     """`tensor` is None or has exactly the expected shape."""
+    if tensor is not None and not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(tensor).__name__}")
     if tensor is not None and tuple(tensor.shape) != expected:
         raise ValueError(f"{op}: {name} must have shape {list(expected)}, got {list(tensor.shape)}")
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import pair_samples
 import torch
 from oracle import randn, random_indices
 
@@ -110,6 +111,7 @@ SAMPLES = {
     "sae_update_": sae_update_samples,
     "adam_rows_": adam_rows_samples,
     "grad_sumsq": grad_sumsq_samples,
+    **pair_samples.SAMPLES,
 }
 
 
@@ -150,4 +152,5 @@ HOSTILE = {
         "sae_gradients_",
         (V, *slots(5), X, X, W, W.half(), W.clone(), torch.zeros(F), False),
     ),
+    **pair_samples.HOSTILE,
 }

@@ -6,6 +6,7 @@ Prints what it is about to do, so that the last line before a sanitizer's report
 
 import importlib.util
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ sys.path.append(str(Path(__file__).parent))
 from encode_cases import ADVERSARIAL, NON_FINITE  # noqa: E402
 from op_samples import HOSTILE, LAYOUTS, SAMPLES  # noqa: E402
 from oracle import DTYPES, randint, randn  # noqa: E402
+from pairwise_cases import POWERS, SPECIAL, near_ties  # noqa: E402
 
 import mikernels  # noqa: E402
 from mikernels import SparseCodes, row_topk, sparse_decode, topk_encode  # noqa: E402
@@ -68,6 +70,62 @@ def cases() -> None:
         sparse_decode(codes, operands[1])
 
 
+def pair_sizes() -> None:
+    for examples, positions, n, m, d in (
+        (1, 1, 1, 1, 1),
+        (3, 2, 97, 33, 17),
+        (2, 5, 4, 131, 65),
+        (1, 1, 2, 3, 1031),
+        (1, 3, 130, 7, 513),
+        (2, 1, 3, 300, 4),
+    ):
+        print("pair sizes", examples, positions, n, m, d)
+        for dtype in DTYPES:
+            delta = randn(examples, positions, n, d, dtype=dtype)
+            grad = randn(examples, positions, m, d, dtype=dtype, seed=1)
+            prefix, weights = torch.arange(m) % (n + 2), torch.ones(2, examples)
+            a, b, mask = delta[:, 0], grad[:, 0].mT.contiguous().mT, randn(n, m, dtype=dtype)
+            mikernels.pairwise_products(a, b, weight=a[0, 0])
+            mikernels.second_moment(a, mask=a[..., 0] > 0)
+            for given in (None, weights, weights[:0]):
+                mikernels.edge_scores(delta, grad, prefix=prefix, weights=given)
+                w_o = randn(n, d, m, dtype=dtype, seed=2)
+                heads = delta, w_o, grad[..., :1].expand(*grad.shape[:3], m)
+                mikernels.edge_scores_heads(*heads, prefix=n // 2, weights=given)
+            mikernels.edge_mix(grad[:, :, 0], delta, mask)
+            mikernels.positional_dot(grad[:, :, 0], a[0], torch.arange(n) % positions)
+            mikernels.edge_topk(delta, grad, k=n + m, prefix=prefix)
+            samples = delta.movedim(2, 0)[:, 0], grad.movedim(2, 0)[:1, 0].expand(n, -1, -1)
+            mikernels.grad_gram(*samples)
+            mikernels.grad_gram(*samples, *(t[:2] for t in samples), k=3)
+            mikernels.block_norms(a, b.mT[:, :, : n + 1])
+            mikernels.mass_threshold(delta, 0.7, abs=True)
+
+
+def pair_cases() -> None:
+    for name, change in SPECIAL.items():
+        print("pairs", name)
+        a, b = randint(50, 6), randint(43, 6, seed=1)
+        change(a, b)
+        for k in (1, 30, 2150, 2**63 - 1):
+            mikernels.pairwise_topk(a, b, k=k)
+            mikernels.pairwise_topk(a, k=k, by="value", upper=True)
+        mikernels.pairwise_products(a, b)
+    for name, powers in POWERS.items():
+        print("pairs", name)
+        a, b = randn(60, 20) * powers(60)[:, None], randn(53, 20, seed=1) * powers(53)[:, None]
+        mikernels.pairwise_topk(a, b, k=40)
+    mikernels.pairwise_topk(*near_ties(1e-6), k=40)
+    mikernels.pairwise_topk(randn(12, 20011), k=30)
+    # fractions and entries that the public function refuses
+    for x in (randn(40), torch.tensor([float("nan"), 1, -1, float("inf")])):
+        for frac in (-1.0, 2.0, float("nan")):
+            print("mass_threshold", frac)
+            for absolute in (False, True):
+                with suppress(RuntimeError):
+                    OPS["mass_threshold"].default(x, frac, absolute)
+
+
 def gradients() -> None:
     print("gradients")
     leaves = [randn(*s).requires_grad_() for s in ((33, 17), (203, 17), (203,), (203, 17), (17,))]
@@ -75,6 +133,14 @@ def gradients() -> None:
     codes = topk_encode(x, w_enc, b_enc, k=5, b_dec=b_dec)
     sparse_decode(codes, w_dec, b_dec, prefixes=[9, 203]).square().sum().backward()
     row_topk(x, 3)[0].sum().backward()
+    leaves = [randn(*s).requires_grad_() for s in ((2, 3, 5, 9), (2, 3, 7, 9), (5, 7), (9,))]
+    delta, grad, mask, weight = leaves
+    mixed = mikernels.edge_mix(grad, delta, mask)
+    for weights in (None, torch.ones(2, 2)):
+        mikernels.edge_scores(delta, mixed, prefix=3, weights=weights).sum().backward(
+            retain_graph=True
+        )
+    mikernels.pairwise_products(delta[0], grad[0], weight=weight).square().sum().backward()
 
 
 def hostile() -> None:
@@ -100,6 +166,6 @@ if __name__ == "__main__":
     for level in mikernels.supported_levels():
         with mikernels.force_level(level):
             print("level", level)
-            for part in (samples, sizes, cases, gradients, hostile):
+            for part in (samples, sizes, cases, pair_sizes, pair_cases, gradients, hostile):
                 part()
     print("clean", *mikernels.supported_levels())

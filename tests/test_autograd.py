@@ -7,7 +7,15 @@ import pytest
 import torch
 from oracle import DTYPES, assert_accurate, randn, random_indices, unchanged
 
-from mikernels import SparseCodes, row_topk, sparse_decode, topk_encode
+from mikernels import (
+    SparseCodes,
+    edge_mix,
+    edge_scores,
+    pairwise_products,
+    row_topk,
+    sparse_decode,
+    topk_encode,
+)
 
 N, D, F, K = 3, 3, 19, 2
 
@@ -18,6 +26,7 @@ def leaves(*shapes, dtype=torch.float64):
 
 INDICES = random_indices(N, K, F)
 SCALE = randn(F, dtype=torch.float64, seed=9)
+PREFIX, COUNTS = torch.tensor([0, 1, 9, 2]), torch.tensor([[1, 1], [0, 2], [2, 0]])
 
 # name -> (function of impl and differentiable tensors, their shapes)
 FUNCTIONS = {
@@ -52,6 +61,44 @@ FUNCTIONS = {
     "sparse_decode transposed": (
         lambda impl, v, w: sparse_decode(SparseCodes(v, INDICES, F), w.T, impl=impl),
         [(N, K), (D, F)],
+    ),
+    "pairwise_products": (
+        lambda impl, a, b, w: pairwise_products(a, b, weight=w, impl=impl),
+        [(2, N, D), (2, 4, D), (D,)],
+    ),
+    "pairwise_products of one side": (
+        lambda impl, a, w: pairwise_products(a, weight=w, impl=impl),
+        [(2, N, D), (D,)],
+    ),
+    "pairwise_products transposed": (
+        lambda impl, a, b: pairwise_products(a.T, b.T, impl=impl),
+        [(D, N), (D, 4)],
+    ),
+    "edge_scores": (
+        lambda impl, delta, grad: edge_scores(delta, grad, impl=impl),
+        [(2, 2, N, D), (2, 2, 4, D)],
+    ),
+    "edge_scores prefix and weights": (
+        lambda impl, delta, grad: edge_scores(
+            delta, grad, prefix=PREFIX, weights=COUNTS, impl=impl
+        ),
+        [(2, 2, N, D), (2, 2, 4, D)],
+    ),
+    "edge_scores transposed": (
+        lambda impl, delta, grad: edge_scores(delta.mT, grad.mT, prefix=2, impl=impl),
+        [(2, 2, D, N), (2, 2, D, 4)],
+    ),
+    "edge_mix": (
+        lambda impl, base, delta, mask: edge_mix(base, delta, mask, impl=impl),
+        [(2, 2, 4, D), (2, 2, N, D), (N, 4)],
+    ),
+    "edge_mix of one base": (
+        lambda impl, base, delta, mask: edge_mix(base, delta, mask, impl=impl),
+        [(2, 2, D), (2, 2, N, D), (N, 4)],
+    ),
+    "edge_mix without a base": (
+        lambda impl, delta, mask: edge_mix(None, delta.mT, mask.T, impl=impl),
+        [(2, 2, D, N), (4, N)],
     ),
 }
 

@@ -36,7 +36,8 @@ class PairScores {
         col_(out.stride(out.dim() - 1)),
         replicates_(out.dim() == 3 ? out.size(0) : 1),
         symmetric_(symmetric) {
-    if (weights.has_value()) {
+    weighted_ = weights.has_value();
+    if (weighted_) {
       weights_ = data<A>(*weights);
       weights_q_ = weights->stride(0);
       weights_s_ = weights->stride(1);
@@ -58,19 +59,20 @@ class PairScores {
     sums.assign(block.rows * block.cols, 0.);
     for (int64_t s = 0; s < examples; ++s) {
       one(s);
-      if (weights_ == nullptr) continue;
+      if (!weighted_) continue;
       for (int64_t q = 0; q < replicates_; ++q)
         flush(block, q, static_cast<double>(weights_[q * weights_q_ + s * weights_s_]), sums);
       sums.assign(block.rows * block.cols, 0.);
     }
-    if (weights_ == nullptr) flush(block, 0, 1., sums);
+    if (!weighted_) flush(block, 0, 1., sums);
   }
 
  private:
   A* out_;
   const int64_t q_, row_, col_, replicates_;
   const bool symmetric_;
-  bool limited_ = false;
+  // not told by pointers: those of empty tensors are null
+  bool limited_ = false, weighted_ = false;
   const A* weights_ = nullptr;
   int64_t weights_q_ = 0, weights_s_ = 0;
   std::vector<int64_t> limits_;

@@ -67,6 +67,8 @@ std::tuple<Tensor, Tensor, Tensor> pairwise_topk(Tensor a, Tensor b, OptionalTen
   Tensor values = empty(a, {k}, wide), rows = empty(a, {k}, ScalarType::Long),
          cols = empty(a, {k}, ScalarType::Long);
   if (k == 0) return {values, rows, cols};
+  // compared in the dtype of the scores
+  if (wide == ScalarType::Float) min_value = static_cast<float>(min_value);
   PairRule rule{n, m, k, by == "abs", min_value, ranks(row_rank, n), ranks(col_rank, m), false};
   if (symmetric && !row_rank.has_value()) {
     // pairs i <= j, each standing for its mirror image too

@@ -109,11 +109,7 @@ class ExactPairs {
 template <class S>
 class SharedBound {
  public:
-  explicit SharedBound(double least) : tau_(static_cast<S>(least)) {
-    // not above what was asked for
-    if (static_cast<double>(tau_.load()) > least)
-      tau_ = std::nextafter(tau_.load(), -std::numeric_limits<S>::infinity());
-  }
+  explicit SharedBound(double least) : tau_(static_cast<S>(least)) {}
 
   S get() const { return tau_.load(std::memory_order_relaxed); }
 

@@ -16,10 +16,10 @@ from mikernels._dispatch import Op, accumulate_dtype, check_floating, resolve_im
 def reference(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     acc = accumulate_dtype(a.dtype)
     out = torch.empty(a.shape[0], b.shape[0], dtype=acc, device=a.device)
-    columns = b.to(acc).movedim(0, 1).reshape(b.shape[1], -1)
+    columns = b.to(acc).movedim(0, 1).flatten(1)
     for i in range(a.shape[0]):
         products = (a[i].to(acc) @ columns).reshape(a.shape[1], b.shape[0], b.shape[2])
-        out[i] = torch.linalg.vector_norm(products, dim=(0, 2))
+        out[i] = products.double().square().sum((0, 2)).sqrt()
     return out
 
 

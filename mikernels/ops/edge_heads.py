@@ -81,7 +81,7 @@ def edge_scores_heads(
             f"{name}: expected dz [B, P, H, d_head] and w_o [H, d_head, d], got {list(dz.shape)} "
             f"and {list(w_o.shape)}"
         )
-    check_edges(name, dz[..., :1].expand(*dz.shape[:3], w_o.shape[2]), grad)
+    check_edges(name, dz.new_empty(1).expand(*dz.shape[:3], w_o.shape[2]), grad)
     prefix = check_prefix(name, prefix, grad.shape[2], dz.device)
     weights = check_weights(name, weights, dz)
     impl = resolve_impl(edge_heads_op, impl, dz.device)

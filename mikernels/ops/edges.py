@@ -24,7 +24,7 @@ def mix_reference(
 ) -> torch.Tensor:
     acc = accumulate_dtype(delta.dtype)
     y = torch.einsum("wr,bpwd->bprd", mask.to(acc), delta.to(acc))
-    return (y if base is None else y + base.to(acc)).to(delta.dtype)
+    return (y if base is None else y + base.to(acc)).to(delta.dtype).contiguous()
 
 
 def _mix_fake(base, delta, mask):
@@ -74,8 +74,10 @@ class _EdgeScores(torch.autograd.Function):
                 return edge_mix_op(None, rows, masks[0].to(rows.dtype), impl=ctx.impl)
             # an example's mask is its own mixture of the replicates'
             own = torch.einsum("qb,qwr->bwr", weights.to(masks.dtype), masks).to(rows.dtype)
-            parts = zip(rows.split(1), own, strict=True)
-            return torch.cat([edge_mix_op(None, r, m, impl=ctx.impl) for r, m in parts])
+            mixes = rows.new_empty(*rows.shape[:2], own.shape[2], rows.shape[3])
+            for b, mask in enumerate(own):
+                mixes[b] = edge_mix_op(None, rows[b : b + 1], mask, impl=ctx.impl)[0]
+            return mixes
 
         ddelta = mixed(grad, ds.transpose(1, 2)) if ctx.needs_input_grad[0] else None
         dgrad = mixed(delta, ds) if ctx.needs_input_grad[1] else None
@@ -88,6 +90,10 @@ def check_prefix(
     """An int64 tensor [R], or None."""
     if prefix is None or isinstance(prefix, int):
         return None if prefix is None else torch.full((readers,), prefix, device=device)
+    if not isinstance(prefix, torch.Tensor):
+        raise TypeError(
+            f"{op}: prefix must be an int or an int64 tensor, got {type(prefix).__name__}"
+        )
     check_shape(op, "prefix", prefix, (readers,))
     if prefix.dtype != torch.int64 or prefix.device != device:
         raise TypeError(
@@ -140,7 +146,7 @@ def edge_scores(
         return scores[0] if weights is None else scores
     replicates = () if weights is None else weights.shape[:1]
     shape = (*replicates, delta.shape[2], grad.shape[2])
-    total = check_out(name, out, shape, delta)
+    total = check_out(name, out, shape, delta, grad)
     total = total[None] if weights is None else total
     pair_products_op(delta, grad, None, weights, prefix, False, total, impl=impl)
     return out

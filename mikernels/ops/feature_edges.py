@@ -176,12 +176,12 @@ def qk_interactions(
         name, q_features=q_features, k_features=k_features, w_q=w_q, w_k=w_k, q_scale=q_scale,
         k_scale=k_scale,
     )  # fmt: skip
-    d = q_features.shape[-1]
-    if q_features.dim() != 2 or k_features.dim() != 2 or k_features.shape[1] != d:
+    if q_features.dim() != 2 or k_features.dim() != 2 or k_features.shape[1] != q_features.shape[1]:
         raise ValueError(
             f"{name}: expected q_features [n, d] and k_features [m, d], got "
             f"{list(q_features.shape)} and {list(k_features.shape)}"
         )
+    d = q_features.shape[1]
     if w_q.dim() != 3 or w_k.dim() != 3 or w_q.shape[1] != d or w_k.shape[1:] != w_q.shape[1:]:
         raise ValueError(
             f"{name}: expected w_q and w_k [H, {d}, d_head], got {list(w_q.shape)} and "
@@ -198,11 +198,14 @@ def qk_interactions(
     check_shape(name, "k_scale", k_scale, k_features.shape[:1])
     check_shape(name, "q_position", q_position, q_features.shape[:1])
     check_shape(name, "k_position", k_position, k_features.shape[:1])
+    for side, position in (("q", q_position), ("k", k_position)):
+        if position is not None and position.dtype != torch.int64:
+            raise TypeError(f"{name}: {side}_position must be int64, got {position.dtype}")
     ranks: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
     if q_position is not None and k_position is not None:
         # a key may be at the query's own position: position_k < position_q + 1, ranks reversed
         ranks = (-q_position, 1 - k_position)
-    root = w_q.shape[2] ** -0.5
+    root = max(w_q.shape[2], 1) ** -0.5
     found = []
     for head in range(heads):
         queries = q_features.detach() @ w_q[head].detach() * root

@@ -54,6 +54,10 @@ Layers = torch.Tensor | Sequence[torch.Tensor]
 def _layers(name: str, tensors: Layers) -> list[torch.Tensor]:
     given = [tensors] if isinstance(tensors, torch.Tensor) else list(tensors)
     for layer, t in enumerate(given):
+        if not isinstance(t, torch.Tensor):
+            raise TypeError(
+                f"grad_gram: {name} must be a torch.Tensor a layer, got {type(t).__name__}"
+            )
         if t.dim() not in (2, 3):
             raise ValueError(
                 f"grad_gram: {name} must be [n, d] or [n, T, d] a layer, got {list(t.shape)} at "
@@ -118,9 +122,19 @@ def grad_gram(
     if acts2 is not None and grads2 is not None:
         right = _layers("acts2", acts2), _layers("grads2", grads2)
         _check_pairs(*right, "acts2 and grads2")
-        for a, a2 in zip((*left[0], *left[1]), (*right[0], *right[1]), strict=True):
-            check_floating("grad_gram", acts=a, acts2=a2)
-            check_shape("grad_gram", "acts2", a2[:0, :0], (0, 0, a.shape[2]))
+        if len(right[0]) != len(left[0]):
+            raise ValueError(
+                f"grad_gram: acts2 and grads2 must have the layers of acts, {len(left[0])}, got "
+                f"{len(right[0])}"
+            )
+        for what, one, other in zip(("acts", "grads"), left, right, strict=True):
+            for layer, (t, t2) in enumerate(zip(one, other, strict=True)):
+                check_floating("grad_gram", **{what: t, f"{what}2": t2})
+                if t2.shape[2] != t.shape[2]:
+                    raise ValueError(
+                        f"grad_gram: {what}2 must have the {t.shape[2]} columns of {what} at layer "
+                        f"{layer}, got {t2.shape[2]}"
+                    )
     impl = resolve_impl(gram_op, impl, left[0][0].device)
     gram = _Gram(left, right, one_sided, normalize, impl)
     n, m = gram.n, gram.m

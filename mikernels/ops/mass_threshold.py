@@ -21,8 +21,9 @@ def reference(x: torch.Tensor, frac: float, absolute: bool) -> torch.Tensor:
     flat = (x.abs() if absolute else x).reshape(-1)
     ordered = flat.sort(descending=True).values
     mass = ordered.double().cumsum(0)
-    first = torch.searchsorted(mass, (frac * mass[-1:])).clamp(max=len(flat) - 1)
-    return ordered[first[0]]
+    target = mass[-1:] * frac if frac else mass.new_zeros(1)
+    first = torch.searchsorted(mass, target).clamp(max=len(flat) - 1)
+    return ordered[first[0]].clone()
 
 
 mass_threshold_op = Op(

@@ -52,7 +52,11 @@ pair_products_op = Op(
 
 
 def check_out(
-    op: str, out: torch.Tensor | None, shape: tuple[int, ...], like: torch.Tensor
+    op: str,
+    out: torch.Tensor | None,
+    shape: tuple[int, ...],
+    like: torch.Tensor,
+    *others: torch.Tensor | None,
 ) -> torch.Tensor:
     """`out` to add to: zeros if None, else of this shape, fp32 or fp64, and no part of a graph."""
     acc = accumulate_dtype(like.dtype)
@@ -65,7 +69,8 @@ def check_out(
         raise ValueError(f"{op}: out must be on {like.device}, got {out.device}; move it")
     if out.requires_grad:
         raise ValueError(f"{op}: out must not require grad; pass out.detach() or leave out out")
-    if torch.is_grad_enabled() and like.requires_grad:
+    recorded = any(t is not None and t.requires_grad for t in (like, *others))
+    if torch.is_grad_enabled() and recorded:
         raise ValueError(
             f"{op}: with out, nothing is recorded for gradients, got operands that require them; "
             f"call it under torch.no_grad(), or leave out out"
@@ -154,12 +159,12 @@ def pairwise_products(
         )
     check_shape(name, "weight", weight, (a.shape[-1],))
     impl = resolve_impl(pair_products_op, impl, a.device)
-    left = a.reshape(-1, *a.shape[-2:]) if a.dim() == 3 else a[None]
+    left = a if a.dim() == 3 else a[None]
     right = None if b is None else (b if b.dim() == 3 else b[None])
     if out is None:
         return _Products.apply(left, right, weight, impl)
     n, m = a.shape[-2], (a if b is None else b).shape[-2]
-    total = check_out(name, out, (n, m), a)[None]
+    total = check_out(name, out, (n, m), a, b, weight)[None]
     other = left if right is None else right
     pair_products_op(left[:, None], other[:, None], weight, None, None, b is None, total, impl=impl)
     return out

@@ -59,7 +59,7 @@ def merged(found: Pairs, more: Pairs, k: int, by: str) -> Pairs:
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
     """[B, P, n, D] as [n, B P D]."""
-    return x.movedim(2, 0).reshape(x.shape[2], -1)
+    return x.movedim(2, 0).flatten(1)
 
 
 def reference(
@@ -148,8 +148,9 @@ def select_pairs(
     symmetric = b is None and col_scale is None and row_scale is None
     right = a if b is None else b
     impl = resolve_impl(pairwise_topk_op, impl, a.device)
+    scales = [None if t is None else t.detach() for t in (row_scale, col_scale)]
     values, rows, cols = pairwise_topk_op(
-        a.detach(), right.detach(), row_scale, col_scale, row_rank, col_rank, k, by, least,
+        a.detach(), right.detach(), *scales, row_rank, col_rank, k, by, least,
         symmetric, impl=impl,
     )  # fmt: skip
     if row_rank is not None or least != float("-inf"):

@@ -31,7 +31,7 @@ def reference(
     for first in range(0, vectors.shape[0], rows):
         here = slice(first, first + rows)
         products = torch.einsum(
-            "bid,id->ib", grads[:, positions[here]].to(acc), vectors[here].to(acc)
+            "bid,id->ib", grads.index_select(1, positions[here]).to(acc), vectors[here].to(acc)
         )
         out[here] += products if scale is None else products * scale[here, None].to(acc)
 

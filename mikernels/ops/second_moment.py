@@ -50,8 +50,12 @@ def second_moment(
     check_shape(name, "out", out, (d, d))
     if out is not None and out.dtype not in (acc, torch.float64):
         raise TypeError(f"{name}: out must be {acc} or torch.float64, got {out.dtype}")
+    if out is not None and out.device != x.device:
+        raise ValueError(f"{name}: out must be on {x.device}, got {out.device}; move it")
+    if out is not None and out.requires_grad:
+        raise ValueError(f"{name}: out must not require grad; pass out.detach()")
     impl = resolve_impl(pair_products_op, impl, x.device)
-    rows = x.detach().reshape(-1, d)
+    rows = x.detach().reshape(x.shape[:-1].numel(), d)
     if mask is not None:
         rows = rows[mask.reshape(-1)]
     total = torch.zeros(d, d, dtype=acc, device=x.device) if out is None else out
