@@ -28,6 +28,7 @@ BENCHMARK = Benchmark(
     summary="|a_i b_j| for every pair of heads",
     modes=("fwd",),
     shapes={"fwd": ("composition",)},
+    gpu_shapes={"fwd": ("composition",)},
     inputs=operands(_make),
     providers=(
         runs("ours", lambda x: mikernels.block_norms(x.a, x.b), ours=True),

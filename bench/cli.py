@@ -16,7 +16,7 @@ from typer.core import TyperGroup
 
 from . import NAMES, harness, load, results, session
 from . import device as devices
-from .declare import DTYPES, GPU_SHAPES, PAIR_SHAPES, SHAPES, Benchmark, sizes_of
+from .declare import DTYPES, FAMILIES, GPU_SHAPES, PAIR_SHAPES, SHAPES, Benchmark, sizes_of
 
 
 class _RunByDefault(TyperGroup):
@@ -180,7 +180,7 @@ def _list(console: Console) -> None:
         for m, names in bench.gpu_shapes.items():
             dtypes = ", ".join(bench.gpu_dtypes)
             console.print(f"  cuda, {m}: {' '.join(names)} in {dtypes}", highlight=False)
-    for s in (SHAPES | PAIR_SHAPES | GPU_SHAPES).values():
+    for s in (*SHAPES.values(), *PAIR_SHAPES.values(), *GPU_SHAPES.values()):
         console.print(f"{s.name}: {sizes_of(vars(s))}", highlight=False)
 
 
@@ -189,9 +189,10 @@ def _cases(
 ) -> list[session.Case]:
     """All that was asked for; an op without a mode or a dtype is skipped."""
     modes = {m for bench in chosen for m in bench.modes}
-    shapes = SHAPES | PAIR_SHAPES | ({} if device == "cpu" else GPU_SHAPES)
+    more = {} if device == "cpu" else GPU_SHAPES
     _known("mode", mode, modes)
-    _known("shape", shape, shapes)
+    known = {name for bench in chosen for name in FAMILIES[bench.family]}
+    _known("shape", shape, known | set(more))
     _known("dtype", dtype, DTYPES if device == "cuda" else ("fp32",))
     cases = []
     for bench in chosen:
@@ -206,7 +207,8 @@ def _cases(
                 continue
             fallback = next(iter((own or bench.shapes).values()))[:1]
             for name in shape.split(",") if shape else own.get(m, fallback):
-                if (name in PAIR_SHAPES) != (bench.family == "pairs"):
+                shapes = FAMILIES[bench.family] | (more if bench.family == "sae" else {})
+                if name not in shapes:
                     continue
                 for kind in dtypes:
                     low = kind in bench.gpu_dtypes and m not in bench.fp32_modes

@@ -48,13 +48,14 @@ SHAPES = {
 PAIR_SHAPES = {
     shape.name: shape
     for shape in (
-        PairShape("pairs-smoke", 2, 3, 40, 24, 64, 8),
+        PairShape("smoke", 2, 3, 40, 24, 64, 8),
         # EAP at layer 6 of GPT-2 and 16 of Llama-3.1-8B: n writers before m readers of one hook
         PairShape("gpt2", 20, 20, 79, 12, 768),
         PairShape("gpt2-layer", 20, 20, 79, 37, 768),
         PairShape("llama", 4, 20, 529, 32, 4096),
         # SAE features of a 2304 wide model, all against all
         PairShape("features", 1, 1, 16384, 16384, 2304, 1000),
+        PairShape("features-64k", 1, 1, 65536, 65536, 2304, 1000),
         # an attribution graph: m gradients (rows of the graph) at 128 positions, n active features
         PairShape("graph", 1, 128, 4000, 64, 2304),
         # per-sample gradients of a 768 x 768 layer
@@ -66,7 +67,8 @@ PAIR_SHAPES = {
         PairShape("tokens", 1, 1, 8192, 1, 2048),
     )
 }
-SMOKE = {"sae": SHAPES["smoke"], "pairs": PAIR_SHAPES["pairs-smoke"]}
+# what an operator is measured on; each has a "smoke"
+FAMILIES: dict[str, dict[str, Any]] = {"sae": SHAPES, "pairs": PAIR_SHAPES}
 FIELDS = {"n": "N", "f": "F"}
 # of a GPU; row_topk at G2 is the 8192 x 131072 of its target
 GPU_SHAPES = {
@@ -166,7 +168,7 @@ class Benchmark:
         bytes: (shape, mode, bytes of an element) -> the least traffic that the operator needs.
         yardstick: eager in small pieces, for shapes at which eager itself runs out of memory.
         baseline: the provider that ratios refer to, unless the caller names another.
-        family: whose shapes it takes: "sae" or "pairs".
+        family: whose shapes it takes, of FAMILIES.
     """
 
     name: str

@@ -41,6 +41,7 @@ BENCHMARK = Benchmark(
     summary="edge scores whose writers are heads, given by z",
     modes=("fwd",),
     shapes={"fwd": ("gpt2", "llama")},
+    gpu_shapes={"fwd": ("gpt2", "llama")},
     inputs=operands(_make),
     providers=(
         runs("ours", lambda x: mikernels.edge_scores_heads(x.dz, x.w_o, x.grad), ours=True),

@@ -32,6 +32,7 @@ BENCHMARK = Benchmark(
     summary="base + mask^T delta for every reader",
     modes=("fwd",),
     shapes={"fwd": ("gpt2-layer", "llama")},
+    gpu_shapes={"fwd": ("gpt2-layer", "llama")},
     inputs=operands(_make),
     providers=(
         runs("ours", lambda x: mikernels.edge_mix(x.base, x.delta, x.mask), ours=True),

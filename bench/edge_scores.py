@@ -39,6 +39,7 @@ BENCHMARK = Benchmark(
     summary="scores of the edges from every earlier writer to the readers of one hook",
     modes=("fwd",),
     shapes={"fwd": ("gpt2", "gpt2-layer", "llama")},
+    gpu_shapes={"fwd": ("gpt2", "gpt2-layer", "llama")},
     inputs=operands(_make),
     providers=(
         runs("ours", lambda x: mikernels.edge_scores(x.delta, x.grad), ours=True),

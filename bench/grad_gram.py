@@ -29,6 +29,7 @@ BENCHMARK = Benchmark(
     summary="<grad_i, grad_j> from activations and output gradients",
     modes=("fwd",),
     shapes={"fwd": ("samples",)},
+    gpu_shapes={"fwd": ("samples",)},
     inputs=operands(_make),
     providers=(
         runs("ours", lambda x: mikernels.grad_gram(x.acts, x.grads), ours=True),

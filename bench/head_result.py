@@ -11,7 +11,17 @@ import torch
 
 from mikernels.integrations.transformer_lens import fast_heads
 
-from .declare import Benchmark, Outputs, PairShape, Provider, Runner, Target, Unavailable, Verdict
+from .declare import (
+    CPU,
+    Benchmark,
+    Outputs,
+    PairShape,
+    Provider,
+    Runner,
+    Target,
+    Unavailable,
+    Verdict,
+)
 from .gate import values_gate
 from .pairs import Operands, operands
 
@@ -35,7 +45,7 @@ def _attention(inputs: Operands):
     return model
 
 
-def _provider(name: str, fast: bool, ours: bool = False) -> Provider:
+def _provider(name: str, fast: bool) -> Provider:
     def build(inputs: Operands, mode: str) -> Runner:
         model = _attention(inputs)
         if fast:
@@ -54,7 +64,7 @@ def _provider(name: str, fast: bool, ours: bool = False) -> Provider:
 
         return Runner(forward) if mode == "fwd" else Runner(backward, forward)
 
-    return Provider(name, build, ours)
+    return Provider(name, build, devices=(CPU,))
 
 
 def _check(inputs: Operands, mode: str, outputs: Outputs, eager: Outputs) -> Verdict:
@@ -73,7 +83,7 @@ BENCHMARK = Benchmark(
     modes=("bwd", "fwd"),
     shapes={"bwd": ("gpt2",), "fwd": ("gpt2",)},
     inputs=operands(_make),
-    providers=(_provider("ours", True), _provider("eager", False)),
+    providers=(_provider("ours", fast=True), _provider("eager", fast=False)),
     check=_check,
     # the heads' results; the rest of the layer is the same on both sides
     flops=lambda s, mode: 2.0 * s.batch * s.positions * s.d * s.d,

@@ -27,7 +27,7 @@ import torch
 from mikernels import force_level
 
 from . import load
-from .declare import PAIR_SHAPES, SHAPES, SMOKE, Runner
+from .declare import FAMILIES, Runner
 
 LIMIT_SECONDS = 300
 STATUS = Path("/proc/self/status")
@@ -60,12 +60,13 @@ def _child(pipe: Connection, op: str, shape: str, mode: str, name: str, threads:
     torch.set_num_threads(threads)
     try:
         benchmark = load(op)
+        shapes = FAMILIES[benchmark.family]
         provider = benchmark.provider(name)
         _, _, level = name.partition(":")
         with force_level(level) if level else nullcontext():
-            small = benchmark.inputs(SMOKE[benchmark.family], mode, 0)
+            small = benchmark.inputs(shapes["smoke"], mode, 0)
             _call(provider.build(small, mode))
-            inputs = benchmark.inputs((SHAPES | PAIR_SHAPES)[shape], mode, 0)
+            inputs = benchmark.inputs(shapes[shape], mode, 0)
             pipe.send({"bytes": extra_here(lambda: provider.build(inputs, mode))})
     except Exception as error:
         # crosses a process boundary: the reason is shown in the report's memory column

@@ -29,6 +29,7 @@ BENCHMARK = Benchmark(
     summary="Gram matrix of gradients, summed over a batch",
     modes=("fwd",),
     shapes={"fwd": ("gradients",)},
+    gpu_shapes={"fwd": ("gradients",)},
     inputs=operands(_make),
     providers=(
         runs("ours", lambda x: mikernels.pairwise_products(x.a), ours=True),

@@ -68,6 +68,7 @@ BENCHMARK = Benchmark(
     summary="the k strongest of n x m inner products",
     modes=("fwd",),
     shapes={"fwd": ("features",)},
+    gpu_shapes={"fwd": ("features", "features-64k")},
     inputs=operands(_make),
     providers=(
         _provider("ours", _ours, ours=True, screens=True),
@@ -81,6 +82,7 @@ BENCHMARK = Benchmark(
     targets=(
         Target("features", "fwd", "product alone", 1 / 1.3, extra_mb=64.0),
         Target("features", "fwd", "eager", 1.0),
+        Target("features-64k", "fwd", "product alone", 1 / 1.15),
     ),
     family="pairs",
 )

@@ -32,6 +32,7 @@ BENCHMARK = Benchmark(
     summary="<grads[b, position], vector> for every active feature",
     modes=("fwd",),
     shapes={"fwd": ("graph",)},
+    gpu_shapes={"fwd": ("graph",)},
     inputs=operands(_make),
     providers=(
         runs(

@@ -18,6 +18,7 @@ BENCHMARK = Benchmark(
     summary="sum of x x^T over tokens",
     modes=("fwd",),
     shapes={"fwd": ("tokens",)},
+    gpu_shapes={"fwd": ("tokens",)},
     inputs=operands(_make),
     providers=(
         runs("ours", lambda x: mikernels.second_moment(x.x), ours=True),

@@ -65,7 +65,9 @@ def test_bench_json_holds_everything(measured: Path) -> None:
     for case in cases.values():
         names = [p["name"] for p in case["providers"]]
         assert {"ours", "eager"} <= set(names)
-        for level in mikernels.supported_levels():
+        # a layer of another library, with our product in it, has no levels
+        levels = mikernels.supported_levels() if case["op"] != "head_result" else ()
+        for level in levels:
             assert level == mikernels.cpu_level() or f"ours:{level}" in names
         for p in case["providers"]:
             assert p["status"] in ("ok", "absent") and (p["status"] == "ok" or p["reason"])

@@ -61,7 +61,8 @@ std::tuple<Tensor, Tensor, Tensor> pairwise_topk(Tensor a, Tensor b, OptionalTen
   const int64_t n = a.size(2), m = b.size(2);
   check(n < INT32_MAX && m < INT32_MAX, "pairwise_topk: at most 2^31 - 2 rows");
   check(!symmetric || n == m, "pairwise_topk: symmetric goes with b = a");
-  k = n == 0 || m == 0 ? 0 : (k + m - 1) / m > n ? n * m : std::min(k, n * m);
+  // never n m before it is known to be small enough
+  k = n == 0 || m == 0 ? 0 : k / m >= n ? n * m : k;
   const auto wide =
       a.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   Tensor values = empty(a, {k}, wide), rows = empty(a, {k}, ScalarType::Long),

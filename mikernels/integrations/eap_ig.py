@@ -34,6 +34,7 @@ from mikernels.integrations.transformer_lens import Handle
 from mikernels.ops.edges import edge_scores
 
 NAME = "make_hooks_and_matrices"
+LAYERS = ("embed", "pos_embed", "attn", "mlp")
 PARAMETERS = ("model", "graph", "batch_size", "n_pos", "scores")
 
 Hooks = list[tuple[str, Callable[..., Any]]]
@@ -146,24 +147,22 @@ def make_hooks_and_matrices(
 
 
 def _freeze(model: Any, handle: Handle) -> None:
-    """No gradients of parameters; the residual stream begins with a tensor that needs one."""
-    stream = getattr(next(iter(getattr(model, "blocks", ())), None), "hook_resid_pre", None)
-    if stream is None:
-        raise TypeError(
-            f"fast_eap: expected model.blocks[0].hook_resid_pre, where gradients begin with frozen "
-            f"parameters, got a {type(model).__name__} without it; pass freeze=False"
-        )
+    """No gradients of parameters; what a layer wrote needs a gradient where it did before."""
+    parts = [model, *getattr(model, "blocks", ())]
+    layers = [getattr(part, name) for part in parts for name in LAYERS if hasattr(part, name)]
+    layers = [layer for layer in layers if any(p.requires_grad for p in layer.parameters())]
 
-    def begin(module: Any, args: Any, stream: torch.Tensor) -> torch.Tensor | None:
-        if not torch.is_grad_enabled() or stream.requires_grad:
+    def need(layer: Any, args: Any, written: torch.Tensor) -> torch.Tensor | None:
+        if not torch.is_grad_enabled() or written.requires_grad:
             return None
-        return stream.detach().requires_grad_()
+        return written.detach().requires_grad_()
 
     trained = [p for p in model.parameters() if p.requires_grad]
     handle.on_remove(lambda: [p.requires_grad_() for p in trained])
+    for layer in layers:
+        handle.on_remove(layer.register_forward_hook(need).remove)
     for parameter in trained:
         parameter.requires_grad_(False)
-    handle.on_remove(stream.register_forward_hook(begin).remove)
 
 
 def fast_eap(module: Any, model: torch.nn.Module, *, freeze: bool = True) -> Handle:
@@ -175,8 +174,7 @@ def fast_eap(module: Any, model: torch.nn.Module, *, freeze: bool = True) -> Han
         model: a HookedTransformer.
         freeze: let the parameters not require gradients meanwhile. The library does not use
             them, but computes and stores them: a third of a backward pass, and the memory of the
-            model once more. Gradient hooks before `blocks.0.hook_resid_pre` do not fire then.
-
+            model once more.
     Returns:
         The handle, as of `fast_heads`: `calls` counts the products. The end of a `with` block warns
         if there were none, e.g. after a method without gradients ("information-flow-routes").

@@ -3,7 +3,7 @@
 
 With `use_attn_result`, the attention of a HookedTransformer forms `z * W_O` before it sums over
 `d_head`: a tensor `[B, T, H, d_head, d_model]`, 33 MB for each token and layer of Llama-3.1-8B in
-bf16, three times in a backward pass. `fast_heads(model)` computes `einsum("bthe,hed->bthd")`
+bf16, and again in the backward pass. `fast_heads(model)` computes `einsum("bthe,hed->bthd")`
 instead, and likewise the q, k and v of split inputs where the installed version forms
 `[B, T, H, d_model, d_head]` for them (2.10 to 2.15).
 

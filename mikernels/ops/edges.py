@@ -124,7 +124,7 @@ def edge_scores(
         grad: `[B, P, R, d]` gradients at the readers' inputs, dtype of delta.
         prefix: writers that come before a reader: an int, or int64 `[R]`; None is all.
         weights: `[Q, B]` weights of the examples, e.g. bootstrap counts: Q score matrices from one
-            pass over the activations.
+            pass over the activations. A weight of 0 does not hide an example's NaN.
         out: `[W, R]` (or `[Q, W, R]`) to add to, for a stream of batches; float32 (float64).
         impl: None (best for the device), "cpp", "triton" or "reference".
 

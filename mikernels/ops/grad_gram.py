@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 import torch
 
-from mikernels._dispatch import Op, accumulate_dtype, check_floating, check_shape, resolve_impl
+from mikernels._dispatch import Op, accumulate_dtype, check_floating, resolve_impl
 from mikernels.interactions import Interactions
 from mikernels.ops.pairwise_topk import check_selection, merged, nothing_found
 
@@ -101,7 +101,7 @@ def grad_gram(
         acts: a layer's inputs `[n, d_in]` or `[n, T, d_in]`, or a sequence of them, one a layer.
         grads: the gradients at the layer's outputs, `[n, d_out]` or `[n, T, d_out]`, likewise.
         acts2, grads2: the other side, of m samples; None is the first side, at half the work.
-        normalize: cosines rather than inner products.
+        normalize: cosines rather than inner products; 0 with a gradient that is 0.
         k: keep the k strongest pairs without the n x m matrix (with one side, each pair i < j
             once); None returns the matrix.
         by: "abs" or "value", with k.
@@ -186,5 +186,6 @@ class _Gram:
             rows, cols = slice(top, bottom), slice(start, stop)
             gram_op(a[rows], g[rows], a2[cols], g2[cols], mirrored, out, impl=self.impl)
         if self.norms is not None:
-            out /= self.norms[0][top:bottom, None] * self.norms[1][start:stop]
+            norms = self.norms[0][top:bottom, None] * self.norms[1][start:stop]
+            out = torch.where(norms == 0, 0, out / norms)
         return out
