@@ -86,7 +86,7 @@ CPU, CUDA = "cpu", "cuda"
 
 def sizes_of(shape: dict[str, Any]) -> str:
     """A recorded shape's sizes in words."""
-    return " ".join(f"{FIELDS.get(k, k)}={v}" for k, v in shape.items() if k != "name")
+    return " ".join(f"{FIELDS.get(k, k)}={v}" for k, v in shape.items() if k != "name" and v > 1)
 
 
 class Unavailable(Exception):

@@ -85,26 +85,34 @@ float threshold(const T* x, int64_t n, double frac) {
   return value_of(found);
 }
 
-Tensor mass_threshold(Tensor x, double frac, bool absolute) {
+// few numbers, or fp64 ones, whose significands no integer sum holds
+template <class T>
+double sorted_threshold(const T* x, int64_t n, double frac) {
+  std::vector<double> sorted(n);
+  for (int64_t i = 0; i < n; ++i)
+    sorted[i] = std::fabs(static_cast<double>(static_cast<accumulator_t<T>>(x[i])));
+  std::sort(sorted.begin(), sorted.end(), std::greater<>());
+  double total = 0, above = 0;
+  for (double v : sorted) total += v;
+  size_t i = 0;
+  while (i + 1 < sorted.size() && (above += sorted[i]) < frac * total) ++i;
+  return sorted[i];
+}
+
+// `absolute` only tells what the caller has checked: what is not negative is its own magnitude
+Tensor mass_threshold(Tensor x, double frac, bool) {
   check(x.numel() > 0, "mass_threshold: x must have entries");
   x = torch::stable::contiguous(x);
   Tensor out = empty(x, {});
   MIK_DISPATCH_FLOATING(x, [&] {
     using T = scalar_t;
-    if constexpr (std::is_same_v<T, double>) {
-      // no integer holds the significands' sums: sorted, as the reference
-      std::vector<double> sorted(data<double>(x), data<double>(x) + x.numel());
-      if (absolute)
-        for (double& v : sorted) v = std::fabs(v);
-      std::sort(sorted.begin(), sorted.end(), std::greater<>());
-      double total = 0, above = 0;
-      for (double v : sorted) total += v;
-      size_t i = 0;
-      while (i + 1 < sorted.size() && (above += sorted[i]) < frac * total) ++i;
-      *mutable_data<double>(out) = sorted[i];
-    } else {
-      *mutable_data<T>(out) = static_cast<T>(threshold(data<T>(x), x.numel(), frac));
-    }
+    const auto value = [&]() -> double {
+      if constexpr (!std::is_same_v<T, double>)
+        // three histograms take as long as sorting 16,000 numbers (1 ms, one Zen 4 core)
+        if (x.numel() > (1 << 14)) return threshold(data<T>(x), x.numel(), frac);
+      return sorted_threshold(data<T>(x), x.numel(), frac);
+    }();
+    *mutable_data<T>(out) = static_cast<T>(value);
   });
   return out;
 }
