@@ -4,6 +4,8 @@
 // Both operands run along the contraction, so neither is packed or transposed: a tile of rows is
 // loaded as it lies, and the lanes of its sums are added up once at the end.
 
+#include "cpu/wide_body.h"
+
 #if MIK_VECTOR_BYTES == 64
 constexpr int kTileRows = 4, kTileCols = 6;  // 24 sums, 4 rows, 1 column of 32 registers
 #elif MIK_VECTOR_BYTES == 32
@@ -11,24 +13,6 @@ constexpr int kTileRows = 3, kTileCols = 4;  // 12 sums, 3 rows, 1 column of 16
 #else
 constexpr int kTileRows = 2, kTileCols = 4;
 #endif
-
-typedef float floats __attribute__((vector_size(MIK_VECTOR_BYTES)));
-typedef double tile_doubles __attribute__((vector_size(MIK_VECTOR_BYTES)));
-template <class A>
-struct vector_of {
-  using type = floats;
-};
-template <>
-struct vector_of<double> {
-  using type = tile_doubles;
-};
-
-template <class V, class A>
-static inline V load_lanes(const A* at) {
-  V v;
-  __builtin_memcpy(&v, at, sizeof(v));
-  return v;
-}
 
 // the sum of the lanes, by halves
 template <class A, int N>
@@ -43,11 +27,13 @@ static inline A sum_lanes(const A* lanes) {
   }
 }
 
-// acc[r][c] += <a[r], b[c]> over d numbers, for the first `rows` of kTileRows rows and N columns
-template <class A, int N>
-static inline void dot_tile(const A* const* a, const A* const* b, int64_t d, int rows, double* acc,
-                            int64_t ld) {
-  using V = typename vector_of<A>::type;
+// acc[r][c] += <a[r], b[c]> over d numbers, for the first `rows` of kTileRows rows and N columns.
+// With Ahead, the rows that are next are fetched alongside: rows of 3 KB, each elsewhere in memory,
+// are too short for the processor to see them coming
+template <class A, int N, bool Ahead>
+static inline void dot_tile(const A* const* a, const A* const* ahead, const A* const* b, int64_t d,
+                            int rows, double* acc, int64_t ld) {
+  using V = typename wide<A>::type;
   constexpr int64_t lanes = MIK_VECTOR_BYTES / sizeof(A);
   V sums[kTileRows][N];
 #pragma GCC unroll 8
@@ -56,12 +42,16 @@ static inline void dot_tile(const A* const* a, const A* const* b, int64_t d, int
     for (int c = 0; c < N; ++c) sums[r][c] = V{};
   int64_t k = 0;
   for (; k + lanes <= d; k += lanes) {
+    if constexpr (Ahead) {
+#pragma GCC unroll 8
+      for (int r = 0; r < kTileRows; ++r) __builtin_prefetch(ahead[r] + k);
+    }
     V row[kTileRows];
 #pragma GCC unroll 8
-    for (int r = 0; r < kTileRows; ++r) row[r] = load_lanes<V>(a[r] + k);
+    for (int r = 0; r < kTileRows; ++r) row[r] = load_wide<V>(a[r] + k);
 #pragma GCC unroll 8
     for (int c = 0; c < N; ++c) {
-      const V column = load_lanes<V>(b[c] + k);
+      const V column = load_wide<V>(b[c] + k);
 #pragma GCC unroll 8
       for (int r = 0; r < kTileRows; ++r) sums[r][c] += row[r] * column;
     }
@@ -77,6 +67,16 @@ static inline void dot_tile(const A* const* a, const A* const* b, int64_t d, int
   }
 }
 
+// the first `cols` of kTileCols columns
+template <class A, bool Ahead, int N = kTileCols>
+static inline void some_columns(const A* const* a, const A* const* ahead, const A* const* b,
+                                int64_t cols, int64_t d, int rows, double* acc, int64_t ld) {
+  if constexpr (N > 1) {
+    if (cols < N) return some_columns<A, Ahead, N - 1>(a, ahead, b, cols, d, rows, acc, ld);
+  }
+  dot_tile<A, N, Ahead>(a, ahead, b, d, rows, acc, ld);
+}
+
 // acc[i][j] += <a[i], b[j]>. With `limits`, column j wants the rows first_row + i < limits[j] only:
 // tiles without such a pair are passed over, others are filled whole
 template <class A>
@@ -85,37 +85,24 @@ static void block_products(const A* const* a, int64_t rows, const A* const* b, i
                            int64_t ld) {
   for (int64_t i = 0; i < rows; i += kTileRows) {
     const int here = rows - i < kTileRows ? static_cast<int>(rows - i) : kTileRows;
-    const A* row[kTileRows];
-    for (int r = 0; r < kTileRows; ++r) row[r] = a[i + (r < here ? r : here - 1)];
+    const A *row[kTileRows], *ahead[kTileRows];
+    for (int r = 0; r < kTileRows; ++r) {
+      row[r] = a[i + (r < here ? r : here - 1)];
+      ahead[r] = a[i + r + kTileRows < rows ? i + r + kTileRows : rows - 1];
+    }
     for (int64_t j = 0; j < cols; j += kTileCols) {
-      const int wide = cols - j < kTileCols ? static_cast<int>(cols - j) : kTileCols;
+      const int64_t across = cols - j < kTileCols ? cols - j : kTileCols;
       if (limits != nullptr) {
         bool any = false;
-        for (int c = 0; c < wide; ++c) any = any || first_row + i < limits[j + c];
+        for (int64_t c = 0; c < across; ++c) any = any || first_row + i < limits[j + c];
         if (!any) continue;
       }
       double* out = acc + i * ld + j;
-      switch (wide) {
-        case 1:
-          dot_tile<A, 1>(row, b + j, d, here, out, ld);
-          break;
-        case 2:
-          dot_tile<A, 2>(row, b + j, d, here, out, ld);
-          break;
-        case 3:
-          dot_tile<A, 3>(row, b + j, d, here, out, ld);
-          break;
-        case 4:
-          dot_tile<A, 4>(row, b + j, d, here, out, ld);
-          break;
-#if MIK_VECTOR_BYTES == 64
-        case 5:
-          dot_tile<A, 5>(row, b + j, d, here, out, ld);
-          break;
-        default:
-          dot_tile<A, 6>(row, b + j, d, here, out, ld);
-#endif
-      }
+      // once a tile of rows is enough
+      if (j == 0)
+        some_columns<A, true>(row, ahead, b, across, d, here, out, ld);
+      else
+        some_columns<A, false>(row, ahead, b + j, across, d, here, out, ld);
     }
   }
 }
