@@ -43,8 +43,9 @@ def plain(sides, dtype=torch.float64, normalize=False, change=lambda t: t):
     norms = [(r * r).sum(1).numpy() for r in rows]
     if dtype == torch.float64:  # an oracle for fp64 has to know more digits
         norms = [n.astype(np.longdouble) for n in norms]
-    with np.errstate(invalid="ignore"):
-        cosines = gram.numpy() / (np.sqrt(norms[0])[:, None] * np.sqrt(norms[-1]))
+    product = np.sqrt(norms[0])[:, None] * np.sqrt(norms[-1])
+    # with a gradient that is 0, too
+    cosines = np.divide(gram.numpy(), product, out=np.zeros_like(product), where=product != 0)
     return torch.from_numpy(cosines.astype(gram.numpy().dtype))
 
 

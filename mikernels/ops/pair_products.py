@@ -3,12 +3,13 @@
 
 The core of edge scores, gradient products and second moments: rows a against rows b, summed over
 examples s and positions p. Pairs with `i >= prefix[j]` are not in the sum and their entries stay as
-they are. Products and sums within a row of one position run in fp32; what 512 numbers or more gave
-is added in fp64, so thousands of positions lose nothing. Operands are read in place with any
-strides, each once per 96 rows of the other. Symmetric (b is a): half of the tiles.
+they are. Operands are read in place with any strides. Symmetric (b is a): half of the tiles. NaN
+and inf propagate to the pairs that they are part of.
 
-O(S P n m D) time; scratch is one tile a thread (below 2 MB), whatever the sizes. Results do not
-depend on the number of threads. NaN and inf propagate to the pairs that they are part of.
+O(S P n m D) time. On the CPU, products of at most 768 numbers are summed in fp32 and all else in
+fp64, so thousands of positions lose nothing; scratch is one block of pairs a thread (below 2 MB);
+the number of threads changes no bit. On a GPU sums are fp32 in a fixed order, scratch at most 64 MB
+(or one n x m).
 """
 
 from __future__ import annotations
