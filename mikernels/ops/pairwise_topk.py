@@ -15,7 +15,11 @@ pairs before it; every other is kept, and rescored in fp64 at the end. Each thre
 spot, so that no list overflows. Symmetric (b is a): half of the products.
 
 O(n m D) time in 16-bit products. Scratch: 16-bit panels of 16 MB of either operand, and the lists.
-fp64 inputs: scores in fp64.
+fp64 inputs: scores in fp64. Rows of more than 16,384 numbers are screened by fp32 products instead.
+
+On a GPU one fp16 product of rows scaled by powers of two keeps the largest upper bound of every 64
+columns; groups whose bound reaches the k-th exact strength are scored in fp64
+(mikernels/kernels/pairwise_topk.py). Scratch some 350 MB; the host waits for a few counts a panel.
 """
 
 from __future__ import annotations
