@@ -119,16 +119,16 @@ class BlockProduct {
   Copies left_, right_;
 };
 
-// n x m pairs in blocks, at least one a thread where there are enough rows; those without a pair
-// row < limits[col] are left out
+// n x m pairs in blocks, as many for every thread where there are enough rows (5 blocks on two
+// threads took 1.2 times as long as 6); those without a pair row < limits[col] are left out
 inline std::vector<Block> blocks_of(int64_t n, int64_t m, int64_t most_rows, int64_t most_cols,
                                     const int64_t* limits) {
   std::vector<Block> blocks;
   if (n == 0 || m == 0) return blocks;
   const int64_t across = (m + most_cols - 1) / most_cols;
   const int64_t threads = torch::stable::get_num_threads();
-  const int64_t down =
-      std::max((n + most_rows - 1) / most_rows, std::min((threads + across - 1) / across, n));
+  int64_t down = (n + most_rows - 1) / most_rows;
+  while (down * across % threads != 0 && down < (n + 3) / 4) ++down;
   const int64_t rows = ((n + down - 1) / down + 3) / 4 * 4;
   for (int64_t i = 0; i < n; i += rows) {
     for (int64_t j = 0; j < m; j += most_cols) {
