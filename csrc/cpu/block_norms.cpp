@@ -63,11 +63,10 @@ class BlockNorms {
 };
 
 Tensor block_norms(Tensor a, Tensor b) {
-  check(a.dim() == 3 && b.dim() == 3 && a.size(2) == b.size(1) &&
-            a.scalar_type() == b.scalar_type(),
-        "block_norms: expected a [n, r, d] and b [m, d, s] of one dtype");
-  const auto wide =
-      a.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  check(
+      a.dim() == 3 && b.dim() == 3 && a.size(2) == b.size(1) && a.scalar_type() == b.scalar_type(),
+      "block_norms: expected a [n, r, d] and b [m, d, s] of one dtype");
+  const auto wide = a.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   Tensor out = empty(a, {a.size(0), b.size(0)}, wide);
   // matrices of b that fill a block of columns
   const int64_t together = std::max<int64_t>(kBlockCols / std::max<int64_t>(b.size(2), 1), 1);

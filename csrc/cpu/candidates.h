@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // What happens to a list of candidates: tightening the bound, exact rescoring, the final selection.
-// A candidate has a score, a slack (|true score - score| at most; negative once the score is exact),
-// exact(), and better(a, b), the order of selection.
+// A candidate has a score, a slack (|true score - score| at most; negative once the score is
+// exact), exact(), and better(a, b), the order of selection.
 #pragma once
 
 #include <algorithm>

@@ -2,7 +2,8 @@
 // edge_heads_: out[q, h, r] += sum_s weights[q, s] sum_p <dz[s, p, h] w_o[h], grad[s, p, r]>.
 //
 // A few heads' rows are formed for a few positions and a chunk of d at a time, so that they, and
-// the part of w_o that makes them, stay in the second-level cache until they have met the gradients.
+// the part of w_o that makes them, stay in the second-level cache until they have met the
+// gradients.
 #include "common.h"
 #include "cpu/mix_tile.h"
 #include "cpu/pair_scores.h"
@@ -17,7 +18,8 @@ class EdgeHeads {
  public:
   using A = accumulator_t<T>;
 
-  EdgeHeads(const Tensor& dz, const Tensor& w_o, const Tensor& grad) : dz_(dz), w_o_(w_o), grad_(grad) {}
+  EdgeHeads(const Tensor& dz, const Tensor& w_o, const Tensor& grad)
+      : dz_(dz), w_o_(w_o), grad_(grad) {}
 
   // sums[h, r] += one example's products of a block of heads and readers
   void add(const Block& block, int64_t s, const int64_t* limits, double* sums) {
@@ -46,7 +48,8 @@ class EdgeHeads {
   BlockProduct<T> product_;
 
   // rows[slot, t, 0:wide] = dz[s, p + t, head] w_o[head, :, k:k + wide]
-  void form(int64_t head, int64_t slot, int64_t s, int64_t p, int64_t here, int64_t k, int64_t wide) {
+  void form(int64_t head, int64_t slot, int64_t s, int64_t p, int64_t here, int64_t k,
+            int64_t wide) {
     const int64_t depth = dz_.size(3);
     const T* z = data<T>(dz_) + s * dz_.stride(0) + head * dz_.stride(2);
     z_.assign(kPositions * depth, A(0));
@@ -80,8 +83,7 @@ void edge_heads(Tensor dz, Tensor w_o, Tensor grad, OptionalTensor weights, Opti
   check_scores(dz, grad.size(2), weights, prefix, out);
   MIK_DISPATCH_FLOATING(dz, [&] {
     const PairScores<accumulator_t<scalar_t>> scores(out, weights, prefix, false);
-    const auto blocks =
-        blocks_of(dz.size(2), grad.size(2), kHeads, kBlockCols, scores.limits());
+    const auto blocks = blocks_of(dz.size(2), grad.size(2), kHeads, kBlockCols, scores.limits());
     parallel(static_cast<int64_t>(blocks.size()), 1, [&](int64_t begin, int64_t end) {
       EdgeHeads<scalar_t> heads(dz, w_o, grad);
       std::vector<double> sums;

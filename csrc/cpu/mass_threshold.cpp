@@ -117,7 +117,9 @@ Tensor mass_threshold(Tensor x, double frac, bool) {
   return out;
 }
 
-STABLE_TORCH_LIBRARY_IMPL(mikernels, CPU, m) { m.impl("mass_threshold", TORCH_BOX(&mass_threshold)); }
+STABLE_TORCH_LIBRARY_IMPL(mikernels, CPU, m) {
+  m.impl("mass_threshold", TORCH_BOX(&mass_threshold));
+}
 
 }  // namespace
 }  // namespace mik

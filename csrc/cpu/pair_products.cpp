@@ -12,8 +12,8 @@ void pair_products(Tensor a, Tensor b, OptionalTensor scale, OptionalTensor weig
             a.size(0) == b.size(0) && a.size(1) == b.size(1) && a.size(3) == b.size(3),
         "pair_products_: expected a [S, P, n, D] and b [S, P, m, D] of one dtype");
   const int64_t n = a.size(2), m = b.size(2), d = a.size(3);
-  check(!scale.has_value() || (scale->dim() == 1 && scale->size(0) == d &&
-                               scale->scalar_type() == a.scalar_type()),
+  check(!scale.has_value() ||
+            (scale->dim() == 1 && scale->size(0) == d && scale->scalar_type() == a.scalar_type()),
         "pair_products_: scale must be [D] in the dtype of a");
   check(!symmetric || (n == m && !prefix.has_value()),
         "pair_products_: symmetric goes with b = a and without prefix");

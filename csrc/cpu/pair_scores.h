@@ -9,14 +9,12 @@ namespace mik {
 // guards of scores [Q, n, m], weights [Q, S] and prefix [m] for operands [S, P, n, ...]
 inline void check_scores(const Tensor& a, int64_t m, const OptionalTensor& weights,
                          const OptionalTensor& prefix, const Tensor& out) {
-  const auto wide =
-      a.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  const auto wide = a.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   check(out.dim() == 3 && out.size(1) == a.size(2) && out.size(2) == m && out.scalar_type() == wide,
         "scores must be [Q, n, m] in fp32 (fp64 for fp64)");
-  check(weights.has_value()
-            ? weights->dim() == 2 && weights->size(0) == out.size(0) &&
-                  weights->size(1) == a.size(0) && weights->scalar_type() == wide
-            : out.size(0) == 1,
+  check(weights.has_value() ? weights->dim() == 2 && weights->size(0) == out.size(0) &&
+                                  weights->size(1) == a.size(0) && weights->scalar_type() == wide
+                            : out.size(0) == 1,
         "weights must be [Q, S] in the dtype of the scores, Q = 1 without them");
   check(!prefix.has_value() || (prefix->dim() == 1 && prefix->size(0) == m &&
                                 prefix->scalar_type() == ScalarType::Long),

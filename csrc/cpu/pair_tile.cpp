@@ -8,10 +8,10 @@
 
 namespace mik {
 
-#define MIK_BLOCK_PRODUCTS(A)                                                                     \
+#define MIK_BLOCK_PRODUCTS(A)                                                                      \
   void block_products(const A* const* a, int64_t rows, const A* const* b, int64_t cols, int64_t d, \
-                      const int64_t* limits, int64_t first_row, double* acc, int64_t ld) {        \
-    MIK_AT_LEVEL(block_products<A>)(a, rows, b, cols, d, limits, first_row, acc, ld);             \
+                      const int64_t* limits, int64_t first_row, double* acc, int64_t ld) {         \
+    MIK_AT_LEVEL(block_products<A>)(a, rows, b, cols, d, limits, first_row, acc, ld);              \
   }
 
 #define MIK_COPY_ROW(T)                                                                         \

@@ -29,8 +29,8 @@ void copy_row(const torch::headeronly::BFloat16* from, int64_t stride,
 void copy_row(const torch::headeronly::Half* from, int64_t stride,
               const torch::headeronly::Half* scale, int64_t scale_stride, int64_t d, float* to);
 
-// rows of an operand where they lie: row i, number k is base[i row + k inner] scale[k scale_stride];
-// with `index`, row index[i] takes the place of row i
+// rows of an operand where they lie: row i, number k is base[i row + k inner] scale[k
+// scale_stride]; with `index`, row index[i] takes the place of row i
 template <class T>
 struct Rows {
   const T* base;

@@ -13,7 +13,8 @@ std::vector<double> scales(const OptionalTensor& scale, int64_t n) {
   if (scale.has_value()) {
     MIK_DISPATCH_FLOATING(*scale, [&] {
       for (int64_t i = 0; i < n; ++i) {
-        const auto value = static_cast<accumulator_t<scalar_t>>(data<scalar_t>(*scale)[i * scale->stride(0)]);
+        const auto value =
+            static_cast<accumulator_t<scalar_t>>(data<scalar_t>(*scale)[i * scale->stride(0)]);
         wide[i] = static_cast<double>(value);
       }
     });
@@ -63,8 +64,7 @@ std::tuple<Tensor, Tensor, Tensor> pairwise_topk(Tensor a, Tensor b, OptionalTen
   check(!symmetric || n == m, "pairwise_topk: symmetric goes with b = a");
   // never n m before it is known to be small enough
   k = n == 0 || m == 0 ? 0 : k / m >= n ? n * m : k;
-  const auto wide =
-      a.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  const auto wide = a.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   Tensor values = empty(a, {k}, wide), rows = empty(a, {k}, ScalarType::Long),
          cols = empty(a, {k}, ScalarType::Long);
   if (k == 0) return {values, rows, cols};
@@ -94,9 +94,7 @@ std::tuple<Tensor, Tensor, Tensor> pairwise_topk(Tensor a, Tensor b, OptionalTen
   return {values, rows, cols};
 }
 
-STABLE_TORCH_LIBRARY_IMPL(mikernels, CPU, m) {
-  m.impl("pairwise_topk", TORCH_BOX(&pairwise_topk));
-}
+STABLE_TORCH_LIBRARY_IMPL(mikernels, CPU, m) { m.impl("pairwise_topk", TORCH_BOX(&pairwise_topk)); }
 
 }  // namespace
 }  // namespace mik

@@ -68,9 +68,17 @@ class ScreenedPairs {
 
   struct Worker {
     explicit Worker(ScreenedPairs& owner)
-        : all(owner), exact(owner.a_, owner.b_, owner.rule_.by_abs), pairs(pairs_capacity(owner.rule_)) {
-      list = {pairs.data(), 0, static_cast<int64_t>(pairs.size()), owner.bound_.get(),
-              owner.rule_.by_abs, owner.rule_.mirrored, this, &Worker::make_room};
+        : all(owner),
+          exact(owner.a_, owner.b_, owner.rule_.by_abs),
+          pairs(pairs_capacity(owner.rule_)) {
+      list = {pairs.data(),
+              0,
+              static_cast<int64_t>(pairs.size()),
+              owner.bound_.get(),
+              owner.rule_.by_abs,
+              owner.rule_.mirrored,
+              this,
+              &Worker::make_room};
     }
 
     static void make_room(PairList& list) {
@@ -104,47 +112,49 @@ class ScreenedPairs {
     const double accumulation = screen_rounding(padded_);
     parallel(round_up(count, tiled ? kTokenPadding : kRowPadding) / kTileTokens, 2,
              [&](int64_t begin, int64_t end) {
-      std::vector<float> row(padded_);
-      std::vector<uint16_t> own(padded_);
-      for (int64_t i = begin * kTileTokens; i < std::min(slots, end * kTileTokens); ++i) {
-        uint16_t* to = tiled ? own.data() : side.numbers.get() + i * padded_;
-        side.scale[i] = side.p[i] = side.q[i] = 0;
-        if (i >= count) {
-          std::fill_n(to, padded_, uint16_t(0));
-        } else {
-          of.copy(first + i, row.data());
-          const QuantisedRow found = quantise(row.data(), of.length(), to, padded_);
-          const double factor = of.scale(first + i), size = std::fabs(factor);
-          const double norm = size * found.norm;
-          const bool zero = found.error == 0 && norm == 0;
-          // the scaled norm has to stay within fp32 too
-          const bool safe = zero || (norm >= kSmallestNorm && norm <= kLargestNorm &&
-                                     size <= kLargestNorm && size >= kSmallestNorm);
-          const double error = size * found.error * kUp, whole = (norm + error) * kUp;
-          side.scale[i] = static_cast<float>(found.scale * factor);
-          if (tiled) {
-            side.p[i] = safe ? static_cast<float>(error) : kInfinity;
-            side.q[i] = static_cast<float>(whole);
-          } else {
-            side.p[i] = static_cast<float>(norm * kUp);
-            side.q[i] = safe ? static_cast<float>((error + whole * (kEvaluation + accumulation)) * kUp)
-                             : kInfinity;
-          }
-        }
-        if (tiled) into_tile(to, padded_, i, side.numbers.get());
-      }
-      for (int64_t t = begin; tiled && t < end; ++t) {
-        int64_t low = INT64_MAX;
-        for (int64_t i = t * kTileTokens; i < std::min(count, (t + 1) * kTileTokens); ++i)
-          low = std::min(low, rank == nullptr ? INT64_MIN : rank[first + i]);
-        side.lowest[t] = low;
-      }
-    });
+               std::vector<float> row(padded_);
+               std::vector<uint16_t> own(padded_);
+               for (int64_t i = begin * kTileTokens; i < std::min(slots, end * kTileTokens); ++i) {
+                 uint16_t* to = tiled ? own.data() : side.numbers.get() + i * padded_;
+                 side.scale[i] = side.p[i] = side.q[i] = 0;
+                 if (i >= count) {
+                   std::fill_n(to, padded_, uint16_t(0));
+                 } else {
+                   of.copy(first + i, row.data());
+                   const QuantisedRow found = quantise(row.data(), of.length(), to, padded_);
+                   const double factor = of.scale(first + i), size = std::fabs(factor);
+                   const double norm = size * found.norm;
+                   const bool zero = found.error == 0 && norm == 0;
+                   // the scaled norm has to stay within fp32 too
+                   const bool safe = zero || (norm >= kSmallestNorm && norm <= kLargestNorm &&
+                                              size <= kLargestNorm && size >= kSmallestNorm);
+                   const double error = size * found.error * kUp, whole = (norm + error) * kUp;
+                   side.scale[i] = static_cast<float>(found.scale * factor);
+                   if (tiled) {
+                     side.p[i] = safe ? static_cast<float>(error) : kInfinity;
+                     side.q[i] = static_cast<float>(whole);
+                   } else {
+                     side.p[i] = static_cast<float>(norm * kUp);
+                     side.q[i] = safe ? static_cast<float>(
+                                            (error + whole * (kEvaluation + accumulation)) * kUp)
+                                      : kInfinity;
+                   }
+                 }
+                 if (tiled) into_tile(to, padded_, i, side.numbers.get());
+               }
+               for (int64_t t = begin; tiled && t < end; ++t) {
+                 int64_t low = INT64_MAX;
+                 for (int64_t i = t * kTileTokens; i < std::min(count, (t + 1) * kTileTokens); ++i)
+                   low = std::min(low, rank == nullptr ? INT64_MIN : rank[first + i]);
+                 side.lowest[t] = low;
+               }
+             });
     for (size_t t = tiled ? round_up(count, kTokenPadding) / kTileTokens : 0;
          t < side.lowest.size(); ++t)
       side.lowest[t] = INT64_MAX;
-    side.view = {side.numbers.get(), padded_, first, count, side.scale.data(), side.p.data(),
-                 side.q.data(), rank == nullptr ? nullptr : rank + first};
+    side.view = {
+        side.numbers.get(), padded_,       first,         count,
+        side.scale.data(),  side.p.data(), side.q.data(), rank == nullptr ? nullptr : rank + first};
   }
 
   void screen(const Side& rows, const Side& cols) {

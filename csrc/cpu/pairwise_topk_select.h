@@ -132,8 +132,8 @@ inline int64_t pairs_capacity(const PairRule& rule) {
 // makes room in a full list: drops what cannot be wanted and, if that is little, scores the rest
 template <class T>
 int64_t thin_out(Pair<accumulator_t<T>>* pairs, int64_t size, int64_t capacity, int64_t k,
-                 SharedBound<accumulator_t<T>>& bound, accumulator_t<T>* tau,
-                 ExactPairs<T>& exact, std::vector<accumulator_t<T>>& scratch) {
+                 SharedBound<accumulator_t<T>>& bound, accumulator_t<T>* tau, ExactPairs<T>& exact,
+                 std::vector<accumulator_t<T>>& scratch) {
   *tau = std::max(*tau, bound.get());
   size = tighten(pairs, size, k, tau, scratch);
   // bounds too wide to separate the candidates: spend the exact scores now
@@ -154,9 +154,8 @@ std::vector<Pair<accumulator_t<T>>> strongest(std::vector<Pair<accumulator_t<T>>
   std::vector<S> scratch;
   all.resize(tighten(all.data(), static_cast<int64_t>(all.size()), rule.k, &tau, scratch));
   // a row is fetched once for all of its pairs
-  std::sort(all.begin(), all.end(), [](const P& x, const P& y) {
-    return x.row != y.row ? x.row < y.row : x.col < y.col;
-  });
+  std::sort(all.begin(), all.end(),
+            [](const P& x, const P& y) { return x.row != y.row ? x.row < y.row : x.col < y.col; });
   parallel(static_cast<int64_t>(all.size()), 64, [&](int64_t begin, int64_t end) {
     ExactPairs<T> exact(a, b, rule.by_abs);
     for (int64_t i = begin; i < end; ++i)

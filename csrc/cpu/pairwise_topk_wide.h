@@ -38,7 +38,9 @@ class WidePairs {
  private:
   struct Worker {
     explicit Worker(WidePairs& owner)
-        : all(owner), exact(owner.a_, owner.b_, owner.rule_.by_abs), pairs(pairs_capacity(owner.rule_)) {}
+        : all(owner),
+          exact(owner.a_, owner.b_, owner.rule_.by_abs),
+          pairs(pairs_capacity(owner.rule_)) {}
 
     void add(const Block& block) {
       const PairRule& rule = all.rule_;
@@ -50,7 +52,8 @@ class WidePairs {
       sums.assign(block.rows * block.cols, 0.);
       for (int64_t b = 0; b < of.size(0); ++b)
         for (int64_t p = 0; p < of.size(1); ++p)
-          product.add(all.a_.part(b, p), all.b_.part(b, p), block, of.size(3), nullptr, sums.data());
+          product.add(all.a_.part(b, p), all.b_.part(b, p), block, of.size(3), nullptr,
+                      sums.data());
       tau = std::max(tau, all.bound_.get());
       for (int64_t i = 0; i < block.rows; ++i)
         for (int64_t j = 0; j < block.cols; ++j)
@@ -90,7 +93,8 @@ class WidePairs {
     S tau = all.bound_.get();
   };
 
-  // of |a| |b|: fp32 sums of at most kChunk + 16 products in any order, and the score's own rounding
+  // of |a| |b|: fp32 sums of at most kChunk + 16 products in any order, and the score's own
+  // rounding
   static constexpr double kRounding = (kChunk + 48) * 0x1p-24 * kUp;
 
   const LongRows<T>&a_, &b_;

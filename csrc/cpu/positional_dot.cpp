@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// positional_dot_: out[i, b] += scale[i] <grads[b, positions[i]], vectors[i]>, position by position.
+// positional_dot_: out[i, b] += scale[i] <grads[b, positions[i]], vectors[i]>, position by
+// position.
 #include "common.h"
 #include "cpu/pair_tile.h"
 
@@ -53,8 +54,9 @@ void run(const Tensor& grads, const Tensor& vectors, const std::vector<Group>& g
       for (int64_t j = 0; j < found; ++j) {
         const int64_t i = order[group.begin + j];
         const double factor =
-            scale.has_value() ? static_cast<double>(static_cast<A>(data<T>(*scale)[i * scale->stride(0)]))
-                              : 1.;
+            scale.has_value()
+                ? static_cast<double>(static_cast<A>(data<T>(*scale)[i * scale->stride(0)]))
+                : 1.;
         A* to = mutable_data<A>(out) + i * out.stride(0);
         for (int64_t b = 0; b < batch; ++b)
           to[b * out.stride(1)] += static_cast<A>(factor * sums[b * found + j]);
@@ -63,13 +65,15 @@ void run(const Tensor& grads, const Tensor& vectors, const std::vector<Group>& g
   });
 }
 
-void positional_dot(Tensor grads, Tensor vectors, Tensor positions, OptionalTensor scale, Tensor out) {
+void positional_dot(Tensor grads, Tensor vectors, Tensor positions, OptionalTensor scale,
+                    Tensor out) {
   check(grads.dim() == 3 && vectors.dim() == 2 && vectors.size(1) == grads.size(2) &&
             vectors.scalar_type() == grads.scalar_type(),
         "positional_dot_: expected grads [B, P, d] and vectors [n, d] of one dtype");
   const int64_t n = vectors.size(0);
-  check(positions.dim() == 1 && positions.size(0) == n && positions.scalar_type() == ScalarType::Long,
-        "positional_dot_: positions must be [n] int64");
+  check(
+      positions.dim() == 1 && positions.size(0) == n && positions.scalar_type() == ScalarType::Long,
+      "positional_dot_: positions must be [n] int64");
   check(!scale.has_value() || (scale->dim() == 1 && scale->size(0) == n &&
                                scale->scalar_type() == grads.scalar_type()),
         "positional_dot_: scale must be [n] in the dtype of grads");

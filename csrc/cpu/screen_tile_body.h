@@ -39,7 +39,8 @@ static inline void multiply_block(const uint16_t* rows, int64_t row_stride, cons
 #pragma GCC unroll 16
       for (int v = 0; v < vectors; ++v)
         sums[r][v] = add_pair_products(sums[r][v], feature, tokens[v]);
-      // pins the order: GCC 12 otherwise hoists all broadcasts and spills the sums (35 against 45 GMAC/s, one Zen 3 core)
+      // pins the order: GCC 12 otherwise hoists all broadcasts and spills the sums (35 against 45
+      // GMAC/s, one Zen 3 core)
 #pragma GCC unroll 16
       for (int v = 0; v < vectors; ++v) pin(sums[r][v]);
     }
