@@ -34,6 +34,8 @@ TAIL = 4000
 # a part that is stopped gets this long to end by itself
 GRACE = 5.0
 OPS = ("row_topk", "encode", "decode", "gradients", "adam", "step")
+OPS += ("edge_scores", "edge_mix", "edge_heads", "pairwise_products", "pairwise_topk")
+OPS += ("positional_dot", "grad_gram", "block_norms", "second_moment")
 
 
 @dataclass(frozen=True)

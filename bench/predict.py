@@ -15,6 +15,7 @@ from typing import Any
 
 from . import load
 from .declare import GPU_SHAPES, Shape
+from .predict_pairs import pair_cases
 from .rates import DEVICES, Rates, row_cycles
 
 Part = tuple[str, float, str]
@@ -266,6 +267,7 @@ def predictions(device: str) -> dict[str, Any]:
                         "ratios": {name: round(t / total, 2) for name, t in others.items()},
                     }
                 )
+    cases += pair_cases(r)
     return {"schema": 1, "device": r.name, "rates": vars(r), "cases": cases}
 
 
