@@ -137,7 +137,7 @@ def _product_cases(name: str, types: dict, fixed: dict) -> list[Case]:
             targets=targets,
         )
         for title, tile, launch, divisible, targets in (
-            ("", LARGE, LAUNCH, ("stride_x", "stride_wf", "d"), ("sm_90", "sm_100")),
+            (" large", LARGE, LAUNCH, ("stride_x", "stride_wf", "d"), ("sm_90", "sm_100")),
             ("", SMALL, SMALL_LAUNCH, ("stride_x", "stride_wf", "d"), ("sm_80", "gfx942")),
             (", odd sizes", SMALL, SMALL_LAUNCH, ("stride_x",), every),
         )

@@ -23,7 +23,8 @@ def stem(module):
     return module.__name__.rpartition(".")[2]
 
 
-CASES = {f"{stem(module)}: {case.name}": case for module in modules() for case in module.cases()}
+ALL = [(f"{stem(module)}: {case.name}", case) for module in modules() for case in module.cases()]
+CASES = dict(ALL)
 # fp16 differs from bf16 in conversions only, odd sizes in the width of loads: once is enough
 COMPILED = [
     (name, target)
@@ -40,6 +41,10 @@ def test_compiles_without_spills(name, target):
     assert report.spills == 0, report
     assert report.shared <= offline.SHARED_LIMIT[target], report
     assert (report.matrix_instructions > 0) == case.matrix, report
+
+
+def test_no_case_hides_another():
+    assert len(CASES) == len(ALL)
 
 
 def test_every_kernel_has_a_case():
