@@ -87,12 +87,18 @@ def test_options_for_data_keep_what_is_given():
 def test_peak_memory_is_that_of_the_run():
     if not reset_peak():
         pytest.skip("the kernel does not let a process reset its peak")
-    before = resident_bytes("VmRSS")
-    block = torch.ones(100 << 20, dtype=torch.uint8)
-    assert 95 << 20 < resident_bytes("VmHWM") - before < 130 << 20
-    del block
-    assert reset_peak()
-    assert resident_bytes("VmHWM") - before < 50 << 20
+
+    def measured() -> bool:
+        assert reset_peak()
+        before = resident_bytes("VmRSS")
+        block = torch.ones(100 << 20, dtype=torch.uint8)
+        held = resident_bytes("VmHWM") - before
+        del block
+        assert reset_peak()
+        return 95 << 20 < held < 130 << 20 and resident_bytes("VmHWM") - before < 50 << 20
+
+    # a kernel that takes idle pages back may do so meanwhile, seen once: peak = before
+    assert any(measured() for _ in range(3))
 
 
 def token_data():

@@ -11,14 +11,19 @@ from mikernels._dispatch import OPS
 CUDA = torch.device("cuda", 0)
 
 
+# its reference is a sort, which runs on every device
+WITHOUT = {"mass_threshold"}
+
+
 def test_every_operator_has_a_launcher():
-    assert [name for name, op in OPS.items() if op._triton is None] == []
+    assert {name for name, op in OPS.items() if op._triton is None} == WITHOUT
 
 
 def test_the_cuda_key_has_an_owner_where_triton_is_installed():
     registered = torch._C._dispatch_has_kernel_for_dispatch_key
     for name in OPS:
-        assert registered(f"mikernels::{name}", "CUDA") == (not _triton.missing())
+        launched = name not in WITHOUT and not _triton.missing()
+        assert registered(f"mikernels::{name}", "CUDA") == launched
 
 
 def test_importing_mikernels_does_not_import_triton(run_python):
