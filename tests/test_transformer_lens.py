@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mikernels.integrations.transformer_lens import Handle, fast_heads
+from mikernels.integrations.handle import Handle
+from mikernels.integrations.transformer_lens import fast_heads
 
 with contextlib.suppress(ImportError):
     import einops

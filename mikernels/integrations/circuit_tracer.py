@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 import torch
 
 from mikernels._dispatch import accumulate_dtype
-from mikernels.integrations.transformer_lens import Handle
+from mikernels.integrations.handle import Handle
 from mikernels.ops.mass_threshold import mass_threshold
 from mikernels.ops.positional_dot import positional_dot
 

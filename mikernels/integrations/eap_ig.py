@@ -30,7 +30,7 @@ import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from mikernels._dispatch import accumulate_dtype
-from mikernels.integrations.transformer_lens import Handle
+from mikernels.integrations.handle import Handle
 from mikernels.ops.edges import edge_scores
 
 NAME = "make_hooks_and_matrices"

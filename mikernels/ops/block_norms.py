@@ -3,7 +3,8 @@
 
 Composition scores of attention heads (Elhage et al., 2021) are such norms, of a writer's output
 matrix with a reader's input matrix. The `[n, m, r, r]` products that hold them exist a tile at a
-time: a tile's squares are summed while it is in registers. O(n m r^2 d) time, scratch one tile.
+time, which is squared and summed where it was made. O(n m r^2 d) time; scratch one block of columns
+of b and one of products a thread.
 """
 
 from __future__ import annotations

@@ -123,8 +123,7 @@ def feature_edges(
         new = here.values, rows[here.rows], cols[here.cols]
         found = merged(found, new, k, by)
         if len(found[0]) == k and not found[0][-1].isnan():
-            weakest = float(found[0][-1].abs() if by == "abs" else found[0][-1])
-            least = weakest if min_value is None else max(min_value, weakest)
+            least = float(found[0][-1].abs() if by == "abs" else found[0][-1])
     return Interactions(*found, shape=(w_dec.shape[0], w_enc.shape[0]))
 
 

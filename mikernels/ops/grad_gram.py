@@ -45,7 +45,7 @@ gram_op = Op(
     " Tensor(a!) out) -> ()",
     reference,
     lambda *args: None,
-    triton="gram_products:gram_products_",
+    triton="grad_gram:gram_products_",
 )
 
 Layers = torch.Tensor | Sequence[torch.Tensor]

@@ -5,7 +5,7 @@
 the fraction, and no higher threshold does. Sorting finds it too, with a sorted copy, 64-bit indices
 and a running sum that fp32 rounds; here the CPU kernel reads x twice and sums exactly: the values
 that share their upper 16 bits share an exponent, so their masses add up as integers. O(n) time,
-1 MB of scratch a thread, the same bits for any number of threads.
+half a MB of scratch a thread and 1 MB, the same bits for any number of threads.
 """
 
 from __future__ import annotations

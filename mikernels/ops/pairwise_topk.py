@@ -14,7 +14,7 @@ pairs before it; every other is kept, and rescored in fp64 at the end. Each thre
 4 k + 64 candidates; a full list is tightened and, where bounds cannot separate it, rescored on the
 spot, so that no list overflows. Symmetric (b is a): half of the products.
 
-O(n m D) time in 16-bit products. Scratch: 16-bit panels of 16 MB of either operand, and the lists.
+O(n m D) time in 16-bit products. Scratch: 16-bit panels of a (32 MB) and b (8 MB), and the lists.
 fp64 inputs: scores in fp64. Rows of more than 16,384 numbers are screened by fp32 products instead.
 
 On a GPU one fp16 product of rows scaled by powers of two keeps the largest upper bound of every 64

@@ -4,7 +4,7 @@ import torch
 from oracle import assert_accurate, far_apart, identical, randint, randn, unchanged
 
 from mikernels import _triton
-from mikernels.kernels import gram_products
+from mikernels.kernels import grad_gram as launcher
 from mikernels.ops.grad_gram import grad_gram, gram_op, reference
 
 NAN = float("nan")
@@ -72,10 +72,10 @@ def test_gram_products_of_integers_are_exact(device):
 def test_panels_and_parts(device, monkeypatch):
     """Many tiles and one part of the positions, few rows of out at a time."""
     acts, grads = randn(90, 2, 9).to(device), randn(90, 2, 5, seed=1).to(device)
-    monkeypatch.setattr(gram_products, "PROGRAMS", 1)
+    monkeypatch.setattr(launcher, "PROGRAMS", 1)
     check(acts, grads)
-    monkeypatch.setattr(gram_products, "SCRATCH", 0)
-    monkeypatch.setattr(gram_products, "LEAST_ROWS", 70)
+    monkeypatch.setattr(launcher, "SCRATCH", 0)
+    monkeypatch.setattr(launcher, "LEAST_ROWS", 70)
     check(acts, grads)
     check(acts, grads, acts[:20], grads[:20])
 
