@@ -68,7 +68,7 @@ def test_a_fused_step_reads_nothing_back(loss, dtype, capturable) -> None:
         for number in range(3):
             set_rate(step.optimizer, 1e-3)
             step(batches(number, 2), K, NONE, means, clock())
-    assert means.count == 6
+    assert means.tokens == 6 * BATCH
 
 
 def test_a_fused_step_runs_where_nothing_can_be_read() -> None:
@@ -112,7 +112,7 @@ def test_what_is_recorded_and_what_runs_eagerly(recorded) -> None:
             one(batches(seed, count, size), k, dead, means, clock())
         pairs = zip(eager.sae.state_dict().values(), graphed.sae.state_dict().values(), strict=True)
         assert all(identical(a, b) for a, b in pairs)
-        assert sums[0].read() == sums[1].read() and sums[0].count == sums[1].count
+        assert sums[0].read() == sums[1].read() and sums[0].tokens == sums[1].tokens
         return recorded
 
     assert run(0) == [0, 0]

@@ -2,9 +2,11 @@
 """training: the fused step against autograd and dense PyTorch, schedules, metrics, bad input."""
 
 import io
+import itertools
 import json
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from mikernels.nn import TopKSAE
 from mikernels.optim import RowAdam
 from mikernels.training import TrainConfig, Trainer
-from mikernels.training.autograd import AutogradStep, dense_forward
+from mikernels.training.autograd import AutogradStep, dense_forward, sparse_forward
 from mikernels.training.fused import FusedStep
 from mikernels.training.metrics import PARTS, Clock, History, Means
 from mikernels.training.progress import Reporter
@@ -128,9 +130,19 @@ def test_fused_gradients_are_those_of_autograd(loss, n_dead) -> None:
         return [p.grad for p in parameters]
 
     ours = gradients(torch.float32, True)
+    # a sum over tokens of both signs: what one rounding is relative to
+    terms = torch.zeros(F, D)
+    with torch.no_grad():
+        for part in x:
+            codes, dy, _, aux, _ = FusedStep(sae, config)._forward(
+                part, K, dead, 0.5, Clock(History().parts)
+            )
+            for c, gradient in ((codes, dy), *([aux] if aux else [])):
+                terms += c.to_dense().abs().T @ gradient.abs()
     eagers, oracles = gradients(torch.float32, False), gradients(torch.float64, False)
-    for actual, oracle, eager in zip(ours[:3], oracles[:3], eagers[:3], strict=True):
-        assert_accurate(actual, oracle, eager)
+    scales = terms.max().item(), None, None
+    for actual, oracle, eager, scale in zip(ours[:3], oracles[:3], eagers[:3], scales, strict=True):
+        assert_accurate(actual, oracle, eager, scale=scale)
     # db_dec is sum dy - w_enc^T db_enc, F terms of both signs
     scale = (oracles[2].abs() @ sae.w_enc.detach().double().abs()).max().item()
     assert_accurate(ours[3], oracles[3], eagers[3], scale=scale)
@@ -202,6 +214,166 @@ def test_accumulated_micro_batches_are_one_batch() -> None:
     torch.testing.assert_close(whole.w_dec, quarters.w_dec, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("loss", ["mse", "fvu"])
+@pytest.mark.parametrize("step", ["fused", "autograd", "dense"])
+def test_unequal_micro_batches_are_weighted_by_token(step, loss) -> None:
+    """Each token counts once: the gradient is the token-weighted mean of its micro-batches'."""
+    x = activations(BATCH)
+    parts = [x[:5], x[5:]]
+    sae = make_sae(loss=loss, normalize_decoder=False)
+    config = TrainConfig(total_tokens=BATCH, step=step, clip_norm=None, lr=1.0)
+    forward = dense_forward if step == "dense" else sparse_forward
+    run = FusedStep(sae, config) if step == "fused" else AutogradStep(sae, config, None, forward)
+    # plain gradient descent shows the gradient
+    before = [p.detach().clone() for p in sae.parameters()]
+    if step == "fused":
+        run.optimizer.apply_gradients = lambda gradients: [  # type: ignore[method-assign]
+            p.sub_(g) for p, g in gradients.items()
+        ]
+    else:
+        run.optimizer = torch.optim.SGD(sae.parameters(), lr=1.0)
+    means = Means()
+    run(parts, K, torch.empty(0, dtype=torch.int64), means, Clock(History().parts))
+    moved = [b - p.detach() for b, p in zip(before, sae.parameters(), strict=True)]
+
+    sae.load_state_dict({**sae.state_dict(), **dict(zip(dict(sae.named_parameters()), before))})
+    sae.double()
+    total = torch.zeros((), dtype=torch.float64)
+    for part in parts:
+        out = sae.score(part.double(), codes := sae.encode(part.double()), sae.decode(codes))
+        total = total + out.loss * (len(part) / BATCH)
+    expected = torch.autograd.grad(total, list(sae.parameters()))
+    for got, want in zip(moved, expected, strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-5)
+    assert means.tokens == BATCH
+    assert means.means()["loss"] == pytest.approx(total.item(), rel=1e-5)
+
+
+PARAMETERS = ("w_dec", "w_enc", "b_enc", "b_dec")
+
+
+@pytest.mark.parametrize("step", ["fused", "autograd", "dense"])
+@pytest.mark.parametrize("clip_norm", [None, 0.5])
+@pytest.mark.parametrize(
+    "frozen", [c for n in (1, 2, 3) for c in itertools.combinations(PARAMETERS, n)]
+)
+def test_frozen_parameters_stay_put(step, clip_norm, frozen) -> None:
+    def run(step: str) -> dict[str, torch.Tensor]:
+        sae = make_sae(dead_after=4 * BATCH)
+        with torch.no_grad():
+            sae.w_dec *= 1.5  # not even renormalised
+        for name in frozen:
+            p = getattr(sae, name)
+            p.requires_grad_(False)
+            p.grad = torch.ones_like(p)  # left by somebody
+        before = {name: p.detach().clone() for name, p in sae.named_parameters()}
+        train(sae, steps=8, step=step, clip_norm=clip_norm)
+        for name, p in sae.named_parameters():
+            assert torch.equal(p, before[name]) == (name in frozen), name
+        return {name: p.detach() for name, p in sae.named_parameters()}
+
+    ours = run(step)
+    for name, other in run("dense").items():
+        # the norm that is clipped is that of the others
+        torch.testing.assert_close(ours[name], other, rtol=1e-2, atol=2e-3)
+
+
+def test_an_sae_without_a_parameter_to_train_is_refused() -> None:
+    with pytest.raises(ValueError, match="must have a parameter to train"):
+        train(make_sae().requires_grad_(False))
+    with pytest.raises(ValueError, match="loss='fvu' must have batches of at least 2 tokens"):
+        train(make_sae(loss="fvu"), batch_size=1)
+
+
+@pytest.mark.parametrize("step", ["fused", "autograd", "dense"])
+@pytest.mark.parametrize("loss", ["mse", "fvu"])
+@pytest.mark.parametrize("tokens", [1, 7])
+def test_tokens_without_variance_keep_every_number_finite(step, loss, tokens) -> None:
+    sae = make_sae(loss=loss)
+    same = activations(1).expand(tokens, D)
+    config = TrainConfig(total_tokens=BATCH, step=step)
+    forward = dense_forward if step == "dense" else sparse_forward
+    run = FusedStep(sae, config) if step == "fused" else AutogradStep(sae, config, None, forward)
+    means = Means()
+    run([same.clone()], K, torch.arange(6, 40), means, Clock(History().parts))
+    assert all(math.isfinite(value) for value in means.means().values())
+    assert means.means()["fvu"] == 0 and means.means()["aux_loss"] == 0
+    assert all(p.isfinite().all() for p in sae.parameters())
+
+
+@pytest.mark.parametrize("step", ["fused", "autograd", "dense"])
+@pytest.mark.parametrize("size", [0.2, 30.0, 300.0])
+def test_aux_revives_dead_features_at_any_scale_of_activations(step, size) -> None:
+    def revived(size: float, coefficient: float = 1 / 32) -> float:
+        sae = make_sae(aux_coefficient=coefficient, dead_after=10 * BATCH)
+        with torch.no_grad():
+            sae.w_enc[F // 2 :] *= 0.02  # too weak to be selected beside the others
+        config = TrainConfig(total_tokens=120 * BATCH, batch_size=BATCH, step=step, lr=3e-3)
+        x = size * activations()
+        Trainer(sae, TensorSource(x, BATCH), config, quiet=True).run()
+        return (sae.encode(x).fired()[F // 2 :] > 0).double().mean().item()
+
+    unit = revived(1.0)
+    assert unit > 0.2 and revived(size, 0.0) < 0.5 * unit
+    assert revived(size) == pytest.approx(unit, rel=0.3)
+
+
+def test_the_scale_of_activations_is_folded_back() -> None:
+    x = 100 * activations()
+
+    def run(**settings) -> tuple[TopKSAE, History]:
+        sae = make_sae()
+        config = TrainConfig(
+            **{"total_tokens": 40 * BATCH, "batch_size": BATCH, "lr": 1e-2, **settings}
+        )
+        return sae, Trainer(sae, TensorSource(x, BATCH), config, quiet=True).run()
+
+    sae, history = run()
+    assert history.scale == 2.0 ** round(math.log2(D**0.5 / x[:BATCH].norm(dim=-1).mean()))
+    # the rows of the run say what the SAE does with the activations as they are
+    with torch.no_grad():
+        fvu = sae.eval()(x).fvu.item()
+    assert fvu == pytest.approx(history.rows[-1]["fvu"], rel=0.3) and fvu < 0.5
+    # scaling by a power of two by hand is the same run, to the bit
+    by_hand = make_sae()
+    config = TrainConfig(
+        total_tokens=40 * BATCH, batch_size=BATCH, lr=1e-2, scale_activations=False
+    )
+    rows = Trainer(by_hand, TensorSource(x * history.scale, BATCH), config, quiet=True).run().rows
+    assert [row["loss"] for row in rows] == history.column("loss")
+    by_hand.rescale_(1 / history.scale)
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(sae.state_dict().values(), by_hand.state_dict().values(), strict=True)
+    )
+    assert run(scale_activations=False)[1].scale == 1.0
+
+
+def test_rescale_scales_the_function() -> None:
+    sae = make_sae()
+    with torch.no_grad():
+        sae.b_enc.copy_(randn(F, seed=8))
+        sae.b_dec.copy_(randn(D, seed=9))
+    x = activations(50)
+    before, codes = sae(x).reconstruction, sae.encode(x)
+    sae.rescale_(0.25)
+    assert torch.equal(sae(0.25 * x).reconstruction, 0.25 * before)
+    assert torch.equal(sae.encode(0.25 * x).values, 0.25 * codes.values)
+    assert torch.equal(sae.encode(0.25 * x).indices, codes.indices)
+
+
+def test_dead_after_is_a_sixth_of_a_short_run() -> None:
+    def after(total_tokens: int, **settings) -> int | None:
+        sae = TopKSAE(D, F, K, **settings)
+        Trainer(sae, TensorSource(activations(), BATCH), TrainConfig(total_tokens, BATCH))
+        return sae.config.dead_after
+
+    assert after(60 * BATCH) == 10 * BATCH
+    assert after(10**9) == 10_000_000
+    assert after(60 * BATCH, dead_after=77) == 77
+    assert after(5) == 1
+
+
 def test_bfloat16_weights_train_with_float32_state() -> None:
     for step in ("fused", "autograd"):
         sae = make_sae()
@@ -220,9 +392,10 @@ def test_bfloat16_weights_train_with_float32_state() -> None:
 def test_any_torch_optimizer_serves_the_autograd_step() -> None:
     sae = make_sae()
     optimizer = torch.optim.SGD(sae.parameters(), lr=1.0, momentum=0.9)
-    fvu = train(sae, steps=60, step="autograd", optimizer=optimizer, lr=0.05).column("fvu")
+    history = train(sae, steps=60, step="autograd", optimizer=optimizer, lr=0.05)
+    fvu = history.column("fvu")
     assert fvu[-1] < 0.7 * fvu[0]
-    assert optimizer.param_groups[0]["lr"] == 0.05
+    assert optimizer.param_groups[0]["lr"] == history.rows[-1]["lr"] > 0
     with pytest.raises(TypeError, match="needs a mikernels.optim.RowAdam, got SGD"):
         train(sae, step="fused", optimizer=optimizer)
 
@@ -244,13 +417,31 @@ def test_schedules() -> None:
     assert lrs[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])
     assert set(lrs[9:81]) == {1.0}
     assert lrs[80:] == pytest.approx([1 - i / 20 for i in range(20)])
-    cosine = TrainConfig(total_tokens=1000, batch_size=10, decay="cosine", lr=2.0)
+    cosine = replace(config, decay="cosine", decay_steps=100, warmup_steps=0, lr=2.0)
     assert cosine.lr_at(0) == 2.0 and cosine.lr_at(50) == pytest.approx(1.0)
     assert 0 < cosine.lr_at(99) < 1e-3
+    constant = replace(config, decay="constant", decay_steps=None, warmup_steps=0)
+    assert {constant.lr_at(step) for step in range(100)} == {1.0}
     annealed = TrainConfig(total_tokens=1000, batch_size=10, k_start=96, k_anneal_steps=10)
     ks = [annealed.k_at(step, K) for step in range(12)]
     assert ks[0] == 96 and ks[5] == 50 and ks[10:] == [K, K]
     assert TrainConfig.from_dict(json.loads(json.dumps(annealed.to_dict()))) == annealed
+
+
+def test_a_run_of_any_length_warms_up_for_5_percent_and_decays_over_the_last_20() -> None:
+    config = TrainConfig(total_tokens=1000, batch_size=10, lr=1.0)
+    assert (config.warmup, config.decay_length) == (5, 20)
+    lrs = [config.lr_at(step) for step in range(100)]
+    assert lrs[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert set(lrs[5:81]) == {1.0}
+    assert lrs[80:] == pytest.approx([1 - i / 20 for i in range(20)])
+    for steps in range(1, 12):
+        short = replace(config, total_tokens=10 * steps)
+        assert short.warmup + short.decay_length <= steps
+        assert all(0 < short.lr_at(step) <= 1 for step in range(steps))
+    # what is given is kept, and the rest makes room for it
+    assert replace(config, warmup_steps=90).decay_length == 10
+    assert replace(config, decay_steps=98).warmup == 2
 
 
 def test_rows_are_means_of_their_interval_and_parts_add_up() -> None:
@@ -351,7 +542,11 @@ def test_a_diverged_run_stops_and_says_so(step, tmp_path) -> None:
         ({"clip_norm": -1.0}, "clip_norm must be finite and above 0"),
         ({"warmup_steps": 99}, r"warmup_steps \+ decay_steps must be at most 10"),
         ({"decay": "step"}, "decay must be one of"),
-        ({"decay_steps": 5}, "decay_steps must be None with decay='constant'"),
+        (
+            {"decay": "constant", "decay_steps": 5},
+            "decay_steps must be None with decay='constant'",
+        ),
+        ({"scale_activations": 0.5}, r"scale_activations must be one of \[False, True\], got 0.5"),
         ({"k_start": 8}, "k_start and k_anneal_steps must be given together, got 8 and 0"),
         ({"k_start": 8, "k_anneal_steps": 99}, "k_anneal_steps must be at most 10"),
         ({"dtype": "float16"}, "dtype must be one of"),

@@ -3,12 +3,12 @@
 
     codes = relu(top_k((x - b_dec) w_enc^T + b_enc)),  y = sum_j values_j w_dec[indices_j] + b_dec
     mse = mean over tokens of sum over d of (x - y)^2,  fvu = sum (x - y)^2 / sum (x - mean x)^2
-    loss = (mse or fvu) + aux_coefficient * aux_loss
+    loss = (mse or fvu) + aux_coefficient * aux_loss          see mikernels/nn/losses.py
 
 AuxK revives dead features: the k_aux best of them, ReLU'd, reconstruct the residual r = x - y as a
-constant: `aux_loss = sum (y_aux - r)^2 / sum (r - mean r)^2`. Its gradient reaches w_enc, b_enc and
-w_dec of the dead features and, through the encoder's input, b_dec. Only the dead rows of w_enc are
-scored: O(N n_dead d), and never a tokens x F matrix.
+constant: `aux_loss = sum (y_aux - r)^2 / sum (r - mean r)^2`, times the main loss of the mean of x.
+Its gradient reaches w_enc, b_enc and w_dec of the dead features and, through the encoder's input,
+b_dec. Only the dead rows of w_enc are scored: O(N n_dead d), and never a tokens x F matrix.
 """
 
 from __future__ import annotations
@@ -23,10 +23,12 @@ from torch import nn
 from mikernels._dispatch import FLOATS, accumulate_dtype
 from mikernels.codes import SparseCodes
 from mikernels.nn.geometric_median import geometric_median
+from mikernels.nn.losses import LOSSES, aux_per_square, reciprocal, spread
 from mikernels.ops.decode import sparse_decode
 from mikernels.ops.encode import topk_encode
 
-LOSSES = ("mse", "fvu")
+# of an SAE that no Trainer has met: OpenAI's (arXiv 2406.04093)
+DEAD_AFTER = 10_000_000
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class SAEConfig:
     k: int
     k_aux: int | None = None
     aux_coefficient: float = 1 / 32
-    dead_after: int = 10_000_000
+    dead_after: int | None = None
     loss: str = "mse"
     normalize_decoder: bool = True
 
@@ -47,6 +49,8 @@ class SAEConfig:
             object.__setattr__(self, "k_aux", max(1, self.d // 2))
         for name in ("d", "n_features", "k", "k_aux", "dead_after"):
             value = getattr(self, name)
+            if name == "dead_after" and value is None:
+                continue
             if isinstance(value, bool) or not isinstance(value, int):
                 raise TypeError(f"TopKSAE: {name} must be an int, got {value!r}")
             if value < 1:
@@ -81,7 +85,7 @@ class SAEOutput(NamedTuple):
 class TopKSAE(nn.Module):
     """TopK sparse autoencoder with AuxK and dead-feature tracking.
 
-    Decoder rows start as random unit vectors, encoder rows as their copies, biases at 0.
+    Decoder rows start as random unit vectors, encoder rows as their multiples, biases at 0.
 
     Args:
         d: width of the activations.
@@ -90,12 +94,16 @@ class TopKSAE(nn.Module):
         k_aux: dead features a token in the auxiliary loss, at most the number of dead ones;
             None is d // 2.
         aux_coefficient: its weight; 0 turns it off.
-        dead_after: a feature is dead when it has not fired for this many tokens.
+        dead_after: a feature is dead when it has not fired for this many tokens. None is 10 M, or
+            a sixth of the run of the first Trainer if that is less: a shorter run than dead_after
+            has no dead feature, and AuxK nothing to do.
         loss: "mse" or "fvu".
         normalize_decoder: training keeps decoder rows at norm 1 (the trainer's or optimiser's job:
             `remove_parallel_gradient_` before and `normalize_decoder_` after an update).
         dtype: of the parameters.
         generator: decides the initial decoder.
+        encoder_scale: norm of the initial encoder rows. Below 1, features start closer to silence
+            and more of them die: measured in the documentation of TrainConfig.
 
     Attributes:
         w_enc, w_dec: `[F, d]`, features as rows. b_enc: `[F]`. b_dec: `[d]`.
@@ -116,11 +124,12 @@ class TopKSAE(nn.Module):
         *,
         k_aux: int | None = None,
         aux_coefficient: float = 1 / 32,
-        dead_after: int = 10_000_000,
+        dead_after: int | None = None,
         loss: str = "mse",
         normalize_decoder: bool = True,
         dtype: torch.dtype = torch.float32,
         generator: torch.Generator | None = None,
+        encoder_scale: float = 1.0,
     ):
         super().__init__()
         self.config = SAEConfig(
@@ -128,10 +137,14 @@ class TopKSAE(nn.Module):
         )
         if dtype not in FLOATS:
             raise TypeError(f"TopKSAE: dtype must be one of {list(FLOATS)}, got {dtype}")
+        if not (math.isfinite(encoder_scale) and encoder_scale > 0):
+            raise ValueError(
+                f"TopKSAE: encoder_scale must be finite and above 0, got {encoder_scale}"
+            )
         rows = torch.randn(n_features, d, generator=generator, dtype=accumulate_dtype(dtype))
         rows /= torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
         self.w_dec = nn.Parameter(rows.to(dtype))
-        self.w_enc = nn.Parameter(self.w_dec.detach().clone())
+        self.w_enc = nn.Parameter(self.w_dec.detach() * encoder_scale)
         self.b_enc = nn.Parameter(torch.zeros(n_features, dtype=dtype))
         self.b_dec = nn.Parameter(torch.zeros(d, dtype=dtype))
         self.register_buffer("tokens_since_fired", torch.zeros(n_features, dtype=torch.int64))
@@ -187,16 +200,20 @@ class TopKSAE(nn.Module):
         flat = x.reshape(-1, self.config.d).to(acc)
         error = reconstruction.reshape(-1, self.config.d).to(acc) - flat
         squares = error.square().sum()
-        mse = squares / max(1, flat.shape[0])
-        fvu = squares / (flat - flat.mean(0)).square().sum()
+        n_tokens = max(1, flat.shape[0])
+        variance = spread(flat)
+        mse, fvu = squares / n_tokens, squares * reciprocal(variance)
         loss = mse if self.config.loss == "mse" else fvu
         aux_loss = torch.zeros_like(mse)
         if dead is not None and dead.numel() and self.config.aux_coefficient:
-            aux_loss = self._aux_loss(flat, -error.detach(), dead)
+            r = -error.detach()
+            left = (self._revived(flat, dead) - r).square().sum()
+            aux_loss = left * aux_per_square(self.config.loss, n_tokens, variance, spread(r))
             loss = loss + self.config.aux_coefficient * aux_loss
         return SAEOutput(reconstruction, codes, loss, mse, aux_loss, fvu)
 
-    def _aux_loss(self, x: torch.Tensor, r: torch.Tensor, dead: torch.Tensor) -> torch.Tensor:
+    def _revived(self, x: torch.Tensor, dead: torch.Tensor) -> torch.Tensor:
+        """`[N, d]`: what AuxK's features make of x `[N, d]`, without b_dec."""
         assert self.config.k_aux is not None
         codes = topk_encode(
             x.to(self.w_enc.dtype),
@@ -205,16 +222,23 @@ class TopKSAE(nn.Module):
             k=min(self.config.k_aux, dead.numel()),
             b_dec=self.b_dec,
         )
-        revived = sparse_decode(codes, self.w_dec.index_select(0, dead)).to(r.dtype)
-        variance = (r - r.mean(0)).square().sum()
-        # a single token has no variance, and nothing to explain
-        return torch.where(variance > 0, (revived - r).square().sum() / variance, 0)
+        return sparse_decode(codes, self.w_dec.index_select(0, dead)).to(x.dtype)
 
     @torch.no_grad()
     def init_b_dec_(self, x: torch.Tensor) -> None:
         """Set b_dec to the geometric median of x `[..., d]`."""
         self._check(x)
         self.b_dec.copy_(geometric_median(x.reshape(-1, self.config.d)))
+
+    @torch.no_grad()
+    def rescale_(self, scale: float) -> None:
+        """Become the same SAE of activations in another unit: `new(scale x) = scale old(x)`.
+
+        The codes' values scale along. Only the biases change, since
+        `(scale x - scale b_dec) w_enc^T + scale b_enc = scale h`; by a power of two, exactly.
+        """
+        self.b_enc.mul_(scale)
+        self.b_dec.mul_(scale)
 
     @torch.no_grad()
     def normalize_decoder_(self) -> None:
@@ -239,8 +263,9 @@ class TopKSAE(nn.Module):
         self.tokens_since_fired.masked_fill_(codes.fired() > 0, 0)
 
     def dead(self) -> torch.Tensor:
-        """`[F]` bool: features that have not fired for `dead_after` tokens."""
-        return self.tokens_since_fired >= self.config.dead_after
+        """`[F]` bool: features that have not fired for `dead_after` tokens (None: 10 M)."""
+        after = DEAD_AFTER if self.config.dead_after is None else self.config.dead_after
+        return self.tokens_since_fired >= after
 
     def _check(self, x: torch.Tensor) -> None:
         if not isinstance(x, torch.Tensor) or not x.is_floating_point():

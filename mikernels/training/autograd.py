@@ -20,6 +20,7 @@ import torch
 
 from mikernels.codes import SparseCodes
 from mikernels.nn import SAEOutput, TopKSAE
+from mikernels.nn.losses import aux_per_square, spread
 from mikernels.training.config import TrainConfig
 from mikernels.training.metrics import Clock, Means
 from mikernels.training.optimizer import row_adam
@@ -67,8 +68,8 @@ def dense_forward(
     with clock.part("decode"):
         revived = acts @ sae.w_dec
     r = (x - y).detach()
-    variance = (r - r.mean(0)).square().sum()
-    aux_loss = torch.where(variance > 0, (revived - r).square().sum() / variance, 0)
+    scale = aux_per_square(sae.config.loss, x.shape[0], spread(x), spread(r))
+    aux_loss = (revived - r).square().sum() * scale
     return out._replace(loss=out.loss + sae.config.aux_coefficient * aux_loss, aux_loss=aux_loss)
 
 
@@ -105,7 +106,10 @@ class AutogradStep:
         if optimizer is None and low:
             optimizer = row_adam(sae, config)
         self.optimizer = optimizer or torch.optim.Adam(
-            sae.parameters(), lr=config.lr, betas=config.betas, eps=config.eps
+            sae.parameters(),
+            lr=config.peak_lr(sae.config.n_features),
+            betas=config.betas,
+            eps=config.eps,
         )
 
     def __call__(
@@ -113,18 +117,22 @@ class AutogradStep:
     ) -> None:
         """Train on float32 micro-batches `[n, d]`; `dead` are the indices of AuxK's features."""
         sae = self.sae
+        # a gradient that somebody left, on a frozen parameter too, is not this step's
+        sae.zero_grad(set_to_none=True)
+        total = sum(x.shape[0] for x in batches)
         for x in batches:
             out = self.forward(sae, x, k, dead, clock)
             with clock.part("gradients"):
-                (out.loss / len(batches)).backward()
+                (out.loss * (x.shape[0] / total)).backward()
             sae.track_fired_(out.codes)
             means.add(out.codes, loss=out.loss, mse=out.mse, fvu=out.fvu, aux_loss=out.aux_loss)
         with clock.part("optimizer"):
-            if sae.config.normalize_decoder:
+            constrained = sae.config.normalize_decoder and sae.w_dec.requires_grad
+            if constrained:
                 sae.remove_parallel_gradient_()
             if self.clip_norm is not None:
                 torch.nn.utils.clip_grad_norm_(sae.parameters(), self.clip_norm)
             self.optimizer.step()
-            if sae.config.normalize_decoder:
+            if constrained:
                 sae.normalize_decoder_()
             self.optimizer.zero_grad(set_to_none=True)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Protocol
 
 import torch
@@ -58,6 +59,19 @@ def take_batches(
             x.detach().to(device=sae.w_enc.device, dtype=accumulate_dtype(sae.w_enc.dtype))
         )
     return batches
+
+
+def power_of_two_scale(batches: list[torch.Tensor]) -> float:
+    """The power of two that brings the mean norm of the rows of `[n, d]` batches nearest to sqrt(d).
+
+    1 for rows that are all zero. Synchronises a GPU.
+    """
+    norms = torch.cat([torch.linalg.vector_norm(x, dim=-1) for x in batches])
+    mean = float(norms.double().mean())
+    if not (math.isfinite(mean) and mean > 0):
+        return 1.0
+    # further away the biases could leave fp32's range
+    return 2.0 ** max(-64, min(64, round(math.log2(batches[0].shape[1] ** 0.5 / mean))))
 
 
 def _check(x: torch.Tensor, number: int, d: int) -> None:

@@ -15,6 +15,12 @@ import torch
 STEPS = ("fused", "autograd", "dense")
 DECAYS = ("constant", "linear", "cosine")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+WARMUP_SHARE, DECAY_SHARE = 0.05, 0.2
+
+
+def default_lr(n_features: int, steps: int) -> float:
+    """XX"""
+    return 3e-3
 
 
 @dataclass(frozen=True)
@@ -27,10 +33,11 @@ class TrainConfig:
         accumulation: micro-batches whose gradients are averaged in a step.
         step: "fused" (this library's kernels, no autograd), "autograd" (its operators under
             autograd, any optimiser) or "dense" (plain PyTorch: the baseline).
-        lr: peak learning rate.
-        warmup_steps: linear warm-up from lr / warmup_steps.
+        lr: peak learning rate; None is `default_lr` of the SAE's features and the run's steps.
+        warmup_steps: linear warm-up from lr / warmup_steps; None is 5 % of the steps.
         decay: "constant", "linear" or "cosine" to zero at the end of the run.
-        decay_steps: length of the decay; None is everything after the warm-up.
+        decay_steps: length of the decay; None is the last 20 % of the steps (what the warm-up
+            leaves of them).
         betas, eps: of Adam.
         clip_norm: limit on the global gradient norm, after the decoder's projection; None is none.
         k_start, k_anneal_steps: k goes linearly from k_start to the SAE's own k.
@@ -38,6 +45,10 @@ class TrainConfig:
             float32 either way. A bfloat16 weight does not move by less than half a unit in its last
             place (2^-9 of its size), so it wants a larger lr.
         init_b_dec: start b_dec at the geometric median of the first batch.
+        scale_activations: train on activations times the power of two that brings the mean norm of
+            the first step's tokens nearest to sqrt(d), so that one learning rate fits every layer
+            of every model. Outside of `Trainer.run`, and in checkpoints, the SAE is one of the
+            activations as they are: folding a power of two into the biases and back is exact.
         log_every, checkpoint_every: steps.
         keep_checkpoints: the newest ones that are kept.
         seed: torch's global generator at step 0.
@@ -52,9 +63,9 @@ class TrainConfig:
     batch_size: int = 4096
     accumulation: int = 1
     step: str = "fused"
-    lr: float = 3e-4
-    warmup_steps: int = 0
-    decay: str = "constant"
+    lr: float | None = None
+    warmup_steps: int | None = None
+    decay: str = "linear"
     decay_steps: int | None = None
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
@@ -63,6 +74,7 @@ class TrainConfig:
     k_anneal_steps: int = 0
     dtype: str | None = None
     init_b_dec: bool = True
+    scale_activations: bool = True
     log_every: int = 10
     checkpoint_every: int = 1000
     keep_checkpoints: int = 2
@@ -73,21 +85,24 @@ class TrainConfig:
         counts = ("total_tokens", "batch_size", "accumulation", "log_every", "checkpoint_every")
         for name in (*counts, "keep_checkpoints"):
             _check_int(name, getattr(self, name), 1)
-        for name in ("warmup_steps", "k_anneal_steps"):
-            _check_int(name, getattr(self, name), 0)
+        _check_int("k_anneal_steps", self.k_anneal_steps, 0)
+        if self.warmup_steps is not None:
+            _check_int("warmup_steps", self.warmup_steps, 0)
         for name in ("decay_steps", "k_start"):
             if getattr(self, name) is not None:
                 _check_int(name, getattr(self, name), 1)
         _check_int("seed", self.seed, -(2**63))
         _check_choice("step", self.step, STEPS)
-        _check_choice("cuda_graph", self.cuda_graph, (False, True))
+        for name in ("cuda_graph", "init_b_dec", "scale_activations"):
+            _check_choice(name, getattr(self, name), (False, True))
         if self.cuda_graph and self.step != "fused":
             raise ValueError(
                 f"TrainConfig: cuda_graph needs step='fused', got {self.step!r}; leave it out"
             )
         _check_choice("decay", self.decay, DECAYS)
         _check_choice("dtype", self.dtype, (None, *DTYPES))
-        _check_number("lr", self.lr)
+        if self.lr is not None:
+            _check_number("lr", self.lr)
         _check_number("eps", self.eps, zero=True)
         if self.clip_norm is not None:
             _check_number("clip_norm", self.clip_norm)
@@ -106,10 +121,10 @@ class TrainConfig:
                 f"TrainConfig: decay_steps must be None with decay='constant', got "
                 f"{self.decay_steps}; choose decay='linear' or 'cosine'"
             )
-        if self.warmup_steps + (self.decay_steps or 0) > self.total_steps:
+        if self.warmup + (self.decay_steps or 0) > self.total_steps:
             raise ValueError(
                 f"TrainConfig: warmup_steps + decay_steps must be at most {self.total_steps} "
-                f"(the steps in total_tokens), got {self.warmup_steps} + {self.decay_steps or 0}; "
+                f"(the steps in total_tokens), got {self.warmup} + {self.decay_steps or 0}; "
                 f"shorten them or raise total_tokens"
             )
         if self.k_anneal_steps > self.total_steps:
@@ -126,14 +141,39 @@ class TrainConfig:
     def total_steps(self) -> int:
         return -(-self.total_tokens // self.tokens_per_step)
 
-    def lr_at(self, step: int) -> float:
-        """Learning rate of a step: `lr * warm-up * decay`, each in (0, 1]."""
-        warm = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
+    def peak_lr(self, n_features: int) -> float:
+        """`lr`, or `default_lr` where it is None, for an SAE of so many features."""
+        return default_lr(n_features, self.total_steps) if self.lr is None else self.lr
+
+    @property
+    def warmup(self) -> int:
+        """Steps of the warm-up."""
+        if self.warmup_steps is not None:
+            return self.warmup_steps
+        fits = self.total_steps - (self.decay_steps or 0)
+        return max(0, min(round(WARMUP_SHARE * self.total_steps), fits))
+
+    @property
+    def decay_length(self) -> int:
+        """Steps of the decay, at the end of the run."""
         if self.decay == "constant":
-            return self.lr * warm
-        length = self.decay_steps or self.total_steps - self.warmup_steps
+            return 0
+        if self.decay_steps is not None:
+            return self.decay_steps
+        return min(max(1, round(DECAY_SHARE * self.total_steps)), self.total_steps - self.warmup)
+
+    def lr_at(self, step: int) -> float:
+        """Learning rate of a step: `lr * warm-up * decay`, each in (0, 1].
+
+        Raises:
+            ValueError: while lr is None; a Trainer has filled it in.
+        """
+        if self.lr is None:
+            raise ValueError("TrainConfig: lr must be a number for lr_at, got None; pass one")
+        warm = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
+        length = self.decay_length
         done = max(0, step - (self.total_steps - length)) / max(1, length)
-        left = 1 - done if self.decay == "linear" else (1 + math.cos(math.pi * done)) / 2
+        left = (1 + math.cos(math.pi * done)) / 2 if self.decay == "cosine" else 1 - done
         return self.lr * warm * left
 
     def k_at(self, step: int, k: int) -> int:

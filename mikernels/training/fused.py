@@ -4,8 +4,8 @@
 No autograd graph. Gradient buffers live as long as the run, because fresh pages of F x d cost more
 than the arithmetic on them.
 
-With e = y - x and s the derivative of the loss by |e|^2 (1 / N for mse, 1 / sum (x - mean x)^2 for
-fvu), over the number of micro-batches:
+With e = y - x and s the derivative of the loss by |e|^2 (`per_square` of mikernels/nn/losses.py),
+times the micro-batch's share of the step's tokens:
 
     dy = 2 s e,   dv = <dy, w_dec>,   dw_dec = sum value dy,   dw_enc = sum dv (x - b_dec),
     db_enc = sum dv,   db_dec = sum dy - w_enc^T db_enc
@@ -14,6 +14,7 @@ The last term is b_dec's part through the encoder's input, taken once a step fro
 AuxK adds a second pass over the same buffers, with the dead features' codes against the residual.
 Where nothing needs the gradients of the matrices (no clipping, no AuxK, one micro-batch), a GPU
 applies them while they are in registers (`sae_update_`), and none is in memory.
+A parameter whose requires_grad is False is neither moved nor part of the norm that is clipped.
 Gradients are fp32 also for bfloat16 weights, where autograd rounds them to bfloat16.
 
 A step without AuxK never reads a device back and keeps its shapes and addresses, so it can be
@@ -31,6 +32,7 @@ import torch
 from mikernels._dispatch import resolve_impl
 from mikernels.codes import SparseCodes
 from mikernels.nn import TopKSAE
+from mikernels.nn.losses import aux_per_square, per_square, reciprocal, spread, sum_squares
 from mikernels.ops.decode import decode_error, sparse_decode
 from mikernels.ops.encode import topk_encode
 from mikernels.ops.gradients import sae_gradients_op, weighted_row_sum
@@ -86,12 +88,13 @@ class FusedStep:
         for p in self._parameters():
             if p not in self.gradients:
                 self.gradients[p] = torch.zeros_like(p, dtype=torch.float32)
+        total = sum(x.shape[0] for x in batches)
         for number, x in enumerate(batches):
-            self._accumulate(x, k, dead, 1 / len(batches), number > 0, means, clock)
+            self._accumulate(x, k, dead, x.shape[0] / total, number > 0, means, clock)
         with clock.part("gradients"):
             self._input_bias_gradient()
         with clock.part("optimizer"):
-            self.optimizer.apply_gradients(self.gradients)
+            self._apply(self.gradients)
 
     def buffers(self) -> Iterator[torch.Tensor]:
         """Every tensor that outlives a step and that a step reads or writes."""
@@ -105,11 +108,17 @@ class FusedStep:
     def _parameters(self) -> tuple[torch.Tensor, ...]:
         return self.sae.w_dec, self.sae.w_enc, self.sae.b_enc, self.sae.b_dec
 
+    def _apply(self, gradients: dict[torch.Tensor, torch.Tensor]) -> None:
+        trained = {p: g for p, g in gradients.items() if p.requires_grad}
+        self.optimizer.apply_gradients(trained)
+
     def _updates_at_once(self, dead: torch.Tensor) -> bool:
         """Whether Adam may run while a row's gradient is in registers: on a GPU, without clipping
         (the norm of all gradients comes first) and AuxK (which adds to them), and with the same
-        settings for both matrices."""
+        settings for both matrices, neither of them frozen."""
         sae = self.sae
+        if not (sae.w_dec.requires_grad and sae.w_enc.requires_grad):
+            return False
         impl = resolve_impl(sae_update_op, None, sae.w_dec.device)
         if impl != "triton" and not (impl == "auto" and sae.w_dec.is_cuda):
             return False
@@ -149,7 +158,7 @@ class FusedStep:
             )
         with clock.part("optimizer"):
             db_dec = dy.sum(0).sub_(through_input)
-            optimizer.apply_gradients({sae.b_enc: db_enc, sae.b_dec: db_dec})
+            self._apply({sae.b_enc: db_enc, sae.b_dec: db_dec})
         sae.track_fired_(codes)
         means.add(codes, **losses)
 
@@ -170,19 +179,20 @@ class FusedStep:
             error, squares = decode_error(codes, sae.w_dec, sae.b_dec, x)
         squares = squares.sum()
         # the mean's buffer is free again before the centred input is needed
-        spread = _sum_squares(torch.sub(x, x.mean(0), out=self._scratch(x)))
-        mse, fvu = squares / x.shape[0], squares / spread
+        variance = spread(x, out=self._scratch(x))
+        mse, fvu = squares / x.shape[0], squares * reciprocal(variance)
         rounded = x.to(sae.w_dec.dtype).float()
         centred = torch.sub(rounded, sae.b_dec.float(), out=self._scratch(x))
-        by_mse = sae.config.loss == "mse"
-        loss = mse if by_mse else fvu
+        loss = mse if sae.config.loss == "mse" else fvu
         aux_loss = torch.zeros_like(mse)
         aux = None
         if dead is not None and dead.numel() and sae.config.aux_coefficient:
-            aux_codes, dy, aux_loss = self._auxiliary(x, error, dead, share, clock)
-            aux = aux_codes, dy
+            by_square = aux_per_square(sae.config.loss, x.shape[0], variance, spread(error))
+            aux_codes, aux_error = self._auxiliary(x, error, dead, clock)
+            aux_loss = sum_squares(aux_error) * by_square
             loss = loss + sae.config.aux_coefficient * aux_loss
-        dy = error.mul_(2 * share / x.shape[0] if by_mse else 2 * share / spread)
+            aux = aux_codes, aux_error.mul_(2 * share * sae.config.aux_coefficient * by_square)
+        dy = error.mul_(2 * share * per_square(sae.config.loss, x.shape[0], variance))
         losses = {"loss": loss, "mse": mse, "fvu": fvu, "aux_loss": aux_loss}
         return codes, dy, centred, aux, losses
 
@@ -227,9 +237,9 @@ class FusedStep:
         )
 
     def _auxiliary(
-        self, x: torch.Tensor, error: torch.Tensor, dead: torch.Tensor, share: float, clock: Clock
-    ) -> tuple[SparseCodes, torch.Tensor, torch.Tensor]:
-        """Codes of the dead features (global indices), the gradient by their output, aux_loss."""
+        self, x: torch.Tensor, error: torch.Tensor, dead: torch.Tensor, clock: Clock
+    ) -> tuple[SparseCodes, torch.Tensor]:
+        """Codes of the dead features (global indices), and what they leave of the residual."""
         sae = self.sae
         assert sae.config.k_aux is not None
         with clock.part("encode"):
@@ -243,12 +253,8 @@ class FusedStep:
             codes = SparseCodes(compact.values, dead[compact.indices], sae.config.n_features)
         with clock.part("decode"):
             y = sparse_decode(codes, sae.w_dec).float()
-        # against the residual r = -error, which is constant
-        spread = _sum_squares(error - error.mean(0))
-        dy = y.add_(error)
-        inverse = torch.where(spread > 0, 1 / spread, 0)
-        aux_loss = _sum_squares(dy) * inverse
-        return codes, dy.mul_(2 * share * sae.config.aux_coefficient * inverse), aux_loss
+        # y - r with the residual r = -error, which is a constant
+        return codes, y.add_(error)
 
     def _input_bias_gradient(self) -> None:
         sae = self.sae
@@ -265,8 +271,3 @@ class FusedStep:
         if self._dead_rows.shape[0] < dead.numel() or self._dead_rows.dtype != w_enc.dtype:
             self._dead_rows = w_enc.new_empty(min(w_enc.shape[0], 2 * dead.numel()), w_enc.shape[1])
         return torch.index_select(w_enc, 0, dead, out=self._dead_rows[: dead.numel()])
-
-
-def _sum_squares(t: torch.Tensor) -> torch.Tensor:
-    """Row by row, in rows of d terms: no temporary of t's size and no long fp32 sum."""
-    return torch.linalg.vector_norm(t, dim=-1).square().sum()

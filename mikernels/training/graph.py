@@ -87,7 +87,8 @@ class GraphedStep:
             for name, value in group.items()
             if name != "params"
         ]
-        held = [*self._inputs, *self.step.buffers(), optimizer.clip_norm, *settings]
+        frozen = [p.requires_grad for p in self.step.sae.parameters()]
+        held = [*self._inputs, *self.step.buffers(), optimizer.clip_norm, *settings, *frozen]
         return k, *(_identity(value) for value in held)
 
     def _record(self, work: Callable[[], None]) -> Callable[[], None]:

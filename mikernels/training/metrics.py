@@ -27,13 +27,16 @@ class History:
 
     Attributes:
         rows: a dict per logged step. step, tokens: so far. loss, mse, fvu, aux_loss, l0: means over
-            the steps since the row before. dead_fraction, lr, k: now. step_ms: mean time of a step
+            the tokens since the row before; loss, mse and aux_loss are of the scaled activations,
+            scale^2 times those of the source's. dead_fraction, lr, k: now. step_ms: mean time of a step
             without its source. tokens_per_second: of everything, source and checkpoints included.
+        scale: what activations were multiplied by (`TrainConfig.scale_activations`).
         parts: seconds of the steps in all, by part: encode, decode, gradients, optimizer, other.
             Host clocks: on an asynchronous device they measure the launches.
     """
 
     rows: list[dict[str, Any]] = field(default_factory=list)
+    scale: float = 1.0
     parts: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
 
     def column(self, name: str) -> list[Any]:
@@ -64,29 +67,38 @@ class Clock:
 
 
 class Means:
-    """Sums of 0-dim tensors; nothing is read back before it is asked for."""
+    """Means over tokens of 0-dim tensors; nothing is read back before it is asked for.
 
-    def __init__(self, sums: dict[str, float] | None = None, count: int = 0):
+    Attributes:
+        sums: of every quantity, times the tokens of its micro-batch. tokens: in all.
+    """
+
+    def __init__(self, sums: dict[str, float] | None = None, tokens: int = 0):
         self.sums: dict[str, Any] = dict(sums) if sums else dict.fromkeys(MEANS, 0.0)
-        self.count = count
+        self.tokens = tokens
 
     def add(self, codes: SparseCodes, **losses: torch.Tensor) -> None:
         """One micro-batch: its loss, mse, fvu and aux_loss, and the L0 of its codes."""
-        active = (codes.values.detach() != 0).sum(dtype=torch.float64)
-        losses["l0"] = active * (codes.k / max(1, codes.values.numel()))
+        tokens = codes.values.numel() // codes.k
         for name, value in losses.items():
-            self.sums[name] = self.sums[name] + value.detach().double()
-        self.count += 1
+            self.sums[name] = self.sums[name] + value.detach().double() * tokens
+        active = (codes.values.detach() != 0).sum(dtype=torch.float64)
+        self.sums["l0"] = self.sums["l0"] + active
+        self.tokens += tokens
 
     def merge(self, other: Means) -> None:
         """Add another's sums; they are copied, so that it may change afterwards."""
         for name, value in other.sums.items():
             self.sums[name] = self.sums[name] + value
-        self.count += other.count
+        self.tokens += other.tokens
 
     def read(self) -> dict[str, float]:
         """The sums as numbers: synchronises the device."""
         return {name: float(value) for name, value in self.sums.items()}
+
+    def means(self) -> dict[str, float]:
+        """The means over the tokens: synchronises the device."""
+        return {name: value / self.tokens for name, value in self.read().items()}
 
 
 class JsonLines:

@@ -20,7 +20,7 @@ def row_adam(sae: TopKSAE, config: TrainConfig) -> RowAdam:
             {"params": [sae.w_dec], "project": constrained, "unit_norm": constrained},
             {"params": [sae.w_enc, sae.b_enc, sae.b_dec]},
         ],
-        lr=config.lr,
+        lr=config.peak_lr(sae.config.n_features),
         betas=config.betas,
         eps=config.eps,
         clip_norm=config.clip_norm,

@@ -29,6 +29,16 @@ def check_fit(sae: TopKSAE, source: BatchSource, config: TrainConfig) -> None:
             f"Trainer: source.batch_size must be config.batch_size = {config.batch_size}, got "
             f"{size}; make the source with that batch size"
         )
+    if not any(p.requires_grad for p in sae.parameters()):
+        raise ValueError(
+            "Trainer: sae must have a parameter to train, got requires_grad=False for all of them; "
+            "set requires_grad_(True) on those to train"
+        )
+    if sae.config.loss == "fvu" and config.batch_size == 1:
+        raise ValueError(
+            "Trainer: loss='fvu' must have batches of at least 2 tokens, whose variance it is "
+            "measured by, got batch_size = 1; raise it or use loss='mse'"
+        )
     if config.k_start is not None and config.k_start > sae.config.n_features:
         raise ValueError(
             f"Trainer: k_start must be in 1..{sae.config.n_features} (n_features), got "

@@ -7,7 +7,7 @@ source's position, torch's generator, and the sums of the logging interval that 
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,8 +27,8 @@ from mikernels.training.metrics import Means
 if TYPE_CHECKING:
     from mikernels.training.trainer import Trainer
 
-# what may differ between a run and its continuation: with a constant learning rate none of it
-# changes a number that the first run computed
+# what may differ between a run and its continuation. Another total_tokens gives the rest of the run
+# the schedule of that length
 FREE = ("total_tokens", "log_every", "checkpoint_every", "keep_checkpoints", "cuda_graph")
 GENERATOR = "torch_generator"
 
@@ -41,7 +41,8 @@ def take_snapshot(trainer: Trainer) -> tuple[dict[str, torch.Tensor], dict[str, 
         "sae": asdict(trainer.sae.config),
         "config": trainer.config.to_dict(),
         "tokens": trainer.tokens,
-        "means": {"sums": trainer.means.read(), "count": trainer.means.count},
+        "scale": trainer.history.scale,
+        "means": {"sums": trainer.means.read(), "tokens": trainer.means.tokens},
         "parts": trainer.history.parts,
         "optimizer": {"class": type(trainer.optimizer).__name__, **optimizer},
         "source": trainer.source.state_dict(),
@@ -60,32 +61,41 @@ def restore(trainer: Trainer, folder: Path) -> None:
     path = folder / STATE
     try:
         step, tokens, means = state["step"], state["tokens"], state["means"]
-        config = TrainConfig.from_dict(state["config"])
+        sae_config, config = dict(state["sae"]), TrainConfig.from_dict(state["config"])
+        scale = state["scale"]
         optimizer, source, generator = state["optimizer"], state["source"], tensors.pop(GENERATOR)
         groups = [len(group["params"]) for group in optimizer["param_groups"]]
         parts = {name: float(state["parts"][name]) for name in trainer.history.parts}
+        mine, my_sae = trainer.config, trainer.sae.config
+        # what was left open then is a number now, and goes on
+        if trainer.open["lr"]:
+            mine = replace(mine, lr=config.lr)
+        if trainer.open["dead_after"]:
+            my_sae = replace(my_sae, dead_after=sae_config["dead_after"])
         fixed = [
             {name: value for name, value in settings.to_dict().items() if name not in FREE}
-            for settings in (config, trainer.config)
+            for settings in (config, mine)
         ]
-        check_equal(path, state["sae"], asdict(trainer.sae.config))
+        check_equal(path, sae_config, asdict(my_sae))
     except (KeyError, TypeError) as error:
         raise ValueError(
             f"resume: {path} must hold the state of a run, got {type(error).__name__}: {error}; "
             f"remove the folder {folder} to resume from the checkpoint before it"
         ) from error
     check_equal(path, *fixed)
-    mine = [len(group["params"]) for group in trainer.optimizer.param_groups]
+    my_groups = [len(group["params"]) for group in trainer.optimizer.param_groups]
     check_equal(
         path,
         {"optimizer": optimizer["class"], "parameters a group": groups},
-        {"optimizer": type(trainer.optimizer).__name__, "parameters a group": mine},
+        {"optimizer": type(trainer.optimizer).__name__, "parameters a group": my_groups},
     )
     check_weights(folder, weights, trainer.sae)
     trainer.source.load_state_dict(source)
     trainer.sae.load_state_dict(weights)
     torch.set_rng_state(generator)
     unpack_optimizer(trainer.optimizer, tensors, optimizer)
+    trainer.config, trainer.sae.config = mine, my_sae
+    trainer.history.scale = scale
     trainer.step, trainer.tokens = step, tokens
     trainer.means = Means(**means)
     trainer.history.parts.update(parts)

@@ -5,13 +5,17 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from mikernels.nn import TopKSAE
+from mikernels.nn.topk_sae import DEAD_AFTER
 from mikernels.training.autograd import AutogradStep, dense_forward, sparse_forward
-from mikernels.training.batches import BatchSource, take_batches
+from mikernels.training.batches import BatchSource, power_of_two_scale, take_batches
 from mikernels.training.checkpoint import checkpoints, save_checkpoint
 from mikernels.training.config import DTYPES, TrainConfig
 from mikernels.training.fused import FusedStep
@@ -40,6 +44,7 @@ class Trainer:
 
     Attributes:
         step, tokens: done so far. history: what was measured.
+        config: the settings, with the learning rate that was left to the Trainer.
 
     Raises:
         TypeError, ValueError: for settings, SAE, source and optimiser that do not fit together.
@@ -61,6 +66,12 @@ class Trainer:
         check_fit(sae, source, config)
         if config.dtype is not None:
             sae.to(DTYPES[config.dtype])
+        # what was left open here, a resumed run takes from its checkpoint
+        self.open = {"lr": config.lr is None, "dead_after": sae.config.dead_after is None}
+        config = replace(config, lr=config.peak_lr(sae.config.n_features))
+        if sae.config.dead_after is None:
+            after = max(1, min(DEAD_AFTER, config.total_tokens // 6))
+            sae.config = replace(sae.config, dead_after=after)
         self.sae, self.source, self.config, self.quiet = sae, source, config, quiet
         self.out_dir = None if out_dir is None else Path(out_dir)
         self._update: FusedStep | GraphedStep | AutogradStep
@@ -128,7 +139,7 @@ class Trainer:
         self._oldest = int(self.sae.tokens_since_fired.max()) - self.tokens
         self._mark()
         try:
-            with Interrupts() as interrupts, report:
+            with Interrupts() as interrupts, report, self._scaled():
                 while self.step < total:
                     if not self._train_step():
                         report.note(
@@ -145,7 +156,7 @@ class Trainer:
                         interrupts.stop()
                     elif self.step % self.config.checkpoint_every == 0:
                         self._save(lines)
-                if self.means.count:
+                if self.means.tokens:
                     self._log(report, lines)
                 self._save(lines)
         finally:
@@ -160,10 +171,16 @@ class Trainer:
         if batches is None:
             return False
         if self.step == 0:
-            if sae.config.normalize_decoder:
+            if config.scale_activations:
+                scale = power_of_two_scale(batches)
+                sae.rescale_(scale / self.history.scale)
+                self.history.scale = scale
+            if sae.config.normalize_decoder and sae.w_dec.requires_grad:
                 sae.normalize_decoder_()
-            if config.init_b_dec:
-                sae.init_b_dec_(batches[0])
+        if self.history.scale != 1:
+            batches = [x * self.history.scale for x in batches]
+        if self.step == 0 and config.init_b_dec and sae.b_dec.requires_grad:
+            sae.init_b_dec_(batches[0])
         with self._clock.step():
             set_rate(self.optimizer, config.lr_at(self.step))
             k = config.k_at(self.step, sae.config.k)
@@ -171,6 +188,23 @@ class Trainer:
         self.step += 1
         self.tokens += sum(x.shape[0] for x in batches)
         return True
+
+    @contextmanager
+    def _scaled(self) -> Iterator[None]:
+        """The SAE is one of the scaled activations within, and of the source's outside."""
+        self.sae.rescale_(self.history.scale)
+        try:
+            yield
+        finally:
+            self.sae.rescale_(1 / self.history.scale)
+
+    @contextmanager
+    def _unscaled(self) -> Iterator[None]:
+        self.sae.rescale_(1 / self.history.scale)
+        try:
+            yield
+        finally:
+            self.sae.rescale_(self.history.scale)
 
     def _dead(self) -> torch.Tensor:
         """Indices for AuxK; a GPU is synchronised only from the first step that can have any."""
@@ -213,7 +247,7 @@ class Trainer:
         self._mark()
 
     def _finite_means(self) -> dict[str, float]:
-        means = {name: value / self.means.count for name, value in self.means.read().items()}
+        means = self.means.means()
         if not math.isfinite(means["loss"]):
             raise self._diverged(f"the loss must be finite, got {means['loss']}")
         return means
@@ -221,7 +255,8 @@ class Trainer:
     def _diverged(self, what: str) -> FloatingPointError:
         former = [] if self.out_dir is None else checkpoints(self.out_dir)
         kept = f"; {former[-1]} is from before" if former else ""
-        first = self.step - self.means.count // self.config.accumulation + 1
+        rows = self.history.rows
+        first = min(rows[-1]["step"] + 1 if rows else 1, self.step)
         return FloatingPointError(
             f"Trainer: {what} in steps {first} to {self.step}; lower lr (now "
             f"{self.config.lr_at(self.step - 1):g}), set clip_norm, or look for outliers in the "
@@ -231,21 +266,22 @@ class Trainer:
     def _save(self, lines: JsonLines | None) -> None:
         if self.out_dir is None or lines is None or self._saved == self.step:
             return
-        if self.means.count:
+        if self.means.tokens:
             self._finite_means()
         for name, p in self.sae.named_parameters():
             if not bool(p.isfinite().all()):
                 raise self._diverged(f"{name} must be finite, got NaN or inf")
         lines.sync()
         tensors, state = take_snapshot(self)
-        save_checkpoint(
-            self.out_dir,
-            self.step,
-            self.sae.state_dict(),
-            tensors,
-            state,
-            self.config.keep_checkpoints,
-        )
+        with self._unscaled():
+            save_checkpoint(
+                self.out_dir,
+                self.step,
+                self.sae.state_dict(),
+                tensors,
+                state,
+                self.config.keep_checkpoints,
+            )
         self._saved = self.step
 
     def _how_to_resume(self) -> str:
