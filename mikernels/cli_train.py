@@ -69,9 +69,16 @@ def train(
     ] = None,
     aux_coefficient: Annotated[float, option("Weight of AuxK; 0 is off.", SAE)] = 1 / 32,
     dead_after: Annotated[
-        int,
-        option("Tokens without firing that make a feature dead.", SAE, parser=count, metavar="N"),
-    ] = 10_000_000,
+        int | None,
+        option(
+            "Tokens without firing that make a feature dead.",
+            SAE,
+            parser=count,
+            metavar="N",
+            show_default="10M, or a sixth of the run",
+        ),
+    ] = None,
+    encoder_scale: Annotated[float, option("Norm of the first encoder rows.", SAE)] = 1.0,
     loss: Annotated[str, option("mse or fvu.", SAE)] = "mse",
     tokens: Annotated[
         int | None,
@@ -85,12 +92,25 @@ def train(
     ] = None,
     batch_size: Annotated[int, option("Tokens of a batch.", TRAINING)] = 4096,
     accumulate: Annotated[int, option("Batches of a step.", TRAINING)] = 1,
-    lr: Annotated[float, option("Peak learning rate.", TRAINING)] = 3e-4,
-    warmup: Annotated[int, option("Steps of linear warm-up.", TRAINING)] = 0,
-    decay: Annotated[str, option("constant, linear or cosine, to zero.", TRAINING)] = "constant",
-    decay_steps: Annotated[
-        int | None, option("Length of the decay.", TRAINING, show_default="all after warm-up")
+    lr: Annotated[
+        float | None,
+        option("Peak learning rate.", TRAINING, show_default="by features and steps"),
     ] = None,
+    warmup: Annotated[
+        int | None, option("Steps of linear warm-up.", TRAINING, show_default="5 % of the steps")
+    ] = None,
+    decay: Annotated[str, option("constant, linear or cosine, to zero.", TRAINING)] = "linear",
+    decay_steps: Annotated[
+        int | None, option("Length of the decay.", TRAINING, show_default="the last 20 %")
+    ] = None,
+    scale: Annotated[
+        bool,
+        option(
+            "Train on activations scaled to a mean norm near sqrt(d), and fold the scale back.",
+            TRAINING,
+            "--scale/--no-scale",
+        ),
+    ] = True,
     k_start: Annotated[
         int | None, option("Begin with this k ...", TRAINING, show_default="k")
     ] = None,
@@ -176,6 +196,7 @@ def train(
         k_anneal_steps=k_anneal,
         clip_norm=clip_norm or None,
         dtype=dtype,
+        scale_activations=scale,
         log_every=log_every,
         checkpoint_every=checkpoint_every,
         cuda_graph=cuda_graph,
@@ -189,16 +210,20 @@ def train(
         aux_coefficient=aux_coefficient,
         dead_after=dead_after,
         loss=loss,
+        encoder_scale=encoder_scale,
         generator=torch.Generator().manual_seed(seed),
     ).to(target)
     chosen = None
     if optimizer is not None:
-        chosen = getattr(torch.optim, optimizer)(sae.parameters(), lr=lr)
+        rate = config.peak_lr(sae.config.n_features)
+        chosen = getattr(torch.optim, optimizer)(sae.parameters(), lr=rate)
     trainer = Trainer(sae, source, config, optimizer=chosen, out_dir=out)
     if resume:
         print(f"resumed at step {trainer.resume():,} of {config.total_steps:,}")
     print(
-        f"TopK SAE: d {source.d:,}, F {sae.config.n_features:,}, k {k}; {tokens:,} tokens to {out}"
+        f"TopK SAE: d {source.d:,}, F {sae.config.n_features:,}, k {k}; {tokens:,} tokens to {out}\n"
+        f"lr {trainer.config.lr:.1e}, warm-up {config.warmup:,} and decay {config.decay_length:,} "
+        f"of {config.total_steps:,} steps"
     )
     history = trainer.run()
     if history.rows:

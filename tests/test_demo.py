@@ -12,11 +12,12 @@ import torch
 from rich.console import Console
 
 from mikernels.demo import data, figures, report
-from mikernels.demo.compare import compare, results_table, summarise
+from mikernels.demo.compare import compare, results_table, step_ms, summarise
 from mikernels.demo.examples import choose_features, encode_all, token_card
 from mikernels.demo.run import DemoOptions, run_demo
 from mikernels.demo.worker import reset_peak, resident_bytes
 from mikernels.nn import TopKSAE
+from mikernels.training import load_sae
 from mikernels.training.models import ModelSource
 from mikernels.training.pretrained import load_model
 
@@ -59,18 +60,19 @@ def test_summary_compares_the_common_step_and_names_the_last():
         "dense": {"rows": history([4.0, 3.0]), "peak_extra_bytes": 300 << 20},
         "fused": {"rows": history([4.0, 3.0, 2.0]), "peak_extra_bytes": 100 << 20},
     }
-    rows = {row[0]: row[1:] for row in summarise(results, 100)}
+    rows = {row[0]: row[1:] for row in summarise(results, 100, 0.25)}
     assert rows["peak extra memory"] == ("300 MB", "100 MB", "3.0x")
-    assert rows["FVU after 2 steps"] == ("3.0000", "3.0000", "")
-    assert rows["FVU after 3 steps"] == ("", "2.0000", "")
+    assert rows["training FVU after 2 steps"] == ("3.0000", "3.0000", "")
+    assert rows["training FVU after 3 steps"] == ("", "2.0000", "")
+    assert rows["FVU of held-out activations"] == ("", "0.2500", "")
     results["dense"]["peak_extra_bytes"] = None
-    rows = {row[0]: row[1:] for row in summarise(results, 100)}
+    rows = {row[0]: row[1:] for row in summarise(results, 100, 0.25)}
     assert rows["peak extra memory"] == ("not measured", "100 MB", "")
-    assert len(results_table(summarise(results, 100)).rows) == len(rows)
+    assert len(results_table(summarise(results, 100, 0.25)).rows) == len(rows)
 
 
 @pytest.mark.parametrize(
-    "options", [{"data": "cifar"}, {"k": 0}, {"tokens": 10}, {"steps": 30, "baseline_steps": 21}]
+    "options", [{"data": "cifar"}, {"k": 0}, {"tokens": 10}, {"steps": 30, "baseline_steps": 25}]
 )
 def test_options_are_checked(options):
     with pytest.raises(ValueError, match="^demo: "):
@@ -253,6 +255,31 @@ def test_demo_on_mnist(tmp_path):
     assert page.count("data:image/png") > 96
     result = json.loads((tmp_path / "mnist" / "dense" / "run.result.json").read_text())
     assert result["steps"] == 4
+    # the checkpoint, on the stored activations as they are, gives the figure that is shown
+    rows, _ = data.load_rows(tmp_path / "mnist" / "activations")
+    unseen = rows["activations"][data.held_out(rows, options.seed)]
+    sae = load_sae(tmp_path / "mnist" / "fused" / "checkpoint-12")
+    y = sae.decode(sae.encode(unseen)).detach().double()
+    fvu = (y - unseen).square().sum() / (unseen - unseen.double().mean(0)).square().sum()
+    assert f"{fvu.item():.4f}" in text.getvalue()
+    assert 0.05 < fvu < 0.9
+    # one time of a step, in the headline, the table and the plot
+    shown = set(re.findall(r"([\d,]+) ms", page))
+    medians = {
+        f"{step_ms(json.loads((tmp_path / 'mnist' / run / 'run.result.json').read_text())):,.0f}"
+        for run in ("dense", "fused")
+    }
+    assert shown == medians
+
+
+def test_held_out_rows_are_a_tenth_in_whole_windows():
+    rows = {"activations": torch.zeros(600, 2), "windows": torch.arange(600) // 20}
+    held = data.held_out(rows, seed=3)
+    assert held.sum() == 60 and torch.equal(held, data.held_out(rows, seed=3))
+    assert not torch.equal(held, data.held_out(rows, seed=4))
+    assert (held.view(30, 20).all(1) | ~held.view(30, 20).any(1)).all()
+    alone = data.held_out({"activations": torch.zeros(50, 2)}, seed=0)
+    assert alone.sum() == 5
 
 
 @needs_mnist

@@ -41,15 +41,17 @@ def _short(gap: float) -> str:
     return f"{gap:.0e}".replace("e-0", "e-") if gap else "0"
 
 
+def step_ms(run: dict[str, Any]) -> float:
+    """The time of a step of a run: the median, without the first ones, which allocate."""
+    return median(row["step_ms"] for row in run["rows"][3:] or run["rows"])
+
+
 def summarise(
-    results: dict[str, dict[str, Any]], batch_size: int
+    results: dict[str, dict[str, Any]], batch_size: int, held_out_fvu: float
 ) -> list[tuple[str, str, str, str]]:
-    """Rows of (what, plain PyTorch, fused, ratio) as text."""
+    """Rows of (what, plain PyTorch, fused, ratio) as text; the FVU is of the fused run's SAE."""
     dense, fused = results["dense"], results["fused"]
-    # the first steps allocate
-    ms = [
-        median(row["step_ms"] for row in run["rows"][3:] or run["rows"]) for run in (dense, fused)
-    ]
+    ms = [step_ms(run) for run in (dense, fused)]
     faster = f"{ms[0] / ms[1]:.1f}x"
     peaks = [run["peak_extra_bytes"] for run in (dense, fused)]
     shown = ["not measured" if peak is None else f"{peak / 2**20:,.0f} MB" for peak in peaks]
@@ -70,7 +72,7 @@ def summarise(
     ]
     common = min(len(dense["rows"]), len(fused["rows"]))
     quantities = (
-        ("FVU", "fvu", "{:.4f}"),
+        ("training FVU", "fvu", "{:.4f}"),
         ("L0", "l0", "{:.1f}"),
         ("dead features", "dead_fraction", "{:.1%}"),
     )
@@ -81,6 +83,7 @@ def summarise(
         for label, name, form in quantities:
             value = form.format(fused["rows"][-1][name])
             table.append((f"{label} after {len(fused['rows'])} steps", "", value, ""))
+    table.append(("FVU of held-out activations", "", f"{held_out_fvu:.4f}", ""))
     return table
 
 

@@ -114,6 +114,14 @@ def mnist_shards(out: Path) -> Path:
     return folder
 
 
+def held_out(rows: Rows, seed: int) -> torch.Tensor:
+    """`[n]` bool: a tenth of the rows, at random and in whole windows, not to be trained on."""
+    groups = rows.get("windows", torch.arange(rows["activations"].shape[0]))
+    names, group = groups.unique(return_inverse=True)
+    order = torch.randperm(len(names), generator=torch.Generator().manual_seed(seed))
+    return (order < max(1, len(names) // 10))[group]
+
+
 def load_rows(folder: Path) -> tuple[Rows, dict[str, Any]]:
     """All rows of a shard folder in memory, and its metadata."""
     parts = [shard.read(0, shard.rows) for shard in open_shards(folder)]

@@ -11,12 +11,11 @@ import torch
 from markupsafe import Markup
 
 from mikernels.demo import figures, report
-from mikernels.demo.compare import NAMES
+from mikernels.demo.compare import NAMES, step_ms
 from mikernels.demo.examples import Firing, choose_features, encode_all, token_card
 from mikernels.demo.run import DemoOptions
 from mikernels.info import collect
 from mikernels.nn import TopKSAE
-from mikernels.training import load_sae
 from mikernels.training.sources import Rows
 
 SIDE = 28
@@ -24,18 +23,16 @@ SIDE = 28
 
 def build(
     options: DemoOptions,
+    sae: TopKSAE,
     rows: Rows,
     metadata: dict[str, Any],
-    scale: float,
     results: dict[str, dict[str, Any]],
     summary: list[tuple[str, str, str, str]],
     comparison: dict[str, Any],
     out: Path,
 ) -> Path:
     """Write `out / report.html` and return its path."""
-    sae = load_sae(out / "fused" / f"checkpoint-{options.steps}").eval()
-    x = rows["activations"].float() * scale
-    firing = encode_all(sae, x)
+    firing = encode_all(sae, rows["activations"].float())
     by_digit = options.data == "mnist"
     labels = rows["labels"] if by_digit else rows["token_ids"]
     if by_digit:
@@ -55,7 +52,10 @@ def build(
                 "value": f"{summary[0][2]} ms",
                 "label": f"for {options.batch_size:,} {unit}; plain PyTorch {summary[0][1]} ms",
             },
-            {"value": f"{1 - last['fvu']:.1%}", "label": "of the variance explained"},
+            {
+                "value": f"{1 - float(summary[-1][2]):.1%}",
+                "label": f"of the variance of held-out {unit} explained",
+            },
             {"value": f"{last['l0']:.0f}", "label": f"of {features:,} features active at a time"},
         ],
         "table": {
@@ -67,8 +67,9 @@ def build(
         },
         "table_note": (
             f"Plain PyTorch runs {comparison['steps']} steps and the fused path {options.steps}, "
-            f"from one seed, each in a process of its own. Peak extra memory is what training adds "
-            f"to the activations and weights: gradients, optimiser state, temporaries."
+            f"from one seed, each in a process of its own, on nine tenths of the {unit}; the rest "
+            f"is held out. Peak extra memory is what training adds to the activations and weights: "
+            f"gradients, optimiser state, temporaries."
         ),
         "losses_title": "The same losses" if comparison["agree"] else "The losses disagree",
         "agreement": comparison["message"][0].upper() + comparison["message"][1:] + ".",
@@ -80,9 +81,9 @@ def build(
             "density": Markup(figures.density_histogram(firing.counts, firing.n_rows, unit)),
         },
         "parts_note": (
-            "Milliseconds of a step by part, the mean over each run. Gradients are those of both "
-            "weight matrices and biases; the optimiser is clipping, Adam and the decoder's "
-            "constraint."
+            "Milliseconds of the median step, divided as the whole run's time is. Gradients are "
+            "those of both weight matrices and biases; the optimiser is clipping, Adam and the "
+            "decoder's constraint."
         ),
         "density_note": (
             f"A feature that is active on one row in a thousand is specific; one that is active on "
@@ -96,7 +97,7 @@ def build(
         ],
         "dictionary": _dictionary(sae, firing) if by_digit else [],
         "command": _command(options),
-        "facts": _facts(options),
+        "facts": _facts(options, options.config.peak_lr(features)),
         **_features_text(by_digit, len(chosen)),
     }
     path = out / "report.html"
@@ -141,7 +142,8 @@ def _features_text(by_digit: bool, n: int) -> dict[str, str]:
 
 
 def _parts(result: dict[str, Any]) -> dict[str, float]:
-    return {name: 1e3 * seconds / result["steps"] for name, seconds in result["parts"].items()}
+    whole = sum(result["parts"].values())
+    return {name: step_ms(result) * part / whole for name, part in result["parts"].items()}
 
 
 def _digit_card(sae: TopKSAE, firing: Firing, feature: int, rows: Rows) -> dict[str, Any]:
@@ -178,7 +180,7 @@ def _command(options: DemoOptions) -> str:
     return f"mikernels demo --data {options.data}{''.join(given)}"
 
 
-def _facts(options: DemoOptions) -> list[tuple[str, str]]:
+def _facts(options: DemoOptions, rate: float) -> list[tuple[str, str]]:
     machine = collect()
     cpu = machine["cpu"]
     return [
@@ -191,7 +193,7 @@ def _facts(options: DemoOptions) -> list[tuple[str, str]]:
         ),
         (
             "training",
-            f"Adam, learning rate {options.lr:g}, {options.batch_size:,} a step, "
+            f"Adam, learning rate {rate:.1e}, {options.batch_size:,} a step, "
             f"k = {options.k}, F = {options.expansion} d, seed {options.seed}",
         ),
     ]

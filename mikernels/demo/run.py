@@ -16,7 +16,15 @@ from rich.console import Console
 
 from mikernels import supported_levels
 from mikernels.demo.compare import NAMES, compare, results_table, summarise
-from mikernels.demo.data import load_rows, mnist_shards, package_folder, smollm2_shards
+from mikernels.demo.data import (
+    held_out,
+    load_rows,
+    mnist_shards,
+    package_folder,
+    smollm2_shards,
+)
+from mikernels.evaluate import variance_unexplained
+from mikernels.training import TrainConfig, load_sae
 
 
 @dataclass(frozen=True)
@@ -27,7 +35,7 @@ class DemoOptions:
         data: "smollm2" or "mnist". tokens: activations collected. layer: of SmolLM2, 0..29.
         expansion: F / d. k: active features a token. batch_size: tokens a step.
         steps: of the fused run. baseline_steps: of the plain one, at most those before the decay.
-        lr: of Adam. seed: of everything.
+        lr: of Adam, None by TrainConfig's rule. seed: of everything.
     """
 
     data: str = "smollm2"
@@ -38,7 +46,7 @@ class DemoOptions:
     batch_size: int = 1024
     steps: int = 360
     baseline_steps: int = 40
-    lr: float = 2e-3
+    lr: float | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -51,25 +59,42 @@ class DemoOptions:
             raise ValueError(
                 f"demo: tokens must be at least {self.batch_size} (a batch), got {self.tokens}"
             )
-        if self.baseline_steps > self.steps - self.decay_steps:
+        before = self.steps - self.config.decay_length
+        if self.baseline_steps > before:
             raise ValueError(
-                f"demo: baseline_steps must be at most {self.steps - self.decay_steps} (the steps "
+                f"demo: baseline_steps must be at most {before} (the steps "
                 f"before the learning rate decays), got {self.baseline_steps}; lower it or raise "
                 f"steps"
             )
 
     @property
-    def decay_steps(self) -> int:
-        return self.steps // 3
+    def config(self) -> TrainConfig:
+        """The fused run: the recipe of TrainConfig."""
+        return TrainConfig(
+            total_tokens=self.steps * self.batch_size,
+            batch_size=self.batch_size,
+            lr=self.lr,
+            log_every=1,
+            checkpoint_every=self.steps,
+        )
+
+    def baseline_config(self, n_features: int) -> TrainConfig:
+        """The plain run: the same rates, and an end before they decay."""
+        return replace(
+            self.config,
+            step="dense",
+            total_tokens=self.baseline_steps * self.batch_size,
+            lr=self.config.peak_lr(n_features),
+            warmup_steps=min(self.config.warmup, self.baseline_steps),
+            decay="constant",
+        )
 
     @classmethod
     def for_data(cls, data: str, *, quick: bool = False, **given: Any) -> DemoOptions:
         """The defaults for a data set, with what is given and not None in their place."""
         options = cls(data=data)
         if data == "mnist":
-            options = replace(
-                options, tokens=5000, expansion=2, k=20, batch_size=500, steps=600, lr=1e-3
-            )
+            options = replace(options, tokens=5000, expansion=2, k=20, batch_size=500, steps=600)
         if quick:
             steps = options.steps // 4
             options = replace(
@@ -101,68 +126,54 @@ def run_demo(options: DemoOptions, out: Path, console: Console) -> bool:
     else:
         folder = mnist_shards(out)
     rows, metadata = load_rows(folder)
-    x = rows["activations"]
-    # a mean norm of sqrt(d) makes one learning rate fit every layer of every model
-    scale = float(x.shape[1] ** 0.5 / x.norm(dim=-1).mean())
     results = {
-        step: _train(step, options, folder, x.shape, scale, out, console)
+        step: _train(step, options, folder, rows["activations"].shape[1], out, console)
         for step in ("dense", "fused")
     }
     comparison = compare(results["dense"]["rows"], results["fused"]["rows"])
-    summary = summarise(results, options.batch_size)
+    # what a user does with a checkpoint and the activations that are stored beside it
+    sae = load_sae(out / "fused" / f"checkpoint-{options.steps}").eval()
+    unseen = rows["activations"][held_out(rows, options.seed)].float()
+    summary = summarise(results, options.batch_size, variance_unexplained(sae, unseen))
     console.print(results_table(summary))
     console.print(comparison["message"], style="green" if comparison["agree"] else "bold red")
 
     from mikernels.demo.pages import build  # matplotlib and jinja2: the report extra
 
     with console.status("writing the report"):
-        report = build(options, rows, metadata, scale, results, summary, comparison, out)
+        report = build(options, sae, rows, metadata, results, summary, comparison, out)
     seconds = time.perf_counter() - started
     console.print(f"report: [link=file://{report.resolve()}]{report}[/]  ({seconds:.0f} s in all)")
     return comparison["agree"]
 
 
 def _train(
-    step: str,
-    options: DemoOptions,
-    folder: Path,
-    shape: tuple[int, ...],
-    scale: float,
-    out: Path,
-    console: Console,
+    step: str, options: DemoOptions, folder: Path, d: int, out: Path, console: Console
 ) -> dict[str, Any]:
-    steps = options.steps if step == "fused" else options.baseline_steps
+    features = options.expansion * d
+    config = options.config if step == "fused" else options.baseline_config(features)
     run_dir = out / step
     if run_dir.exists():
         shutil.rmtree(run_dir)
     run_dir.mkdir()
     spec = {
         "activations": str(folder),
-        "scale": scale,
         "seed": options.seed,
         # plain PyTorch's weights are of no use afterwards
         "out_dir": str(run_dir) if step == "fused" else None,
+        # of the fused run for both, or AuxK would set in at different steps
         "sae": {
-            "n_features": options.expansion * shape[1],
+            "n_features": features,
             "k": options.k,
-            "dead_after": max(shape[0], 20 * options.batch_size),
+            "dead_after": max(1, options.config.total_tokens // 6),
         },
-        "config": {
-            "step": step,
-            "total_tokens": steps * options.batch_size,
-            "batch_size": options.batch_size,
-            "lr": options.lr,
-            "warmup_steps": min(20, options.baseline_steps),
-            # the plain run ends before the decay begins: up to there both rates are the same
-            "decay": "linear" if step == "fused" else "constant",
-            "decay_steps": options.decay_steps if step == "fused" else None,
-            "log_every": 1,
-            "checkpoint_every": steps,
-        },
+        "config": config.to_dict(),
     }
     path = run_dir / "run.json"
     path.write_text(json.dumps(spec, indent=1))
-    console.print(f"training {steps:,} steps of {options.batch_size:,} tokens: {NAMES[step]}")
+    console.print(
+        f"training {config.total_steps:,} steps of {options.batch_size:,} tokens: {NAMES[step]}"
+    )
     done = subprocess.run([sys.executable, "-m", "mikernels.demo.worker", str(path)])
     if done.returncode != 0:
         raise RuntimeError(

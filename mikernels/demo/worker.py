@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from mikernels.demo.data import load_rows
+from mikernels.demo.data import held_out, load_rows
 from mikernels.nn import TopKSAE
 from mikernels.training import TrainConfig, Trainer
 from mikernels.training.sources import TensorSource
@@ -45,9 +45,9 @@ def reset_peak() -> bool:
 
 def train(spec: dict[str, Any]) -> dict[str, Any]:
     """Train as `spec` says: activations (a shard folder), sae, config (keyword arguments), seed,
-    scale, out_dir or None. Returns rows, parts (seconds), steps and peak_extra_bytes or None."""
+    out_dir or None. Returns rows, scale, parts (seconds), steps and peak_extra_bytes or None."""
     rows, _ = load_rows(Path(spec["activations"]))
-    x = rows["activations"].float().mul_(spec["scale"])
+    x = rows["activations"][~held_out(rows, spec["seed"])].float()
     del rows
     config = TrainConfig(**spec["config"])
     sae = TopKSAE(x.shape[1], generator=torch.Generator().manual_seed(spec["seed"]), **spec["sae"])

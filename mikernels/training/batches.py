@@ -62,7 +62,7 @@ def take_batches(
 
 
 def power_of_two_scale(batches: list[torch.Tensor]) -> float:
-    """The power of two that brings the mean norm of the rows of `[n, d]` batches nearest to sqrt(d).
+    """The power of two that brings the mean norm of rows of `[n, d]` batches nearest to sqrt(d).
 
     1 for rows that are all zero. Synchronises a GPU.
     """

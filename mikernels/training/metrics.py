@@ -28,8 +28,9 @@ class History:
     Attributes:
         rows: a dict per logged step. step, tokens: so far. loss, mse, fvu, aux_loss, l0: means over
             the tokens since the row before; loss, mse and aux_loss are of the scaled activations,
-            scale^2 times those of the source's. dead_fraction, lr, k: now. step_ms: mean time of a step
-            without its source. tokens_per_second: of everything, source and checkpoints included.
+            scale^2 times those of the source's. dead_fraction, lr, k: now. step_ms: mean time of a
+            step without its source. tokens_per_second: of everything, source and checkpoints
+            included.
         scale: what activations were multiplied by (`TrainConfig.scale_activations`).
         parts: seconds of the steps in all, by part: encode, decode, gradients, optimizer, other.
             Host clocks: on an asynchronous device they measure the launches.

@@ -209,7 +209,9 @@ class Trainer:
     def _dead(self) -> torch.Tensor:
         """Indices for AuxK; a GPU is synchronised only from the first step that can have any."""
         sae = self.sae
-        if not sae.config.aux_coefficient or self._oldest + self.tokens < sae.config.dead_after:
+        after = sae.config.dead_after
+        assert after is not None  # __init__ has seen to it
+        if not sae.config.aux_coefficient or self._oldest + self.tokens < after:
             return torch.empty(0, dtype=torch.int64, device=sae.w_enc.device)
         return sae.dead().nonzero().squeeze(-1)
 
