@@ -53,7 +53,7 @@ def _trainer_step(
             means = Means()
             dead = sae.dead().nonzero().squeeze(-1)
             take_step([batch.x], batch.k, dead, means, clock)
-            mse = torch.tensor(means.read()["mse"], dtype=torch.float64)
+            mse = torch.tensor(means.means()["mse"], dtype=torch.float64)
             return {"mse": mse} | {name: getattr(sae, name).detach() for name in WEIGHTS}
 
         return Runner(run)

@@ -221,9 +221,9 @@ def train(
     if resume:
         print(f"resumed at step {trainer.resume():,} of {config.total_steps:,}")
     print(
-        f"TopK SAE: d {source.d:,}, F {sae.config.n_features:,}, k {k}; {tokens:,} tokens to {out}\n"
-        f"lr {trainer.config.lr:.1e}, warm-up {config.warmup:,} and decay {config.decay_length:,} "
-        f"of {config.total_steps:,} steps"
+        f"TopK SAE: d {source.d:,}, F {sae.config.n_features:,}, k {k}; {tokens:,} tokens to {out}"
+        f"\nlr {trainer.config.lr:.1e}, warm-up {config.warmup:,} and decay "
+        f"{config.decay_length:,} of {config.total_steps:,} steps"
     )
     history = trainer.run()
     if history.rows:

@@ -96,6 +96,22 @@ def test_the_fused_step_is_that_of_autograd(device, monkeypatch, loss, dead, at_
             assert torch.equal(actual, oracle)
 
 
+@pytest.mark.parametrize("frozen", ["w_dec", "w_enc", "b_enc", "b_dec"])
+def test_a_frozen_parameter_stays_put_where_adam_runs_in_registers(
+    device, monkeypatch, frozen
+) -> None:
+    monkeypatch.setenv("MIKERNELS_IMPL", "triton")
+    sae = make_sae().to(device)
+    getattr(sae, frozen).requires_grad_(False)
+    before = {name: p.detach().clone() for name, p in sae.named_parameters()}
+    update = FusedStep(sae, config(clip_norm=None))
+    nothing = torch.empty(0, dtype=torch.int64, device=device)
+    for number in range(2):
+        update(batches(device, number), K, nothing, Means(), clock())
+    for name, p in sae.named_parameters():
+        assert torch.equal(p, before[name]) == (name == frozen), name
+
+
 class Pair:
     """A fused step and its twin from a graph, on the same batches."""
 
