@@ -25,13 +25,20 @@ def stem(module):
 
 ALL = [(f"{stem(module)}: {case.name}", case) for module in modules() for case in module.cases()]
 CASES = dict(ALL)
-# fp16 differs from bf16 in conversions only, odd sizes in the width of loads: once is enough
-COMPILED = [
-    (name, target)
-    for name, case in CASES.items()
-    for target in case.targets
-    if target == "sm_90" or not ("fp16" in name or "odd" in name)
-]
+
+
+def targets(name, case):
+    """fp16 differs from bf16 in conversions only, odd sizes in the width of loads; between sm_80,
+    sm_90 and sm_100 only matrix instructions differ: what cannot break twice is compiled once."""
+    if "fp16" in name or "odd" in name:
+        return [target for target in case.targets if target == "sm_90"]
+    first = next(other for other, twin in CASES.items() if twin.kernel is case.kernel) == name
+    if case.matrix or first:
+        return case.targets
+    return [target for target in case.targets if target in ("sm_90", "gfx942")]
+
+
+COMPILED = [(name, target) for name, case in CASES.items() for target in targets(name, case)]
 
 
 @pytest.mark.parametrize("name, target", COMPILED)
