@@ -19,8 +19,30 @@ WARMUP_SHARE, DECAY_SHARE = 0.05, 0.2
 
 
 def default_lr(n_features: int, steps: int) -> float:
-    """XX"""
-    return 3e-3
+    """The peak learning rate of a run: `4e-3 (100 / steps)^(1/3) (4608 / F)^(1/4)`, at most 8e-3.
+
+    Fitted to runs of this recipe (scaled activations, 5 % warm-up, decay over the last 20 %) on
+    SmolLM2-135M's layer 14 (d 576, k 32, 1,024 tokens per step, one seed), by the fraction of
+    variance unexplained of 7,854 held-out tokens and, where two rates explain about as much, by the
+    share of features that are dead at the end (in brackets):
+
+    |     F | steps |     lr 1e-3 |     lr 2e-3 |     lr 4e-3 |     lr 8e-3 |    rule |
+    |-------|-------|-------------|-------------|-------------|-------------|---------|
+    |  2304 |   100 | 0.268 (0 %) | 0.221 (0 %) | 0.196 (3 %) | 0.194 (23 %) | 4.8e-03 |
+    |  2304 |  1600 | 0.131 (0 %) | 0.125 (0 %) | 0.122 (1 %) | 0.135 (7 %) | 1.9e-03 |
+    |  4608 |    30 | 0.453 (0 %) | 0.364 (0 %) | 0.317 (0 %) | 0.289 (29 %) | 6.0e-03 |
+    |  4608 |   100 | 0.260 (0 %) | 0.212 (0 %) | 0.188 (10 %) | 0.192 (53 %) | 4.0e-03 |
+    |  4608 |   400 | 0.149 (0 %) | 0.132 (1 %) | 0.130 (14 %) | 0.144 (45 %) | 2.5e-03 |
+    |  9216 |   100 | 0.260 (0 %) | 0.208 (1 %) | 0.186 (20 %) | 0.192 (74 %) | 3.4e-03 |
+    |  9216 |   400 | 0.139 (0 %) | 0.125 (4 %) | 0.127 (35 %) | 0.145 (68 %) | 2.1e-03 |
+    | 18432 |    30 | 0.539 (1 %) | 0.450 (2 %) | 0.388 (6 %) | 0.327 (36 %) | 4.2e-03 |
+    | 18432 |   100 | 0.271 (0 %) | 0.213 (5 %) | 0.188 (39 %) | 0.195 (89 %) | 2.8e-03 |
+
+    Continued to 200,000 steps and F = 16,384 it gives 2.4e-4, where dictionary_learning's rule of
+    long runs, 2e-4 / sqrt(F / 2^14), has 2e-4.
+    """
+    rate = 4e-3 * (100 / max(1, steps)) ** (1 / 3) * (4608 / n_features) ** (1 / 4)
+    return min(8e-3, rate)
 
 
 @dataclass(frozen=True)
