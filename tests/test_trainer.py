@@ -12,6 +12,7 @@ import pytest
 import torch
 from oracle import assert_accurate, identical, num_threads, randn
 from rich.console import Console
+from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -278,6 +279,52 @@ def test_frozen_parameters_stay_put(step, clip_norm, frozen) -> None:
     for name, other in run("dense").items():
         # the norm that is clipped is that of the others
         torch.testing.assert_close(ours[name], other, rtol=1e-2, atol=2e-3)
+
+
+def _own_score(sae: TopKSAE) -> None:
+    sae.score = lambda *args: None  # type: ignore[method-assign, assignment]
+
+
+BYPASSED = {
+    "a parametrization": lambda sae: parametrize.register_parametrization(
+        sae, "w_dec", torch.nn.Identity()
+    ),
+    "forward hooks": lambda sae: sae.register_forward_hook(lambda *args: None),
+    "its own score": _own_score,
+    "a hook on w_enc": lambda sae: sae.w_enc.register_hook(lambda gradient: 0 * gradient),
+    "a hook on b_dec": lambda sae: sae.b_dec.register_post_accumulate_grad_hook(lambda p: None),
+    "backward hooks": lambda sae: sae.register_full_backward_hook(lambda *args: None),
+}
+
+
+@pytest.mark.parametrize("what", BYPASSED)
+@pytest.mark.parametrize("step", ["fused", "dense"])
+def test_what_a_step_would_pass_by_is_refused(step, what) -> None:
+    BYPASSED[what](sae := make_sae())
+    with pytest.raises(ValueError, match=f"plain TopKSAE for step='{step}'.*got {what}"):
+        train(sae, steps=1, step=step)
+
+
+def test_an_overridden_method_is_used_by_autograd_and_refused_by_the_others() -> None:
+    class Half(TopKSAE):
+        def decode(self, codes):
+            return 0.5 * super().decode(codes)
+
+        def score(self, x, codes, reconstruction, dead=None):
+            seen.append(float(reconstruction.detach().abs().max()))
+            return super().score(x, codes, reconstruction, dead)
+
+    seen: list[float] = []
+    train(Half(D, F, K), steps=2, step="autograd")
+    assert len(seen) == 2
+    for step in ("fused", "dense"):
+        with pytest.raises(ValueError, match="its own decode, its own score"):
+            train(Half(D, F, K), steps=1, step=step)
+    hooked = make_sae()
+    hooked.w_enc.register_hook(torch.zeros_like)
+    before = hooked.w_enc.detach().clone()
+    train(hooked, steps=2, step="autograd")
+    assert torch.equal(hooked.w_enc, before)
 
 
 def test_an_sae_without_a_parameter_to_train_is_refused() -> None:

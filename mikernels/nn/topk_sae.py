@@ -102,8 +102,9 @@ class TopKSAE(nn.Module):
             `remove_parallel_gradient_` before and `normalize_decoder_` after an update).
         dtype: of the parameters.
         generator: decides the initial decoder.
-        encoder_scale: norm of the initial encoder rows. Below 1, features start closer to silence
-            and more of them die: measured in the documentation of TrainConfig.
+        encoder_scale: norm of the initial encoder rows. On SmolLM2-135M's layer 14 (F 4096, k 32,
+            100 steps, two seeds) 0.3 and 0.1 leave 0.182 and 0.180 of the held-out variance
+            unexplained where 1 leaves 0.189; on data of known features 0.1 finds fewer of them.
 
     Attributes:
         w_enc, w_dec: `[F, d]`, features as rows. b_enc: `[F]`. b_dec: `[d]`.

@@ -125,8 +125,9 @@ class FusedStep:
         if self.optimizer.clip_norm is not None or (dead.numel() and sae.config.aux_coefficient):
             return False
         decoder, encoder = (group_of(self.optimizer, p) for p in (sae.w_dec, sae.w_enc))
-        plain = not (encoder["project"] or encoder["unit_norm"])
-        return plain and same_settings(decoder, encoder)
+        if decoder is None or encoder is None or encoder["project"] or encoder["unit_norm"]:
+            return False
+        return same_settings(decoder, encoder)
 
     def _update(self, x: torch.Tensor, k: int, means: Means, clock: Clock) -> None:
         """A whole step; the matrices' gradients stay in registers."""
@@ -135,6 +136,7 @@ class FusedStep:
         optimizer.check_capture(list(self._parameters()))
         made: dict[Any, torch.Tensor] = {}
         decoder, encoder = (group_of(optimizer, p) for p in (sae.w_dec, sae.w_enc))
+        assert decoder is not None and encoder is not None  # _updates_at_once has seen to it
         moments_dec, settings = optimizer.advance(decoder, sae.w_dec, made)
         moments_enc, _ = optimizer.advance(encoder, sae.w_enc, made)
         with clock.part("gradients"):

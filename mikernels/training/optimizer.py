@@ -41,9 +41,10 @@ def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
             group["lr"] = lr
 
 
-def group_of(optimizer: torch.optim.Optimizer, p: torch.Tensor) -> dict[str, Any]:
-    """The parameter group that holds p."""
-    return next(g for g in optimizer.param_groups if any(p is own for own in g["params"]))
+def group_of(optimizer: torch.optim.Optimizer, p: torch.Tensor) -> dict[str, Any] | None:
+    """The parameter group that holds p; None if the optimiser leaves p alone."""
+    groups = (g for g in optimizer.param_groups if any(p is own for own in g["params"]))
+    return next(groups, None)
 
 
 def same_settings(a: dict[str, Any], b: dict[str, Any]) -> bool:

@@ -10,10 +10,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torch.nn.utils.parametrize import is_parametrized
+
 from mikernels.nn import TopKSAE
 from mikernels.training.batches import BatchSource
 from mikernels.training.checkpoint import checkpoints, remove_leftovers
 from mikernels.training.config import TrainConfig
+
+# what the fused and the dense step compute in their own way
+METHODS = ("encode", "decode", "score", "remove_parallel_gradient_", "normalize_decoder_")
 
 
 def check_fit(sae: TopKSAE, source: BatchSource, config: TrainConfig) -> None:
@@ -29,6 +34,7 @@ def check_fit(sae: TopKSAE, source: BatchSource, config: TrainConfig) -> None:
             f"Trainer: source.batch_size must be config.batch_size = {config.batch_size}, got "
             f"{size}; make the source with that batch size"
         )
+    _check_bypassed(sae, config.step)
     if not any(p.requires_grad for p in sae.parameters()):
         raise ValueError(
             "Trainer: sae must have a parameter to train, got requires_grad=False for all of them; "
@@ -43,6 +49,37 @@ def check_fit(sae: TopKSAE, source: BatchSource, config: TrainConfig) -> None:
         raise ValueError(
             f"Trainer: k_start must be in 1..{sae.config.n_features} (n_features), got "
             f"{config.k_start}"
+        )
+
+
+def _check_bypassed(sae: TopKSAE, step: str) -> None:
+    """The step runs all that the SAE is: what it would pass by without a word is refused.
+
+    Every step calls the methods of a TopKSAE one by one, and never `forward`. Only step "autograd"
+    calls `encode`, `decode` and `score` for what they are, and lets hooks see gradients.
+    """
+    found = []
+    if is_parametrized(sae):
+        found.append("a parametrization")
+    if sae._forward_hooks or sae._forward_pre_hooks:
+        found.append("forward hooks")
+    for name in ("forward",) if step == "autograd" else ("forward", *METHODS):
+        if getattr(type(sae), name) is not getattr(TopKSAE, name) or name in vars(sae):
+            found.append(f"its own {name}")
+    if step != "autograd":
+        if sae._backward_hooks or sae._backward_pre_hooks:
+            found.append("backward hooks")
+        hooks = ("_backward_hooks", "_post_accumulate_grad_hooks")
+        found += [
+            f"a hook on {name}"
+            for name, p in sae.named_parameters()
+            if any(getattr(p, attribute) for attribute in hooks)
+        ]
+    if found:
+        raise ValueError(
+            f"Trainer: sae must be a plain TopKSAE for step={step!r}, which would pass by what is "
+            f"added to it, got {', '.join(found)}; remove it"
+            + ("" if step == "autograd" else ", or use step='autograd' for all but forward")
         )
 
 
