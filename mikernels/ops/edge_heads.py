@@ -12,9 +12,8 @@ from __future__ import annotations
 
 import torch
 
-from mikernels._dispatch import Op, accumulate_dtype, check_floating, resolve_impl
+from mikernels._dispatch import Op, accumulate_dtype, check_floating, check_out, resolve_impl
 from mikernels.ops.edges import check_edges, check_prefix, check_weights
-from mikernels.ops.pair_products import check_out
 from mikernels.ops.pair_products import reference as products_reference
 
 
@@ -88,7 +87,12 @@ def edge_scores_heads(
     replicates = () if weights is None else weights.shape[:1]
     shape = (*replicates, dz.shape[2], grad.shape[2])
     operands = dz.detach(), w_o.detach(), grad.detach()
-    total = check_out(name, out, shape, operands[0])
+    acc = accumulate_dtype(dz.dtype)
+    if out is None:
+        total = torch.zeros(shape, dtype=acc, device=dz.device)
+    else:
+        read = {"dz": dz, "w_o": w_o, "grad": grad, "weights": weights, "prefix": prefix}
+        total = check_out(name, out, shape, (acc,), **read)
     scores = total[None] if weights is None else total
     edge_heads_op(*operands, weights, prefix, scores, impl=impl)
     return total

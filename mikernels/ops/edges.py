@@ -15,8 +15,15 @@ from __future__ import annotations
 import torch
 from torch.autograd.function import once_differentiable
 
-from mikernels._dispatch import Op, accumulate_dtype, check_floating, check_shape, resolve_impl
-from mikernels.ops.pair_products import check_out, pair_products_op
+from mikernels._dispatch import (
+    Op,
+    accumulate_dtype,
+    check_floating,
+    check_out,
+    check_shape,
+    resolve_impl,
+)
+from mikernels.ops.pair_products import pair_products_op
 
 
 def mix_reference(
@@ -146,8 +153,11 @@ def edge_scores(
         return scores[0] if weights is None else scores
     replicates = () if weights is None else weights.shape[:1]
     shape = (*replicates, delta.shape[2], grad.shape[2])
-    total = check_out(name, out, shape, delta, grad)
-    total = total[None] if weights is None else total
+    acc, operands = (accumulate_dtype(delta.dtype),), {"delta": delta, "grad": grad}
+    check_out(
+        name, out, shape, acc, differentiable=True, **operands, weights=weights, prefix=prefix
+    )
+    total = out[None] if weights is None else out
     pair_products_op(delta, grad, None, weights, prefix, False, total, impl=impl)
     return out
 

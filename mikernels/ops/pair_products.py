@@ -17,7 +17,14 @@ from __future__ import annotations
 import torch
 from torch.autograd.function import once_differentiable
 
-from mikernels._dispatch import Op, accumulate_dtype, check_floating, check_shape, resolve_impl
+from mikernels._dispatch import (
+    Op,
+    accumulate_dtype,
+    check_floating,
+    check_out,
+    check_shape,
+    resolve_impl,
+)
 
 
 def reference(
@@ -50,33 +57,6 @@ pair_products_op = Op(
     lambda *args: None,
     triton="pair_products:pair_products_",
 )
-
-
-def check_out(
-    op: str,
-    out: torch.Tensor | None,
-    shape: tuple[int, ...],
-    like: torch.Tensor,
-    *others: torch.Tensor | None,
-) -> torch.Tensor:
-    """`out` to add to: zeros if None, else of this shape, fp32 or fp64, and no part of a graph."""
-    acc = accumulate_dtype(like.dtype)
-    if out is None:
-        return torch.zeros(shape, dtype=acc, device=like.device)
-    check_shape(op, "out", out, shape)
-    if out.dtype != acc:
-        raise TypeError(f"{op}: out must be {acc} for {like.dtype} operands, got {out.dtype}")
-    if out.device != like.device:
-        raise ValueError(f"{op}: out must be on {like.device}, got {out.device}; move it")
-    if out.requires_grad:
-        raise ValueError(f"{op}: out must not require grad; pass out.detach() or leave out out")
-    recorded = any(t is not None and t.requires_grad for t in (like, *others))
-    if torch.is_grad_enabled() and recorded:
-        raise ValueError(
-            f"{op}: with out, nothing is recorded for gradients, got operands that require them; "
-            f"call it under torch.no_grad(), or leave out out"
-        )
-    return out
 
 
 class _Products(torch.autograd.Function):
@@ -165,7 +145,8 @@ def pairwise_products(
     if out is None:
         return _Products.apply(left, right, weight, impl)
     n, m = a.shape[-2], (a if b is None else b).shape[-2]
-    total = check_out(name, out, (n, m), a, b, weight)[None]
+    acc = (accumulate_dtype(a.dtype),)
+    check_out(name, out, (n, m), acc, differentiable=True, a=a, b=b, weight=weight)
     other = left if right is None else right
-    pair_products_op(left[:, None], other[:, None], weight, None, None, b is None, total, impl=impl)
+    pair_products_op(left[:, None], other[:, None], weight, None, None, b is None, out[None], impl=impl)
     return out

@@ -11,8 +11,14 @@ from __future__ import annotations
 
 import torch
 
-from mikernels._dispatch import Op, accumulate_dtype, check_floating, check_shape, resolve_impl
-from mikernels.ops.pair_products import check_out
+from mikernels._dispatch import (
+    Op,
+    accumulate_dtype,
+    check_floating,
+    check_out,
+    check_shape,
+    resolve_impl,
+)
 
 # bytes of gathered gradients that the reference holds at a time
 CHUNK = 16 << 20
@@ -93,7 +99,12 @@ def positional_dot(
         )
     impl = resolve_impl(positional_dot_op, impl, grads.device)
     operands = grads.detach(), vectors.detach()
-    total = check_out(name, out, (vectors.shape[0], grads.shape[0]), operands[0])
+    shape, acc = (vectors.shape[0], grads.shape[0]), accumulate_dtype(grads.dtype)
+    if out is None:
+        total = torch.zeros(shape, dtype=acc, device=grads.device)
+    else:
+        read = {"grads": grads, "vectors": vectors, "positions": positions, "scale": scale}
+        total = check_out(name, out, shape, (acc,), **read)
     weights = None if scale is None else scale.detach()
     positional_dot_op(*operands, positions, weights, total, impl=impl)
     return total
