@@ -204,12 +204,12 @@ def check_out(
     If the operator is `differentiable`, operands that would be recorded are refused.
     """
     check_shape(op, "out", out, shape)
-    device = next(t.device for t in operands.values() if t is not None)
+    like = next(t for t in operands.values() if t is not None)
     if out.dtype not in dtypes:
         expected = " or ".join(map(str, dict.fromkeys(dtypes)))
-        raise TypeError(f"{op}: out must be {expected} for these operands, got {out.dtype}")
-    if out.device != device:
-        raise ValueError(f"{op}: out must be on {device}, got {out.device}; move it")
+        raise TypeError(f"{op}: out must be {expected} for {like.dtype} operands, got {out.dtype}")
+    if out.device != like.device:
+        raise ValueError(f"{op}: out must be on {like.device}, got {out.device}; move it")
     if out.layout != torch.strided:
         raise TypeError(f"{op}: out must be dense, got {out.layout}; pass out.to_dense()")
     if out.requires_grad:

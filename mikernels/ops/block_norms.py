@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import torch
 
+from mikernels._autocast import in_own_dtype
 from mikernels._dispatch import Op, accumulate_dtype, check_floating, resolve_impl
 
 
@@ -32,6 +33,7 @@ block_norms_op = Op(
 )
 
 
+@in_own_dtype
 def block_norms(a: torch.Tensor, b: torch.Tensor, *, impl: str | None = None) -> torch.Tensor:
     """`|a[i] b[j]|_F` for every pair of matrices.
 

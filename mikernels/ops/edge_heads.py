@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import torch
 
+from mikernels._autocast import in_own_dtype
 from mikernels._dispatch import Op, accumulate_dtype, check_floating, check_out, resolve_impl
 from mikernels.ops.edges import check_edges, check_prefix, check_weights
 from mikernels.ops.pair_products import reference as products_reference
@@ -41,6 +42,7 @@ edge_heads_op = Op(
 )
 
 
+@in_own_dtype
 def edge_scores_heads(
     dz: torch.Tensor,
     w_o: torch.Tensor,

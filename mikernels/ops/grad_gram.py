@@ -16,6 +16,7 @@ from collections.abc import Sequence
 
 import torch
 
+from mikernels._autocast import in_own_dtype
 from mikernels._dispatch import Op, accumulate_dtype, check_floating, resolve_impl
 from mikernels.interactions import Interactions
 from mikernels.ops.pairwise_topk import check_selection, merged, nothing_found
@@ -81,6 +82,7 @@ def _check_pairs(acts: list[torch.Tensor], grads: list[torch.Tensor], names: str
             )
 
 
+@in_own_dtype
 def grad_gram(
     acts: Layers,
     grads: Layers,

@@ -10,6 +10,10 @@ With `slots(f)` the (token n, slot j) pairs whose index is f, in token order:
                  dw_enc[f] += dv x[n],  db_enc[f] += dv
     by_feature   offsets, order: a stable counting sort of the indices, O(N k + F)
 
+Where gradients of gradients are wanted, `gather_dots` and `feature_sums` record the operators:
+values, w and dy of `sum values <w[index], dy>` meet in one trilinear form, so the derivative of
+each contraction (decode, gather_dot, feature_sum) is made of the other two, to any order.
+
 No atomics: a feature's sum is taken in token order by one thread, so results do not depend on the
 thread count. fp32 accumulation (fp64 for fp64). No `[N k, d]` temporary anywhere.
 """
@@ -18,6 +22,7 @@ from __future__ import annotations
 
 import torch
 
+from mikernels._autocast import in_own_dtype
 from mikernels._dispatch import Op, accumulate_dtype, resolve_impl
 
 
@@ -45,6 +50,7 @@ by_feature_op = Op(
 )
 
 
+@in_own_dtype
 def by_feature(indices: torch.Tensor, n_features: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Stable counting sort of flat feature indices.
 
@@ -96,7 +102,9 @@ def feature_sum_reference(
     flat = torch.empty_like(order).scatter_(0, order, features).reshape(-1, k)
     dw = torch.zeros(n_features, rows.shape[1], dtype=acc, device=rows.device)
     for j in range(k):
-        dw.index_add_(0, flat[:, j], rows.to(acc) * coefficients[:, j : j + 1].to(acc))
+        c = coefficients[:, j : j + 1].to(acc)
+        # as the kernels do, which skip such rows: 0 times inf is not NaN
+        dw.index_add_(0, flat[:, j], torch.where(c != 0, rows.to(acc) * c, 0))
     db = torch.zeros(n_features, dtype=acc, device=rows.device)
     db.index_add_(0, flat.reshape(-1), coefficients.reshape(-1).to(acc))
     return dw.to(rows.dtype), db.to(rows.dtype)
@@ -114,6 +122,78 @@ feature_sum_op = Op(
     _feature_sum_fake,
     triton="gradients_sum:feature_sum",
 )
+
+
+class _GatherDot(torch.autograd.Function):
+    @staticmethod
+    def forward(rows, w, indices, impl):
+        return gather_dot_op(rows, w, indices, impl=impl)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        rows, w, indices, ctx.impl = inputs
+        ctx.save_for_backward(rows, w, indices)
+
+    @staticmethod
+    @in_own_dtype
+    def backward(ctx, d_out):
+        from mikernels.ops.decode import decoded
+
+        rows, w, indices = ctx.saved_tensors
+        d_rows = d_w = None
+        if ctx.needs_input_grad[0]:
+            d_rows = decoded(d_out, indices, w, ctx.impl)
+        if ctx.needs_input_grad[1]:
+            d_w, _ = feature_sums(d_out, rows, indices, w.shape[0], ctx.impl)
+        return d_rows, d_w, None, None
+
+
+def gather_dots(
+    rows: torch.Tensor, w: torch.Tensor, indices: torch.Tensor, impl: str
+) -> torch.Tensor:
+    """`gather_dot`, recorded for gradients if they are enabled."""
+    if torch.is_grad_enabled():
+        return _GatherDot.apply(rows, w, indices, impl)
+    return gather_dot_op(rows, w, indices, impl=impl)
+
+
+class _FeatureSum(torch.autograd.Function):
+    @staticmethod
+    def forward(coefficients, rows, indices, n_features, impl):
+        slots = by_feature_op(indices.reshape(-1), n_features, impl=impl)
+        return feature_sum_op(coefficients, rows, *slots, impl=impl)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        coefficients, rows, indices, _, ctx.impl = inputs
+        ctx.save_for_backward(coefficients, rows, indices)
+
+    @staticmethod
+    @in_own_dtype
+    def backward(ctx, d_dw, d_db):
+        from mikernels.ops.decode import decoded
+
+        coefficients, rows, indices = ctx.saved_tensors
+        d_coefficients = d_rows = None
+        if ctx.needs_input_grad[0]:
+            d_coefficients = gather_dots(rows, d_dw, indices, ctx.impl)
+            d_coefficients = d_coefficients + d_db.gather(0, indices.reshape(-1)).view_as(indices)
+        if ctx.needs_input_grad[1]:
+            d_rows = decoded(coefficients, indices, d_dw, ctx.impl)
+        return d_coefficients, d_rows, None, None, None
+
+
+def feature_sums(
+    coefficients: torch.Tensor,
+    rows: torch.Tensor,
+    indices: torch.Tensor,
+    n_features: int,
+    impl: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`feature_sum` by indices, recorded for gradients if they are enabled."""
+    if torch.is_grad_enabled():
+        return _FeatureSum.apply(coefficients, rows, indices, n_features, impl)
+    return _FeatureSum.forward(coefficients, rows, indices, n_features, impl)
 
 
 def sae_gradients_reference(
@@ -157,6 +237,7 @@ sae_gradients_op = Op(
 PIECE, BLOCK = 8192, 128
 
 
+@in_own_dtype
 def weighted_row_sum(weights: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """`weights @ rows` for `[F]` and `[F, d]`, in the accumulation dtype, without a wide copy.
 
@@ -166,9 +247,10 @@ def weighted_row_sum(weights: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     total = torch.zeros(rows.shape[1], dtype=acc, device=rows.device)
     for w, r in zip(weights.split(PIECE), rows.split(PIECE), strict=True):
         w, r = w.to(acc), r.to(acc)
-        whole = w.shape[0] // BLOCK * BLOCK
+        count = w.shape[0] // BLOCK
+        whole = count * BLOCK
         blocks = torch.bmm(
-            w[:whole].reshape(-1, 1, BLOCK), r[:whole].reshape(-1, BLOCK, rows.shape[1])
+            w[:whole].reshape(count, 1, BLOCK), r[:whole].reshape(count, BLOCK, rows.shape[1])
         )
         total += blocks.sum((0, 1)) + w[whole:] @ r[whole:]
     return total

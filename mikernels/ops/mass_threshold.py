@@ -14,6 +14,7 @@ import math
 
 import torch
 
+from mikernels._autocast import in_own_dtype
 from mikernels._dispatch import Op, check_floating, resolve_impl
 
 
@@ -33,6 +34,7 @@ mass_threshold_op = Op(
 )
 
 
+@in_own_dtype
 def mass_threshold(
     x: torch.Tensor, frac: float, *, abs: bool = False, impl: str | None = None
 ) -> torch.Tensor:

@@ -15,8 +15,8 @@ the number of threads changes no bit. On a GPU sums are fp32 in a fixed order, s
 from __future__ import annotations
 
 import torch
-from torch.autograd.function import once_differentiable
 
+from mikernels._autocast import in_own_dtype
 from mikernels._dispatch import (
     Op,
     accumulate_dtype,
@@ -77,7 +77,7 @@ class _Products(torch.autograd.Function):
         ctx.save_for_backward(a, b, scale)
 
     @staticmethod
-    @once_differentiable
+    @in_own_dtype
     def backward(ctx, ds):
         a, b, scale = ctx.saved_tensors
         need = ctx.needs_input_grad
@@ -101,6 +101,7 @@ class _Products(torch.autograd.Function):
         return da, db, dscale, None
 
 
+@in_own_dtype
 def pairwise_products(
     a: torch.Tensor,
     b: torch.Tensor | None = None,
@@ -122,7 +123,8 @@ def pairwise_products(
 
     Returns:
         `[n, m]` float32 whatever the dtype of a (float64 for float64): sums over batches would
-        drown in 16 bits. `out` itself if it was given. Gradients: a, b, weight, without `out`.
+        drown in 16 bits. `out` itself if it was given. Gradients of any order: a, b, weight,
+        without `out`.
 
     Raises:
         TypeError, ValueError: for dtypes, devices or shapes other than the above.
@@ -148,5 +150,7 @@ def pairwise_products(
     acc = (accumulate_dtype(a.dtype),)
     check_out(name, out, (n, m), acc, differentiable=True, a=a, b=b, weight=weight)
     other = left if right is None else right
-    pair_products_op(left[:, None], other[:, None], weight, None, None, b is None, out[None], impl=impl)
+    pair_products_op(
+        left[:, None], other[:, None], weight, None, None, b is None, out[None], impl=impl
+    )
     return out

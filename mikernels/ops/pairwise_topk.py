@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import torch
 
+from mikernels._autocast import in_own_dtype
 from mikernels._dispatch import Op, accumulate_dtype, check_floating, resolve_impl
 from mikernels.interactions import Interactions
 
@@ -164,6 +165,7 @@ def select_pairs(
     return Interactions(values, rows, cols, (a.shape[2], right.shape[2]))
 
 
+@in_own_dtype
 def pairwise_topk(
     a: torch.Tensor,
     b: torch.Tensor | None = None,

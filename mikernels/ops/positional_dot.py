@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import torch
 
+from mikernels._autocast import in_own_dtype
 from mikernels._dispatch import (
     Op,
     accumulate_dtype,
@@ -51,6 +52,7 @@ positional_dot_op = Op(
 )
 
 
+@in_own_dtype
 def positional_dot(
     grads: torch.Tensor,
     vectors: torch.Tensor,

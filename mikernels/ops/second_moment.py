@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import torch
 
+from mikernels._autocast import in_own_dtype
 from mikernels._dispatch import (
     accumulate_dtype,
     check_floating,
@@ -22,6 +23,7 @@ from mikernels.ops.pair_products import pair_products_op
 PIECE = 16 << 20
 
 
+@in_own_dtype
 def second_moment(
     x: torch.Tensor,
     *,

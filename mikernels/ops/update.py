@@ -22,6 +22,7 @@ from collections.abc import Callable
 import torch
 
 from mikernels import _ext
+from mikernels._autocast import in_own_dtype
 from mikernels._dispatch import LIBRARY, Op, accumulate_dtype
 from mikernels.ops import adam
 from mikernels.ops.gradients import sae_gradients_op, sae_gradients_reference, weighted_row_sum
@@ -75,6 +76,7 @@ reference = _compose(sae_gradients_reference, adam.reference)
 _by_operators = _compose(sae_gradients_op, adam.adam_rows_op)
 
 
+@in_own_dtype
 def _on_cpu(*args):
     # the extension's gradients are float32
     return (reference if args[6].dtype == torch.float64 else _by_operators)(*args)
