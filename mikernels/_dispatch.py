@@ -14,7 +14,7 @@ too; it costs 4 us (2 us without checks), and functional operators have none.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,9 @@ from torch.autograd.graph import increment_version
 from mikernels import _ext, _triton
 from mikernels._autocast import in_own_dtype
 from mikernels._memory import check_writes
+from mikernels._operands import FLOATS as FLOATS
+from mikernels._operands import Operands
+from mikernels._operands import accumulate_dtype as accumulate_dtype
 
 LIBRARY = torch.library.Library("mikernels", "DEF")
 IMPLS = ("cpp", "triton", "cuda", "reference")
@@ -39,6 +42,7 @@ class Op:
         triton: launcher of mikernels.kernels ("module:function") with the schema's arguments. It
             owns the CUDA dispatch key (ROCm's too) where Triton is installed; else the reference
             runs there.
+        operands: what its arguments have to be, by name (see mikernels/_operands.py).
         cuda: csrc/cuda/<name>.cu implements it, as the operator <name>_cuda.
     """
 
@@ -48,14 +52,22 @@ class Op:
         reference: Callable[..., Any],
         fake: Callable[..., Any],
         *,
+        operands: Mapping[str, str],
         triton: str | None = None,
         cuda: bool = False,
     ):
         self.name = schema.split("(", 1)[0]
         self.schema = schema
-        self.reference = in_own_dtype(reference)
-        self._triton = None if triton is None else in_own_dtype(_triton.launcher(triton))
         LIBRARY.define(schema)
+        self.default = getattr(torch.ops.mikernels, self.name).default
+        arguments = self.default._schema.arguments
+        self._names = tuple(a.name for a in arguments)
+        self.written = tuple(
+            i for i, a in enumerate(arguments) if a.alias_info and a.alias_info.is_write
+        )
+        self.operands = Operands(self.name, self._names, operands)
+        self.reference = self._checked(reference)
+        self._triton = None if triton is None else self._checked(_triton.launcher(triton))
         LIBRARY.impl(self.name, self.reference, "CompositeExplicitAutograd")
         if self._triton is not None and not _triton.missing():
             LIBRARY.impl(self.name, self._on_device, "CUDA")
@@ -63,17 +75,21 @@ class Op:
         self._cuda = cuda
         if self._has_cuda():
             torch.library.register_fake(f"mikernels::{self.name}_cuda", fake, lib=LIBRARY)
-        self.default = getattr(torch.ops.mikernels, self.name).default
-        arguments = self.default._schema.arguments
-        self._names = tuple(a.name for a in arguments)
-        self.written = tuple(
-            i for i, a in enumerate(arguments) if a.alias_info and a.alias_info.is_write
-        )
         if self.written:
             self._guard(self.default)
             if self._has_cuda():
                 self._guard(self._cuda_default())
         OPS[self.name] = self
+
+    def _checked(self, run: Callable[..., Any]) -> Callable[..., Any]:
+        """`run` behind the checks of its operands, in their own dtype."""
+
+        def checked(*args: Any) -> Any:
+            if not torch.compiler.is_compiling():
+                self.operands.check(args)
+            return run(*args)
+
+        return in_own_dtype(checked)
 
     def _guard(self, overload: torch._ops.OpOverload) -> None:
         """Checks and version counters for every call of an operator that writes."""
@@ -154,9 +170,6 @@ def resolve_impl(op: Op, impl: str | None, device: torch.device) -> str:
     return name
 
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
 def check_floating(op: str, **tensors: torch.Tensor | None) -> None:
     """All given tensors share one supported floating dtype and one device."""
     given = {name: t for name, t in tensors.items() if t is not None}
@@ -194,9 +207,9 @@ def check_out(
     out: torch.Tensor,
     shape: tuple[int, ...],
     dtypes: Sequence[torch.dtype],
+    operands: Mapping[str, torch.Tensor | None],
     *,
     differentiable: bool = False,
-    **operands: torch.Tensor | None,
 ) -> torch.Tensor:
     """`out` may be added to: of this shape, one of these dtypes and the first operand's device,
     part of no graph, and memory of its own for every entry.
@@ -232,8 +245,3 @@ def check_k(op: str, k: int, limit: int, what: str) -> None:
         raise TypeError(f"{op}: k must be an int, got {type(k).__name__}")
     if k < 1 or k > limit:
         raise ValueError(f"{op}: k must be in 1..{limit} ({what}), got {k}")
-
-
-def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    """fp32 for the low precisions, the dtype itself otherwise."""
-    return dtype if dtype in (torch.float32, torch.float64) else torch.float32

@@ -30,9 +30,12 @@ def _extent(dims: Sequence[tuple[int, int]], itemsize: int) -> int:
     return sum(stride * (size - 1) for stride, size in dims) + itemsize
 
 
+_same_storage = torch._C._is_alias_of  # type: ignore[attr-defined]
+
+
 def overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether `a` and `b` may share an address; columns side by side in one buffer do not."""
-    if not torch._C._is_alias_of(a, b) or a.numel() == 0 or b.numel() == 0:
+    if a.numel() == 0 or b.numel() == 0 or not _same_storage(a, b):
         return False
     sides = []
     for t in (a, b):

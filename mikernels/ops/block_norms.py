@@ -29,6 +29,7 @@ block_norms_op = Op(
     "block_norms(Tensor a, Tensor b) -> Tensor",
     reference,
     lambda a, b: a.new_empty(a.shape[0], b.shape[0], dtype=accumulate_dtype(a.dtype)),
+    operands={"a": "T[n,r,d]", "b": "T[m,d,s]"},
     triton="block_norms:block_norms",
 )
 

@@ -38,6 +38,7 @@ decode_op = Op(
     "decode(Tensor values, Tensor indices, Tensor w, Tensor? bias) -> Tensor",
     reference,
     lambda values, indices, w, bias: values.new_empty(values.shape[0], w.shape[1]),
+    operands={"values": "T[N,k]", "indices": "i64[N,k]", "w": "T[F,d]", "bias": "T[d]"},
     triton="decode:decode",
 )
 
@@ -61,6 +62,13 @@ decode_error_op = Op(
     " -> (Tensor error, Tensor squares)",
     error_reference,
     lambda values, indices, w, bias, x: (x.new_empty(x.shape), x.new_empty(x.shape[0])),
+    operands={
+        "values": "T[N,k]",
+        "indices": "i64[N,k]",
+        "w": "T[F,d]",
+        "bias": "T[d]",
+        "x": "acc[N,d]",
+    },
     triton="decode:decode_error",
 )
 
@@ -183,8 +191,7 @@ def sparse_decode(
     d = w_dec.shape[1]
     check_shape("sparse_decode", "b_dec", b_dec, (d,))
     impl = resolve_impl(decode_op, impl, w_dec.device)
-    values = codes.values.reshape(-1, codes.k)
-    indices = codes.indices.reshape(-1, codes.k)
+    values, indices = codes.flat()
     leading = codes.values.shape[:-1]
     if prefixes is None:
         return _Decode.apply(values, indices, w_dec, b_dec, impl).reshape(*leading, d)

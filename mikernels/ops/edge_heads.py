@@ -38,6 +38,14 @@ edge_heads_op = Op(
     " Tensor(a!) out) -> ()",
     reference,
     lambda *args: None,
+    operands={
+        "dz": "T[B,P,H,e]",
+        "w_o": "T[H,e,d]",
+        "grad": "T[B,P,R,d]",
+        "weights": "acc[Q,B]",
+        "prefix": "i64[R]",
+        "out": "acc[Q,H,R]",
+    },
     triton="edge_heads:edge_heads_",
 )
 
@@ -94,7 +102,7 @@ def edge_scores_heads(
         total = torch.zeros(shape, dtype=acc, device=dz.device)
     else:
         read = {"dz": dz, "w_o": w_o, "grad": grad, "weights": weights, "prefix": prefix}
-        total = check_out(name, out, shape, (acc,), **read)
+        total = check_out(name, out, shape, (acc,), read)
     scores = total[None] if weights is None else total
     edge_heads_op(*operands, weights, prefix, scores, impl=impl)
     return total

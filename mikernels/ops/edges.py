@@ -42,6 +42,7 @@ edge_mix_op = Op(
     "edge_mix(Tensor? base, Tensor delta, Tensor mask) -> Tensor",
     mix_reference,
     _mix_fake,
+    operands={"base": "T[B,P,R|1,d]", "delta": "T[B,P,W,d]", "mask": "T[W,R]"},
     triton="edge_mix:edge_mix",
 )
 
@@ -154,10 +155,8 @@ def edge_scores(
         return scores[0] if weights is None else scores
     replicates = () if weights is None else weights.shape[:1]
     shape = (*replicates, delta.shape[2], grad.shape[2])
-    acc, operands = (accumulate_dtype(delta.dtype),), {"delta": delta, "grad": grad}
-    check_out(
-        name, out, shape, acc, differentiable=True, **operands, weights=weights, prefix=prefix
-    )
+    operands = {"delta": delta, "grad": grad, "weights": weights, "prefix": prefix}
+    check_out(name, out, shape, (accumulate_dtype(delta.dtype),), operands, differentiable=True)
     total = out[None] if weights is None else out
     pair_products_op(delta, grad, None, weights, prefix, False, total, impl=impl)
     return out

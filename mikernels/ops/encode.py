@@ -86,6 +86,14 @@ encode_op = Op(
     " bool relu) -> (Tensor values, Tensor indices)",
     reference,
     _fake,
+    operands={
+        "x": "T[N,d]",
+        "w_enc": "T[F,d]",
+        "b_enc": "T[F]",
+        "b_dec": "T[d]",
+        "scale": "T[F]",
+        "k": "1..F",
+    },
     triton="encode:encode",
 )
 
@@ -177,9 +185,11 @@ def topk_encode(
     impl = resolve_impl(encode_op, impl, x.device)
     out_dtype = x.dtype
     ranks = None if scale is None else scale.detach()
-    operands: tuple[torch.Tensor | None, ...] = (x.reshape(-1, d), w_enc, b_enc, b_dec, ranks)
+    rows = x.reshape(x.shape[:-1].numel(), d)
+    operands: tuple[torch.Tensor | None, ...] = (rows, w_enc, b_enc, b_dec, ranks)
     if precision is not None:
         operands = tuple(None if t is None else t.to(precision) for t in operands)
     values, indices = _Encode.apply(*operands, k, relu, impl)
     shape = (*x.shape[:-1], k)
-    return SparseCodes(values.to(out_dtype).reshape(shape), indices.reshape(shape), n_features)
+    values = values.to(out_dtype).reshape(shape)
+    return SparseCodes._trusted(values, indices.reshape(shape), n_features)

@@ -127,7 +127,7 @@ def feature_edges(
         found = merged(found, new, k, by)
         if len(found[0]) == k and not found[0][-1].isnan():
             least = float(found[0][-1].abs() if by == "abs" else found[0][-1])
-    return Interactions(*found, shape=(w_dec.shape[0], w_enc.shape[0]))
+    return Interactions._trusted(*found, shape=(w_dec.shape[0], w_enc.shape[0]))
 
 
 def _edges(name, w_dec, w_enc, row_scale, col_scale, row_layer, col_layer, **rule) -> Interactions:

@@ -46,6 +46,13 @@ gram_op = Op(
     " Tensor(a!) out) -> ()",
     reference,
     lambda *args: None,
+    operands={
+        "acts": "T[n,t,i]",
+        "grads": "T[n,t,o]",
+        "acts2": "T[m,s,i]",
+        "grads2": "T[m,s,o]",
+        "out": "acc[n,m]",
+    },
     triton="grad_gram:gram_products_",
 )
 
@@ -156,7 +163,7 @@ def grad_gram(
                 here = here.triu(1)
             i, j = here.nonzero(as_tuple=True)
             kept = merged(kept, (block[i, j], i + top, j + start), k, by)
-    return Interactions(*kept, shape=(n, m))
+    return Interactions._trusted(*kept, shape=(n, m))
 
 
 class _Gram:

@@ -46,6 +46,7 @@ by_feature_op = Op(
     "by_feature(Tensor indices, SymInt n_features) -> (Tensor offsets, Tensor order)",
     by_feature_reference,
     _by_feature_fake,
+    operands={"indices": "i64[M]", "n_features": "0.."},
     triton="gradients:by_feature",
 )
 
@@ -88,6 +89,7 @@ gather_dot_op = Op(
     "gather_dot(Tensor rows, Tensor w, Tensor indices) -> Tensor",
     gather_dot_reference,
     lambda rows, w, indices: rows.new_empty(indices.shape),
+    operands={"rows": "T[N,d]", "w": "T[F,d]", "indices": "i64[N,k]"},
     triton="gradients:gather_dot",
 )
 
@@ -120,6 +122,12 @@ feature_sum_op = Op(
     " -> (Tensor dw, Tensor db)",
     feature_sum_reference,
     _feature_sum_fake,
+    operands={
+        "coefficients": "T[N,k]",
+        "rows": "T[N,d]",
+        "offsets": "i64[F+1]",
+        "order": "i64[N*k]",
+    },
     triton="gradients_sum:feature_sum",
 )
 
@@ -228,6 +236,18 @@ sae_gradients_op = Op(
     " bool accumulate) -> ()",
     sae_gradients_reference,
     lambda *args: None,
+    operands={
+        "values": "T[N,k]",
+        "indices": "i64[N,k]",
+        "offsets": "i64[F+1]",
+        "order": "i64[N*k]",
+        "dy": "T[N,d]",
+        "x": "T[N,d]",
+        "w_dec": "float[F,d]",
+        "dw_dec": "float[F,d]",
+        "dw_enc": "float[F,d]",
+        "db_enc": "float[F]",
+    },
     triton="gradients_fused:sae_gradients_",
 )
 

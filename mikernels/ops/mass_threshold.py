@@ -31,6 +31,7 @@ mass_threshold_op = Op(
     "mass_threshold(Tensor x, float frac, bool absolute) -> Tensor",
     reference,
     lambda x, frac, absolute: x.new_empty(()),
+    operands={"x": "T[...]"},
 )
 
 

@@ -55,6 +55,14 @@ pair_products_op = Op(
     " bool symmetric, Tensor(a!) out) -> ()",
     reference,
     lambda *args: None,
+    operands={
+        "a": "T[S,P,n,D]",
+        "b": "T[S,P,m,D]",
+        "scale": "T[D]",
+        "weights": "acc[Q,S]",
+        "prefix": "i64[m]",
+        "out": "acc[Q,n,m]",
+    },
     triton="pair_products:pair_products_",
 )
 
@@ -147,8 +155,8 @@ def pairwise_products(
     if out is None:
         return _Products.apply(left, right, weight, impl)
     n, m = a.shape[-2], (a if b is None else b).shape[-2]
-    acc = (accumulate_dtype(a.dtype),)
-    check_out(name, out, (n, m), acc, differentiable=True, a=a, b=b, weight=weight)
+    acc, operands = (accumulate_dtype(a.dtype),), {"a": a, "b": b, "weight": weight}
+    check_out(name, out, (n, m), acc, operands, differentiable=True)
     other = left if right is None else right
     pair_products_op(
         left[:, None], other[:, None], weight, None, None, b is None, out[None], impl=impl

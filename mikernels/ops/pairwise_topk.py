@@ -117,6 +117,15 @@ pairwise_topk_op = Op(
     " -> (Tensor values, Tensor rows, Tensor cols)",
     reference,
     _fake,
+    operands={
+        "a": "T[B,P,n,D]",
+        "b": "T[B,P,m,D]",
+        "row_scale": "T[n]",
+        "col_scale": "T[m]",
+        "row_rank": "i64[n]",
+        "col_rank": "i64[m]",
+        "k": "1..",
+    },
     triton="pairwise_topk:pairwise_topk",
 )
 
@@ -162,7 +171,7 @@ def select_pairs(
         # how many pairs qualify is known to the data alone
         found = int((rows >= 0).sum())
         values, rows, cols = values[:found], rows[:found], cols[:found]
-    return Interactions(values, rows, cols, (a.shape[2], right.shape[2]))
+    return Interactions._trusted(values, rows, cols, (a.shape[2], right.shape[2]))
 
 
 @in_own_dtype

@@ -48,6 +48,13 @@ positional_dot_op = Op(
     " Tensor(a!) out) -> ()",
     reference,
     lambda *args: None,
+    operands={
+        "grads": "T[B,P,d]",
+        "vectors": "T[n,d]",
+        "positions": "i64[n]",
+        "scale": "T[n]",
+        "out": "acc[n,B]",
+    },
     triton="positional_dot:positional_dot_",
 )
 
@@ -106,7 +113,7 @@ def positional_dot(
         total = torch.zeros(shape, dtype=acc, device=grads.device)
     else:
         read = {"grads": grads, "vectors": vectors, "positions": positions, "scale": scale}
-        total = check_out(name, out, shape, (acc,), **read)
+        total = check_out(name, out, shape, (acc,), read)
     weights = None if scale is None else scale.detach()
     positional_dot_op(*operands, positions, weights, total, impl=impl)
     return total

@@ -31,6 +31,7 @@ row_topk_op = Op(
     "row_topk(Tensor scores, SymInt k, bool sorted) -> (Tensor values, Tensor indices)",
     reference,
     _fake,
+    operands={"scores": "T[N,F]", "k": "1..F"},
     triton="row_topk:row_topk",
     cuda=True,
 )

@@ -56,7 +56,7 @@ def second_moment(
     d = x.shape[-1]
     acc = accumulate_dtype(x.dtype)
     if out is not None:
-        check_out(name, out, (d, d), (acc, torch.float64), x=x, mask=mask)
+        check_out(name, out, (d, d), (acc, torch.float64), {"x": x, "mask": mask})
     impl = resolve_impl(pair_products_op, impl, x.device)
     rows = x.detach().reshape(x.shape[:-1].numel(), d)
     if mask is not None:
