@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
+from mikernels._dispatch import resolve_impl
 from mikernels._indices import check_indices, check_size
-from mikernels.ops.gradients import by_feature
+from mikernels.ops.gradients import by_feature_op
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,6 +120,8 @@ class SparseCodes:
         from mikernels.ops.row_topk import row_topk
 
         if k is None:
+            if dense.shape[-1] == 0:
+                return cls._trusted(dense, dense.to(torch.int64), 0)
             k = max(1, int((dense != 0).sum(-1).max())) if dense.numel() else 1
             _, indices = row_topk(dense.detach().abs(), k)
             return cls._trusted(dense.gather(-1, indices), indices, dense.shape[-1])
@@ -151,7 +154,9 @@ class SparseCodes:
         version = None if self.indices.is_inference() else self.indices._version
         cached = self.__dict__.get("_by_feature")
         if cached is None or cached[0] != version:
-            cached = version, by_feature(self.indices.reshape(-1), self.n_features)
+            flat = self.indices.reshape(-1)
+            impl = resolve_impl(by_feature_op, None, flat.device)
+            cached = version, by_feature_op(flat, self.n_features, impl=impl)
             object.__setattr__(self, "_by_feature", cached)
         return cached[1]
 

@@ -174,8 +174,8 @@ def mangled(arguments):
             yield instead(value.new_zeros((0,) * value.dim()), "no entries")
             for axis in range(value.dim()):
                 size = value.shape[axis]
-                yield instead(value.select(axis, 0) if size else value[..., None], f"no axis {axis}")
                 if size:
+                    yield instead(value.select(axis, 0), f"no axis {axis}")
                     yield instead(value.narrow(axis, 0, size - 1).clone(), f"short axis {axis}")
                 yield instead(torch.cat([value, value], axis), f"long axis {axis}")
             if value.dtype == torch.int64 and value.numel():
@@ -187,3 +187,7 @@ def mangled(arguments):
         elif isinstance(value, int) and not isinstance(value, bool):
             for number in (-(2**62), -1, 0, 2**20):
                 yield instead(number, f"{number}")
+
+
+def copies(arguments):
+    return tuple(a.clone() if isinstance(a, torch.Tensor) else a for a in arguments)

@@ -23,7 +23,7 @@ from mikernels._dispatch import (
     check_shape,
     resolve_impl,
 )
-from mikernels.ops.pair_products import pair_products_op
+from mikernels.ops.pair_products import mixed_rows, pair_products_op
 
 
 def mix_reference(
@@ -81,10 +81,11 @@ class _EdgeScores(torch.autograd.Function):
             if weights is None:
                 return _mixed(rows, masks[0].to(rows.dtype), ctx.impl)
             # an example's mask is its own mixture of the replicates'
-            own = torch.einsum("qb,qwr->bwr", weights.to(masks.dtype), masks).to(rows.dtype)
+            each = mixed_rows(weights.T, masks.flatten(1)[None], ctx.impl)[0]
+            own = each.unflatten(1, masks.shape[1:]).to(rows.dtype)
             mixes = rows.new_empty(*rows.shape[:2], own.shape[2], rows.shape[3])
-            for b, mask in enumerate(own):
-                mixes[b] = _mixed(rows[b : b + 1], mask, ctx.impl)[0]
+            for b in range(rows.shape[0]):
+                mixes[b] = _mixed(rows[b : b + 1], own[b], ctx.impl)[0]
             return mixes
 
         ddelta = mixed(grad, ds.transpose(1, 2)) if ctx.needs_input_grad[0] else None

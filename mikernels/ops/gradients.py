@@ -24,6 +24,7 @@ import torch
 
 from mikernels._autocast import in_own_dtype
 from mikernels._dispatch import Op, accumulate_dtype, resolve_impl
+from mikernels._indices import check_indices, check_size
 
 
 def by_feature_reference(
@@ -62,15 +63,16 @@ def by_feature(indices: torch.Tensor, n_features: int) -> tuple[torch.Tensor, to
     Returns:
         offsets `[F + 1]` and order `[M]`, int64: positions of feature f, ascending, are
         `order[offsets[f]:offsets[f + 1]]`.
+
+    Raises:
+        TypeError, ValueError: for a dtype, shape or index other than the above.
     """
-    if indices.dtype != torch.int64:
-        raise TypeError(f"by_feature: indices must be int64, got {indices.dtype}")
+    check_size("by_feature", "n_features", n_features)
     if indices.dim() != 1:
         raise ValueError(
             f"by_feature: indices must be flat [M], got {list(indices.shape)}; pass .reshape(-1)"
         )
-    if n_features < 0:
-        raise ValueError(f"by_feature: n_features must be at least 0, got {n_features}")
+    check_indices("by_feature", "indices", indices, n_features)
     impl = resolve_impl(by_feature_op, None, indices.device)
     return by_feature_op(indices, n_features, impl=impl)
 
@@ -101,7 +103,7 @@ def feature_sum_reference(
     n_features = offsets.shape[0] - 1
     k = coefficients.shape[1]
     features = torch.arange(n_features, device=rows.device).repeat_interleave(offsets.diff())
-    flat = torch.empty_like(order).scatter_(0, order, features).reshape(-1, k)
+    flat = torch.empty_like(order).scatter_(0, order, features).reshape(coefficients.shape)
     dw = torch.zeros(n_features, rows.shape[1], dtype=acc, device=rows.device)
     for j in range(k):
         c = coefficients[:, j : j + 1].to(acc)
@@ -257,12 +259,36 @@ sae_gradients_op = Op(
 PIECE, BLOCK = 8192, 128
 
 
+class _WeightedRowSum(torch.autograd.Function):
+    @staticmethod
+    def forward(weights, rows):
+        return _row_sum(weights, rows)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    @in_own_dtype
+    def backward(ctx, d_total):
+        weights, rows = ctx.saved_tensors
+        # without a product, whose own backward autocast would round
+        d_weights = (rows.to(d_total.dtype) * d_total).sum(1).to(weights.dtype)
+        d_rows = (weights.to(d_total.dtype)[:, None] * d_total).to(rows.dtype)
+        return d_weights, d_rows
+
+
 @in_own_dtype
 def weighted_row_sum(weights: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """`weights @ rows` for `[F]` and `[F, d]`, in the accumulation dtype, without a wide copy.
 
-    It is b_dec's gradient through the encoder's input: F d products instead of N k d.
+    It is b_dec's gradient through the encoder's input: F d products instead of N k d. Recorded for
+    gradients if they are enabled.
     """
+    return (_WeightedRowSum.apply if torch.is_grad_enabled() else _row_sum)(weights, rows)
+
+
+def _row_sum(weights: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     acc = accumulate_dtype(rows.dtype)
     total = torch.zeros(rows.shape[1], dtype=acc, device=rows.device)
     for w, r in zip(weights.split(PIECE), rows.split(PIECE), strict=True):

@@ -81,7 +81,7 @@ class _Products(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        a, b, scale, _ = inputs
+        a, b, scale, ctx.impl = inputs
         ctx.save_for_backward(a, b, scale)
 
     @staticmethod
@@ -97,16 +97,46 @@ class _Products(torch.autograd.Function):
         acc = ds.dtype
         factor = None if scale is None else scale.to(acc)
         if need[0] or need[2]:
-            from_right = ds @ right.to(acc)
+            from_right = mixed_rows(ds, right, ctx.impl)
             if need[2]:
                 terms = (a.to(acc) * from_right).sum((0, 1))
                 dscale = (terms / 2 if b is None else terms).to(scale.dtype)
             if need[0]:
                 da = (from_right if factor is None else from_right * factor).to(a.dtype)
         if need[1]:
-            from_left = ds.T @ a.to(acc)
+            from_left = mixed_rows(ds.T, a, ctx.impl)
             db = (from_left if factor is None else from_left * factor).to(b.dtype)
         return da, db, dscale, None
+
+
+class _MixedRows(torch.autograd.Function):
+    @staticmethod
+    def forward(s, rows, impl):
+        return s @ rows.to(s.dtype)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        s, rows, ctx.impl = inputs
+        ctx.save_for_backward(s, rows)
+
+    @staticmethod
+    @in_own_dtype
+    def backward(ctx, dy):
+        s, rows = ctx.saved_tensors
+        ds = drows = None
+        if ctx.needs_input_grad[0]:
+            ds = _Products.apply(dy, rows.to(dy.dtype), None, ctx.impl)
+        if ctx.needs_input_grad[1]:
+            drows = mixed_rows(s.T, dy, ctx.impl).to(rows.dtype)
+        return ds, drows, None
+
+
+def mixed_rows(s: torch.Tensor, rows: torch.Tensor, impl: str) -> torch.Tensor:
+    """`s rows[b]` of s [n, m] and rows [B, m, D], in the dtype of s; recorded for gradients if they
+    are enabled, which a plain product would be too, but autocast would round its backward."""
+    if torch.is_grad_enabled():
+        return _MixedRows.apply(s, rows, impl)
+    return _MixedRows.forward(s, rows, impl)
 
 
 @in_own_dtype

@@ -20,6 +20,7 @@ from mikernels._dispatch import (
     check_shape,
     resolve_impl,
 )
+from mikernels._indices import check_indices
 
 # bytes of gathered gradients that the reference holds at a time
 CHUNK = 16 << 20
@@ -90,7 +91,7 @@ def positional_dot(
 
     Raises:
         TypeError, ValueError: for dtypes, devices or shapes other than the above.
-        RuntimeError: (CPU) for a position outside 0..P-1.
+        On a GPU a position outside 0..P-1 is an assertion on the device.
     """
     name = "positional_dot"
     check_floating(name, grads=grads, vectors=vectors, scale=scale)
@@ -106,6 +107,7 @@ def positional_dot(
             f"{name}: positions must be int64 on {grads.device}, got {positions.dtype} on "
             f"{positions.device}"
         )
+    check_indices(name, "positions", positions, grads.shape[1])
     impl = resolve_impl(positional_dot_op, impl, grads.device)
     operands = grads.detach(), vectors.detach()
     shape, acc = (vectors.shape[0], grads.shape[0]), accumulate_dtype(grads.dtype)
