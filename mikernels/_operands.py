@@ -10,6 +10,7 @@ The C++ kernels check their own; launchers of Triton kernels and references are 
     i64       int64
     N, F+1, N*k, R|1   a size, the same wherever the letter stands; `...` is any shape
     1..F      an int, 0.. without a limit
+    n==m      a flag that goes with equal sizes only
 
 Optional tensors may be None. 1 us for each tensor.
 """
@@ -24,6 +25,7 @@ import torch
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _TENSOR = re.compile(r"(T|U|acc|float|number|i64)\[(.*)\]")
+_EQUAL = re.compile(r"(\w+)==(\w+)")
 _RANGE = re.compile(r"(\d+)\.\.(\w*)")
 
 
@@ -42,6 +44,7 @@ class Operands:
         self.op = op
         self.tensors: list[tuple[int, str, str, str, tuple[str, ...]]] = []
         self.ints: list[tuple[int, str, int, str]] = []
+        self.flags: list[tuple[int, str, str, str]] = []
         for place, name in enumerate(names):
             rule = rules.get(name, "")
             if tensor := _TENSOR.fullmatch(rule):
@@ -49,6 +52,8 @@ class Operands:
                 self.tensors.append((place, name, rule, tensor[1], sizes))
             elif number := _RANGE.fullmatch(rule):
                 self.ints.append((place, name, int(number[1]), number[2]))
+            elif equal := _EQUAL.fullmatch(rule):
+                self.flags.append((place, name, equal[1], equal[2]))
             elif rule:
                 raise ValueError(f"{op}: {name} must follow the rules' form, got {rule!r}")
 
@@ -83,6 +88,12 @@ class Operands:
             if number < least or (most and number > sizes[most]):
                 limit = sizes[most] if most else ""
                 raise ValueError(f"{self.op}: {name} must be in {least}..{limit}, got {number}")
+
+        for place, name, one, other in self.flags:
+            if args[place] and sizes[one] != sizes[other]:
+                raise ValueError(
+                    f"{self.op}: {name} must be False for {sizes[one]} by {sizes[other]}, got True"
+                )
 
     def _is(self, kind: str, dtype: torch.dtype, dtypes: Mapping[str, torch.dtype]) -> bool:
         if kind == "i64":

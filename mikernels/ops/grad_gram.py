@@ -51,6 +51,7 @@ gram_op = Op(
         "grads": "T[n,t,o]",
         "acts2": "T[m,s,i]",
         "grads2": "T[m,s,o]",
+        "symmetric": "n==m",
         "out": "acc[n,m]",
     },
     triton="grad_gram:gram_products_",

@@ -103,6 +103,11 @@ def feature_sum_reference(
     n_features = offsets.shape[0] - 1
     k = coefficients.shape[1]
     features = torch.arange(n_features, device=rows.device).repeat_interleave(offsets.diff())
+    if features.shape != order.shape:
+        raise ValueError(
+            f"feature_sum: offsets must ascend from 0 to {order.shape[0]}, got {features.shape[0]} "
+            f"slots"
+        )
     flat = torch.empty_like(order).scatter_(0, order, features).reshape(coefficients.shape)
     dw = torch.zeros(n_features, rows.shape[1], dtype=acc, device=rows.device)
     for j in range(k):

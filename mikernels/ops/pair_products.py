@@ -61,6 +61,7 @@ pair_products_op = Op(
         "scale": "T[D]",
         "weights": "acc[Q,S]",
         "prefix": "i64[m]",
+        "symmetric": "n==m",
         "out": "acc[Q,n,m]",
     },
     triton="pair_products:pair_products_",

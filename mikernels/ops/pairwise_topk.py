@@ -124,6 +124,7 @@ pairwise_topk_op = Op(
         "col_scale": "T[m]",
         "row_rank": "i64[n]",
         "col_rank": "i64[m]",
+        "symmetric": "n==m",
         "k": "1..",
     },
     triton="pairwise_topk:pairwise_topk",
