@@ -3,8 +3,9 @@
 
 One program holds a block of one token's output and gathers that block of its k rows of w, four at
 a time so that as many loads are in flight. Sums run over the slots in stored order, in fp32: the
-same bits every time. Slots at 0 load nothing; an index outside 0..F-1 gives NaN and loads nothing. With `x`, the program goes on to the residual y - x
-and its square, which saves the three passes over [N, d] that eager code makes of them.
+same bits every time. Slots at 0 load nothing; an index outside 0..F-1 loads nothing and gives NaN.
+With `x`, the program goes on to the residual y - x and its square, which saves the three passes
+over [N, d] that eager code makes of them.
 """
 
 from __future__ import annotations
@@ -61,8 +62,8 @@ def _launch(values, indices, w, bias, x, out, squares) -> None:
     if n == 0 or d == 0:
         return
     _decode_kernel[(n, triton.cdiv(d, CONFIG["BLOCK"]))](
-        values, indices, w, bias, x, out, squares, k, d, w.shape[0], *values.stride(), *indices.stride(),
-        *w.stride(), 0 if bias is None else bias.stride(0),
+        values, indices, w, bias, x, out, squares, k, d, w.shape[0], *values.stride(),
+        *indices.stride(), *w.stride(), 0 if bias is None else bias.stride(0),
         *((0, 0) if x is None else x.stride()), UNROLL=UNROLL, **CONFIG,
     )  # fmt: skip
 
