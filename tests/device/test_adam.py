@@ -195,5 +195,5 @@ def test_mismatched_operands_raise(device):
             adam_rows_op(
                 *operands, *numbers, torch.ones((), device=device), True, True, impl="triton"
             )
-    with pytest.raises(ValueError, match=r"grad_sumsq: grad must be float\[R,C\] .* got"):
+    with pytest.raises(ValueError, match=r"grad_sumsq: param must be T\[R,C\] .* got"):
         grad_sumsq_op(w[:3], w, True, impl="triton")
