@@ -3,8 +3,9 @@
 
 One program holds a block of one token's output and gathers that block of its k rows of w, four at
 a time so that as many loads are in flight. Sums run over the slots in stored order, in fp32: the
-same bits every time. Slots at 0 load nothing. With `x`, the program goes on to the residual y - x
-and its square, which saves the three passes over [N, d] that eager code makes of them.
+same bits every time. Slots at 0 load nothing; an index outside 0..F-1 loads nothing and gives NaN.
+With `x`, the program goes on to the residual y - x and its square, which saves the three passes
+over [N, d] that eager code makes of them.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ CONFIG = {"BLOCK": 512, "num_warps": 4}
 
 
 # not d: where 16 divides it, a thread reads four numbers of a row at a time, else one
-@triton.jit(do_not_specialize=["k"])
+@triton.jit(do_not_specialize=["k", "n_features"])
 def _decode_kernel(
-    values_ptr, indices_ptr, w_ptr, bias_ptr, x_ptr, out_ptr, squares_ptr, k, d,
+    values_ptr, indices_ptr, w_ptr, bias_ptr, x_ptr, out_ptr, squares_ptr, k, d, n_features,
     stride_vn, stride_vk, stride_in, stride_ik, stride_wf, stride_wd, stride_b, stride_xn,
     stride_xd, UNROLL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -41,7 +42,9 @@ def _decode_kernel(
             index = tl.load(indices_ptr + row * stride_in + slot * stride_ik, mask=valid, other=0)
             # an inactive slot adds nothing, whatever its row holds
             active = inside & (value != 0)
-            w = tl.load(w_ptr + index * stride_wf + offset, mask=active, other=0.0)
+            reach = tl.where((index >= 0) & (index < n_features), d, 0)
+            there = active & (column < reach)
+            w = tl.load(w_ptr + index * stride_wf + offset, mask=there, other=float("nan"))
             total += tl.where(active, value * w.to(tl.float32), 0.0)
     if bias_ptr is not None:
         total += tl.load(bias_ptr + column * stride_b, mask=inside, other=0.0).to(tl.float32)
@@ -59,8 +62,8 @@ def _launch(values, indices, w, bias, x, out, squares) -> None:
     if n == 0 or d == 0:
         return
     _decode_kernel[(n, triton.cdiv(d, CONFIG["BLOCK"]))](
-        values, indices, w, bias, x, out, squares, k, d, *values.stride(), *indices.stride(),
-        *w.stride(), 0 if bias is None else bias.stride(0),
+        values, indices, w, bias, x, out, squares, k, d, w.shape[0], *values.stride(),
+        *indices.stride(), *w.stride(), 0 if bias is None else bias.stride(0),
         *((0, 0) if x is None else x.stride()), UNROLL=UNROLL, **CONFIG,
     )  # fmt: skip
 
@@ -92,7 +95,7 @@ def decode_error(
 
 def cases() -> list[Case]:
     strides = ("stride_vn", "stride_in", "stride_wf")
-    types = dict.fromkeys(("k", "d", *strides), "i32") | {"indices_ptr": "*i64"}
+    types = dict.fromkeys(("k", "d", "n_features", *strides), "i32") | {"indices_ptr": "*i64"}
     found = []
     for name in ("fp32", "bf16", "fp16"):
         pointers = dict.fromkeys(("values_ptr", "w_ptr", "bias_ptr", "out_ptr"), f"*{name}")

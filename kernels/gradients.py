@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """by_feature and gather_dot: see mikernels/ops/gradients.py.
 
-`gather_dot`: a program is a token and a block of its slots, with a loop over columns.
+`gather_dot`: a program is a token and a block of its slots, with a loop over columns. An index
+outside 0..F-1 gives NaN, and nothing outside w is read.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ def by_feature(indices: torch.Tensor, n_features: int) -> tuple[torch.Tensor, to
     return torch.searchsorted(features, bounds), order
 
 
-@triton.jit(do_not_specialize=["k"])
+@triton.jit(do_not_specialize=["k", "n_features"])
 def _gather_dot_kernel(
-    rows, w, indices, out, k, d, rows_n, rows_d, w_f, w_d, indices_n, indices_k,
+    rows, w, indices, out, k, d, n_features, rows_n, rows_d, w_f, w_d, indices_n, indices_k,
     BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(k, BLOCK_K)
@@ -34,15 +35,16 @@ def _gather_dot_kernel(
     slots = tl.program_id(0) % blocks * BLOCK_K + tl.arange(0, BLOCK_K)
     real = slots < k
     feature = tl.load(indices + token * indices_n + slots.to(tl.int64) * indices_k, real, other=0)
+    inside_w = real & (feature >= 0) & (feature < n_features)
     acc = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     for start in range(0, d, BLOCK_D):
         columns = (start + tl.arange(0, BLOCK_D)).to(tl.int64)
         inside = columns < d
         row = tl.load(rows + token * rows_n + columns * rows_d, inside, other=0).to(tl.float32)
         at = feature[:, None] * w_f + columns[None, :] * w_d
-        weights = tl.load(w + at, real[:, None] & inside[None, :], other=0)
+        weights = tl.load(w + at, inside_w[:, None] & inside[None, :], other=0)
         acc += weights.to(tl.float32) * row[None, :]
-    dots = tl.sum(acc, 1)
+    dots = tl.where(inside_w, tl.sum(acc, 1), float("nan"))
     tl.store(out + token * k + slots, dots.to(out.dtype.element_ty), real)
 
 
@@ -68,6 +70,7 @@ def gather_dots(
         out,
         k,
         d,
+        w.shape[0],
         *rows.stride(),
         *w.stride(),
         *indices.stride(),
@@ -87,7 +90,7 @@ def cases() -> list[offline.Case]:
     for dtype in ("fp32", "bf16", "fp16"):
         strides = dict.fromkeys(("rows_n", "w_f"), "i32")
         types = {"rows": f"*{dtype}", "w": f"*{dtype}", "indices": "*i64", "out": f"*{dtype}"}
-        types |= {"k": "i32", "d": "i32", **strides, "indices_n": "i32"}
+        types |= {"k": "i32", "d": "i32", "n_features": "i32", **strides, "indices_n": "i32"}
         for block_d, block_k in GATHER_TILES.items():
             if dtype != "bf16" and block_d < 512:
                 continue

@@ -165,7 +165,8 @@ def sae_gradients_(
         sum_by_feature(values, values, dy, offsets, order, dw_dec, None, accumulate)
         sum_by_feature(dvalues, values, x, offsets, order, dw_enc, db_enc, accumulate)
         return
-    values, order, offsets = values.contiguous(), order.contiguous(), offsets.contiguous()
+    values = values.contiguous()
+    offsets, order = gradients_slots.inside(offsets, order, slots)
     bits = gradients_slots.chunk_bits(slots)
     shares = gradients_slots.shares(slots, bits)
     partial = dy.new_empty(shares, 2, d, dtype=torch.float32)

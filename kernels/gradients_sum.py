@@ -106,7 +106,7 @@ def sum_by_feature(
     if n_features == 0:
         return
     coefficients, gates = coefficients.contiguous(), gates.contiguous()
-    offsets, order = offsets.contiguous(), order.contiguous()
+    offsets, order = slot_work.inside(offsets, order, slots)
     block_d = min(max(64, triton.next_power_of_2(d)), 1024)
     entries, warps = SUM_TILES[block_d]
     short = slot_work.is_short(slots)

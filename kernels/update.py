@@ -140,7 +140,7 @@ def sae_update_(
     if n_features == 0:
         return w_dec.new_empty(0, dtype=torch.float32), w_dec.new_zeros(d, dtype=torch.float32)
     settings = lr, beta1, beta2, eps, step, clip
-    values, order, offsets = values.contiguous(), order.contiguous(), offsets.contiguous()
+    values = values.contiguous()
     db_enc = w_dec.new_empty(n_features, dtype=torch.float32)
     # at odd widths every element has its own address, and ten rows of 4096 spill
     if d > (WIDEST if d % 16 == 0 else WIDEST // 2):
@@ -151,6 +151,7 @@ def sae_update_(
                 shadow.copy_(weight)
         return db_enc, d_input
     slots, k = values.numel(), values.shape[1]
+    offsets, order = gradients_slots.inside(offsets, order, slots)
     bits = gradients_slots.chunk_bits(slots)
     shares = gradients_slots.shares(slots, bits)
     partial = dy.new_empty(shares, 2, d, dtype=torch.float32)

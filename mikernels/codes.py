@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from mikernels.ops.gradients import by_feature
+from mikernels._dispatch import resolve_impl
+from mikernels._indices import check_indices, check_size
+from mikernels.ops.gradients import by_feature_op
 
 
 @dataclass(frozen=True, eq=False)
@@ -15,12 +17,16 @@ class SparseCodes:
     """k active features a token, padded: `codes[..., indices[..., j]] = values[..., j]`.
 
     Indices within a token are distinct; slots whose value is 0 are inactive. Gradients flow through
-    `values`.
+    `values`. Indices are checked here: on the CPU in one read (33 us for 4096 tokens of 32), on a
+    GPU by an assertion on the device. Those that the operators themselves find are not.
 
     Attributes:
         values: `[..., k]` floating.
         indices: `[..., k]` int64 in 0..n_features-1.
         n_features: F.
+
+    Raises:
+        TypeError, ValueError: for dtypes, devices, shapes or indices other than the above.
     """
 
     values: torch.Tensor
@@ -28,6 +34,27 @@ class SparseCodes:
     n_features: int
 
     def __post_init__(self) -> None:
+        self._check_form()
+        check_indices("SparseCodes", "indices", self.indices, self.n_features)
+
+    @classmethod
+    def _trusted(cls, values: torch.Tensor, indices: torch.Tensor, n_features: int) -> SparseCodes:
+        """Codes whose indices are known to be below F: an operator's, or part of other codes."""
+        codes = object.__new__(cls)
+        object.__setattr__(codes, "values", values)
+        object.__setattr__(codes, "indices", indices)
+        object.__setattr__(codes, "n_features", n_features)
+        codes._check_form()
+        return codes
+
+    def _check_form(self) -> None:
+        check_size("SparseCodes", "n_features", self.n_features)
+        for name in ("values", "indices"):
+            if not isinstance(getattr(self, name), torch.Tensor):
+                raise TypeError(
+                    f"SparseCodes: {name} must be a torch.Tensor, got "
+                    f"{type(getattr(self, name)).__name__}"
+                )
         if self.values.shape != self.indices.shape:
             raise ValueError(
                 f"SparseCodes: values and indices must have one shape, got "
@@ -68,15 +95,20 @@ class SparseCodes:
                 f"SparseCodes: expected at most {leading} leading indices and no ellipsis, "
                 f"got {used}"
             )
-        return SparseCodes(self.values[index], self.indices[index], self.n_features)
+        return SparseCodes._trusted(self.values[index], self.indices[index], self.n_features)
 
     def to(self, *args, **kwargs) -> SparseCodes:
         """`Tensor.to` for device and floating dtype; indices stay int64."""
         values = self.values.to(*args, **kwargs)
-        return SparseCodes(values, self.indices.to(values.device), self.n_features)
+        return SparseCodes._trusted(values, self.indices.to(values.device), self.n_features)
 
     def detach(self) -> SparseCodes:
-        return SparseCodes(self.values.detach(), self.indices, self.n_features)
+        return SparseCodes._trusted(self.values.detach(), self.indices, self.n_features)
+
+    def flat(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """values and indices as `[tokens, k]`."""
+        shape = self.values.shape[:-1].numel(), self.k
+        return self.values.reshape(shape), self.indices.reshape(shape)
 
     def to_dense(self) -> torch.Tensor:
         """`[..., F]`, zeros elsewhere; differentiable in `values`."""
@@ -88,16 +120,22 @@ class SparseCodes:
         from mikernels.ops.row_topk import row_topk
 
         if k is None:
+            if dense.shape[-1] == 0:
+                return cls._trusted(dense, dense.to(torch.int64), 0)
             k = max(1, int((dense != 0).sum(-1).max())) if dense.numel() else 1
             _, indices = row_topk(dense.detach().abs(), k)
-            return cls(dense.gather(-1, indices), indices, dense.shape[-1])
+            return cls._trusted(dense.gather(-1, indices), indices, dense.shape[-1])
         values, indices = row_topk(dense, k)
-        return cls(values, indices, dense.shape[-1])
+        return cls._trusted(values, indices, dense.shape[-1])
 
     def to_csr(self) -> torch.Tensor:
         """A torch sparse CSR matrix `[tokens, F]` of the non-zero codes."""
-        flat_values = self.values.reshape(-1, self.k)
-        flat_indices, order = self.indices.reshape(-1, self.k).sort(dim=-1)
+        flat_values, flat_indices = self.flat()
+        flat_indices, order = flat_indices.sort(dim=-1)
+        # products with a CSR matrix trust it, and indices may have changed in place since they were
+        # checked; of a sorted row the ends are enough
+        ends = flat_indices[:, :: max(1, self.k - 1)]
+        check_indices("SparseCodes.to_csr", "indices", ends, self.n_features)
         flat_values = flat_values.gather(-1, order)
         kept = flat_values != 0
         rows = torch.zeros(kept.shape[0] + 1, dtype=torch.int64, device=kept.device)
@@ -112,12 +150,15 @@ class SparseCodes:
 
     def by_feature(self) -> tuple[torch.Tensor, torch.Tensor]:
         """`(offsets [F + 1], order [tokens * k])` int64: the slots of feature f, token-ascending,
-        are `order[offsets[f]:offsets[f + 1]]`. Computed once and kept."""
+        are `order[offsets[f]:offsets[f + 1]]`. Computed once and kept until the indices change."""
+        version = None if self.indices.is_inference() else self.indices._version
         cached = self.__dict__.get("_by_feature")
-        if cached is None:
-            cached = by_feature(self.indices.reshape(-1), self.n_features)
+        if cached is None or cached[0] != version:
+            flat = self.indices.reshape(-1)
+            impl = resolve_impl(by_feature_op, None, flat.device)
+            cached = version, by_feature_op(flat, self.n_features, impl=impl)
             object.__setattr__(self, "_by_feature", cached)
-        return cached
+        return cached[1]
 
     def fired(self) -> torch.Tensor:
         """`[F]` int64: the number of tokens on which each feature is active (value != 0)."""

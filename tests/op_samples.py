@@ -154,3 +154,40 @@ HOSTILE = {
     ),
     **pair_samples.HOSTILE,
 }
+
+
+def mangled(arguments):
+    """(what was done, arguments): one argument at a time replaced by what it must not be."""
+    for place, value in enumerate(arguments):
+
+        def instead(other, what, place=place):
+            return f"argument {place}: {what}", (*arguments[:place], other, *arguments[place + 1 :])
+
+        if isinstance(value, torch.Tensor):
+            for dtype in (torch.int64, torch.int32, torch.bool, torch.complex64, torch.float8_e5m2):
+                if dtype != value.dtype:
+                    yield instead(value.to(dtype), f"{dtype}")
+            for dtype in (torch.float16, torch.float32, torch.float64):
+                if dtype != value.dtype:
+                    yield instead(value.to(dtype), f"{dtype}")
+            yield instead(value[None], "one dimension more")
+            yield instead(value.new_zeros((0,) * value.dim()), "no entries")
+            for axis in range(value.dim()):
+                size = value.shape[axis]
+                if size:
+                    yield instead(value.select(axis, 0), f"no axis {axis}")
+                    yield instead(value.narrow(axis, 0, size - 1).clone(), f"short axis {axis}")
+                yield instead(torch.cat([value, value], axis), f"long axis {axis}")
+            if value.dtype == torch.int64 and value.numel():
+                for number in (-1, -(2**62), 2**20, 2**62):
+                    other = value.clone()
+                    other.view(-1)[-1] = number
+                    yield instead(other, f"{number} among the entries")
+                yield instead(value.flip(-1) if value.dim() else value - 9, "reversed")
+        elif isinstance(value, int) and not isinstance(value, bool):
+            for number in (-(2**62), -1, 0, 2**20):
+                yield instead(number, f"{number}")
+
+
+def copies(arguments):
+    return tuple(a.clone() if isinstance(a, torch.Tensor) else a for a in arguments)

@@ -19,7 +19,7 @@ sys.modules["mikernels._C"] = extension
 sys.path.append(str(Path(__file__).parent))
 
 from encode_cases import ADVERSARIAL, NON_FINITE  # noqa: E402
-from op_samples import HOSTILE, LAYOUTS, SAMPLES  # noqa: E402
+from op_samples import HOSTILE, LAYOUTS, SAMPLES, copies, mangled  # noqa: E402
 from oracle import DTYPES, randint, randn  # noqa: E402
 from pairwise_cases import POWERS, SPECIAL, near_ties  # noqa: E402
 
@@ -148,12 +148,19 @@ def hostile() -> None:
         print("hostile", name)
         try:
             OPS[op].default(*arguments)
-        except RuntimeError:
+        except (RuntimeError, TypeError, ValueError):
             continue
         sys.exit(f"{name}: accepted")
+    for name, make in SAMPLES.items():
+        print("mangled", name)
+        for arguments in make(LAYOUTS["dense"], 5, torch.float32):
+            for _, bad in mangled(arguments):
+                with suppress(RuntimeError, TypeError, ValueError):
+                    OPS[name].default(*copies(bad))
     for index in (6, -1, 2**40):
         print("hostile index", index)
-        codes = SparseCodes(torch.ones(2, 2), torch.tensor([[0, 1], [2, index]]), 6)
+        codes = SparseCodes(torch.ones(2, 2), torch.tensor([[0, 1], [2, 3]]), 6)
+        codes.indices[1, 1] = index
         try:
             sparse_decode(codes, torch.ones(6, 3))
         except RuntimeError:

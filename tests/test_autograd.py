@@ -143,14 +143,77 @@ def test_autograd_of_expanded_and_strided_output_gradients(impl, name):
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_autograd_twice_raises(impl, name):
+def test_autograd_gradgradcheck(impl, name):
     function, shapes = FUNCTIONS[name]
     inputs = leaves(*shapes)
-    first = torch.autograd.grad(
-        function(impl, *inputs).square().sum(), inputs, create_graph=True, allow_unused=True
-    )
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        sum(g.sum() for g in first if g.requires_grad).backward()
+    assert torch.autograd.gradgradcheck(lambda *args: function(impl, *args), inputs)
+
+
+def row_topk_in_torch(s):
+    return s.gather(-1, row_topk(s.detach(), K)[1])
+
+
+def encode_in_torch(x, w, b, c):
+    h = (x - c) @ w.T + b
+    return h.gather(-1, topk_encode(x, w, b, k=K, b_dec=c).indices).relu()
+
+
+def decode_in_torch(v, w, b):
+    return v.new_zeros(N, F).scatter(-1, INDICES, v) @ w + b
+
+
+# what the functions of the same names compute, in differentiable torch
+IN_TORCH = {
+    "row_topk": row_topk_in_torch,
+    "topk_encode": encode_in_torch,
+    "sparse_decode": decode_in_torch,
+    "pairwise_products": lambda a, b, w: torch.einsum("bid,d,bjd->ij", a, w, b),
+    "pairwise_products of one side": lambda a, w: torch.einsum("bid,d,bjd->ij", a, w, a),
+    "edge_scores": lambda delta, grad: torch.einsum("bpwd,bprd->wr", delta, grad),
+    "edge_scores prefix and weights": lambda delta, grad: torch.einsum(
+        "qb,bpwd,bprd->qwr", COUNTS.double(), delta, grad
+    ).where(torch.arange(N)[:, None] < PREFIX, 0),
+    "edge_mix": lambda base, delta, mask: base + torch.einsum("wr,bpwd->bprd", mask, delta),
+}
+
+
+def cubes(function):
+    """A scalar whose second and third derivatives are not constant."""
+    return lambda *args: function(*args).pow(3).sum()
+
+
+@pytest.mark.parametrize("name", IN_TORCH)
+def test_autograd_second_derivatives_are_those_of_torch(impl, name):
+    function, shapes = FUNCTIONS[name]
+    inputs = [t.detach() for t in leaves(*shapes)]
+    ours, torchs = cubes(lambda *args: function(impl, *args)), cubes(IN_TORCH[name])
+    hessian = torch.autograd.functional.hessian(ours, tuple(inputs))
+    for mine, theirs in zip(
+        hessian, torch.autograd.functional.hessian(torchs, tuple(inputs)), strict=True
+    ):
+        for a, b in zip(mine, theirs, strict=True):
+            torch.testing.assert_close(a, b)
+    assert any(block.any() for row in hessian for block in row)
+    places = tuple(range(len(inputs)))
+
+    def twice(f):
+        inner = torch.func.grad(f, places)
+        return torch.func.grad(lambda *args: sum(g.pow(2).sum() for g in inner(*args)), places)
+
+    for order in (twice, lambda f: twice(lambda *args: twice(f)(*args)[0].sum())):
+        for a, b in zip(order(ours)(*inputs), order(torchs)(*inputs), strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_autograd_hvp_of_an_sae(impl):
+    inputs = [t.detach() for t in leaves((N, D), (F, D), (F,), (F, D), (D,))]
+    v = tuple(randn(*t.shape, dtype=torch.float64, seed=5) for t in inputs)
+    codes, _ = sae(impl, *inputs, K)
+    ours = torch.autograd.functional.hvp(cubes(lambda *a: sae(impl, *a, K)[1]), tuple(inputs), v)
+    theirs = torch.autograd.functional.hvp(cubes(lambda *a: dense_sae(codes, *a)), tuple(inputs), v)
+    for a, b in zip(ours[1], theirs[1], strict=True):
+        assert b.any()
+        torch.testing.assert_close(a, b)
 
 
 def sae(impl, x, w_enc, b_enc, w_dec, b_dec, k):

@@ -219,7 +219,8 @@ def test_circuits_print():
     for text in ("-0.25", "opposing", "circuit 2: [x], blocks.3.attn"):
         assert text in shown
     assert shown.count("[x]") == 2
-    assert str(interpret_circuits(Interactions(*torch.ones(3, 0), (0, 0)), ())).startswith("source")
+    nothing = Interactions(torch.ones(0), *torch.zeros(2, 0, dtype=torch.int64), (0, 0))
+    assert str(interpret_circuits(nothing, ())).startswith("source")
 
 
 def test_circuits_of_directed_pairs():

@@ -165,7 +165,10 @@ def test_decode_property(impl, data):
 
 @pytest.mark.parametrize("index", [6, -1, 2**40, -(2**40)])
 def test_decode_of_an_index_out_of_range_raises(impl, index):
-    codes = SparseCodes(torch.ones(2, 2), torch.tensor([[0, 1], [2, index]]), 6)
+    with pytest.raises(ValueError, match=rf"SparseCodes: indices must be in 0..5, got {index}"):
+        SparseCodes(torch.ones(2, 2), torch.tensor([[0, 1], [2, index]]), 6)
+    codes = SparseCodes(torch.ones(2, 2), torch.tensor([[0, 1], [2, 3]]), 6)
+    codes.indices[1, 1] = index
     with pytest.raises((IndexError, RuntimeError, ValueError), match=r"ind(ex|ices)"):
         sparse_decode(codes, torch.ones(6, 3), impl=impl)
 

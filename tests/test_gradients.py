@@ -14,7 +14,7 @@ from oracle import (
     unchanged,
 )
 
-from mikernels import by_feature
+from mikernels import by_feature, topk_encode
 from mikernels._dispatch import resolve_impl
 from mikernels.ops.gradients import by_feature_op, feature_sum_op, gather_dot_op, sae_gradients_op
 
@@ -201,3 +201,27 @@ def test_gather_dot_of_an_index_out_of_range_raises(level, index):
     resolve_impl(gather_dot_op, "cpp", torch.device("cpu"))
     with pytest.raises(RuntimeError, match="indices must be in"):
         gather_dot_op(randn(2, 3), randn(9, 3), torch.tensor([[0, 1], [2, index]]))
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_slots_at_zero_take_nothing_from_rows_without_numbers(impl, value):
+    rows = torch.ones(2, 4)
+    rows[0] = value
+    coefficients, indices = torch.tensor([[0.0, 0.0], [2.0, 0.0]]), torch.tensor([[0, 1], [1, 2]])
+    dw, db = feature_sum_op(coefficients, rows, *by_feature(indices.reshape(-1), 3), impl=impl)
+    assert torch.equal(dw, torch.tensor([0.0, 2.0, 0.0])[:, None].expand(3, 4))
+    assert torch.equal(db, torch.tensor([0.0, 2.0, 0.0]))
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_gradients_of_clamped_slots_are_zero_whatever_comes_back(impl, value):
+    x = randn(6, 8).requires_grad_()
+    w = randn(30, 8, seed=1).requires_grad_()
+    codes = topk_encode(x, w, torch.full((30,), -3.0), k=20, impl=impl)
+    clamped = codes.values == 0
+    assert clamped.any() and not clamped.all()
+    dense = codes.values.detach().sign()
+    expected = torch.autograd.grad(codes.values, (x, w), dense, retain_graph=True)
+    actual = torch.autograd.grad(codes.values, (x, w), dense.masked_fill(clamped, value))
+    for a, e in zip(actual, expected, strict=True):
+        assert torch.equal(a, e)

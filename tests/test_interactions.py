@@ -60,8 +60,15 @@ def test_interactions_errors(change, got):
 
 
 def test_interactions_outside_their_matrix_are_no_sparse_tensor():
-    outside = dataclasses.replace(FOUND, shape=(4, 4))
+    with pytest.raises(ValueError, match=r"Interactions: cols must be in 0\.\.3, got 4"):
+        dataclasses.replace(FOUND, shape=(4, 4))
+    negative = Interactions(FOUND.values, FOUND.rows.clone(), FOUND.cols, FOUND.shape)
+    negative.rows[0] = -1
+    with pytest.raises(ValueError, match="Interactions: rows must be in .* got -1"):
+        negative.to_dense()
     with pytest.raises(RuntimeError, match="size|ind"):
-        outside.to_coo()
-    with pytest.raises(IndexError, match="out of bounds"):
-        outside.to_dense()
+        negative.to_coo()
+    with pytest.raises(TypeError, match=r"Interactions: rows must be int64, got torch.int32"):
+        dataclasses.replace(FOUND, rows=FOUND.rows.int())
+    with pytest.raises(ValueError, match="Interactions: shape must be at least 0, got -1"):
+        dataclasses.replace(FOUND, shape=(-1, 4))

@@ -126,7 +126,7 @@ X, OUT = torch.ones(4, 3), torch.zeros(3, 3)
         (X, {"mask": X[0] > 0}, ValueError, r"mask must have shape \[4\], got \[3\]"),
         (X, {"mask": X[:, 0]}, TypeError, "mask must be bool, got torch.float32; pass mask != 0"),
         (X, {"out": OUT[:2]}, ValueError, r"out must have shape \[3, 3\], got \[2, 3\]"),
-        (X, {"out": OUT.half()}, TypeError, "out must be torch.float32 or torch.float64, got"),
+        (X, {"out": OUT.half()}, TypeError, "out must be torch.float32 or torch.float64 for"),
         (X.double(), {"out": OUT}, TypeError, "out must be torch.float64 .*, got torch.float32"),
         (X, {"out": OUT.clone().requires_grad_()}, ValueError, "out must not require grad"),
         (X, {"out": OUT.to("meta")}, ValueError, "out must be on cpu, got meta"),

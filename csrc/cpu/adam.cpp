@@ -33,8 +33,8 @@ void dispatch_pair(const Tensor& param, const Tensor& grad, const F& f) {
 }
 
 // lr, step and clip are tensors for the sake of CUDA graphs; here they are read once a call
-double number(const Tensor& t, const char* message) {
-  check(t.numel() == 1, message);
+double number(const Tensor& t, bool whole, const char* message) {
+  check(t.dim() == 0 && (whole || t.scalar_type() != ScalarType::Long), message);
   switch (t.scalar_type()) {
     case ScalarType::Double:
       return *data<double>(t);
@@ -51,14 +51,16 @@ void adam_rows(Tensor param, Tensor grad, Tensor exp_avg, Tensor exp_avg_sq, Ten
                double beta1, double beta2, double eps, Tensor step_tensor, Tensor clip,
                bool project, bool unit_norm) {
   grad = torch::stable::contiguous(grad);
-  const double factor = number(clip, "adam_rows_: clip must be one float32 or float64");
-  const double lr = number(lr_tensor, "adam_rows_: lr must be one float32 or float64");
-  const double step = number(step_tensor, "adam_rows_: step must be one int64, float32 or float64");
+  const double factor = number(clip, false, "adam_rows_: clip must be one float32 or float64");
+  const double lr = number(lr_tensor, false, "adam_rows_: lr must be one float32 or float64");
+  const double step = number(step_tensor, true, "adam_rows_: step must be one int64, float32 or float64");
   check(step >= 1, "adam_rows_: step must be at least 1");
   dispatch_pair(param, grad, [&]<class P, class G, class A>(P*, G*, A) {
     for (const Tensor* state : {&exp_avg, &exp_avg_sq})
-      check(state->is_contiguous() && state->numel() == param.numel() &&
-                state->element_size() == sizeof(A),
+      check(state->is_contiguous() && state->dim() == 2 && state->size(0) == param.size(0) &&
+                state->size(1) == param.size(1) &&
+                state->scalar_type() == (sizeof(A) == sizeof(double) ? ScalarType::Double
+                                                                     : ScalarType::Float),
             "adam_rows_: exp_avg and exp_avg_sq must be contiguous, of the parameter's shape, in "
             "its accumulation dtype");
     const int64_t rows = param.size(0), d = param.size(1);

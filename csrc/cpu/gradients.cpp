@@ -14,6 +14,7 @@ namespace mik {
 namespace {
 
 std::tuple<Tensor, Tensor> by_feature(Tensor indices, int64_t n_features) {
+  check(indices.dim() == 1, "by_feature: indices must be flat");
   indices = torch::stable::contiguous(indices);
   const int64_t count = indices.numel();
   check(n_features >= 0, "by_feature: n_features must be at least 0");
@@ -54,7 +55,8 @@ Tensor gather_dot(Tensor rows, Tensor w, Tensor indices) {
 
 void check_slots(const char* op, const Tensor& offsets, const Tensor& order, int64_t slots) {
   check(offsets.dim() == 1 && offsets.scalar_type() == ScalarType::Long &&
-            offsets.is_contiguous() && order.is_contiguous() && order.numel() == slots,
+            offsets.is_contiguous() && order.is_contiguous() && order.dim() == 1 &&
+            order.numel() == slots,
         "expected offsets [F + 1] and order [N k] as by_feature returns them");
   const int64_t *offset = data<int64_t>(offsets), n_features = offsets.size(0) - 1;
   bool ascending = n_features >= 0 && offset[0] == 0 && offset[n_features] == slots;
@@ -125,10 +127,14 @@ void sae_gradients(Tensor values, Tensor indices, Tensor offsets, Tensor order, 
             dy.size(1) == w_dec.size(1) && x.size(1) == w_dec.size(1) &&
             values.scalar_type() == dy.scalar_type() && x.scalar_type() == dy.scalar_type(),
         "sae_gradients_: expected values [N, k], dy and x [N, d] of one dtype, w_dec [F, d]");
+  check(indices.dim() == 2 && indices.size(0) == values.size(0) &&
+            indices.size(1) == values.size(1) && indices.scalar_type() == ScalarType::Long,
+        "sae_gradients_: indices must be [N, k] int64");
   const int64_t k = values.size(1), d = w_dec.size(1), n_features = w_dec.size(0);
   for (const Tensor* out : {&dw_dec, &dw_enc, &db_enc})
     check(out->is_contiguous() && out->scalar_type() == ScalarType::Float &&
-              out->numel() == (out == &db_enc ? n_features : n_features * d),
+              out->dim() == (out == &db_enc ? 1 : 2) && out->size(0) == n_features &&
+              (out == &db_enc || out->size(1) == d),
           "sae_gradients_: dw_dec, dw_enc [F, d] and db_enc [F] must be contiguous float32");
   values = torch::stable::contiguous(values);
   offsets = torch::stable::contiguous(offsets);

@@ -91,6 +91,8 @@ double sorted_threshold(const T* x, int64_t n, double frac) {
   std::vector<double> sorted(n);
   for (int64_t i = 0; i < n; ++i)
     sorted[i] = std::fabs(static_cast<double>(static_cast<accumulator_t<T>>(x[i])));
+  // std::sort walks out of its range where the order is none
+  for (double v : sorted) check(!std::isnan(v), "mass_threshold: x must not hold NaN");
   std::sort(sorted.begin(), sorted.end(), std::greater<>());
   double total = 0, above = 0;
   for (double v : sorted) total += v;

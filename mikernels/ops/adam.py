@@ -60,6 +60,15 @@ adam_rows_op = Op(
     " bool unit_norm) -> ()",
     reference,
     lambda *args: None,
+    operands={
+        "param": "T[R,C]",
+        "grad": "float[R,C]",
+        "exp_avg": "acc[R,C]",
+        "exp_avg_sq": "acc[R,C]",
+        "lr": "float[]",
+        "step": "number[]",
+        "clip": "float[]",
+    },
     triton="adam:adam_rows_",
 )
 
@@ -76,5 +85,6 @@ grad_sumsq_op = Op(
     "grad_sumsq(Tensor grad, Tensor param, bool project) -> Tensor",
     sumsq_reference,
     lambda grad, param, project: grad.new_empty((), dtype=torch.float64),
+    operands={"grad": "float[R,C]", "param": "T[R,C]"},
     triton="adam_sumsq:grad_sumsq",
 )

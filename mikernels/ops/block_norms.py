@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import torch
 
+from mikernels._autocast import in_own_dtype
 from mikernels._dispatch import Op, accumulate_dtype, check_floating, resolve_impl
 
 
@@ -28,10 +29,12 @@ block_norms_op = Op(
     "block_norms(Tensor a, Tensor b) -> Tensor",
     reference,
     lambda a, b: a.new_empty(a.shape[0], b.shape[0], dtype=accumulate_dtype(a.dtype)),
+    operands={"a": "T[n,r,d]", "b": "T[m,d,s]"},
     triton="block_norms:block_norms",
 )
 
 
+@in_own_dtype
 def block_norms(a: torch.Tensor, b: torch.Tensor, *, impl: str | None = None) -> torch.Tensor:
     """`|a[i] b[j]|_F` for every pair of matrices.
 

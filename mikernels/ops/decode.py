@@ -13,11 +13,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from torch.autograd.function import once_differentiable
 
+from mikernels._autocast import in_own_dtype
 from mikernels._crossover import sparse_wins
 from mikernels._dispatch import Op, accumulate_dtype, check_floating, check_shape, resolve_impl
-from mikernels.ops.gradients import by_feature_op, feature_sum_op, gather_dot_op
+from mikernels.ops.gradients import feature_sums, gather_dots
 
 if TYPE_CHECKING:
     from mikernels.codes import SparseCodes
@@ -38,6 +38,7 @@ decode_op = Op(
     "decode(Tensor values, Tensor indices, Tensor w, Tensor? bias) -> Tensor",
     reference,
     lambda values, indices, w, bias: values.new_empty(values.shape[0], w.shape[1]),
+    operands={"values": "T[N,k]", "indices": "i64[N,k]", "w": "T[F,d]", "bias": "T[d]"},
     triton="decode:decode",
 )
 
@@ -61,6 +62,13 @@ decode_error_op = Op(
     " -> (Tensor error, Tensor squares)",
     error_reference,
     lambda values, indices, w, bias, x: (x.new_empty(x.shape), x.new_empty(x.shape[0])),
+    operands={
+        "values": "T[N,k]",
+        "indices": "i64[N,k]",
+        "w": "T[F,d]",
+        "bias": "T[d]",
+        "x": "acc[N,d]",
+    },
     triton="decode:decode_error",
 )
 
@@ -75,7 +83,7 @@ def _dense(
     """By a product with the scattered codes, in chunks of tokens: where k / F is not small."""
     n, f = values.shape[0], w.shape[0]
     out = values.new_empty(n, w.shape[1])
-    rows = max(1, DENSE_SCRATCH // (f * values.element_size()))
+    rows = max(1, DENSE_SCRATCH // max(1, f * values.element_size()))
     for first in range(0, n, rows):
         here = slice(first, first + rows)
         codes = values.new_zeros(out[here].shape[0], f).scatter_(1, indices[here], values[here])
@@ -90,6 +98,7 @@ def _forward(values, indices, w, bias, impl) -> torch.Tensor:
     return decode_op(values, indices, w, bias, impl=impl)
 
 
+@in_own_dtype
 def decode_error(
     codes: SparseCodes, w_dec: torch.Tensor, b_dec: torch.Tensor | None, x: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -121,21 +130,30 @@ class _Decode(torch.autograd.Function):
         ctx.save_for_backward(values, indices, w)
 
     @staticmethod
-    @once_differentiable
+    @in_own_dtype
     def backward(ctx, dy):
         values, indices, w = ctx.saved_tensors
         dvalues = dw = dbias = None
         if ctx.needs_input_grad[0]:
-            dvalues = gather_dot_op(dy, w, indices, impl=ctx.impl)
+            dvalues = gather_dots(dy, w, indices, ctx.impl)
         if ctx.needs_input_grad[2]:
             # sorted again here rather than kept: 1 ms against the 60 ms of the sums (S1, 2 cores)
-            slots = by_feature_op(indices.reshape(-1), w.shape[0], impl=ctx.impl)
-            dw, _ = feature_sum_op(values, dy, *slots, impl=ctx.impl)
+            dw, _ = feature_sums(values, dy, indices, w.shape[0], ctx.impl)
         if ctx.needs_input_grad[3]:
             dbias = dy.sum(0, dtype=accumulate_dtype(dy.dtype)).to(dy.dtype)
         return dvalues, None, dw, dbias, None
 
 
+def decoded(
+    values: torch.Tensor, indices: torch.Tensor, w: torch.Tensor, impl: str
+) -> torch.Tensor:
+    """`decode` by its slots, recorded for gradients if they are enabled."""
+    if torch.is_grad_enabled():
+        return _Decode.apply(values, indices, w, None, impl)
+    return decode_op(values, indices, w, None, impl=impl)
+
+
+@in_own_dtype
 def sparse_decode(
     codes: SparseCodes,
     w_dec: torch.Tensor,
@@ -157,7 +175,7 @@ def sparse_decode(
         impl: None (best for the device and k / F), "cpp", "triton" or "reference".
 
     Returns:
-        `[..., d]`, or `[len(prefixes), ..., d]`.
+        `[..., d]`, or `[len(prefixes), ..., d]`. Gradients of any order: values, w_dec, b_dec.
 
     Raises:
         TypeError, ValueError: for dtypes, devices or shapes other than the above.
@@ -173,8 +191,7 @@ def sparse_decode(
     d = w_dec.shape[1]
     check_shape("sparse_decode", "b_dec", b_dec, (d,))
     impl = resolve_impl(decode_op, impl, w_dec.device)
-    values = codes.values.reshape(-1, codes.k)
-    indices = codes.indices.reshape(-1, codes.k)
+    values, indices = codes.flat()
     leading = codes.values.shape[:-1]
     if prefixes is None:
         return _Decode.apply(values, indices, w_dec, b_dec, impl).reshape(*leading, d)

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import torch
 
-from mikernels._dispatch import Op, accumulate_dtype, check_floating, resolve_impl
+from mikernels._autocast import in_own_dtype
+from mikernels._dispatch import Op, accumulate_dtype, check_floating, check_out, resolve_impl
 from mikernels.ops.edges import check_edges, check_prefix, check_weights
-from mikernels.ops.pair_products import check_out
 from mikernels.ops.pair_products import reference as products_reference
 
 
@@ -38,10 +38,19 @@ edge_heads_op = Op(
     " Tensor(a!) out) -> ()",
     reference,
     lambda *args: None,
+    operands={
+        "dz": "T[B,P,H,e]",
+        "w_o": "T[H,e,d]",
+        "grad": "T[B,P,R,d]",
+        "weights": "acc[Q,B]",
+        "prefix": "i64[R]",
+        "out": "acc[Q,H,R]",
+    },
     triton="edge_heads:edge_heads_",
 )
 
 
+@in_own_dtype
 def edge_scores_heads(
     dz: torch.Tensor,
     w_o: torch.Tensor,
@@ -88,7 +97,12 @@ def edge_scores_heads(
     replicates = () if weights is None else weights.shape[:1]
     shape = (*replicates, dz.shape[2], grad.shape[2])
     operands = dz.detach(), w_o.detach(), grad.detach()
-    total = check_out(name, out, shape, operands[0])
+    acc = accumulate_dtype(dz.dtype)
+    if out is None:
+        total = torch.zeros(shape, dtype=acc, device=dz.device)
+    else:
+        read = {"dz": dz, "w_o": w_o, "grad": grad, "weights": weights, "prefix": prefix}
+        total = check_out(name, out, shape, (acc,), read)
     scores = total[None] if weights is None else total
     edge_heads_op(*operands, weights, prefix, scores, impl=impl)
     return total

@@ -13,10 +13,17 @@ fp32 or better and never form `[B, P, W, R]` or a copy of the writers before a r
 from __future__ import annotations
 
 import torch
-from torch.autograd.function import once_differentiable
 
-from mikernels._dispatch import Op, accumulate_dtype, check_floating, check_shape, resolve_impl
-from mikernels.ops.pair_products import check_out, pair_products_op
+from mikernels._autocast import in_own_dtype
+from mikernels._dispatch import (
+    Op,
+    accumulate_dtype,
+    check_floating,
+    check_out,
+    check_shape,
+    resolve_impl,
+)
+from mikernels.ops.pair_products import mixed_rows, pair_products_op
 
 
 def mix_reference(
@@ -35,6 +42,7 @@ edge_mix_op = Op(
     "edge_mix(Tensor? base, Tensor delta, Tensor mask) -> Tensor",
     mix_reference,
     _mix_fake,
+    operands={"base": "T[B,P,R|1,d]", "delta": "T[B,P,W,d]", "mask": "T[W,R]"},
     triton="edge_mix:edge_mix",
 )
 
@@ -64,19 +72,20 @@ class _EdgeScores(torch.autograd.Function):
         ctx.save_for_backward(delta, grad, prefix, weights)
 
     @staticmethod
-    @once_differentiable
+    @in_own_dtype
     def backward(ctx, ds):
         delta, grad, prefix, weights = ctx.saved_tensors
         ds = _allowed(ds, prefix).to(accumulate_dtype(delta.dtype))
 
         def mixed(rows, masks):
             if weights is None:
-                return edge_mix_op(None, rows, masks[0].to(rows.dtype), impl=ctx.impl)
+                return _mixed(rows, masks[0].to(rows.dtype), ctx.impl)
             # an example's mask is its own mixture of the replicates'
-            own = torch.einsum("qb,qwr->bwr", weights.to(masks.dtype), masks).to(rows.dtype)
+            each = mixed_rows(weights.T, masks.flatten(1)[None], ctx.impl)[0]
+            own = each.unflatten(1, masks.shape[1:]).to(rows.dtype)
             mixes = rows.new_empty(*rows.shape[:2], own.shape[2], rows.shape[3])
-            for b, mask in enumerate(own):
-                mixes[b] = edge_mix_op(None, rows[b : b + 1], mask, impl=ctx.impl)[0]
+            for b in range(rows.shape[0]):
+                mixes[b] = _mixed(rows[b : b + 1], own[b], ctx.impl)[0]
             return mixes
 
         ddelta = mixed(grad, ds.transpose(1, 2)) if ctx.needs_input_grad[0] else None
@@ -103,6 +112,7 @@ def check_prefix(
     return prefix
 
 
+@in_own_dtype
 def edge_scores(
     delta: torch.Tensor,
     grad: torch.Tensor,
@@ -130,7 +140,7 @@ def edge_scores(
 
     Returns:
         `[W, R]`, or `[Q, W, R]`: float32 whatever the dtype of delta (float64 for float64). `out`
-        itself if it was given. Gradients: delta and grad, without `out`.
+        itself if it was given. Gradients of any order: delta and grad, without `out`.
 
     Raises:
         TypeError, ValueError: for dtypes, devices or shapes other than the above.
@@ -146,10 +156,18 @@ def edge_scores(
         return scores[0] if weights is None else scores
     replicates = () if weights is None else weights.shape[:1]
     shape = (*replicates, delta.shape[2], grad.shape[2])
-    total = check_out(name, out, shape, delta, grad)
-    total = total[None] if weights is None else total
+    operands = {"delta": delta, "grad": grad, "weights": weights, "prefix": prefix}
+    check_out(name, out, shape, (accumulate_dtype(delta.dtype),), operands, differentiable=True)
+    total = out[None] if weights is None else out
     pair_products_op(delta, grad, None, weights, prefix, False, total, impl=impl)
     return out
+
+
+def _mixed(delta: torch.Tensor, mask: torch.Tensor, impl: str) -> torch.Tensor:
+    """`edge_mix` without a base, recorded for gradients if they are enabled."""
+    if torch.is_grad_enabled():
+        return _EdgeMix.apply(None, delta, mask, impl)
+    return edge_mix_op(None, delta, mask, impl=impl)
 
 
 def check_edges(op: str, delta: torch.Tensor, grad: torch.Tensor) -> None:
@@ -188,21 +206,21 @@ class _EdgeMix(torch.autograd.Function):
         ctx.base_shape = None if base is None else base.shape
 
     @staticmethod
-    @once_differentiable
+    @in_own_dtype
     def backward(ctx, dy):
         delta, mask = ctx.saved_tensors
         dbase = ddelta = dmask = None
         if ctx.needs_input_grad[0]:
             dbase = dy.sum_to_size(ctx.base_shape)
         if ctx.needs_input_grad[1]:
-            ddelta = edge_mix_op(None, dy, mask.T, impl=ctx.impl)
+            ddelta = _mixed(dy, mask.T, ctx.impl)
         if ctx.needs_input_grad[2]:
-            scores = _zeros_like_scores(delta, dy, 1)
-            pair_products_op(delta, dy, None, None, None, False, scores, impl=ctx.impl)
-            dmask = scores[0].to(mask.dtype)
+            scored = _EdgeScores.apply if torch.is_grad_enabled() else _EdgeScores.forward
+            dmask = scored(delta, dy, None, None, ctx.impl)[0].to(mask.dtype)
         return dbase, ddelta, dmask, None
 
 
+@in_own_dtype
 def edge_mix(
     base: torch.Tensor | None,
     delta: torch.Tensor,
@@ -223,8 +241,8 @@ def edge_mix(
         impl: None (best for the device), "cpp", "triton" or "reference".
 
     Returns:
-        `[B, P, R, d]`, dtype of delta. Gradients: base, delta, mask; nothing but the inputs is kept
-        for them.
+        `[B, P, R, d]`, dtype of delta. Gradients of any order: base, delta, mask; nothing but the
+        inputs is kept for them.
 
     Raises:
         TypeError, ValueError: for dtypes, devices or shapes other than the above.

@@ -34,8 +34,8 @@ at most 64 MB in row_topk.
 from __future__ import annotations
 
 import torch
-from torch.autograd.function import once_differentiable
 
+from mikernels._autocast import in_own_dtype
 from mikernels._crossover import sparse_wins
 from mikernels._dispatch import (
     Op,
@@ -46,8 +46,8 @@ from mikernels._dispatch import (
     resolve_impl,
 )
 from mikernels.codes import SparseCodes
-from mikernels.ops.decode import decode_op
-from mikernels.ops.gradients import by_feature_op, feature_sum_op, weighted_row_sum
+from mikernels.ops.decode import decoded
+from mikernels.ops.gradients import feature_sums, weighted_row_sum
 from mikernels.ops.row_topk import reference as row_topk_reference
 from mikernels.ops.row_topk import row_topk_op
 
@@ -86,6 +86,14 @@ encode_op = Op(
     " bool relu) -> (Tensor values, Tensor indices)",
     reference,
     _fake,
+    operands={
+        "x": "T[N,d]",
+        "w_enc": "T[F,d]",
+        "b_enc": "T[F]",
+        "b_dec": "T[d]",
+        "scale": "T[F]",
+        "k": "1..F",
+    },
     triton="encode:encode",
 )
 
@@ -106,7 +114,7 @@ class _Encode(torch.autograd.Function):
         ctx.mark_non_differentiable(output[1])
 
     @staticmethod
-    @once_differentiable
+    @in_own_dtype
     def backward(ctx, dvalues, _):
         x, w_enc, b_dec, values, indices = ctx.saved_tensors
         need = ctx.needs_input_grad
@@ -115,17 +123,17 @@ class _Encode(torch.autograd.Function):
             dvalues = dvalues.masked_fill(values == 0, 0)
         dx = dw = db_enc = db_dec = None
         if need[1] or need[2] or need[3]:
-            slots = by_feature_op(indices.reshape(-1), w_enc.shape[0], impl=ctx.impl)
             centred = x if b_dec is None else x - b_dec
-            dw, db_enc = feature_sum_op(dvalues, centred, *slots, impl=ctx.impl)
+            dw, db_enc = feature_sums(dvalues, centred, indices, w_enc.shape[0], ctx.impl)
             if need[3]:
                 db_dec = -weighted_row_sum(db_enc, w_enc).to(x.dtype)
         if need[0]:
-            dx = decode_op(dvalues, indices, w_enc, None, impl=ctx.impl)
+            dx = decoded(dvalues, indices, w_enc, ctx.impl)
         keep = (dx, dw if need[1] else None, db_enc if need[2] else None, db_dec)
         return *keep, None, None, None, None
 
 
+@in_own_dtype
 def topk_encode(
     x: torch.Tensor,
     w_enc: torch.Tensor,
@@ -157,7 +165,8 @@ def topk_encode(
 
     Returns:
         SparseCodes with values `[..., k]` in the dtype of x and indices `[..., k]` int64 ascending.
-        Gradients: x, w_enc, b_enc, b_dec, from the k slots only, accumulated in fp32.
+        Gradients of any order: x, w_enc, b_enc, b_dec, from the k slots only, accumulated in fp32;
+        the selection is constant.
 
     Raises:
         TypeError, ValueError: for dtypes, devices, shapes or k other than the above.
@@ -176,9 +185,11 @@ def topk_encode(
     impl = resolve_impl(encode_op, impl, x.device)
     out_dtype = x.dtype
     ranks = None if scale is None else scale.detach()
-    operands: tuple[torch.Tensor | None, ...] = (x.reshape(-1, d), w_enc, b_enc, b_dec, ranks)
+    rows = x.reshape(x.shape[:-1].numel(), d)
+    operands: tuple[torch.Tensor | None, ...] = (rows, w_enc, b_enc, b_dec, ranks)
     if precision is not None:
         operands = tuple(None if t is None else t.to(precision) for t in operands)
     values, indices = _Encode.apply(*operands, k, relu, impl)
     shape = (*x.shape[:-1], k)
-    return SparseCodes(values.to(out_dtype).reshape(shape), indices.reshape(shape), n_features)
+    values = values.to(out_dtype).reshape(shape)
+    return SparseCodes._trusted(values, indices.reshape(shape), n_features)

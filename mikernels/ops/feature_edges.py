@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import torch
 
+from mikernels._autocast import in_own_dtype
 from mikernels._dispatch import accumulate_dtype, check_floating, check_shape
 from mikernels.interactions import Interactions
 from mikernels.ops.edges import check_edges, check_prefix
 from mikernels.ops.pairwise_topk import merged, nothing_found, select_pairs
 
 
+@in_own_dtype
 def edge_topk(
     delta: torch.Tensor,
     grad: torch.Tensor,
@@ -55,6 +57,7 @@ def edge_topk(
     )  # fmt: skip
 
 
+@in_own_dtype
 def feature_edges(
     w_dec: torch.Tensor,
     w_enc: torch.Tensor,
@@ -124,7 +127,7 @@ def feature_edges(
         found = merged(found, new, k, by)
         if len(found[0]) == k and not found[0][-1].isnan():
             least = float(found[0][-1].abs() if by == "abs" else found[0][-1])
-    return Interactions(*found, shape=(w_dec.shape[0], w_enc.shape[0]))
+    return Interactions._trusted(*found, shape=(w_dec.shape[0], w_enc.shape[0]))
 
 
 def _edges(name, w_dec, w_enc, row_scale, col_scale, row_layer, col_layer, **rule) -> Interactions:
@@ -134,6 +137,7 @@ def _edges(name, w_dec, w_enc, row_scale, col_scale, row_layer, col_layer, **rul
     )  # fmt: skip
 
 
+@in_own_dtype
 def qk_interactions(
     q_features: torch.Tensor,
     k_features: torch.Tensor,

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 
 import torch
 
+from mikernels._autocast import in_own_dtype
 from mikernels._dispatch import Op, accumulate_dtype, check_floating, resolve_impl
 from mikernels.interactions import Interactions
 from mikernels.ops.pairwise_topk import check_selection, merged, nothing_found
@@ -45,6 +46,14 @@ gram_op = Op(
     " Tensor(a!) out) -> ()",
     reference,
     lambda *args: None,
+    operands={
+        "acts": "T[n,t,i]",
+        "grads": "T[n,t,o]",
+        "acts2": "T[m,s,i]",
+        "grads2": "T[m,s,o]",
+        "symmetric": "n==m",
+        "out": "acc[n,m]",
+    },
     triton="grad_gram:gram_products_",
 )
 
@@ -81,6 +90,7 @@ def _check_pairs(acts: list[torch.Tensor], grads: list[torch.Tensor], names: str
             )
 
 
+@in_own_dtype
 def grad_gram(
     acts: Layers,
     grads: Layers,
@@ -154,7 +164,7 @@ def grad_gram(
                 here = here.triu(1)
             i, j = here.nonzero(as_tuple=True)
             kept = merged(kept, (block[i, j], i + top, j + start), k, by)
-    return Interactions(*kept, shape=(n, m))
+    return Interactions._trusted(*kept, shape=(n, m))
 
 
 class _Gram:

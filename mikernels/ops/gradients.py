@@ -10,6 +10,10 @@ With `slots(f)` the (token n, slot j) pairs whose index is f, in token order:
                  dw_enc[f] += dv x[n],  db_enc[f] += dv
     by_feature   offsets, order: a stable counting sort of the indices, O(N k + F)
 
+Where gradients of gradients are wanted, `gather_dots` and `feature_sums` record the operators:
+values, w and dy of `sum values <w[index], dy>` meet in one trilinear form, so the derivative of
+each contraction (decode, gather_dot, feature_sum) is made of the other two, to any order.
+
 No atomics: a feature's sum is taken in token order by one thread, so results do not depend on the
 thread count. fp32 accumulation (fp64 for fp64). No `[N k, d]` temporary anywhere.
 """
@@ -18,7 +22,9 @@ from __future__ import annotations
 
 import torch
 
+from mikernels._autocast import in_own_dtype
 from mikernels._dispatch import Op, accumulate_dtype, resolve_impl
+from mikernels._indices import check_indices, check_size
 
 
 def by_feature_reference(
@@ -41,10 +47,12 @@ by_feature_op = Op(
     "by_feature(Tensor indices, SymInt n_features) -> (Tensor offsets, Tensor order)",
     by_feature_reference,
     _by_feature_fake,
+    operands={"indices": "i64[M]", "n_features": "0.."},
     triton="gradients:by_feature",
 )
 
 
+@in_own_dtype
 def by_feature(indices: torch.Tensor, n_features: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Stable counting sort of flat feature indices.
 
@@ -55,15 +63,16 @@ def by_feature(indices: torch.Tensor, n_features: int) -> tuple[torch.Tensor, to
     Returns:
         offsets `[F + 1]` and order `[M]`, int64: positions of feature f, ascending, are
         `order[offsets[f]:offsets[f + 1]]`.
+
+    Raises:
+        TypeError, ValueError: for a dtype, shape or index other than the above.
     """
-    if indices.dtype != torch.int64:
-        raise TypeError(f"by_feature: indices must be int64, got {indices.dtype}")
+    check_size("by_feature", "n_features", n_features)
     if indices.dim() != 1:
         raise ValueError(
             f"by_feature: indices must be flat [M], got {list(indices.shape)}; pass .reshape(-1)"
         )
-    if n_features < 0:
-        raise ValueError(f"by_feature: n_features must be at least 0, got {n_features}")
+    check_indices("by_feature", "indices", indices, n_features)
     impl = resolve_impl(by_feature_op, None, indices.device)
     return by_feature_op(indices, n_features, impl=impl)
 
@@ -82,6 +91,7 @@ gather_dot_op = Op(
     "gather_dot(Tensor rows, Tensor w, Tensor indices) -> Tensor",
     gather_dot_reference,
     lambda rows, w, indices: rows.new_empty(indices.shape),
+    operands={"rows": "T[N,d]", "w": "T[F,d]", "indices": "i64[N,k]"},
     triton="gradients:gather_dot",
 )
 
@@ -93,10 +103,17 @@ def feature_sum_reference(
     n_features = offsets.shape[0] - 1
     k = coefficients.shape[1]
     features = torch.arange(n_features, device=rows.device).repeat_interleave(offsets.diff())
-    flat = torch.empty_like(order).scatter_(0, order, features).reshape(-1, k)
+    if features.shape != order.shape:
+        raise ValueError(
+            f"feature_sum: offsets must ascend from 0 to {order.shape[0]}, got {features.shape[0]} "
+            f"slots"
+        )
+    flat = torch.empty_like(order).scatter_(0, order, features).reshape(coefficients.shape)
     dw = torch.zeros(n_features, rows.shape[1], dtype=acc, device=rows.device)
     for j in range(k):
-        dw.index_add_(0, flat[:, j], rows.to(acc) * coefficients[:, j : j + 1].to(acc))
+        c = coefficients[:, j : j + 1].to(acc)
+        # as the kernels do, which skip such rows: 0 times inf is not NaN
+        dw.index_add_(0, flat[:, j], torch.where(c != 0, rows.to(acc) * c, 0))
     db = torch.zeros(n_features, dtype=acc, device=rows.device)
     db.index_add_(0, flat.reshape(-1), coefficients.reshape(-1).to(acc))
     return dw.to(rows.dtype), db.to(rows.dtype)
@@ -112,8 +129,86 @@ feature_sum_op = Op(
     " -> (Tensor dw, Tensor db)",
     feature_sum_reference,
     _feature_sum_fake,
+    operands={
+        "coefficients": "T[N,k]",
+        "rows": "T[N,d]",
+        "offsets": "i64[F+1]",
+        "order": "i64[N*k]",
+    },
     triton="gradients_sum:feature_sum",
 )
+
+
+class _GatherDot(torch.autograd.Function):
+    @staticmethod
+    def forward(rows, w, indices, impl):
+        return gather_dot_op(rows, w, indices, impl=impl)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        rows, w, indices, ctx.impl = inputs
+        ctx.save_for_backward(rows, w, indices)
+
+    @staticmethod
+    @in_own_dtype
+    def backward(ctx, d_out):
+        from mikernels.ops.decode import decoded
+
+        rows, w, indices = ctx.saved_tensors
+        d_rows = d_w = None
+        if ctx.needs_input_grad[0]:
+            d_rows = decoded(d_out, indices, w, ctx.impl)
+        if ctx.needs_input_grad[1]:
+            d_w, _ = feature_sums(d_out, rows, indices, w.shape[0], ctx.impl)
+        return d_rows, d_w, None, None
+
+
+def gather_dots(
+    rows: torch.Tensor, w: torch.Tensor, indices: torch.Tensor, impl: str
+) -> torch.Tensor:
+    """`gather_dot`, recorded for gradients if they are enabled."""
+    if torch.is_grad_enabled():
+        return _GatherDot.apply(rows, w, indices, impl)
+    return gather_dot_op(rows, w, indices, impl=impl)
+
+
+class _FeatureSum(torch.autograd.Function):
+    @staticmethod
+    def forward(coefficients, rows, indices, n_features, impl):
+        slots = by_feature_op(indices.reshape(-1), n_features, impl=impl)
+        return feature_sum_op(coefficients, rows, *slots, impl=impl)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        coefficients, rows, indices, _, ctx.impl = inputs
+        ctx.save_for_backward(coefficients, rows, indices)
+
+    @staticmethod
+    @in_own_dtype
+    def backward(ctx, d_dw, d_db):
+        from mikernels.ops.decode import decoded
+
+        coefficients, rows, indices = ctx.saved_tensors
+        d_coefficients = d_rows = None
+        if ctx.needs_input_grad[0]:
+            d_coefficients = gather_dots(rows, d_dw, indices, ctx.impl)
+            d_coefficients = d_coefficients + d_db.gather(0, indices.reshape(-1)).view_as(indices)
+        if ctx.needs_input_grad[1]:
+            d_rows = decoded(coefficients, indices, d_dw, ctx.impl)
+        return d_coefficients, d_rows, None, None, None
+
+
+def feature_sums(
+    coefficients: torch.Tensor,
+    rows: torch.Tensor,
+    indices: torch.Tensor,
+    n_features: int,
+    impl: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`feature_sum` by indices, recorded for gradients if they are enabled."""
+    if torch.is_grad_enabled():
+        return _FeatureSum.apply(coefficients, rows, indices, n_features, impl)
+    return _FeatureSum.forward(coefficients, rows, indices, n_features, impl)
 
 
 def sae_gradients_reference(
@@ -148,6 +243,18 @@ sae_gradients_op = Op(
     " bool accumulate) -> ()",
     sae_gradients_reference,
     lambda *args: None,
+    operands={
+        "values": "T[N,k]",
+        "indices": "i64[N,k]",
+        "offsets": "i64[F+1]",
+        "order": "i64[N*k]",
+        "dy": "T[N,d]",
+        "x": "T[N,d]",
+        "w_dec": "float[F,d]",
+        "dw_dec": "float[F,d]",
+        "dw_enc": "float[F,d]",
+        "db_enc": "float[F]",
+    },
     triton="gradients_fused:sae_gradients_",
 )
 
@@ -157,18 +264,44 @@ sae_gradients_op = Op(
 PIECE, BLOCK = 8192, 128
 
 
+class _WeightedRowSum(torch.autograd.Function):
+    @staticmethod
+    def forward(weights, rows):
+        return _row_sum(weights, rows)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    @in_own_dtype
+    def backward(ctx, d_total):
+        weights, rows = ctx.saved_tensors
+        # without a product, whose own backward autocast would round
+        d_weights = (rows.to(d_total.dtype) * d_total).sum(1).to(weights.dtype)
+        d_rows = (weights.to(d_total.dtype)[:, None] * d_total).to(rows.dtype)
+        return d_weights, d_rows
+
+
+@in_own_dtype
 def weighted_row_sum(weights: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """`weights @ rows` for `[F]` and `[F, d]`, in the accumulation dtype, without a wide copy.
 
-    It is b_dec's gradient through the encoder's input: F d products instead of N k d.
+    It is b_dec's gradient through the encoder's input: F d products instead of N k d. Recorded for
+    gradients if they are enabled.
     """
+    return (_WeightedRowSum.apply if torch.is_grad_enabled() else _row_sum)(weights, rows)
+
+
+def _row_sum(weights: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     acc = accumulate_dtype(rows.dtype)
     total = torch.zeros(rows.shape[1], dtype=acc, device=rows.device)
     for w, r in zip(weights.split(PIECE), rows.split(PIECE), strict=True):
         w, r = w.to(acc), r.to(acc)
-        whole = w.shape[0] // BLOCK * BLOCK
+        count = w.shape[0] // BLOCK
+        whole = count * BLOCK
         blocks = torch.bmm(
-            w[:whole].reshape(-1, 1, BLOCK), r[:whole].reshape(-1, BLOCK, rows.shape[1])
+            w[:whole].reshape(count, 1, BLOCK), r[:whole].reshape(count, BLOCK, rows.shape[1])
         )
         total += blocks.sum((0, 1)) + w[whole:] @ r[whole:]
     return total

@@ -14,6 +14,7 @@ import math
 
 import torch
 
+from mikernels._autocast import in_own_dtype
 from mikernels._dispatch import Op, check_floating, resolve_impl
 
 
@@ -30,9 +31,11 @@ mass_threshold_op = Op(
     "mass_threshold(Tensor x, float frac, bool absolute) -> Tensor",
     reference,
     lambda x, frac, absolute: x.new_empty(()),
+    operands={"x": "T[...]"},
 )
 
 
+@in_own_dtype
 def mass_threshold(
     x: torch.Tensor, frac: float, *, abs: bool = False, impl: str | None = None
 ) -> torch.Tensor:

@@ -15,9 +15,16 @@ the number of threads changes no bit. On a GPU sums are fp32 in a fixed order, s
 from __future__ import annotations
 
 import torch
-from torch.autograd.function import once_differentiable
 
-from mikernels._dispatch import Op, accumulate_dtype, check_floating, check_shape, resolve_impl
+from mikernels._autocast import in_own_dtype
+from mikernels._dispatch import (
+    Op,
+    accumulate_dtype,
+    check_floating,
+    check_out,
+    check_shape,
+    resolve_impl,
+)
 
 
 def reference(
@@ -48,35 +55,17 @@ pair_products_op = Op(
     " bool symmetric, Tensor(a!) out) -> ()",
     reference,
     lambda *args: None,
+    operands={
+        "a": "T[S,P,n,D]",
+        "b": "T[S,P,m,D]",
+        "scale": "T[D]",
+        "weights": "acc[Q,S]",
+        "prefix": "i64[m]",
+        "symmetric": "n==m",
+        "out": "acc[Q,n,m]",
+    },
     triton="pair_products:pair_products_",
 )
-
-
-def check_out(
-    op: str,
-    out: torch.Tensor | None,
-    shape: tuple[int, ...],
-    like: torch.Tensor,
-    *others: torch.Tensor | None,
-) -> torch.Tensor:
-    """`out` to add to: zeros if None, else of this shape, fp32 or fp64, and no part of a graph."""
-    acc = accumulate_dtype(like.dtype)
-    if out is None:
-        return torch.zeros(shape, dtype=acc, device=like.device)
-    check_shape(op, "out", out, shape)
-    if out.dtype != acc:
-        raise TypeError(f"{op}: out must be {acc} for {like.dtype} operands, got {out.dtype}")
-    if out.device != like.device:
-        raise ValueError(f"{op}: out must be on {like.device}, got {out.device}; move it")
-    if out.requires_grad:
-        raise ValueError(f"{op}: out must not require grad; pass out.detach() or leave out out")
-    recorded = any(t is not None and t.requires_grad for t in (like, *others))
-    if torch.is_grad_enabled() and recorded:
-        raise ValueError(
-            f"{op}: with out, nothing is recorded for gradients, got operands that require them; "
-            f"call it under torch.no_grad(), or leave out out"
-        )
-    return out
 
 
 class _Products(torch.autograd.Function):
@@ -93,11 +82,11 @@ class _Products(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        a, b, scale, _ = inputs
+        a, b, scale, ctx.impl = inputs
         ctx.save_for_backward(a, b, scale)
 
     @staticmethod
-    @once_differentiable
+    @in_own_dtype
     def backward(ctx, ds):
         a, b, scale = ctx.saved_tensors
         need = ctx.needs_input_grad
@@ -109,18 +98,49 @@ class _Products(torch.autograd.Function):
         acc = ds.dtype
         factor = None if scale is None else scale.to(acc)
         if need[0] or need[2]:
-            from_right = ds @ right.to(acc)
+            from_right = mixed_rows(ds, right, ctx.impl)
             if need[2]:
                 terms = (a.to(acc) * from_right).sum((0, 1))
                 dscale = (terms / 2 if b is None else terms).to(scale.dtype)
             if need[0]:
                 da = (from_right if factor is None else from_right * factor).to(a.dtype)
         if need[1]:
-            from_left = ds.T @ a.to(acc)
+            from_left = mixed_rows(ds.T, a, ctx.impl)
             db = (from_left if factor is None else from_left * factor).to(b.dtype)
         return da, db, dscale, None
 
 
+class _MixedRows(torch.autograd.Function):
+    @staticmethod
+    def forward(s, rows, impl):
+        return s @ rows.to(s.dtype)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        s, rows, ctx.impl = inputs
+        ctx.save_for_backward(s, rows)
+
+    @staticmethod
+    @in_own_dtype
+    def backward(ctx, dy):
+        s, rows = ctx.saved_tensors
+        ds = drows = None
+        if ctx.needs_input_grad[0]:
+            ds = _Products.apply(dy, rows.to(dy.dtype), None, ctx.impl)
+        if ctx.needs_input_grad[1]:
+            drows = mixed_rows(s.T, dy, ctx.impl).to(rows.dtype)
+        return ds, drows, None
+
+
+def mixed_rows(s: torch.Tensor, rows: torch.Tensor, impl: str) -> torch.Tensor:
+    """`s rows[b]` of s [n, m] and rows [B, m, D], in the dtype of s; recorded for gradients if they
+    are enabled, which a plain product would be too, but autocast would round its backward."""
+    if torch.is_grad_enabled():
+        return _MixedRows.apply(s, rows, impl)
+    return _MixedRows.forward(s, rows, impl)
+
+
+@in_own_dtype
 def pairwise_products(
     a: torch.Tensor,
     b: torch.Tensor | None = None,
@@ -142,7 +162,8 @@ def pairwise_products(
 
     Returns:
         `[n, m]` float32 whatever the dtype of a (float64 for float64): sums over batches would
-        drown in 16 bits. `out` itself if it was given. Gradients: a, b, weight, without `out`.
+        drown in 16 bits. `out` itself if it was given. Gradients of any order: a, b, weight,
+        without `out`.
 
     Raises:
         TypeError, ValueError: for dtypes, devices or shapes other than the above.
@@ -165,7 +186,10 @@ def pairwise_products(
     if out is None:
         return _Products.apply(left, right, weight, impl)
     n, m = a.shape[-2], (a if b is None else b).shape[-2]
-    total = check_out(name, out, (n, m), a, b, weight)[None]
+    acc, operands = (accumulate_dtype(a.dtype),), {"a": a, "b": b, "weight": weight}
+    check_out(name, out, (n, m), acc, operands, differentiable=True)
     other = left if right is None else right
-    pair_products_op(left[:, None], other[:, None], weight, None, None, b is None, total, impl=impl)
+    pair_products_op(
+        left[:, None], other[:, None], weight, None, None, b is None, out[None], impl=impl
+    )
     return out

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import torch
 
+from mikernels._autocast import in_own_dtype
 from mikernels._dispatch import Op, accumulate_dtype, check_floating, resolve_impl
 from mikernels.interactions import Interactions
 
@@ -116,6 +117,16 @@ pairwise_topk_op = Op(
     " -> (Tensor values, Tensor rows, Tensor cols)",
     reference,
     _fake,
+    operands={
+        "a": "T[B,P,n,D]",
+        "b": "T[B,P,m,D]",
+        "row_scale": "T[n]",
+        "col_scale": "T[m]",
+        "row_rank": "i64[n]",
+        "col_rank": "i64[m]",
+        "symmetric": "n==m",
+        "k": "1..",
+    },
     triton="pairwise_topk:pairwise_topk",
 )
 
@@ -161,9 +172,10 @@ def select_pairs(
         # how many pairs qualify is known to the data alone
         found = int((rows >= 0).sum())
         values, rows, cols = values[:found], rows[:found], cols[:found]
-    return Interactions(values, rows, cols, (a.shape[2], right.shape[2]))
+    return Interactions._trusted(values, rows, cols, (a.shape[2], right.shape[2]))
 
 
+@in_own_dtype
 def pairwise_topk(
     a: torch.Tensor,
     b: torch.Tensor | None = None,

@@ -11,8 +11,16 @@ from __future__ import annotations
 
 import torch
 
-from mikernels._dispatch import Op, accumulate_dtype, check_floating, check_shape, resolve_impl
-from mikernels.ops.pair_products import check_out
+from mikernels._autocast import in_own_dtype
+from mikernels._dispatch import (
+    Op,
+    accumulate_dtype,
+    check_floating,
+    check_out,
+    check_shape,
+    resolve_impl,
+)
+from mikernels._indices import check_indices
 
 # bytes of gathered gradients that the reference holds at a time
 CHUNK = 16 << 20
@@ -41,10 +49,18 @@ positional_dot_op = Op(
     " Tensor(a!) out) -> ()",
     reference,
     lambda *args: None,
+    operands={
+        "grads": "T[B,P,d]",
+        "vectors": "T[n,d]",
+        "positions": "i64[n]",
+        "scale": "T[n]",
+        "out": "acc[n,B]",
+    },
     triton="positional_dot:positional_dot_",
 )
 
 
+@in_own_dtype
 def positional_dot(
     grads: torch.Tensor,
     vectors: torch.Tensor,
@@ -75,7 +91,7 @@ def positional_dot(
 
     Raises:
         TypeError, ValueError: for dtypes, devices or shapes other than the above.
-        RuntimeError: (CPU) for a position outside 0..P-1.
+        On a GPU a position outside 0..P-1 is an assertion on the device.
     """
     name = "positional_dot"
     check_floating(name, grads=grads, vectors=vectors, scale=scale)
@@ -91,9 +107,15 @@ def positional_dot(
             f"{name}: positions must be int64 on {grads.device}, got {positions.dtype} on "
             f"{positions.device}"
         )
+    check_indices(name, "positions", positions, grads.shape[1])
     impl = resolve_impl(positional_dot_op, impl, grads.device)
     operands = grads.detach(), vectors.detach()
-    total = check_out(name, out, (vectors.shape[0], grads.shape[0]), operands[0])
+    shape, acc = (vectors.shape[0], grads.shape[0]), accumulate_dtype(grads.dtype)
+    if out is None:
+        total = torch.zeros(shape, dtype=acc, device=grads.device)
+    else:
+        read = {"grads": grads, "vectors": vectors, "positions": positions, "scale": scale}
+        total = check_out(name, out, shape, (acc,), read)
     weights = None if scale is None else scale.detach()
     positional_dot_op(*operands, positions, weights, total, impl=impl)
     return total

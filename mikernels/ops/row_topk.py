@@ -9,8 +9,8 @@ NaN ranks first and is kept; -0 == +0. `sorted=False` returns the k winners by a
 from __future__ import annotations
 
 import torch
-from torch.autograd.function import once_differentiable
 
+from mikernels._autocast import in_own_dtype
 from mikernels._dispatch import Op, check_floating, check_k, resolve_impl
 
 
@@ -31,6 +31,7 @@ row_topk_op = Op(
     "row_topk(Tensor scores, SymInt k, bool sorted) -> (Tensor values, Tensor indices)",
     reference,
     _fake,
+    operands={"scores": "T[N,F]", "k": "1..F"},
     triton="row_topk:row_topk",
     cuda=True,
 )
@@ -48,12 +49,13 @@ class _RowTopK(torch.autograd.Function):
         ctx.mark_non_differentiable(output[1])
 
     @staticmethod
-    @once_differentiable
+    @in_own_dtype
     def backward(ctx, d_values, _):
         (indices,) = ctx.saved_tensors
         return d_values.new_zeros(ctx.shape).scatter_(-1, indices, d_values), None, None, None
 
 
+@in_own_dtype
 def row_topk(
     scores: torch.Tensor, k: int, *, sorted: bool = False, impl: str | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -67,7 +69,7 @@ def row_topk(
 
     Returns:
         values `[..., k]` in the dtype of `scores` and indices `[..., k]` int64. The gradient of
-        `values` flows back to the selected entries.
+        `values`, of any order, flows back to the selected entries.
 
     Raises:
         TypeError, ValueError: for a dtype or k outside the above.

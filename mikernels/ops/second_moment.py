@@ -10,12 +10,20 @@ from __future__ import annotations
 
 import torch
 
-from mikernels._dispatch import accumulate_dtype, check_floating, check_shape, resolve_impl
+from mikernels._autocast import in_own_dtype
+from mikernels._dispatch import (
+    accumulate_dtype,
+    check_floating,
+    check_out,
+    check_shape,
+    resolve_impl,
+)
 from mikernels.ops.pair_products import pair_products_op
 
 PIECE = 16 << 20
 
 
+@in_own_dtype
 def second_moment(
     x: torch.Tensor,
     *,
@@ -47,13 +55,8 @@ def second_moment(
         raise TypeError(f"{name}: mask must be bool, got {mask.dtype}; pass mask != 0")
     d = x.shape[-1]
     acc = accumulate_dtype(x.dtype)
-    check_shape(name, "out", out, (d, d))
-    if out is not None and out.dtype not in (acc, torch.float64):
-        raise TypeError(f"{name}: out must be {acc} or torch.float64, got {out.dtype}")
-    if out is not None and out.device != x.device:
-        raise ValueError(f"{name}: out must be on {x.device}, got {out.device}; move it")
-    if out is not None and out.requires_grad:
-        raise ValueError(f"{name}: out must not require grad; pass out.detach()")
+    if out is not None:
+        check_out(name, out, (d, d), (acc, torch.float64), {"x": x, "mask": mask})
     impl = resolve_impl(pair_products_op, impl, x.device)
     rows = x.detach().reshape(x.shape[:-1].numel(), d)
     if mask is not None:

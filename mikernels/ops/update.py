@@ -22,6 +22,7 @@ from collections.abc import Callable
 import torch
 
 from mikernels import _ext
+from mikernels._autocast import in_own_dtype
 from mikernels._dispatch import LIBRARY, Op, accumulate_dtype
 from mikernels.ops import adam
 from mikernels.ops.gradients import sae_gradients_op, sae_gradients_reference, weighted_row_sum
@@ -75,7 +76,9 @@ reference = _compose(sae_gradients_reference, adam.reference)
 _by_operators = _compose(sae_gradients_op, adam.adam_rows_op)
 
 
+@in_own_dtype
 def _on_cpu(*args):
+    sae_update_op.operands.check(args)
     # the extension's gradients are float32
     return (reference if args[6].dtype == torch.float64 else _by_operators)(*args)
 
@@ -95,6 +98,25 @@ sae_update_op = Op(
     " -> (Tensor db_enc, Tensor d_input)",
     reference,
     _fake,
+    operands={
+        "values": "T[N,k]",
+        "indices": "i64[N,k]",
+        "offsets": "i64[F+1]",
+        "order": "i64[N*k]",
+        "dy": "T[N,d]",
+        "x": "T[N,d]",
+        "w_dec": "U[F,d]",
+        "w_enc": "U[F,d]",
+        "m_dec": "float[F,d]",
+        "v_dec": "float[F,d]",
+        "m_enc": "float[F,d]",
+        "v_enc": "float[F,d]",
+        "shadow_dec": "float[F,d]",
+        "shadow_enc": "float[F,d]",
+        "lr": "float[]",
+        "step": "number[]",
+        "clip": "float[]",
+    },
     triton="update:sae_update_",
 )
 

@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every public operator: operands by sizes, the call, and what it computes in plain torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from oracle import randn, random_indices
+
+import mikernels as mk
+
+SIZES = dict(
+    N=6, d=5, F=40, K=3, B=2, P=3, W=4, R=5, H=4, e=3, n=6, m=7, D=5, Q=2, T=2, i=4, o=3, r=3, s=4
+)
+
+
+@dataclass
+class Public:
+    """`call(impl, *tensors)` is `plain(*tensors)`; `refused` are the sizes that cannot be 0, with
+    a part of the message."""
+
+    shapes: list[str]
+    call: Callable
+    plain: Callable
+    refused: dict[str, str] = field(default_factory=dict)
+    # of the tensors, those with gradients
+    differentiable: bool = False
+
+    def tensors(self, dtype=torch.float32, **sizes):
+        sizes = SIZES | sizes
+        return [
+            randn(*(sizes[letter] for letter in shape), dtype=dtype, seed=seed)
+            for seed, shape in enumerate(self.shapes)
+        ]
+
+
+def indices_for(values, w):
+    if len(w) < values.shape[1]:
+        return torch.zeros(values.shape, dtype=torch.int64)
+    return random_indices(*values.shape, len(w))
+
+
+def plain_encode(x, w, b, c):
+    h = (x - c) @ w.T + b
+    return h.gather(-1, h.sort(dim=-1, descending=True, stable=True).indices[:, :2].sort().values)
+
+
+def decoded(values, w, b):
+    dense = values.new_zeros(len(values), len(w))
+    return dense.scatter_add(1, indices_for(values, w), values) @ w + b
+
+
+def below(scores, limits):
+    return scores.where(torch.arange(scores.shape[-2])[:, None] < limits, 0)
+
+
+def limits(grad):
+    return torch.arange(grad.shape[2]) % 3 + 1
+
+
+def everything(interactions):
+    found = interactions if isinstance(interactions, list) else [interactions]
+    return torch.stack([i.to_dense() for i in found])
+
+
+def positions_for(grads, vectors):
+    return torch.arange(len(vectors)) % max(1, grads.shape[1])
+
+
+def plain_heads(dz, w_o, grad):
+    scores = torch.einsum("bphe,hed,bprd->hr", dz, w_o, grad)
+    return below(scores, 2)
+
+
+def plain_gram(acts, grads):
+    each = torch.einsum("nti,nto->nio", acts, grads).flatten(1)
+    return each @ each.T
+
+
+ALL = 1 << 20
+
+PUBLIC = {
+    "row_topk": Public(
+        ["NF"],
+        lambda impl, s: mk.row_topk(s, 1, impl=impl)[0],
+        lambda s: s.max(-1, keepdim=True).values,
+        {"F": "k must be in 1..0"},
+        differentiable=True,
+    ),
+    "topk_encode": Public(
+        ["Nd", "Fd", "F", "d"],
+        lambda impl, x, w, b, c: (
+            mk.topk_encode(x, w, b, k=2, b_dec=c, relu=False, impl=impl).values
+        ),
+        plain_encode,
+        {"F": "k must be in 1..0"},
+        differentiable=True,
+    ),
+    "sparse_decode": Public(
+        ["NK", "Fd", "d"],
+        lambda impl, v, w, b: mk.sparse_decode(
+            mk.SparseCodes(v, indices_for(v, w), len(w)), w, b, impl=impl
+        ),
+        decoded,
+        {"F": "SparseCodes: indices must be none"},
+        differentiable=True,
+    ),
+    "sparse_decode prefixes": Public(
+        ["NK", "Fd", "d"],
+        lambda impl, v, w, b: mk.sparse_decode(
+            mk.SparseCodes(v, indices_for(v, w), len(w)), w, b, prefixes=[len(w)], impl=impl
+        ),
+        lambda v, w, b: decoded(v, w, b)[None],
+        {"F": "SparseCodes: indices must be none"},
+        differentiable=True,
+    ),
+    "pairwise_products": Public(
+        ["BnD", "BmD", "D"],
+        lambda impl, a, b, w: mk.pairwise_products(a, b, weight=w, impl=impl),
+        lambda a, b, w: torch.einsum("bid,d,bjd->ij", a, w, b),
+        differentiable=True,
+    ),
+    "pairwise_products of one side": Public(
+        ["BnD"],
+        lambda impl, a: mk.pairwise_products(a, impl=impl),
+        lambda a: torch.einsum("bid,bjd->ij", a, a),
+        differentiable=True,
+    ),
+    "second_moment": Public(
+        ["Nd"],
+        lambda impl, x: mk.second_moment(x, mask=torch.ones(len(x)).bool(), impl=impl),
+        lambda x: x.T @ x,
+    ),
+    "edge_scores": Public(
+        ["BPWd", "BPRd", "QB"],
+        lambda impl, d, g, q: mk.edge_scores(d, g, weights=q.detach(), prefix=limits(g), impl=impl),
+        lambda d, g, q: below(torch.einsum("qb,bpwd,bprd->qwr", q.detach(), d, g), limits(g)),
+        differentiable=True,
+    ),
+    "edge_scores_heads": Public(
+        ["BPHe", "Hed", "BPRd"],
+        lambda impl, z, w, g: mk.edge_scores_heads(z, w, g, prefix=2, impl=impl),
+        plain_heads,
+    ),
+    "edge_mix": Public(
+        ["BPd", "BPWd", "WR"],
+        lambda impl, base, d, mask: mk.edge_mix(base, d, mask, impl=impl),
+        lambda base, d, mask: base[:, :, None] + torch.einsum("wr,bpwd->bprd", mask, d),
+        differentiable=True,
+    ),
+    "edge_topk": Public(
+        ["BPWd", "BPRd"],
+        lambda impl, d, g: everything(mk.edge_topk(d, g, k=ALL, prefix=2, impl=impl))[0],
+        lambda d, g: below(torch.einsum("bpwd,bprd->wr", d, g), 2),
+    ),
+    "pairwise_topk": Public(
+        ["nD", "mD"],
+        lambda impl, a, b: everything(mk.pairwise_topk(a, b, k=ALL, impl=impl))[0],
+        lambda a, b: a @ b.T,
+    ),
+    "feature_edges": Public(
+        ["nd", "md", "n", "m"],
+        lambda impl, a, b, r, c: everything(
+            mk.feature_edges(
+                a,
+                b,
+                k=ALL,
+                row_scale=r,
+                col_scale=c,
+                row_position=torch.arange(len(a)) % 2,
+                col_position=torch.arange(len(b)) % 2,
+                impl=impl,
+            )
+        )[0],
+        lambda a, b, r, c: (r[:, None] * c * (a @ b.T)).where(
+            torch.arange(len(a))[:, None] % 2 == torch.arange(len(b)) % 2, 0
+        ),
+    ),
+    "qk_interactions": Public(
+        ["nd", "md", "Hde", "Hde"],
+        lambda impl, q, k, w_q, w_k: everything(
+            mk.qk_interactions(q, k, w_q, w_k, k=ALL, impl=impl)
+        ),
+        lambda q, k, w_q, w_k: (
+            torch.einsum("id,hde,jc,hce->hij", q, w_q, k, w_k) / max(1, w_q.shape[2]) ** 0.5
+        ),
+        {"H": "w_k must have a divisor of the 0 heads"},
+    ),
+    "grad_gram": Public(
+        ["nTi", "nTo"],
+        lambda impl, a, g: mk.grad_gram(a, g, normalize=False, impl=impl),
+        plain_gram,
+    ),
+    "grad_gram normalize": Public(
+        ["nTi", "nTo"],
+        lambda impl, a, g: mk.grad_gram(a, g, normalize=True, impl=impl),
+        lambda a, g: (
+            torch.nn.functional.normalize(torch.einsum("nti,nto->nio", a, g).flatten(1), dim=1)
+            @ torch.nn.functional.normalize(torch.einsum("nti,nto->nio", a, g).flatten(1), dim=1).T
+        ),
+    ),
+    "grad_gram k": Public(
+        ["nTi", "nTo"],
+        lambda impl, a, g: everything(mk.grad_gram(a, g, k=ALL, impl=impl))[0],
+        lambda a, g: plain_gram(a, g).triu(1),
+    ),
+    "block_norms": Public(
+        ["nrd", "mds"],
+        lambda impl, a, b: mk.block_norms(a, b, impl=impl),
+        lambda a, b: torch.einsum("nrd,mds->nmrs", a, b).square().sum((2, 3)).sqrt(),
+    ),
+    "mass_threshold": Public(
+        ["N"],
+        lambda impl, x: mk.mass_threshold(x, 1.0, abs=True, impl=impl),
+        lambda x: x.abs().min(),
+        {"N": "x must have entries"},
+    ),
+    "positional_dot": Public(
+        ["BPd", "nd", "n"],
+        lambda impl, g, v, c: mk.positional_dot(g, v, positions_for(g, v), scale=c, impl=impl),
+        lambda g, v, c: torch.einsum("bid,id,i->ib", g[:, positions_for(g, v)], v, c),
+        {"P": "positions must be none"},
+    ),
+    "by_feature": Public(
+        ["NF"],
+        lambda impl, x: mk.by_feature(torch.arange(len(x)) % max(1, x.shape[1]), x.shape[1])[1],
+        lambda x: (torch.arange(len(x)) % max(1, x.shape[1])).argsort(stable=True),
+        {"F": "indices"},
+    ),
+}

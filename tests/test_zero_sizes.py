@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every public operator with every size at 0: the value of the equation, or an error by name."""
+
+import pytest
+import torch
+from public_samples import PUBLIC
+
+import mikernels as mk
+from mikernels import SparseCodes
+from mikernels.ops import decode
+
+CASES = [(name, letter) for name, p in PUBLIC.items() for letter in sorted(set("".join(p.shapes)))]
+
+
+def test_every_public_function_has_samples():
+    functions = {n for n in mk.__all__ if callable(getattr(mk, n)) and n[0].islower()}
+    functions -= {"cpu_level", "force_level", "supported_levels"}
+    assert {name.split()[0] for name in PUBLIC} == functions
+
+
+def check(name, impl, **zero):
+    public = PUBLIC[name]
+    tensors = public.tensors(**zero)
+    refused = next((public.refused[letter] for letter in zero if letter in public.refused), None)
+    if refused is not None:
+        with pytest.raises((ValueError, RuntimeError, IndexError), match=refused):
+            public.call(impl, *tensors)
+        return
+    actual = public.call(impl, *tensors)
+    wide = [t.double() for t in tensors]
+    expected = public.plain(*wide)
+    assert actual.shape == expected.shape
+    torch.testing.assert_close(actual, expected.to(actual.dtype), rtol=1e-4, atol=1e-5)
+    if not public.differentiable:
+        return
+    for t in (*tensors, *wide):
+        t.requires_grad_()
+    ours = torch.autograd.grad(public.call(impl, *tensors).sum(), tensors, allow_unused=True)
+    theirs = torch.autograd.grad(public.plain(*wide).sum(), wide, allow_unused=True)
+    for t, a, b in zip(tensors, ours, theirs, strict=True):
+        a, b = (t.new_zeros(t.shape) if g is None else g for g in (a, b))
+        torch.testing.assert_close(a, b.to(a.dtype), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name, letter", CASES)
+def test_a_size_of_zero(impl, name, letter):
+    check(name, impl, **{letter: 0})
+
+
+@pytest.mark.parametrize("name, letter", CASES)
+def test_a_size_of_zero_by_default(name, letter):
+    check(name, None, **{letter: 0})
+
+
+@pytest.mark.parametrize("letter", "NKFd")
+def test_a_size_of_zero_by_the_dense_product(monkeypatch, letter):
+    monkeypatch.setattr(decode, "sparse_wins", lambda *sizes: False)
+    check("sparse_decode", None, **{letter: 0})
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_all_sizes(impl, name):
+    check(name, impl)
+
+
+def test_decode_without_features_or_slots(impl):
+    codes = SparseCodes(torch.ones(3, 0), torch.zeros(3, 0, dtype=torch.int64), 0)
+    bias = torch.arange(4.0)
+    y = mk.sparse_decode(codes, torch.ones(0, 4), bias, impl=impl)
+    assert torch.equal(y, bias.expand(3, 4))
+    assert torch.equal(decode._dense(*codes.flat(), torch.ones(0, 4), bias), y)
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (3, 0), (2, 0, 3), (0,), (0, 0)])
+def test_codes_of_nothing(shape):
+    codes = SparseCodes(torch.ones(shape), torch.zeros(shape, dtype=torch.int64), 5)
+    tokens = torch.Size(shape[:-1]).numel()
+    assert torch.equal(codes.to_dense(), torch.zeros(*shape[:-1], 5))
+    assert torch.equal(codes.to_csr().to_dense(), torch.zeros(tokens, 5))
+    assert torch.equal(codes.fired(), torch.zeros(5, dtype=torch.int64))
+    assert codes.l0().shape == shape[:-1] and not codes.l0().any()
+    assert codes.by_feature()[0].tolist() == [0] * 6
+    assert mk.sparse_decode(codes, torch.ones(5, 0)).shape == (*shape[:-1], 0)
+    nothing = SparseCodes.from_dense(torch.zeros(4, 0))
+    assert nothing.shape == (4, 0) and nothing.k == 0
