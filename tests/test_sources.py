@@ -252,7 +252,8 @@ TEXTS = ["the quick brown fox jumps over the lazy dog. " * 8, "second document\n
 def model_source(model=None, tokenizer=None, layer=2, texts=TEXTS, batch_size=40, **options):
     options = {"context": 32, "buffer_rows": 100, "windows_per_forward": 3} | options
     tokenizer = tokenizer or Characters()
-    return ModelSource(model or tiny("llama"), tokenizer, layer, texts, batch_size, **options)
+    model = tiny("llama") if model is None else model
+    return ModelSource(model, tokenizer, layer, texts, batch_size, **options)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
@@ -322,6 +323,123 @@ def test_model_source_drops_outliers():
     kept = torch.cat([part["activations"].norm(dim=-1) for part in fewer.read()])
     assert 0 < kept.numel() < norms.numel()
     assert kept.max() < norms.max()
+
+
+class Broken(torch.nn.Module):
+    """Adds NaN, or inf, to the activations of one token id."""
+
+    def __init__(self, layer, token, value):
+        super().__init__()
+        self.layer, self.token, self.value = layer, token, value
+        self.tokens = None
+
+    def forward(self, hidden_states, *args, **kwargs):
+        output = self.layer(hidden_states, *args, **kwargs)
+        bad = (self.tokens == self.token)[..., None] & (torch.arange(32) == 3)
+        return output.masked_fill(bad, self.value)
+
+
+Q = 1 + ord("q") % 90
+
+
+def broken(value):
+    model = tiny("llama")
+    layer = model.model.layers[2] = Broken(model.model.layers[2], Q, value)
+
+    def tell(module, args, kwargs):
+        layer.tokens = kwargs["input_ids"]
+
+    model.register_forward_pre_hook(tell, with_kwargs=True)
+    return model
+
+
+def rows_of(source):
+    parts = list(source.read())
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+@pytest.mark.parametrize("outlier_norm", [None, 10.0])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_model_source_drops_tokens_that_are_not_finite_singly(value, outlier_norm):
+    options = {"outlier_norm": outlier_norm, "texts": [TEXTS[0] * 2]}
+    expected = rows_of(model_source(**options))
+    source = model_source(broken(value), max_nonfinite=0.1, **options)
+    with pytest.warns(RuntimeWarning, match=r"in \d+ of \d+ tokens \(window 0, .*counts") as seen:
+        found = rows_of(source)
+    assert len(seen) == 1
+    kept = expected["token_ids"] != Q
+    assert kept.sum() == len(kept) - 15
+    assert all(torch.equal(found[name], expected[name][kept]) for name in expected)
+    windows = list(source.token_windows())
+    special = sum(int((window[1:] == 0).sum()) for window in windows)
+    assert source.dropped == {
+        "skipped": len(windows), "special": special, "nonfinite": 15, "outlier": 0,
+    }  # fmt: skip
+    assert source.read_tokens == len(found["positions"]) + sum(source.dropped.values())
+
+
+def test_model_source_refuses_more_than_a_share_that_is_not_finite():
+    texts = [TEXTS[0] * 2]
+    message = (
+        r"finite in all but 1.000% of tokens \(max_nonfinite\), got NaN or inf at layer 2 in 3 of"
+    )
+    with pytest.raises(ValueError, match=message):
+        model_source(broken(float("nan")), texts=texts).next_batch()
+    with pytest.raises(ValueError, match="max_nonfinite must be in 0..1, got nan"):
+        model_source(max_nonfinite=float("nan"))
+    with pytest.raises(ValueError, match="outlier_norm must be above 0, got nan"):
+        model_source(outlier_norm=float("nan"))
+
+
+def test_model_source_counts_outliers_beside_tokens_that_are_not_finite():
+    model = broken(float("nan"))
+    # the median is that of the finite norms; just below the largest of these, one token is dropped
+    norms = rows_of(model_source(tiny("llama"), outlier_norm=None, context=400))
+    finite = norms["activations"][norms["token_ids"] != Q].norm(dim=-1)
+    limit = float(finite.max() / finite.median()) * 0.9
+    source = model_source(model, context=400, max_nonfinite=0.1, outlier_norm=limit)
+    with pytest.warns(RuntimeWarning, match="dropped"):
+        kept = rows_of(source)["activations"].norm(dim=-1)
+    assert source.dropped["outlier"] > 0 and kept.isfinite().all()
+    assert kept.numel() > 0.8 * finite.numel()
+
+
+def in_place(model):
+    model.compile(backend="eager")
+    return model
+
+
+def a_layer(model):
+    model.model.layers[2].compile(backend="eager")
+    return model
+
+
+@pytest.mark.parametrize(
+    "compile", [lambda m: torch.compile(m, backend="eager"), in_place, a_layer], ids=str
+)
+def test_model_source_of_compiled_models(compile):
+    torch.compiler.reset()
+    expected = rows_of(model_source(tiny("llama")))
+    model = compile(tiny("llama"))
+    with torch.no_grad():
+        for length in (32, 7):
+            model(input_ids=torch.ones(3, length, dtype=torch.int64), use_cache=False)
+    source = model_source(model)
+    found = rows_of(source)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert model_source(model, layer="model.layers.1.mlp").next_batch().shape == (40, 32)
+
+
+def test_model_source_refuses_layers_whose_hooks_never_fire():
+    model = tiny("llama")
+    model.spare = torch.nn.Linear(32, 32)
+    with pytest.raises(ValueError, match="got 'spare', whose hooks never fire; code compiled by"):
+        model_source(model, layer="spare")
+    traced = torch.jit.trace(torch.nn.Sequential(torch.nn.Linear(32, 32)), torch.ones(2, 32))
+    model.model.layers[1].mlp = traced
+    with pytest.raises(ValueError, match=r"ModelSource: .* got a scripted model.layers.1.mlp with"):
+        model_source(model, layer="model.layers.1.mlp.0")
+    assert model_source(model, layer="model.layers.1.mlp").d == 32
 
 
 def test_model_source_stops_at_max_tokens():

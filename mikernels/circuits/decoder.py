@@ -10,8 +10,8 @@ A model is recognised by structure, then by arithmetic, number by number on the 
 
 So models with a norm or a factor on the way to the residual stream (Gemma 2, OLMo 2, Granite) are
 refused, as are hooks, adapters, subclasses and quantised or sharded layers that compute something
-else. Cost: some 30 reads of `[B, P, d]` a layer, for heads one more product with W_O, and one read
-of the device; 6 % of GPT-2's forward and backward pass (8 x 64 tokens, 2 cores of Zen 4).
+else. Cost: some 20 reads of `[B, P, d]` a layer, 2 % of GPT-2's forward and backward pass (4 x 64
+tokens, a core of Zen 4), and for heads one more product with W_O; a GPU is read back once.
 """
 
 from __future__ import annotations

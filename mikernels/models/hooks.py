@@ -23,8 +23,8 @@ NEVER = (
 def eager() -> AbstractContextManager[Any]:
     """While it is entered, whatever `torch.compile` made runs uncompiled, to its own rounding.
 
-    Holds for models, submodules (also `module.compile()`) and functions, in the whole process. 6 us
-    where something was compiled, 0.2 us elsewhere (Zen 4).
+    Holds for models, submodules (also `module.compile()`) and functions, in the whole process. Some
+    10 us where something was compiled, nothing elsewhere.
     """
     # it is imported by the first torch.compile, and takes a second
     if "torch._dynamo" not in sys.modules:
