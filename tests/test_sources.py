@@ -515,12 +515,102 @@ def test_load_model_says_that_the_tokeniser_is_missing(tmp_path):
         load_model(tmp_path)
 
 
-def test_load_model_says_that_the_weights_are_truncated(tmp_path):
+def saved_tokenizer(folder):
     tokenizers = pytest.importorskip("tokenizers")
     transformers = pytest.importorskip("transformers")
     vocabulary = {"<s>": 0} | {chr(97 + i): 1 + i for i in range(26)}
     raw = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<s>"))
-    transformers.PreTrainedTokenizerFast(tokenizer_object=raw).save_pretrained(tmp_path)
+    transformers.PreTrainedTokenizerFast(tokenizer_object=raw).save_pretrained(folder)
+
+
+@pytest.fixture
+def silent(monkeypatch):
+    """Asking on the terminal fails."""
+
+    def ask(*_):
+        raise AssertionError("asked on the terminal")
+
+    monkeypatch.setattr("builtins.input", ask)
+    monkeypatch.setattr("sys.stdin", None)
+
+
+OWN_CODE = """
+open({marker!r}, "w").close()
+from transformers import LlamaConfig, LlamaModel, PreTrainedTokenizerFast
+class Config(LlamaConfig):
+    model_type = "own"
+class Model(LlamaModel):
+    config_class = Config
+class Tokenizer(PreTrainedTokenizerFast):
+    pass
+"""
+
+
+@pytest.mark.parametrize("part", ["config", "tokenizer_config"])
+def test_load_model_runs_no_code_of_the_folder(tmp_path, silent, part):
+    tiny("llama").save_pretrained(tmp_path)
+    saved_tokenizer(tmp_path)
+    (tmp_path / "own.py").write_text(OWN_CODE.format(marker=str(tmp_path / "ran")))
+    path = tmp_path / f"{part}.json"
+    config = json.loads(path.read_text())
+    if part == "config":
+        config |= {
+            "model_type": "own",
+            "auto_map": {"AutoConfig": "own.Config", "AutoModel": "own.Model"},
+        }
+    else:
+        config |= {
+            "tokenizer_class": "OwnTokenizer",
+            "auto_map": {"AutoTokenizer": [None, "own.Tokenizer"]},
+        }
+    path.write_text(json.dumps(config))
+    refused = (
+        rf"load_model: .*/{part}.json must not need Python code .*'own\..*never run here; load"
+    )
+    with pytest.raises(ValueError, match=refused):
+        load_model(tmp_path)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_load_model_takes_its_own_class_where_the_folder_brings_another(tmp_path, silent):
+    model = tiny("llama")
+    model.save_pretrained(tmp_path)
+    saved_tokenizer(tmp_path)
+    (tmp_path / "own.py").write_text(OWN_CODE.format(marker=str(tmp_path / "ran")))
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["auto_map"] = {"AutoConfig": "own.Config", "AutoModel": "own.Model"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    loaded, _ = load_model(tmp_path)
+    assert type(loaded).__name__ == "LlamaModel"
+    assert torch.equal(loaded.norm.weight, model.model.norm.weight)
+    assert not (tmp_path / "ran").exists()
+
+
+class Touch:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (self.path, "w"))
+
+
+def test_load_model_unpickles_tensors_only(tmp_path, silent):
+    model = tiny("llama")
+    model.save_pretrained(tmp_path)
+    saved_tokenizer(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    weights = {name: part.contiguous() for name, part in model.state_dict().items()}
+    torch.save(weights, tmp_path / "pytorch_model.bin")
+    assert torch.equal(load_model(tmp_path)[0].norm.weight, model.model.norm.weight)
+    weights["extra"] = Touch(str(tmp_path / "ran"))
+    torch.save(weights, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="must hold a model that transformers reads, got"):
+        load_model(tmp_path)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_load_model_says_that_the_weights_are_truncated(tmp_path):
+    saved_tokenizer(tmp_path)
     tiny("llama").save_pretrained(tmp_path)
     model, tokenizer = load_model(tmp_path)
     assert ModelSource(model, tokenizer, 1, ["a b c d e f g h"], 3, context=8).d == 32
