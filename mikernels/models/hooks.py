@@ -51,6 +51,19 @@ def compiled_part(model: torch.nn.Module) -> str | None:
     return None
 
 
+def check_uncompiled(caller: str, model: torch.nn.Module) -> None:
+    """Refuses models of which something is compiled: what is replaced in them may not be seen.
+
+    Raises:
+        ValueError: with the place.
+    """
+    if (part := compiled_part(model)) is not None:
+        raise ValueError(
+            f"{caller}: model must run as Python modules, got compiled {part}; give the model as "
+            f"it was before torch.compile or torch.jit"
+        )
+
+
 def check_fires(caller: str, model: torch.nn.Module, watched: Iterable[torch.nn.Module]) -> None:
     """Refuses modules inside of scripted ones, which are not called as modules.
 
