@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs another library's tests accelerated: `pytest -p accelerate_plugin` (see CONTRIBUTING.md).
 
-Around every test, the integrations are switched on for the models among its fixtures, and off
-again. `fast_heads` begins with a model's first call that forms heads' results, since tests switch
-those on themselves. Models that a test makes in its body stay as they are. The last line of the
-report says how many tests computed with replacements, and how often.
+Around every test, the integrations are switched on for the HookedTransformers among its fixtures
+and for those that it makes, and off again. `fast_heads` begins with a model's first call that forms
+heads' results, since tests switch those on themselves. The last line of the report says how many
+tests computed with replacements, and how often.
 """
 
 from __future__ import annotations
 
+import functools
 import sys
+import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any
@@ -46,19 +48,38 @@ def _accelerate(model: torch.nn.Module, handles: list[Handle], stack: ExitStack)
         handles.append(handle)
         stack.callback(handle.remove)
 
+    begun: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
+
     def heads(module: torch.nn.Module, args: Any) -> None:
-        if module.cfg.use_attn_result:
-            begin.remove()
-            keep(fast_heads(module))
+        # also in a copy of the model, which has the hook too
+        if module not in begun and module.cfg.use_attn_result:
+            begun.add(module)
+            if not any("forward" in vars(block.attn) for block in module.blocks):
+                keep(fast_heads(module))
 
     if hasattr(model, "cfg"):
-        begin = model.register_forward_pre_hook(heads)
-        stack.callback(begin.remove)
+        stack.callback(model.register_forward_pre_hook(heads).remove)
     if hasattr(model, "setup_attribution"):
         keep(fast_scores(model))
     for name in EAP:
         if name in sys.modules:
             keep(fast_eap(sys.modules[name], model))
+
+
+def _made(handles: list[Handle], stack: ExitStack) -> None:
+    """Has the models that are made from now on accelerated, until the stack is left."""
+    kind = getattr(sys.modules.get("transformer_lens"), "HookedTransformer", None)
+    if kind is None:
+        return
+    make = kind.__init__
+
+    @functools.wraps(make)
+    def init(model: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
+        make(model, *args, **kwargs)
+        _accelerate(model, handles, stack)
+
+    kind.__init__ = init
+    stack.callback(setattr, kind, "__init__", make)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -67,6 +88,7 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
     with ExitStack() as stack:
         for model in _models(list(getattr(item, "funcargs", {}).values())):
             _accelerate(model, handles, stack)
+        _made(handles, stack)
         try:
             return (yield)
         finally:

@@ -9,16 +9,20 @@ from pathlib import Path
 import pytest
 
 SUITE = """
+import copy
 import pytest
 import torch
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 
-@pytest.fixture(scope="module")
-def model():
+def make():
     return HookedTransformer(HookedTransformerConfig(
         n_layers=2, d_model=8, n_ctx=8, d_head=4, n_heads=2, d_vocab=11, attn_only=True, seed=0,
         device="cpu",
     ))
+
+@pytest.fixture(scope="module")
+def model():
+    return make()
 
 def test_results_off(model):
     assert "forward" not in vars(model.blocks[0].attn)
@@ -40,8 +44,15 @@ def test_fails(model):
     model(torch.tensor([[1, 2, 3]]))
     assert False
 
+def test_made_in_the_test():
+    made = make()
+    made.set_use_attn_result(True)
+    for model in (made, copy.deepcopy(made)):
+        model(torch.tensor([[1, 2, 3]]))
+        assert "forward" in vars(model.blocks[0].attn)
+
 def test_no_model():
-    pass
+    assert HookedTransformer.__init__.__module__.startswith("transformer_lens")
 """
 
 
@@ -56,7 +67,7 @@ def test_another_suite(tmp_path):
         capture_output=True,
         text=True,
     )
-    assert "1 failed, 4 passed" in done.stdout, done.stdout + done.stderr
+    assert "1 failed, 5 passed" in done.stdout, done.stdout + done.stderr
     assert "test_theirs.py::test_fails" in done.stdout
-    # two layers, run twice in one test and once in the one that fails
-    assert "accelerated: 2 tests, 6 products by mikernels" in done.stdout
+    # two layers, run twice in two tests and once in the one that fails
+    assert "accelerated: 3 tests, 10 products by mikernels" in done.stdout

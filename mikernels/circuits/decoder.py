@@ -182,9 +182,9 @@ class Watch:
                 )
             y = _first(output).detach()
             parts = [site[name].detach().to(y.device) for name in ("x", "attn", "mlp")]
-            total = sum(t.to(accumulate_dtype(t.dtype)) for t in parts)
+            x, attn, mlp = (t.to(accumulate_dtype(t.dtype)) for t in parts)
             claim = f"block {layer} must return input + attention + mlp"
-            claims.equal(claim, y, total, sum_limit(parts, y))
+            claims.equal(claim, y, x + attn + mlp, sum_limit(parts, y))
             claim = f"attention of block {layer} must return what its projection does"
             projected = site.pop("projected")
             if projected.shape != site["attn"].shape:
@@ -253,7 +253,7 @@ def _head_size(model: torch.nn.Module, attention: torch.nn.Module, heads: int) -
 
 def head_matrices(model: torch.nn.Module, layer: int, parts: Block) -> torch.Tensor:
     """W_O as `[H, dh, d]`."""
-    heads = getattr(model.config, "num_attention_heads", None)
+    heads: Any = getattr(model.config, "num_attention_heads", None)
     projection = parts.projection
     weight = getattr(projection, "weight", None)
     if (
@@ -266,8 +266,9 @@ def head_matrices(model: torch.nn.Module, layer: int, parts: Block) -> torch.Ten
     # transformers' Conv1D, of GPT-2, stores [in, out]; what else there is, arithmetic decides
     transposed = any(kind.__name__ == "Conv1D" for kind in type(projection).__mro__)
     w_o = weight.detach() if transposed else weight.detach().T
-    size = _head_size(model, parts.attention, heads) if isinstance(heads, int) and heads else None
-    if size is None or w_o.shape[0] != heads * size:
+    known = isinstance(heads, int) and heads > 0
+    size = _head_size(model, parts.attention, heads) if known else None
+    if not known or size is None or w_o.shape[0] != heads * size:
         raise unrecognised(
             model,
             f"the projection of block {layer} must read {heads} heads (config.num_attention_heads) "
