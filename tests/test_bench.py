@@ -12,7 +12,7 @@ import torch
 from typer.testing import CliRunner
 
 import mikernels
-from mikernels.bench import NAMES, harness, load, memory, peers, report, results, stats
+from mikernels.bench import NAMES, gate, harness, load, memory, peers, report, results, stats
 from mikernels.bench.cli import app
 from mikernels.bench.declare import SHAPES, Provider, Runner, Unavailable
 
@@ -322,3 +322,14 @@ def test_peers_keep_what_has_been_imported(monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(KeyError), peers._without("nnsight"):
         raise KeyError
     assert "nnsight" not in sys.modules
+
+
+def test_gate_keeps_a_nan_wherever_it_comes() -> None:
+    good, bad = torch.ones(3), torch.tensor([1.0, float("nan"), 1.0])
+    exact = {"a": good.double(), "b": good.double()}
+    for outputs in ({"a": good, "b": bad}, {"a": bad, "b": good}):
+        for theirs in ({"a": good, "b": good}, outputs):
+            verdict = gate.values_gate(outputs, theirs, exact)
+            assert not verdict.ok and verdict.error != verdict.error
+    with pytest.raises(ValueError, match="scores to select by must be finite, got NaN or inf"):
+        gate.truths(lambda part: (bad[None].double(), good[None]), 1, 3, 1)

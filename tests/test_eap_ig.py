@@ -160,6 +160,17 @@ def test_scores_in_16_bits_are_the_rounding_of_sums():
     assert torch.equal(scores, (halved + batch).to(torch.bfloat16))
 
 
+def test_sums_of_the_others_outlive_a_score_that_is_nan():
+    graph, model = StandInGraph(), stand_in_model(torch.bfloat16)
+    scores = torch.zeros(graph.n_forward, graph.n_backward, dtype=torch.bfloat16)
+    scores[-1, 0] = torch.nan  # no edge leads there
+    expected = torch.zeros(graph.n_forward, graph.n_backward, dtype=torch.float64)
+    for seed in range(8):
+        expected += one_batch(graph, model, scores, 1000 * seed)
+    expected[-1, 0] = torch.nan
+    torch.testing.assert_close(scores, expected.bfloat16(), rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("apart", [False, True])
 def test_evaluation(apart):
     graph, model = StandInGraph(), stand_in_model(use_normalization_before_and_after=apart)

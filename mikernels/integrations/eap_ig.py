@@ -82,7 +82,8 @@ def _sums(scores: torch.Tensor) -> torch.Tensor:
         return scores
     kept = _SUMS.get(scores)
     # anybody may have written to scores, e.g. divided them by the number of examples
-    if kept is None or not torch.equal(kept.to(scores.dtype), scores):
+    same = partial(torch.allclose, rtol=0.0, atol=0.0, equal_nan=True)
+    if kept is None or not same(kept.to(scores.dtype), scores):
         kept = _SUMS[scores] = scores.to(acc)
     return kept
 
