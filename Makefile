@@ -89,7 +89,7 @@ $(VENV)/.triton-oldest: $(VENV)/.installed
 
 $(PEERS)/.installed: $(PEERS)/.torch requirements/peers.txt $(SOURCES)
 	$(call PIP,$(PEERS)) -r requirements/peers.txt
-	$(call PIP,$(PEERS)) --no-deps dictionary-learning==0.1.0 nnsight==0.3.7
+	$(call PIP,$(PEERS)) --no-deps dictionary-learning==0.1.0
 	$(call PIP,$(PEERS)) -e .
 	@touch $@
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 
@@ -32,6 +33,11 @@ def _worst(out: torch.Tensor, exact: torch.Tensor) -> float:
     return float(torch.stack([(o.double() - e).abs().max() for o, e in pairs]).max())
 
 
+def _larger(a: float, b: float) -> float:
+    """A NaN is larger than any number; Python's max keeps it only where it comes first."""
+    return a if a != a or b <= a else b
+
+
 def values_gate(outputs: Outputs, eager: Outputs, exact: Outputs) -> Verdict:
     """Every tensor of `exact` (fp64), by the ratio rule; NaN fails."""
     error = eager_error = 0.0
@@ -43,7 +49,7 @@ def values_gate(outputs: Outputs, eager: Outputs, exact: Outputs) -> Verdict:
         # written so that NaN is wrong
         if not ours <= allowed:
             wrong.append(f"{name}: error {ours:.2e}, allowed {allowed:.2e}")
-        error, eager_error = max(error, ours / scale), max(eager_error, theirs / scale)
+        error, eager_error = _larger(error, ours / scale), _larger(eager_error, theirs / scale)
     return Verdict(not wrong, error, eager_error, "; ".join(wrong))
 
 
@@ -76,6 +82,8 @@ def truths(
     blocks = []
     for part in _parts(n, SCORE_BYTES // (8 * n_features), rows):
         exact, eager = scores(part)
+        if not (exact.isfinite().all() and eager.isfinite().all()):
+            raise ValueError("scores to select by must be finite, got NaN or inf")
         off = (eager.double() - exact).abs().amax(1, keepdim=True)
         # two scores are compared, each with eager's error
         rounding = torch.finfo(eager.dtype).eps * exact.abs().amax(1, keepdim=True)
@@ -113,7 +121,8 @@ def selection_gate(blocks: list[Truth], outputs: Outputs, eager: Outputs, *, rel
         errors.append(_picked_error(block, outputs, relu))
         eager_errors.append(_picked_error(block, eager, relu))
         scales.append(float(exact.abs().max()))
-    error, eager_error, scale = max(errors), max(eager_errors), max(scales) or 1.0
+    error, eager_error = reduce(_larger, errors), reduce(_larger, eager_errors)
+    scale = max(scales) or 1.0
     allowed = 2 * eager_error
     if eager_error:
         allowed += torch.finfo(values.dtype).eps * scale

@@ -3,6 +3,10 @@
 
 Only public classes are called. `make bench-peers` installs the pinned versions; where one is not
 importable the provider is reported as absent with the reason.
+
+dictionary_learning names nnsight's LanguageModel in signatures. Importing nnsight 0.3 replaces
+torch's FakeTensor, after which nothing in the process can be compiled, so peers are imported with a
+stand-in of which nothing can be used.
 """
 
 from __future__ import annotations
@@ -11,7 +15,10 @@ import contextlib
 import importlib
 import io
 import os
+import sys
+import types
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -26,6 +33,33 @@ ENVIRONMENT = {
 }
 
 
+class _NotUsed(type):
+    def __call__(cls, *args: object, **kwargs: object) -> object:
+        raise RuntimeError(f"{cls.__name__} is a stand-in: peers must run without it")
+
+
+class _StandIn(types.ModuleType):
+    """A module any name of which is a class without instances."""
+
+    def __getattr__(self, name: str) -> type:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return _NotUsed(f"{self.__name__}.{name}", (), {})
+
+
+@contextlib.contextmanager
+def _without(name: str) -> Iterator[None]:
+    """While it is entered, importing `name` gives a stand-in, unless it has been imported."""
+    if name in sys.modules:
+        yield
+        return
+    sys.modules[name] = _StandIn(name)
+    try:
+        yield
+    finally:
+        del sys.modules[name]
+
+
 def _module(name: str, package: str) -> Any:
     for key, value in ENVIRONMENT.items():
         os.environ.setdefault(key, value)
@@ -34,7 +68,11 @@ def _module(name: str, package: str) -> Any:
         os.environ.setdefault("SPARSIFY_DISABLE_TRITON", "1")
     try:
         # they print and warn while being imported
-        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        with (
+            contextlib.redirect_stdout(io.StringIO()),
+            warnings.catch_warnings(),
+            _without("nnsight"),
+        ):
             warnings.simplefilter("ignore")
             return importlib.import_module(name)
     except ImportError as error:

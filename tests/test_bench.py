@@ -4,6 +4,7 @@
 import dataclasses
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from typer.testing import CliRunner
 
 import mikernels
-from mikernels.bench import NAMES, harness, load, memory, report, results, stats
+from mikernels.bench import NAMES, gate, harness, load, memory, peers, report, results, stats
 from mikernels.bench.cli import app
 from mikernels.bench.declare import SHAPES, Provider, Runner, Unavailable
 
@@ -268,3 +269,67 @@ def test_bench_memory_sees_temporaries_and_what_is_kept() -> None:
     answer = memory.peak_extra("row_topk", "smoke", "fwd", "eager", 1)
     assert 0 <= answer["bytes"] < 32 << 20
     assert "KeyError" in memory.peak_extra("row_topk", "none", "fwd", "eager", 1)["reason"]
+
+
+def test_peers_leave_torch_as_it_is(tmp_path: Path, run_python) -> None:
+    """Of a library that names nnsight, which replaces torch's FakeTensor where it is imported."""
+    (tmp_path / "nnsight.py").write_text(
+        "import torch._subclasses.fake_tensor as fake\n"
+        "class FakeTensor(fake.FakeTensor):\n"
+        "    def __new__(cls, *args, **kwargs):\n"
+        "        raise RuntimeError('replaced')\n"
+        "fake.FakeTensor = FakeTensor\n"
+    )
+    library = tmp_path / "dictionary_learning"
+    library.mkdir()
+    (library / "__init__.py").write_text(
+        "from nnsight import LanguageModel\n"
+        "def evaluate(model: LanguageModel | None) -> None: ...\n"
+        "def model(): return LanguageModel('gpt2')\n"
+    )
+    printed = run_python(f"""
+        import sys
+        sys.path.insert(0, {str(tmp_path)!r})
+        import torch
+        from mikernels.bench import peers
+        from mikernels.bench.declare import compiled
+        library = peers._module("dictionary_learning", "dictionary-learning")
+        assert "nnsight" not in sys.modules
+        print(library.LanguageModel.__name__)
+        try:
+            library.model()
+        except RuntimeError as error:
+            print(error)
+        print(compiled(lambda x: x.relu().sum())(torch.ones(3)).item())
+        import nnsight
+        from torch._subclasses import fake_tensor
+        print(fake_tensor.FakeTensor.__module__)
+    """)
+    assert printed.splitlines() == [
+        "nnsight.LanguageModel",
+        "nnsight.LanguageModel is a stand-in: peers must run without it",
+        "3.0",
+        "nnsight",
+    ]
+
+
+def test_peers_keep_what_has_been_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = type(re)("nnsight")
+    monkeypatch.setitem(sys.modules, "nnsight", own)
+    with peers._without("nnsight"):
+        assert sys.modules["nnsight"] is own
+    monkeypatch.delitem(sys.modules, "nnsight")
+    with pytest.raises(KeyError), peers._without("nnsight"):
+        raise KeyError
+    assert "nnsight" not in sys.modules
+
+
+def test_gate_keeps_a_nan_wherever_it_comes() -> None:
+    good, bad = torch.ones(3), torch.tensor([1.0, float("nan"), 1.0])
+    exact = {"a": good.double(), "b": good.double()}
+    for outputs in ({"a": good, "b": bad}, {"a": bad, "b": good}):
+        for theirs in ({"a": good, "b": good}, outputs):
+            verdict = gate.values_gate(outputs, theirs, exact)
+            assert not verdict.ok and verdict.error != verdict.error
+    with pytest.raises(ValueError, match="scores to select by must be finite, got NaN or inf"):
+        gate.truths(lambda part: (bad[None].double(), good[None]), 1, 3, 1)

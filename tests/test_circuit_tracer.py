@@ -106,6 +106,66 @@ def test_pruning_refuses():
         prune_graph(graph)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_pruning_refuses_what_is_not_finite(value):
+    for change in ("edge", "probability"):
+        graph = random_graph(0)
+        if change == "edge":
+            graph.adjacency_matrix[-1, 3] = value
+        else:
+            graph.logit_probabilities[0] = value
+        with pytest.raises(ValueError, match="finite edges and probabilities, got influences"):
+            prune_graph(graph)
+
+
+class Context:
+    """As of the nnsight backend."""
+
+    def compute_score(self, grads, output_vecs, write_index, read_index=slice(None)):
+        products = torch.einsum("bpd,pd->pb", grads.to(output_vecs.dtype)[read_index], output_vecs)
+        self._batch_buffer[write_index] += products
+
+
+class HookContext:
+    """As of the TransformerLens backend."""
+
+    def _compute_score_hook(self, hook_name, output_vecs, write_index, read_index=slice(None)):
+        def hook(grads, hook):
+            products = torch.einsum("bpd,pd->pb", grads[read_index], output_vecs)
+            self._batch_buffer[write_index] += products
+
+        return hook_name, hook
+
+
+class Halved(Context):
+    def compute_score(self, grads, output_vecs, write_index, read_index=slice(None)):
+        super().compute_score(grads / 2, output_vecs, write_index, read_index)
+
+
+class Absolute(HookContext):
+    def _compute_score_hook(self, hook_name, output_vecs, write_index, read_index=slice(None)):
+        return super()._compute_score_hook(hook_name, output_vecs.abs(), write_index, read_index)
+
+
+def test_contexts_that_score_otherwise_are_refused():
+    for kind in (Halved, Absolute):
+        with pytest.raises(TypeError, match=rf"fast_scores: {kind.__name__}\..* must add vectors"):
+            fast_scores(kind())
+    for kind in (Context, HookContext):
+        context = kind()
+        context._batch_buffer = buffer = torch.zeros(3, 2)
+        handle = fast_scores(context)
+        assert context._batch_buffer is buffer and not buffer.any()
+        handle.remove()
+
+
+def test_compiled_models_are_refused():
+    model = torch.compile(torch.nn.Linear(2, 2), backend="eager")
+    model.setup_attribution = lambda: None
+    with pytest.raises(ValueError, match="fast_scores: .* got compiled OptimizedModule; give"):
+        fast_scores(model)
+
+
 @peers
 @pytest.mark.parametrize("thresholds", THRESHOLDS)
 def test_pruning_is_the_library_s(thresholds):

@@ -203,9 +203,13 @@ def test_low_precision_models_are_recognised(kind, dtype):
 @pytest.mark.parametrize(
     ("kind", "options", "reason"),
     [
-        ("gemma2", {}, "does not return input"),
-        ("olmo2", {}, "does not return input"),
-        ("granite", {"residual_multiplier": 0.5}, "does not return input"),
+        ("gemma2", {}, r"block 0 must return input \+ attention \+ mlp: got"),
+        ("olmo2", {}, r"block 0 must return input \+ attention \+ mlp: got"),
+        (
+            "granite",
+            {"residual_multiplier": 0.5},
+            r"block 0 must return input \+ attention \+ mlp: got",
+        ),
         ("opt", {"ffn_dim": 40, "word_embed_proj_dim": 24}, r"block 0 \(OPTDecoderLayer\) has"),
     ],
 )
@@ -244,7 +248,9 @@ def test_components_refuse():
         gradient_components(shared, IDS)
     gated = tiny("llama")
     parts(gated, 1)[0].register_forward_hook(lambda m, args, out: (2 * out[0], *out[1:]))
-    with pytest.raises(ValueError, match="block 1 changes what its projection returns"):
+    with pytest.raises(
+        ValueError, match="attention of block 1 must return what its projection does: got"
+    ):
         gradient_components(gated, IDS)
     wrapped = tiny("llama")
     wrapped.model.layers[1].self_attn.o_proj = torch.nn.Sequential(parts(wrapped, 1)[1])

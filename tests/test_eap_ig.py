@@ -7,7 +7,11 @@ import oracle
 import pytest
 import torch
 
-from mikernels.integrations.eap_ig import fast_eap, make_hooks_and_matrices
+from mikernels.integrations.eap_ig import (
+    fast_eap,
+    make_hooks_and_matrices,
+    make_node_hooks_and_matrices,
+)
 
 LAYERS, HEADS, D, BATCH, TOKENS = 2, 3, 24, 4, 5
 
@@ -156,6 +160,17 @@ def test_scores_in_16_bits_are_the_rounding_of_sums():
     assert torch.equal(scores, (halved + batch).to(torch.bfloat16))
 
 
+def test_sums_of_the_others_outlive_a_score_that_is_nan():
+    graph, model = StandInGraph(), stand_in_model(torch.bfloat16)
+    scores = torch.zeros(graph.n_forward, graph.n_backward, dtype=torch.bfloat16)
+    scores[-1, 0] = torch.nan  # no edge leads there
+    expected = torch.zeros(graph.n_forward, graph.n_backward, dtype=torch.float64)
+    for seed in range(8):
+        expected += one_batch(graph, model, scores, 1000 * seed)
+    expected[-1, 0] = torch.nan
+    torch.testing.assert_close(scores, expected.bfloat16(), rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("apart", [False, True])
 def test_evaluation(apart):
     graph, model = StandInGraph(), stand_in_model(use_normalization_before_and_after=apart)
@@ -173,6 +188,61 @@ def test_evaluation(apart):
         assert torch.equal(delta[:, :, head], a - b)
     with pytest.raises(RuntimeError, match="expected scores .* got None, which is for evaluation"):
         call(gradients[:1], first)
+
+
+def node_definition(graph, corrupted, clean, gradients, neuron):
+    """Scores of nodes in fp64: of an MLP with the gradient at its input."""
+    scores = torch.zeros(graph.n_forward, D, dtype=torch.float64)
+    for node in graph.nodes.values():
+        if node.name != "logits":
+            written = (corrupted[node.out_hook] - clean[node.out_hook]).double()
+            at = node.in_hook if node.name[0] == "m" else node.out_hook
+            product = (written * gradients[at].double()).sum((0, 1))
+            scores[graph.forward_index(node)] = product
+    return scores if neuron else scores.sum(-1)
+
+
+@pytest.mark.parametrize("neuron", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_scores_of_nodes(dtype, neuron):
+    graph, model = StandInGraph(), stand_in_model(dtype)
+    scores = torch.zeros(*((graph.n_forward, D) if neuron else (graph.n_forward,)), dtype=dtype)
+    expected = scores.double()
+    for seed in (0, 7, 11):
+        c, k, g = (activations(graph, dtype, seed + 100 * i) for i in range(3))
+        made = make_node_hooks_and_matrices(model, graph, BATCH, TOKENS, scores, neuron=neuron)
+        (corrupted, clean, gradients), delta = made
+        call(corrupted, c)
+        call(clean, k)
+        call(gradients, g)
+        head = graph.forward_index(graph.nodes["a1.h0"])
+        hook = "blocks.1.attn.hook_result"
+        assert torch.equal(delta[:, :, head], c[hook] - k[hook])
+        expected += node_definition(graph, c, k, g, neuron)
+        # in 16 bits, of sums in fp32
+        assert torch.equal(scores, expected.to(dtype))
+    (_, _, gradients), _ = make_node_hooks_and_matrices(model, graph, BATCH, TOKENS, None)
+    with pytest.raises(RuntimeError, match=r"expected scores \[n_forward\] or, with neuron"):
+        call(gradients[:1], g)
+
+
+def test_substitution_for_nodes():
+    graph, module, mine = StandInGraph(), types.ModuleType("eap.attribute_node"), stand_in_model()
+
+    def make(model, graph, batch_size, n_pos, scores, neuron=False):
+        return "the library's"
+
+    module.make_hooks_and_matrices = make
+    scores = torch.zeros(graph.n_forward, D)
+    with fast_eap(module, mine) as handle:
+        found = module.make_hooks_and_matrices
+        assert found(stand_in_model(), graph, BATCH, TOKENS, scores, neuron=True) == "the library's"
+        (_, _, gradients), _ = found(mine, graph, BATCH, TOKENS, scores, neuron=True)
+        call(gradients, activations(graph, torch.float32, 0))
+        with pytest.raises(ValueError, match="got that of another fast_eap of this model"):
+            fast_eap(module, mine)
+    assert handle.calls == len(gradients) == 2 * LAYERS + 1
+    assert module.make_hooks_and_matrices is make
 
 
 def stand_in_module():
@@ -219,11 +289,15 @@ def test_refusals():
     module = types.ModuleType("eap.attribute_node")
     with pytest.raises(TypeError, match="got eap.attribute_node with no make_hooks_and_matrices"):
         fast_eap(module, stand_in_model())
-    module.make_hooks_and_matrices = lambda model, graph, batch_size, n_pos, scores, neuron: None
-    with pytest.raises(TypeError, match=r"scores, neuron\); give it eap.attribute"):
+    module.make_hooks_and_matrices = lambda model, graph, batch_size, n_pos, scores, layer: None
+    with pytest.raises(TypeError, match=r"scores, layer\); give it eap.attribute or"):
         fast_eap(module, stand_in_model())
     with pytest.raises(TypeError, match="model must be a HookedTransformer, got Linear"):
         fast_eap(stand_in_module(), torch.nn.Linear(1, 1))
+    compiled = stand_in_model()
+    compiled.compile(backend="eager")
+    with pytest.raises(ValueError, match="fast_eap: .* got compiled Linear; give the model as it"):
+        fast_eap(stand_in_module(), compiled)
 
 
 @pytest.mark.peers

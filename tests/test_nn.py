@@ -87,6 +87,12 @@ def test_geometric_median_leaves_a_data_point_and_stays_on_one() -> None:
     torch.testing.assert_close(geometric_median(same), same[0])
 
 
+def test_geometric_median_refuses_squares_that_overflow() -> None:
+    x = 1e200 * torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, -1.0]], dtype=torch.float64)
+    with pytest.raises(ValueError, match="x must have squares that are finite; scale it down"):
+        geometric_median(x)
+
+
 def test_geometric_median_is_not_moved_by_an_outlier_and_keeps_fp64() -> None:
     x = randn(64, D, dtype=torch.float64)
     clean = geometric_median(x)

@@ -366,3 +366,13 @@ def test_saelens_batchtopk_is_rejected_by_name(tmp_path, sae_lens, how, name):
     getattr(sae_lens.BatchTopKTrainingSAE(config), how)(tmp_path)
     with pytest.raises(ValueError, match=rf"cfg.json must be 'topk', got '{name}'"):
         load_sae(tmp_path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+@pytest.mark.parametrize("name", ["W_enc", "b_enc", "W_dec", "b_dec"])
+def test_load_refuses_weights_that_are_not_finite(tmp_path, name, value):
+    weights = peer_weights()
+    weights[name].view(-1)[3] = value
+    write_peer(tmp_path, peer_config(), weights)
+    with pytest.raises(ValueError, match=f"load_sae: {name} in .* got NaN or inf in 1 of"):
+        load_sae(tmp_path)

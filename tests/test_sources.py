@@ -252,7 +252,8 @@ TEXTS = ["the quick brown fox jumps over the lazy dog. " * 8, "second document\n
 def model_source(model=None, tokenizer=None, layer=2, texts=TEXTS, batch_size=40, **options):
     options = {"context": 32, "buffer_rows": 100, "windows_per_forward": 3} | options
     tokenizer = tokenizer or Characters()
-    return ModelSource(model or tiny("llama"), tokenizer, layer, texts, batch_size, **options)
+    model = tiny("llama") if model is None else model
+    return ModelSource(model, tokenizer, layer, texts, batch_size, **options)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
@@ -322,6 +323,123 @@ def test_model_source_drops_outliers():
     kept = torch.cat([part["activations"].norm(dim=-1) for part in fewer.read()])
     assert 0 < kept.numel() < norms.numel()
     assert kept.max() < norms.max()
+
+
+class Broken(torch.nn.Module):
+    """Adds NaN, or inf, to the activations of one token id."""
+
+    def __init__(self, layer, token, value):
+        super().__init__()
+        self.layer, self.token, self.value = layer, token, value
+        self.tokens = None
+
+    def forward(self, hidden_states, *args, **kwargs):
+        output = self.layer(hidden_states, *args, **kwargs)
+        bad = (self.tokens == self.token)[..., None] & (torch.arange(32) == 3)
+        return output.masked_fill(bad, self.value)
+
+
+Q = 1 + ord("q") % 90
+
+
+def broken(value):
+    model = tiny("llama")
+    layer = model.model.layers[2] = Broken(model.model.layers[2], Q, value)
+
+    def tell(module, args, kwargs):
+        layer.tokens = kwargs["input_ids"]
+
+    model.register_forward_pre_hook(tell, with_kwargs=True)
+    return model
+
+
+def rows_of(source):
+    parts = list(source.read())
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+@pytest.mark.parametrize("outlier_norm", [None, 10.0])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_model_source_drops_tokens_that_are_not_finite_singly(value, outlier_norm):
+    options = {"outlier_norm": outlier_norm, "texts": [TEXTS[0] * 2]}
+    expected = rows_of(model_source(**options))
+    source = model_source(broken(value), max_nonfinite=0.1, **options)
+    with pytest.warns(RuntimeWarning, match=r"in \d+ of \d+ tokens \(window 0, .*counts") as seen:
+        found = rows_of(source)
+    assert len(seen) == 1
+    kept = expected["token_ids"] != Q
+    assert kept.sum() == len(kept) - 15
+    assert all(torch.equal(found[name], expected[name][kept]) for name in expected)
+    windows = list(source.token_windows())
+    special = sum(int((window[1:] == 0).sum()) for window in windows)
+    assert source.dropped == {
+        "skipped": len(windows), "special": special, "nonfinite": 15, "outlier": 0,
+    }  # fmt: skip
+    assert source.read_tokens == len(found["positions"]) + sum(source.dropped.values())
+
+
+def test_model_source_refuses_more_than_a_share_that_is_not_finite():
+    texts = [TEXTS[0] * 2]
+    message = (
+        r"finite in all but 1.000% of tokens \(max_nonfinite\), got NaN or inf at layer 2 in 3 of"
+    )
+    with pytest.raises(ValueError, match=message):
+        model_source(broken(float("nan")), texts=texts).next_batch()
+    with pytest.raises(ValueError, match="max_nonfinite must be in 0..1, got nan"):
+        model_source(max_nonfinite=float("nan"))
+    with pytest.raises(ValueError, match="outlier_norm must be above 0, got nan"):
+        model_source(outlier_norm=float("nan"))
+
+
+def test_model_source_counts_outliers_beside_tokens_that_are_not_finite():
+    model = broken(float("nan"))
+    # the median is that of the finite norms; just below the largest of these, one token is dropped
+    norms = rows_of(model_source(tiny("llama"), outlier_norm=None, context=400))
+    finite = norms["activations"][norms["token_ids"] != Q].norm(dim=-1)
+    limit = float(finite.max() / finite.median()) * 0.9
+    source = model_source(model, context=400, max_nonfinite=0.1, outlier_norm=limit)
+    with pytest.warns(RuntimeWarning, match="dropped"):
+        kept = rows_of(source)["activations"].norm(dim=-1)
+    assert source.dropped["outlier"] > 0 and kept.isfinite().all()
+    assert kept.numel() > 0.8 * finite.numel()
+
+
+def in_place(model):
+    model.compile(backend="eager")
+    return model
+
+
+def a_layer(model):
+    model.model.layers[2].compile(backend="eager")
+    return model
+
+
+@pytest.mark.parametrize(
+    "compile", [lambda m: torch.compile(m, backend="eager"), in_place, a_layer], ids=str
+)
+def test_model_source_of_compiled_models(compile):
+    torch.compiler.reset()
+    expected = rows_of(model_source(tiny("llama")))
+    model = compile(tiny("llama"))
+    with torch.no_grad():
+        for length in (32, 7):
+            model(input_ids=torch.ones(3, length, dtype=torch.int64), use_cache=False)
+    source = model_source(model)
+    found = rows_of(source)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert model_source(model, layer="model.layers.1.mlp").next_batch().shape == (40, 32)
+
+
+def test_model_source_refuses_layers_whose_hooks_never_fire():
+    model = tiny("llama")
+    model.spare = torch.nn.Linear(32, 32)
+    with pytest.raises(ValueError, match="got 'spare', whose hooks never fire; code compiled by"):
+        model_source(model, layer="spare")
+    traced = torch.jit.trace(torch.nn.Sequential(torch.nn.Linear(32, 32)), torch.ones(2, 32))
+    model.model.layers[1].mlp = traced
+    with pytest.raises(ValueError, match=r"ModelSource: .* got a scripted model.layers.1.mlp with"):
+        model_source(model, layer="model.layers.1.mlp.0")
+    assert model_source(model, layer="model.layers.1.mlp").d == 32
 
 
 def test_model_source_stops_at_max_tokens():
@@ -397,12 +515,102 @@ def test_load_model_says_that_the_tokeniser_is_missing(tmp_path):
         load_model(tmp_path)
 
 
-def test_load_model_says_that_the_weights_are_truncated(tmp_path):
+def saved_tokenizer(folder):
     tokenizers = pytest.importorskip("tokenizers")
     transformers = pytest.importorskip("transformers")
     vocabulary = {"<s>": 0} | {chr(97 + i): 1 + i for i in range(26)}
     raw = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<s>"))
-    transformers.PreTrainedTokenizerFast(tokenizer_object=raw).save_pretrained(tmp_path)
+    transformers.PreTrainedTokenizerFast(tokenizer_object=raw).save_pretrained(folder)
+
+
+@pytest.fixture
+def silent(monkeypatch):
+    """Asking on the terminal fails."""
+
+    def ask(*_):
+        raise AssertionError("asked on the terminal")
+
+    monkeypatch.setattr("builtins.input", ask)
+    monkeypatch.setattr("sys.stdin", None)
+
+
+OWN_CODE = """
+open({marker!r}, "w").close()
+from transformers import LlamaConfig, LlamaModel, PreTrainedTokenizerFast
+class Config(LlamaConfig):
+    model_type = "own"
+class Model(LlamaModel):
+    config_class = Config
+class Tokenizer(PreTrainedTokenizerFast):
+    pass
+"""
+
+
+@pytest.mark.parametrize("part", ["config", "tokenizer_config"])
+def test_load_model_runs_no_code_of_the_folder(tmp_path, silent, part):
+    tiny("llama").save_pretrained(tmp_path)
+    saved_tokenizer(tmp_path)
+    (tmp_path / "own.py").write_text(OWN_CODE.format(marker=str(tmp_path / "ran")))
+    path = tmp_path / f"{part}.json"
+    config = json.loads(path.read_text())
+    if part == "config":
+        config |= {
+            "model_type": "own",
+            "auto_map": {"AutoConfig": "own.Config", "AutoModel": "own.Model"},
+        }
+    else:
+        config |= {
+            "tokenizer_class": "OwnTokenizer",
+            "auto_map": {"AutoTokenizer": [None, "own.Tokenizer"]},
+        }
+    path.write_text(json.dumps(config))
+    refused = (
+        rf"load_model: .*/{part}.json must not need Python code .*'own\..*never run here; load"
+    )
+    with pytest.raises(ValueError, match=refused):
+        load_model(tmp_path)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_load_model_takes_its_own_class_where_the_folder_brings_another(tmp_path, silent):
+    model = tiny("llama")
+    model.save_pretrained(tmp_path)
+    saved_tokenizer(tmp_path)
+    (tmp_path / "own.py").write_text(OWN_CODE.format(marker=str(tmp_path / "ran")))
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["auto_map"] = {"AutoConfig": "own.Config", "AutoModel": "own.Model"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    loaded, _ = load_model(tmp_path)
+    assert type(loaded).__name__ == "LlamaModel"
+    assert torch.equal(loaded.norm.weight, model.model.norm.weight)
+    assert not (tmp_path / "ran").exists()
+
+
+class Touch:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (self.path, "w"))
+
+
+def test_load_model_unpickles_tensors_only(tmp_path, silent):
+    model = tiny("llama")
+    model.save_pretrained(tmp_path)
+    saved_tokenizer(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    weights = {name: part.contiguous() for name, part in model.state_dict().items()}
+    torch.save(weights, tmp_path / "pytorch_model.bin")
+    assert torch.equal(load_model(tmp_path)[0].norm.weight, model.model.norm.weight)
+    weights["extra"] = Touch(str(tmp_path / "ran"))
+    torch.save(weights, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="must hold a model that transformers reads, got"):
+        load_model(tmp_path)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_load_model_says_that_the_weights_are_truncated(tmp_path):
+    saved_tokenizer(tmp_path)
     tiny("llama").save_pretrained(tmp_path)
     model, tokenizer = load_model(tmp_path)
     assert ModelSource(model, tokenizer, 1, ["a b c d e f g h"], 3, context=8).d == 32

@@ -3,6 +3,7 @@
 
 import contextlib
 import copy
+import functools
 import types
 
 import oracle
@@ -246,6 +247,79 @@ def test_split_inputs_of_older_versions():
         fast = model[0].calculate_qkv_matrices(x, w, b)
     assert handle.calls == 1 and recorder.numel == x.numel()
     oracle.assert_accurate(fast, exact, eager)
+
+
+def checker(function):
+    """As jaxtyping's import hook wraps every function of a package."""
+    jaxtyping = pytest.importorskip("jaxtyping", reason="jaxtyping is not installed")
+
+    def typechecker(f):
+        @functools.wraps(f)
+        def checked(*args, **kwargs):
+            return f(*args, **kwargs)
+
+        checked.__code__ = checked.__code__.replace(co_filename="<@beartype(f) at 0x0>")
+        return checked
+
+    return jaxtyping.jaxtyped(typechecker=typechecker)(function)
+
+
+@peers
+def test_methods_under_a_type_checker(tokens, monkeypatch):
+    model = make_model()
+    kind = next(k for k in type(model.blocks[0].attn).__mro__ if "forward" in vars(k))
+    eager, exact = run(model, tokens), run(in_double(model), tokens)
+    wrapped = checker(kind.forward)
+    assert hasattr(wrapped, "__wrapped__") and not hasattr(kind.forward, "__wrapped__")
+    monkeypatch.setattr(kind, "forward", wrapped)
+    with fast_heads(model) as handle:
+        fast = run(model, tokens)
+    assert handle.calls == LAYERS
+    for name in fast:
+        oracle.assert_accurate(fast[name], exact[name], eager[name])
+
+
+@peers
+def test_methods_under_wrappers_that_may_compute_are_refused(model, monkeypatch):
+    kind = next(k for k in type(model.blocks[0].attn).__mro__ if "forward" in vars(k))
+    forward = kind.forward
+
+    @functools.wraps(forward)
+    def doubled(*args, **kwargs):
+        return 2 * forward(*args, **kwargs)
+
+    monkeypatch.setattr(kind, "forward", doubled)
+    with pytest.raises(
+        ValueError, match=r"remove what wraps its forward \(.*test_transformer_lens"
+    ):
+        fast_heads(model)
+
+
+@peers
+def test_subclasses_that_compute_more_are_refused():
+    model = make_model()
+    kind = type(model.blocks[0].attn)
+
+    class Doubled(kind):
+        def forward(self, *args, **kwargs):
+            return 2 * super().forward(*args, **kwargs)
+
+    for block in model.blocks:
+        block.attn.__class__ = Doubled
+    with pytest.raises(ValueError, match="2 attention modules and no such product"):
+        fast_heads(model)
+
+
+@peers
+def test_compiled_models_are_refused():
+    model = make_model()
+    model.blocks[1].attn.compile(backend="eager")
+    with pytest.raises(
+        ValueError, match=r"fast_heads: .* got compiled blocks.1.attn \(Attention\)"
+    ):
+        fast_heads(model)
+    with pytest.raises(ValueError, match="fast_heads: .* got compiled OptimizedModule; give"):
+        fast_heads(torch.compile(make_model(), backend="eager"))
 
 
 def test_batched_products_are_left_alone():

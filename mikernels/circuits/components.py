@@ -22,7 +22,9 @@ from typing import Any
 
 import torch
 
-from mikernels.circuits.decoder import NAME, decoder_blocks, frozen, head_matrices, watch
+from mikernels.circuits.decoder import NAME, Watch, decoder_blocks, frozen, head_matrices
+from mikernels.models.hooks import eager, original
+from mikernels.models.padding import with_positions
 
 
 def split_heads(name: str, heads: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -36,22 +38,21 @@ def split_heads(name: str, heads: torch.Tensor) -> dict[str, torch.Tensor]:
     return {f"{name}.h{h}": part for h, part in enumerate(heads.unbind(-2))}
 
 
-def _last(inputs: Mapping[str, Any], logits: torch.Tensor) -> torch.Tensor:
+def _last(kept: torch.Tensor | None, logits: torch.Tensor) -> torch.Tensor:
     """`[B, V]` logits at the last position that is not padding."""
-    mask = inputs.get("attention_mask")
-    if mask is None:
+    if kept is None:
         return logits[:, -1]
-    if mask.shape != logits.shape[:2] or not bool((mask != 0).any(-1).all()):
-        raise ValueError(
-            f"{NAME}: attention_mask must be {list(logits.shape[:2])} with a token in every row, "
-            f"got {list(mask.shape)}"
-        )
-    last = mask.shape[1] - 1 - (mask != 0).int().flip(-1).argmax(-1)
+    last = kept.shape[1] - 1 - kept.int().flip(-1).argmax(-1)
     return logits[torch.arange(len(last), device=logits.device), last.to(logits.device)]
 
 
 def _target(target: int | torch.Tensor | None, logits: torch.Tensor) -> torch.Tensor:
     """`[B]` token ids."""
+    if not (finite := logits.isfinite().all(-1)).all():
+        raise ValueError(
+            f"{NAME}: model must return finite logits, got NaN or inf in row "
+            f"{int(finite.int().argmin())}; mend its weights, or load it in a wider dtype"
+        )
     if target is None:
         return logits.argmax(-1)
     ids = torch.as_tensor(target, device=logits.device)
@@ -73,7 +74,8 @@ def _target(target: int | torch.Tensor | None, logits: torch.Tensor) -> torch.Te
 
 def _run(model: torch.nn.Module, inputs: Mapping[str, Any]) -> torch.Tensor:
     """`[B, P, V]` logits."""
-    logits = getattr(model(**{**inputs, "use_cache": False}), "logits", None)
+    with eager():
+        logits = getattr(model(**{**inputs, "use_cache": False}), "logits", None)
     if not isinstance(logits, torch.Tensor) or logits.dim() != 3:
         raise ValueError(
             f"{NAME}: model must return logits [B, P, V], got none from {type(model).__name__}; "
@@ -93,12 +95,14 @@ def gradient_components(
     """The gradient of a logit at every attention block and MLP of a decoder, or at every head.
 
     The logit is that of the target token at the last position that the attention mask keeps; the
-    rows of a batch are independent.
+    rows of a batch are independent, and padding, before or after, changes nothing: positions are
+    counted from the first token (unless position_ids are given), and at padding the result is 0.
 
     Args:
         model: a Hugging Face causal language model (Llama, GPT-2, GPT-NeoX, ... style) in eval
             mode, with blocks that add attention and MLP to the residual stream as they are.
-        inputs: token ids `[B, P]`, or what the tokeniser returned (keywords of the model).
+        inputs: token ids `[B, P]`, or what the tokeniser returned (keywords of the model), with an
+            attention_mask of 1 for tokens and 0 for padding where there is any.
         target: a token id, `[B]` of them, or None: the one the model predicts.
         heads: the heads of each layer in place of the attention block, which is their sum: an
             interaction of the whole with its part would say nothing.
@@ -111,9 +115,12 @@ def gradient_components(
         `L0.h0`, `L0.h1`, ...), `L0.mlp`, `L1.attn`, ...
 
     Raises:
-        TypeError, ValueError: for a model that is not recognised, for one in training mode, or for
-            other inputs or targets. Hooks are removed and `requires_grad` is restored in any case.
+        TypeError, ValueError: for a model that is not recognised, with the place and the numbers
+            where its arithmetic is another (see `circuits.decoder`); for one in training mode; for
+            other inputs or targets; for logits or activations that are not finite. Hooks are
+            removed and `requires_grad` is restored in any case.
     """
+    model = original(model)
     blocks = decoder_blocks(model)
     given = {"input_ids": inputs} if isinstance(inputs, torch.Tensor) else inputs
     if not isinstance(given, Mapping):
@@ -124,14 +131,17 @@ def gradient_components(
     ids = given.get("input_ids")
     if isinstance(ids, torch.Tensor) and (ids.dim() != 2 or ids.numel() == 0):
         raise ValueError(f"{NAME}: input_ids must be [B, P], not empty, got {list(ids.shape)}")
+    given, kept = with_positions(NAME, model, given)
     w_o = [head_matrices(model, i, parts) for i, parts in enumerate(blocks)] if heads else []
     with ExitStack() as stack:
         stack.enter_context(frozen(model))
         # switches gradients on, also within the caller's no_grad
         stack.enter_context(torch.inference_mode(False))
-        sites = [watch(model, i, parts, stack) for i, parts in enumerate(blocks)]
-        logits = _last(given, _run(model, given))
+        watch = Watch(model, blocks, kept, w_o, stack)
+        logits = _last(kept, _run(model, given))
+        watch.check()
         score = logits.gather(1, _target(target, logits.detach())[:, None]).sum()
+        sites = watch.sites
         at = "z" if heads and not attribution else "attn"
         grads = torch.autograd.grad(score, [site[name] for site in sites for name in (at, "mlp")])
     found: dict[str, torch.Tensor] = {}
@@ -144,4 +154,6 @@ def gradient_components(
         else:
             found[f"L{layer}.attn"] = g * site["attn"].detach() if attribution else g
         found[f"L{layer}.mlp"] = g_mlp * site["mlp"].detach() if attribution else g_mlp
-    return found
+    if kept is None:
+        return found
+    return {name: part.where(kept.to(part.device)[..., None], 0) for name, part in found.items()}

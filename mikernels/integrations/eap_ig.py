@@ -16,6 +16,10 @@ that of `fast_heads`, which belongs beside it:
     with fast_heads(model), fast_eap(eap.attribute, model):
         eap.attribute.attribute(model, graph, dataloader, metric, "EAP-IG-inputs", ig_steps=5)
 
+Nodes and neurons likewise, by `make_node_hooks_and_matrices` or `fast_eap(eap.attribute_node,
+model)`: there the gain is the sums in fp32 and the frozen parameters. The differences lie on the
+model's device; the library itself keeps scores of nodes on "cuda", whatever that is.
+
 Checked against EAP-IG at 795f560 (2.0.0).
 """
 
@@ -23,7 +27,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import partial, wraps
 from typing import Any, NamedTuple
 
 import torch
@@ -31,11 +35,13 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from mikernels._dispatch import accumulate_dtype
 from mikernels.integrations.handle import Handle
+from mikernels.models.hooks import check_uncompiled
 from mikernels.ops.edges import edge_scores
 
 NAME = "make_hooks_and_matrices"
 LAYERS = ("embed", "pos_embed", "attn", "mlp")
 PARAMETERS = ("model", "graph", "batch_size", "n_pos", "scores")
+NODE_PARAMETERS = (*PARAMETERS, "neuron")
 
 Hooks = list[tuple[str, Callable[..., Any]]]
 
@@ -76,9 +82,26 @@ def _sums(scores: torch.Tensor) -> torch.Tensor:
         return scores
     kept = _SUMS.get(scores)
     # anybody may have written to scores, e.g. divided them by the number of examples
-    if kept is None or not torch.equal(kept.to(scores.dtype), scores):
+    same = partial(torch.allclose, rtol=0.0, atol=0.0, equal_nan=True)
+    if kept is None or not same(kept.to(scores.dtype), scores):
         kept = _SUMS[scores] = scores.to(acc)
     return kept
+
+
+def _differences(graph: Any, into: torch.Tensor, factor: int) -> Hooks:
+    """Hooks that add, or subtract, what each node writes."""
+
+    def write(place: int | slice, activations: torch.Tensor, hook: Any) -> None:
+        into[:, :, place].add_(activations.detach(), alpha=factor)
+
+    return [(hook, partial(write, place)) for hook, place in _writers(graph)]
+
+
+def _no_scores(shape: str) -> RuntimeError:
+    return RuntimeError(
+        f"{NAME}: expected scores {shape} to add to, got None, which is for evaluation; give "
+        f"scores, or leave out the gradient hooks"
+    )
 
 
 def make_hooks_and_matrices(
@@ -112,21 +135,9 @@ def make_hooks_and_matrices(
     added, subtracted = (delta[0], delta[1]) if apart else (delta, delta)
     sign = 1 if apart else -1
 
-    def write(
-        into: torch.Tensor,
-        place: int | slice,
-        factor: int,
-        activations: torch.Tensor,
-        hook: Any,
-    ) -> None:
-        into[:, :, place].add_(activations.detach(), alpha=factor)
-
     def score(reader: _Reader, gradients: torch.Tensor, hook: Any) -> None:
         if scores is None:
-            raise RuntimeError(
-                f"{NAME}: expected scores [n_forward, n_backward] to add to, got None, which is "
-                f"for evaluation; give scores, or leave out the gradient hooks"
-            )
+            raise _no_scores("[n_forward, n_backward]")
         grads = gradients.detach().to(delta)
         grads = grads[:, :, None] if grads.dim() == 3 else grads
         before, at = slice(reader.writers), reader.columns
@@ -139,11 +150,56 @@ def make_hooks_and_matrices(
         if count is not None:
             count()
 
-    writers = list(_writers(graph))
-    corrupted: Hooks = [(hook, partial(write, added, place, 1)) for hook, place in writers]
-    clean: Hooks = [(hook, partial(write, subtracted, place, sign)) for hook, place in writers]
     gradients: Hooks = [(reader.hook, partial(score, reader)) for reader in _readers(graph)]
-    return (corrupted, clean, gradients), delta
+    return (_differences(graph, added, 1), _differences(graph, subtracted, sign), gradients), delta
+
+
+def make_node_hooks_and_matrices(
+    model: Any,
+    graph: Any,
+    batch_size: int,
+    n_pos: int,
+    scores: torch.Tensor | None,
+    neuron: bool = False,
+    *,
+    count: Callable[[], object] | None = None,
+) -> tuple[tuple[Hooks, Hooks, Hooks], torch.Tensor]:
+    """The hooks of `eap.attribute_node`, with the library's signature and return value.
+
+    A node's score is the inner product of what it writes (corrupted less clean) with the gradient
+    there, over examples and positions; of an MLP, as in the library, with the gradient at its
+    input.
+
+    Args:
+        model, graph, batch_size, n_pos, count: as of make_hooks_and_matrices.
+        scores: `[n_forward]`, or `[n_forward, d_model]` with neuron; None for evaluation.
+        neuron: a score for each of the d_model numbers that a node writes.
+
+    Returns:
+        As of make_hooks_and_matrices.
+    """
+    cfg = model.cfg
+    shape = (batch_size, n_pos, graph.n_forward, cfg.d_model)
+    delta = torch.zeros(shape, device=cfg.device, dtype=cfg.dtype)
+
+    def score(place: int | slice, gradients: torch.Tensor, hook: Any) -> None:
+        if scores is None:
+            raise _no_scores("[n_forward] or, with neuron, [n_forward, d_model]")
+        total = _sums(scores)
+        # an example at a time, so that products take no more than its activations
+        for written, gradient in zip(delta[:, :, place], gradients.detach(), strict=True):
+            products = written.to(total.dtype).mul(gradient.to(total)).sum(0)
+            total[place] += products if neuron else products.sum(-1)
+        if total is not scores:
+            scores[place] = total[place]
+        if count is not None:
+            count()
+
+    hooks = [(hook, place) for hook, place in _writers(graph)]
+    for i in range(graph.cfg["n_layers"]):
+        hooks[2 + 2 * i] = graph.nodes[f"m{i}"].in_hook, hooks[2 + 2 * i][1]
+    gradients: Hooks = [(hook, partial(score, place)) for hook, place in hooks]
+    return (_differences(graph, delta, 1), _differences(graph, delta, -1), gradients), delta
 
 
 def _freeze(model: Any, handle: Handle) -> None:
@@ -166,35 +222,40 @@ def _freeze(model: Any, handle: Handle) -> None:
 
 
 def fast_eap(module: Any, model: torch.nn.Module, *, freeze: bool = True) -> Handle:
-    """Have a module of EAP-IG score this model's edges with `edge_scores`.
+    """Have a module of EAP-IG score this model's edges, or its nodes, with the hooks from here.
 
     Args:
-        module: the module that attributes, `eap.attribute`; its name `make_hooks_and_matrices` is
-            substituted, for this model only, until the handle is removed.
+        module: the module that attributes, `eap.attribute` or `eap.attribute_node`; its name
+            `make_hooks_and_matrices` is substituted, for this model only, until the handle is
+            removed.
         model: a HookedTransformer.
         freeze: let the parameters not require gradients meanwhile. The library does not use
             them, but computes and stores them: a third of a backward pass, and the memory of the
             model once more.
+
     Returns:
         The handle, as of `fast_heads`: `calls` counts the products. The end of a `with` block warns
         if there were none, e.g. after a method without gradients ("information-flow-routes").
 
     Raises:
         TypeError: module does not have the function that this replaces, or model is not a model.
-        ValueError: another `fast_eap` of this model is in place.
+        ValueError: another `fast_eap` of this model is in place, or a part of it is compiled.
     """
     handle = Handle("fast_eap")
     original = getattr(module, NAME, None)
     found = tuple(inspect.signature(original).parameters) if callable(original) else None
-    if original is None or found != PARAMETERS:
+    makers = {PARAMETERS: make_hooks_and_matrices, NODE_PARAMETERS: make_node_hooks_and_matrices}
+    make: Any = makers.get(found or ())
+    if original is None or make is None:
         what = f"no {NAME}" if found is None else f"{NAME}({', '.join(found)})"
         raise TypeError(
-            f"fast_eap: expected a module with {NAME}({', '.join(PARAMETERS)}), got "
-            f"{getattr(module, '__name__', type(module).__name__)} with {what}; give it "
-            f"eap.attribute"
+            f"fast_eap: expected a module with {NAME}({', '.join(PARAMETERS)}), and neuron for "
+            f"nodes, got {getattr(module, '__name__', type(module).__name__)} with {what}; give it "
+            f"eap.attribute or eap.attribute_node"
         )
     if not isinstance(model, torch.nn.Module) or not hasattr(model, "cfg"):
         raise TypeError(f"fast_eap: model must be a HookedTransformer, got {type(model).__name__}")
+    check_uncompiled("fast_eap", model)
     if getattr(original, "model", None) is model:
         raise ValueError(
             "fast_eap: expected the library's function, got that of another fast_eap of this "
@@ -204,10 +265,11 @@ def fast_eap(module: Any, model: torch.nn.Module, *, freeze: bool = True) -> Han
     def count() -> None:
         handle.calls += 1
 
-    def substitute(model, graph, batch_size, n_pos, scores):  # type: ignore[no-untyped-def]
+    @wraps(original)
+    def substitute(model: Any, *args: Any, **kwargs: Any) -> Any:
         if model is not substitute.model:  # type: ignore[attr-defined]
-            return original(model, graph, batch_size, n_pos, scores)
-        return make_hooks_and_matrices(model, graph, batch_size, n_pos, scores, count=count)
+            return original(model, *args, **kwargs)
+        return make(model, *args, **kwargs, count=count)
 
     substitute.model = model  # type: ignore[attr-defined]
     if freeze:

@@ -106,9 +106,12 @@ def export_sae(
 def load_sae(folder: str | Path) -> TopKSAE:
     """Read a TopK SAE that SAELens or `export_sae` wrote.
 
-    Its codes and reconstructions are those of the SAE in SAELens, to rounding. Where something has
-    to be folded into half-precision weights, the result is float32, so that nothing is lost. An SAE
-    of `hook_z` activations takes them with the heads flattened: `[..., heads * d_head]`.
+    Its codes and reconstructions are those of the SAE in SAELens, to rounding: the function is
+    kept, not the parameters. What SAELens keeps beside the weights is folded into them (see above),
+    so `export_sae(load_sae(folder), other)` writes other weights than `folder` holds, with the
+    settings of a TopKSAE, for the same codes and reconstructions. Where something has to be folded
+    into half-precision weights, the result is float32, so that nothing is lost. An SAE of `hook_z`
+    activations takes them with the heads flattened: `[..., heads * d_head]`.
 
     Args:
         folder: holds `cfg.json` and `sae_weights.safetensors`.
@@ -119,8 +122,8 @@ def load_sae(folder: str | Path) -> TopKSAE:
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: a file is truncated or foreign, or the SAE is no TopKSAE: another architecture,
-            an input normalisation, an output scaling.
+        ValueError: a file is truncated or foreign, a weight is NaN or inf, or the SAE is no
+            TopKSAE: another architecture, an input normalisation, an output scaling.
     """
     folder = Path(folder)
     path = folder / CONFIG
@@ -246,9 +249,17 @@ def _read_weights(path: Path, shapes: dict[str, list[int]]) -> dict[str, torch.T
                     f"load_sae: {path} must hold {shapes} by {CONFIG}, got {found}; the two files "
                     f"are not of one TopK SAE: copy or export it again"
                 )
-            return {name: file.get_tensor(name) for name in shapes}
+            weights = {name: file.get_tensor(name) for name in shapes}
     except SafetensorError as error:
         raise _damaged(path, "a complete safetensors file", error) from error
+    for name, weight in weights.items():
+        if not weight.isfinite().all():
+            bad = int((~weight.isfinite()).sum())
+            raise ValueError(
+                f"load_sae: {name} in {path} must be finite, got NaN or inf in {bad:,} of "
+                f"{weight.numel():,} numbers; its training diverged: take an earlier checkpoint"
+            )
+    return weights
 
 
 def _write(folder: Path, config: str, weights: dict[str, torch.Tensor]) -> None:

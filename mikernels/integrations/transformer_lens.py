@@ -11,18 +11,21 @@ Only that expression is replaced: the model's attention modules get copies of th
 whose global name `einops` answers the two rearrangements of the product with an object that can do
 nothing but be multiplied and summed. So every hook, cast and special case stays the library's, and
 a version that uses the operands in another way fails in an AttributeError or TypeError instead of
-giving other numbers. Checked against 2.10.0, 2.15.4 and 3.9.0; TransformerBridge, the only model of
-4.x, has the batched product already.
+giving other numbers. Of methods wrapped by a type checker (jaxtyping's import hook, beartype) it is
+the method inside, unchecked meanwhile; other wrappers may compute, and are refused. Checked against
+2.10.0, 2.15.4 and 3.9.0; TransformerBridge, the only model of 4.x, has the batched product already.
 """
 
 from __future__ import annotations
 
+import inspect
 from types import FunctionType, MethodType
 from typing import Any
 
 import torch
 
 from mikernels.integrations.handle import Handle
+from mikernels.models.hooks import check_uncompiled
 
 # the operands of (z * w).sum(-2), as the library writes them: heads' results, split inputs
 ROWS = frozenset(
@@ -31,6 +34,9 @@ ROWS = frozenset(
 WEIGHTS = frozenset(
     f"head_index {d} -> 1 1 head_index {d}" for d in ("d_head d_model", "d_model d_head")
 )
+
+# of the file names of wrappers that check types and compute nothing
+CHECKERS = ("jaxtyping", "beartype", "typeguard")
 
 
 class _Product:
@@ -73,9 +79,24 @@ class _Einops:
         return self._einops.rearrange(tensor, pattern, **sizes)
 
 
+def _checked(function: Any) -> Any:
+    """What a type checker's wrappers call; any other function itself."""
+    while hasattr(function, "__wrapped__"):
+        file = getattr(getattr(function, "__code__", None), "co_filename", "")
+        if not any(checker in file for checker in CHECKERS):
+            break
+        function = function.__wrapped__
+    return function
+
+
 def _broadcasts(function: object) -> bool:
     constants = set(getattr(getattr(function, "__code__", None), "co_consts", ()))
     return bool(constants & ROWS) and bool(constants & WEIGHTS)
+
+
+def _hidden(function: Any) -> bool:
+    """Whether the product is in a function that another one wraps."""
+    return hasattr(function, "__wrapped__") and _broadcasts(inspect.unwrap(function))
 
 
 def _rebound(function: Any, **names: object) -> FunctionType:
@@ -96,12 +117,12 @@ def _products(attention: torch.nn.Module, cfg: Any, handle: Handle) -> dict[str,
     found: dict[str, FunctionType] = {}
     if getattr(cfg, "load_in_4bit", False):
         return found
-    forward: Any = type(attention).forward
+    forward: Any = _checked(type(attention).forward)
     if getattr(cfg, "use_attn_result", False) and _broadcasts(forward):
         einops = _Einops(forward.__globals__["einops"], handle)
         found["forward"] = _rebound(forward, einops=einops)
-    method: Any = getattr(type(attention), "calculate_qkv_matrices", None)
-    linear: Any = getattr(method, "__globals__", {}).get("complex_attn_linear")
+    method: Any = _checked(getattr(type(attention), "calculate_qkv_matrices", None))
+    linear: Any = _checked(getattr(method, "__globals__", {}).get("complex_attn_linear"))
     split = getattr(cfg, "use_split_qkv_input", False) or getattr(cfg, "use_attn_in", False)
     if split and _broadcasts(linear):
         einops = _Einops(linear.__globals__["einops"], handle)
@@ -131,7 +152,8 @@ def fast_heads(model: torch.nn.Module) -> Handle:
 
     Raises:
         TypeError: model is not a TransformerLens model.
-        ValueError: it forms no broadcast product, or a method is replaced already.
+        ValueError: it forms no broadcast product, a part of it is compiled, or a method is
+            replaced already.
     """
     handle = Handle("fast_heads")
     cfg = getattr(model, "cfg", None)
@@ -139,10 +161,14 @@ def fast_heads(model: torch.nn.Module) -> Handle:
         raise TypeError(
             f"fast_heads: model must be a TransformerLens model, got {type(model).__name__}"
         )
+    check_uncompiled("fast_heads", model)
     heads = [module for module in model.modules() if hasattr(module, "hook_result")]
     plans = [(module, _products(module, cfg, handle)) for module in heads]
     if not any(methods for _, methods in plans):
-        if getattr(cfg, "use_attn_result", False):
+        wrapper = next((w for w in (type(m).forward for m in heads) if _hidden(w)), None)
+        if wrapper is not None:
+            fix = f"remove what wraps its forward ({wrapper.__code__.co_filename})"
+        elif getattr(cfg, "use_attn_result", False):
             fix = "leave out fast_heads: here they are computed in another way"
         else:
             fix = "call model.set_use_attn_result(True) first"

@@ -57,4 +57,6 @@ def geometric_median(x: torch.Tensor) -> torch.Tensor:
         median = median + move
         if torch.linalg.vector_norm(move) <= TOLERANCE * scale:
             break
+    if not bool((median.sum() + scale).isfinite()):
+        raise ValueError("geometric_median: x must have squares that are finite; scale it down")
     return median

@@ -9,14 +9,17 @@ up to it and running the model on one block only.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 
+from mikernels.models.hooks import NEVER, check_fires, eager
 from mikernels.training.pretrained import decoder_layers
 from mikernels.training.sources import Rows, Source, SourceExhausted
 
+REASONS = ("skipped", "special", "nonfinite", "outlier")
 # characters given to the tokeniser at a time, cut at a line end: documents of any length stream
 PIECE = 1 << 15
 
@@ -49,14 +52,25 @@ class ModelSource(Source):
             a norm some 100 times the others' whatever it is (an attention sink).
         drop_special: drop the activations of beginning-, end-of-text and padding tokens.
         outlier_norm: drop activations whose norm exceeds this many times the median of their
-            window; None keeps all. Attention sinks past the first position are such (4 tokens of
-            65,000 in SmolLM2-135M, at 160 times the median) and would dominate the loss.
+            window (of its finite ones); None keeps all. Attention sinks past the first position
+            are such (4 tokens of 65,000 in SmolLM2-135M, at 160 times the median) and would
+            dominate the loss.
         bos: begin each window with the beginning-of-text token; None: if the tokeniser does.
+        max_nonfinite: the share of tokens (of those not skipped or special) whose activations may
+            be NaN or inf. They are dropped, one by one, with a warning at the first; above this
+            share the model is at fault, and reading ends in a ValueError.
+
+    Attributes:
+        dropped: tokens dropped since the source was made, by the first reason that applies:
+            "skipped" (skip_first), "special", "nonfinite", "outlier".
+        read_tokens: tokens that the model has read since then, dropped ones included. A block that
+            is read again (resuming, another epoch) counts again.
 
     Raises:
-        ValueError, IndexError: no tokeniser, layer out of range, sizes below 1.
-            Later, from `next_batch`: ValueError without any text, SourceExhausted when an
-            iterator of texts has ended.
+        ValueError, IndexError: no tokeniser, layer out of range, sizes below 1; a layer inside of a
+            scripted module. What torch.compile made runs uncompiled, so that the layer is seen.
+            Later, from `next_batch`: ValueError without any text, or with too many activations that
+            are not finite; SourceExhausted when an iterator of texts has ended.
     """
 
     def __init__(
@@ -76,6 +90,7 @@ class ModelSource(Source):
         drop_special: bool = True,
         outlier_norm: float | None = 10.0,
         bos: bool | None = None,
+        max_nonfinite: float = 0.01,
     ):
         super().__init__(batch_size, seed)
         if tokenizer is None:
@@ -92,8 +107,18 @@ class ModelSource(Source):
         for name, size in (("windows_per_forward", windows_per_forward), ("context", context)):
             if size < 1:
                 raise ValueError(f"ModelSource: {name} must be at least 1, got {size}")
+        if not 0 <= max_nonfinite <= 1:
+            raise ValueError(f"ModelSource: max_nonfinite must be in 0..1, got {max_nonfinite}")
+        if outlier_norm is not None and not outlier_norm > 0:
+            raise ValueError(
+                f"ModelSource: outlier_norm must be above 0, got {outlier_norm}; None keeps all"
+            )
         self.model, self.tokenizer, self.texts = model.eval(), tokenizer, texts
         self._module = self._find(layer)
+        check_fires("ModelSource", self.model, [self._module])
+        self.dropped = dict.fromkeys(REASONS, 0)
+        self.read_tokens = 0
+        self._max_nonfinite = max_nonfinite
         self.layer, self.context, self.max_tokens = layer, context, max_tokens
         self._per_forward, self._skip_first = windows_per_forward, skip_first
         self._outlier_norm = outlier_norm
@@ -127,12 +152,17 @@ class ModelSource(Source):
 
         handle = self._module.register_forward_hook(stop)
         try:
-            self.model(input_ids=tokens.to(next(self.model.parameters()).device), use_cache=False)
+            with eager():
+                device = next(self.model.parameters()).device
+                self.model(input_ids=tokens.to(device), use_cache=False)
         except _LayerReached as reached:
             return reached.output
         finally:
             handle.remove()
-        raise ValueError(f"ModelSource: layer {self.layer!r} is never reached by a forward pass")
+        raise ValueError(
+            f"ModelSource: layer must be one that a forward pass calls, got {self.layer!r}, whose "
+            f"hooks never fire; {NEVER}"
+        )
 
     def _tokens(self) -> Iterator[int]:
         end = self.tokenizer.eos_token_id
@@ -164,6 +194,48 @@ class ModelSource(Source):
         if len(window) > max(self._skip_first, len(first)):
             yield torch.tensor(window)
 
+    def _keep(self, tokens: torch.Tensor, activations: torch.Tensor, number: int) -> torch.Tensor:
+        """Which tokens `[w, t]` of windows, the first the `number`-th, to keep; counts the rest."""
+        drop = {name: torch.zeros(tokens.shape, dtype=torch.bool) for name in REASONS}
+        drop["skipped"][:, : self._skip_first] = True
+        drop["special"] = torch.isin(tokens, self._special)
+        finite = activations.isfinite().all(-1).cpu()
+        drop["nonfinite"] = ~finite
+        if self._outlier_norm is not None:
+            norms = activations.norm(dim=-1, dtype=torch.float32).cpu()
+            median = norms.where(finite, torch.nan).nanmedian(-1, keepdim=True).values
+            drop["outlier"] = finite & ~(norms <= self._outlier_norm * median)
+        keep = torch.ones_like(finite)
+        for reason in REASONS:
+            drop[reason] &= keep
+            self.dropped[reason] += int(drop[reason].sum())
+            keep &= ~drop[reason]
+        self.read_tokens += tokens.numel()
+        if drop["nonfinite"].any():
+            self._report(drop["nonfinite"], tokens, number)
+        return keep
+
+    def _report(self, bad: torch.Tensor, tokens: torch.Tensor, number: int) -> None:
+        """Says which activations were not finite, once; raises above the share."""
+        dropped = self.dropped["nonfinite"]
+        judged = self.read_tokens - self.dropped["skipped"] - self.dropped["special"]
+        window, position = bad.nonzero()[0].tolist()
+        what = (
+            f"NaN or inf at layer {self.layer!r} in {dropped} of {judged} tokens (window "
+            f"{number + window}, position {position}, token {int(tokens[window, position])})"
+        )
+        if dropped > self._max_nonfinite * judged:
+            raise ValueError(
+                f"ModelSource: activations must be finite in all but {self._max_nonfinite:.3%} of "
+                f"tokens (max_nonfinite), got {what}; load the model in a wider dtype, or raise it"
+            )
+        if dropped == int(bad.sum()):
+            warnings.warn(
+                f"ModelSource: {what}, dropped; source.dropped counts them",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
     def _forward(self, windows: list[torch.Tensor], number: int) -> Rows:
         """Activations of windows, the first of which is the epoch's `number`-th."""
         parts: list[Rows] = []
@@ -177,11 +249,12 @@ class ModelSource(Source):
                 stop += 1
             tokens = torch.stack(windows[start:stop])
             activations = self._run(tokens)
-            keep = ~torch.isin(tokens, self._special)
-            keep[:, : self._skip_first] = False
-            if self._outlier_norm is not None:
-                norms = activations.norm(dim=-1, dtype=torch.float32).to(keep.device)
-                keep &= norms <= self._outlier_norm * norms.median(-1, keepdim=True).values
+            if activations.shape != (*tokens.shape, self.d):
+                raise ValueError(
+                    f"ModelSource: layer {self.layer!r} must give {[*tokens.shape, self.d]} "
+                    f"(windows, tokens, d), got {list(activations.shape)}; choose another module"
+                )
+            keep = self._keep(tokens, activations, number + start)
             window, position = keep.nonzero(as_tuple=True)
             parts.append(
                 {

@@ -6,6 +6,8 @@ from __future__ import annotations
 import functools
 import importlib.util
 import io
+import json
+import pickle
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from pathlib import Path
@@ -15,6 +17,8 @@ import torch
 from safetensors import SafetensorError
 
 BLOCK = 1 << 20
+# what transformers raises for files that it cannot read
+UNREADABLE = (ImportError, OSError, ValueError, KeyError)
 
 
 class TextFiles:
@@ -98,10 +102,34 @@ def _one_gguf_reader() -> Iterator[None]:
         gguf.GGUFReader = original  # type: ignore[misc]
 
 
+def _unreadable(folder: Path, expected: str, error: Exception, fix: str = "") -> ValueError:
+    """Of what transformers raised; where that is about code of the folder, the file that asks."""
+    if "trust_remote_code" in str(error):
+        for path in sorted(folder.glob("*.json")):
+            try:
+                config = json.loads(path.read_text(encoding="utf-8"))
+            except (ValueError, OSError):
+                # not the file that transformers read
+                continue
+            if isinstance(config, dict) and config.get("auto_map"):
+                return ValueError(
+                    f"load_model: {path} must not need Python code of its own, got auto_map "
+                    f"{config['auto_map']}, which is never run here; load model and tokeniser "
+                    f"yourself, with trust_remote_code=True if you trust it, and pass them to "
+                    f"ModelSource"
+                )
+    return ValueError(
+        f"load_model: {folder} must hold {expected}, got {type(error).__name__}: {error}{fix}"
+    )
+
+
 def load_model(
     folder: str | Path, gguf_file: str | None = None, dtype: torch.dtype = torch.float32
 ) -> tuple[torch.nn.Module, Any]:
     """Load `(model, tokenizer)` from a local folder with `transformers`, never from the network.
+
+    Nothing in the folder is executed: no code of its own (`auto_map`), no question about it, and of
+    pickled weights only tensors are read (`weights_only`).
 
     Args:
         folder: of `config.json`, weights and tokeniser files; or of a GGUF file.
@@ -112,7 +140,8 @@ def load_model(
     Raises:
         FileNotFoundError: no such folder or file.
         ModuleNotFoundError: without the `models` extra.
-        ValueError: when `transformers` cannot read the model or the tokeniser.
+        ValueError: when `transformers` cannot read the model or the tokeniser, or only with code
+            from the folder.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -139,22 +168,20 @@ def load_model(
             )
     from transformers import AutoModel, AutoTokenizer
 
-    options: dict[str, Any] = {"local_files_only": True}
+    # False, not the default: without an answer transformers asks on the terminal
+    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     if gguf_file is not None:
         options["gguf_file"] = gguf_file
     with _quiet_transformers(), _one_gguf_reader() if gguf_file else nullcontext():
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(folder), **options)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"load_model: {folder} must hold a tokeniser, got {type(error).__name__}: {error}; "
-                f"save it there with tokenizer.save_pretrained"
-            ) from error
+        except (*UNREADABLE, TypeError) as error:
+            fix = "; save it there with tokenizer.save_pretrained"
+            raise _unreadable(folder, "a tokeniser", error, fix) from error
         try:
-            model = AutoModel.from_pretrained(str(folder), dtype=dtype, **options)
-        except (ImportError, OSError, ValueError, KeyError, SafetensorError) as error:
-            raise ValueError(
-                f"load_model: {folder} must hold a model that transformers reads, got "
-                f"{type(error).__name__}: {error}"
-            ) from error
+            model = AutoModel.from_pretrained(
+                str(folder), dtype=dtype, weights_only=True, **options
+            )
+        except (*UNREADABLE, SafetensorError, pickle.UnpicklingError) as error:
+            raise _unreadable(folder, "a model that transformers reads", error) from error
     return model.eval(), tokenizer

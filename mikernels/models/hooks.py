@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Running a model so that the hooks on its modules fire.
+
+Compiled code leaves out hooks that were registered after it was compiled, or calls them for some
+shapes only. So a model that is watched runs as the Python that it was compiled from.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+
+NEVER = (
+    "code compiled by other means than torch.compile (scripted, exported, captured in a CUDA "
+    "graph) fires no hooks: give the model as it was before"
+)
+
+
+def eager() -> AbstractContextManager[Any]:
+    """While it is entered, whatever `torch.compile` made runs uncompiled, to its own rounding.
+
+    Holds for models, submodules (also `module.compile()`) and functions, in the whole process. Some
+    10 us where something was compiled, nothing elsewhere.
+    """
+    # it is imported by the first torch.compile, and takes a second
+    if "torch._dynamo" not in sys.modules:
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")
+
+
+def original(model: Any) -> Any:
+    """What `torch.compile(model)` was made from; any other object itself."""
+    return getattr(model, "_modules", {}).get("_orig_mod", model)
+
+
+def compiled_part(model: torch.nn.Module) -> str | None:
+    """The name of a module that is compiled or scripted, in words; None without any."""
+    for name, module in model.named_modules():
+        made = (
+            "_orig_mod" in module._modules
+            or getattr(module, "_compiled_call_impl", None) is not None
+            or isinstance(module, torch.jit.ScriptModule)
+            or hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable")
+        )
+        if made:
+            return f"{name} ({type(module).__name__})" if name else type(module).__name__
+    return None
+
+
+def check_uncompiled(caller: str, model: torch.nn.Module) -> None:
+    """Refuses models of which something is compiled: what is replaced in them may not be seen.
+
+    Raises:
+        ValueError: with the place.
+    """
+    if (part := compiled_part(model)) is not None:
+        raise ValueError(
+            f"{caller}: model must run as Python modules, got compiled {part}; give the model as "
+            f"it was before torch.compile or torch.jit"
+        )
+
+
+def check_fires(caller: str, model: torch.nn.Module, watched: Iterable[torch.nn.Module]) -> None:
+    """Refuses modules inside of scripted ones, which are not called as modules.
+
+    Raises:
+        ValueError: with the place.
+    """
+    inner: dict[torch.nn.Module, str] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            inner |= {part: name for part in module.modules() if part is not module}
+    for module in watched:
+        if module in inner:
+            raise ValueError(
+                f"{caller}: model must run as Python modules, got a scripted "
+                f"{inner[module] or 'model'} with {type(module).__name__} inside; {NEVER}"
+            )
