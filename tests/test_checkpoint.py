@@ -163,8 +163,9 @@ def train_and_die(out_dir: Path, when: str) -> None:
 
     def die_at_fsync(descriptor):
         calls.append(descriptor)
-        # six a save, the metrics first: the second file of the fifth checkpoint is being flushed
-        if len(calls) == 27:
+        # two of a trial at the start, eight a save, the metrics first: the second file of the fifth
+        # checkpoint is being flushed
+        if len(calls) == 38:
             os.kill(os.getpid(), signal.SIGKILL)
         fsync(descriptor)
 

@@ -7,6 +7,7 @@ source's position, torch's generator, and the sums of the logging interval that 
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,17 +15,21 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mikernels.training.checkpoint import (
+    FIRST_CONFIG,
     STATE,
+    TRAINING,
     check_equal,
+    check_names,
     check_weights,
     load_checkpoint,
-    pack_optimizer,
-    unpack_optimizer,
+    read_config,
 )
 from mikernels.training.config import TrainConfig
 from mikernels.training.metrics import Means
+from mikernels.training.optimizer_state import pack_optimizer, unpack_optimizer
 
 if TYPE_CHECKING:
+    from mikernels.schema import State
     from mikernels.training.trainer import Trainer
 
 # what may differ between a run and its continuation: with a constant learning rate none of it
@@ -54,38 +59,110 @@ def restore(trainer: Trainer, folder: Path) -> None:
 
     Raises:
         FileNotFoundError, ValueError: naming the file that is missing, truncated, foreign, or of
-            another SAE, configuration, optimiser or source, and what differs.
+            another SAE, configuration, optimiser or source, and what differs. The trainer, its SAE,
+            optimiser and source, and torch's generator are as before.
     """
+    from mikernels.schema import check
+
     weights, tensors, state = load_checkpoint(folder)
     path = folder / STATE
-    try:
-        step, tokens, means = state["step"], state["tokens"], state["means"]
-        config = TrainConfig.from_dict(state["config"])
-        optimizer, source, generator = state["optimizer"], state["source"], tensors.pop(GENERATOR)
-        groups = [len(group["params"]) for group in optimizer["param_groups"]]
-        parts = {name: float(state["parts"][name]) for name in trainer.history.parts}
-        fixed = [
-            {name: value for name, value in settings.to_dict().items() if name not in FREE}
-            for settings in (config, trainer.config)
-        ]
-        check_equal(path, state["sae"], asdict(trainer.sae.config))
-    except (KeyError, TypeError) as error:
-        raise ValueError(
-            f"resume: {path} must hold the state of a run, got {type(error).__name__}: {error}; "
-            f"remove the folder {folder} to resume from the checkpoint before it"
-        ) from error
+    fix = f"remove the folder {folder} to resume from the checkpoint before it"
+    check_equal(path, asdict(read_config(folder, state)), asdict(trainer.sae.config))
+    config = check(TrainConfig, state.config, "resume", path, fix, "config")
+    check_names(
+        path, "config", state.config, TrainConfig, FIRST_CONFIG if state.version == 1 else None
+    )
+    fixed = [
+        {name: value for name, value in settings.to_dict().items() if name not in FREE}
+        for settings in (config, trainer.config)
+    ]
     check_equal(path, *fixed)
-    mine = [len(group["params"]) for group in trainer.optimizer.param_groups]
+    _check_counters(path, state, config, trainer, fix)
     check_equal(
         path,
-        {"optimizer": optimizer["class"], "parameters a group": groups},
-        {"optimizer": type(trainer.optimizer).__name__, "parameters a group": mine},
+        {
+            "optimizer": state.optimizer.kind,
+            "parameters of each group": [
+                len(group.get("params") or ()) for group in state.optimizer.param_groups
+            ],
+        },
+        {
+            "optimizer": type(trainer.optimizer).__name__,
+            "parameters of each group": [len(g["params"]) for g in trainer.optimizer.param_groups],
+        },
     )
-    check_weights(folder, weights, trainer.sae)
-    trainer.source.load_state_dict(source)
+    generator = _generator(folder / TRAINING, tensors, fix)
+    moments = {name: t for name, t in tensors.items() if name != GENERATOR}
+    try:
+        optimizer = unpack_optimizer(
+            trainer.optimizer, moments, state.optimizer.state, state.optimizer.param_groups
+        )
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"resume: {path}: {error}; {fix}") from error
+    check_weights(folder, weights, trainer.sae.config, str(trainer.sae.w_dec.dtype))
+    _load_source_and_optimizer(trainer, path, state, optimizer)
     trainer.sae.load_state_dict(weights)
     torch.set_rng_state(generator)
-    unpack_optimizer(trainer.optimizer, tensors, optimizer)
-    trainer.step, trainer.tokens = step, tokens
-    trainer.means = Means(**means)
-    trainer.history.parts.update(parts)
+    trainer.step, trainer.tokens = state.step, state.tokens
+    trainer.means = Means(state.means.sums, state.means.count)
+    trainer.history.parts.update(state.parts)
+
+
+def _check_counters(
+    path: Path, state: State, config: TrainConfig, trainer: Trainer, fix: str
+) -> None:
+    micro = state.step * config.accumulation
+    bounds = {
+        "step": (state.step, 0, config.total_steps),
+        "tokens": (state.tokens, micro, None if state.step else 0),
+        "means.count": (state.means.count, 0, micro),
+    }
+    for name, (value, least, most) in bounds.items():
+        if value < least or (most is not None and value > most):
+            limit = f"at least {least}" if most is None else f"in {least}..{most}"
+            raise ValueError(f"resume: {path} must hold {name} {limit}, got {value}; {fix}")
+    for name, got, expected in (
+        ("means.sums", state.means.sums, trainer.means.sums),
+        ("parts", state.parts, trainer.history.parts),
+    ):
+        if got.keys() != expected.keys():
+            raise ValueError(
+                f"resume: {path} must hold {name} of {sorted(expected)}, got {sorted(got)}; {fix}"
+            )
+    if state.step > trainer.config.total_steps:
+        raise ValueError(
+            f"resume: total_tokens must be at least {state.tokens:,} (as far as {path} has come), "
+            f"got {trainer.config.total_tokens:,}; raise it, or use load_sae"
+        )
+
+
+def _generator(path: Path, tensors: dict[str, torch.Tensor], fix: str) -> torch.Tensor:
+    """The state of torch's generator, tried out on another one."""
+    try:
+        torch.Generator().set_state(tensors[GENERATOR])
+    except (KeyError, RuntimeError, TypeError) as error:
+        reason = "nothing" if isinstance(error, KeyError) else str(error).splitlines()[0]
+        raise ValueError(
+            f"resume: {path} must hold {GENERATOR}: a state of torch's generator, got {reason}; "
+            f"{fix}"
+        ) from error
+    return tensors[GENERATOR]
+
+
+def _load_source_and_optimizer(
+    trainer: Trainer, path: Path, state: State, optimizer: dict[str, Any]
+) -> None:
+    """Both or neither: their `load_state_dict` may be anybody's, and fail half-way."""
+    source, former = trainer.source, trainer.source.state_dict()
+    held = dict(vars(trainer.optimizer))
+    try:
+        source.load_state_dict(state.source)
+        trainer.optimizer.load_state_dict(optimizer)
+    except Exception as error:
+        vars(trainer.optimizer).update(held)
+        with suppress(Exception):  # the first failure is the one that tells
+            source.load_state_dict(former)
+        raise ValueError(
+            f"resume: {path} must hold a source position and optimiser state that fit, got "
+            f"{type(error).__name__}: {error}; resume with the data and optimiser of the first run"
+        ) from error
