@@ -13,6 +13,7 @@ import os
 import struct
 from collections.abc import Mapping
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -56,6 +57,14 @@ def write_tensors(
     Raises:
         TypeError: for a tensor that the format cannot hold. OSError: it cannot be written.
     """
+    with replacing(path) as file:
+        return dump_tensors(file, tensors, metadata)
+
+
+def dump_tensors(
+    file: BinaryIO, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
+) -> str:
+    """Write tensors to an open file, as `write_tensors`."""
     for name, t in tensors.items():
         check_writable(name, t)
     # by size, so that every tensor is aligned to its elements
@@ -73,15 +82,14 @@ def write_tensors(
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     digest = hashlib.sha256()
-    with replacing(path) as file:
-        for part in (struct.pack("<Q", len(text)), text):
-            write_all(file, part)
-            digest.update(part)
-        for _, t in ordered:
-            data = bytes_of(t)
-            for start in range(0, len(data), BLOCK):
-                write_all(file, data[start : start + BLOCK])
-                digest.update(data[start : start + BLOCK])
+    for part in (struct.pack("<Q", len(text)), text):
+        write_all(file, part)
+        digest.update(part)
+    for _, t in ordered:
+        data = bytes_of(t)
+        for start in range(0, len(data), BLOCK):
+            write_all(file, data[start : start + BLOCK])
+            digest.update(data[start : start + BLOCK])
     return digest.hexdigest()
 
 
@@ -133,7 +141,9 @@ def overlap(tensors: Mapping[str, torch.Tensor]) -> tuple[str, str] | None:
     spans = []
     for name, t in tensors.items():
         if t.numel():
-            last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+            last = sum(
+                (size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True)
+            )
             spans.append((str(t.device), t.data_ptr(), last * t.itemsize + t.itemsize, name))
     spans.sort()
     for one, other in zip(spans, spans[1:], strict=False):

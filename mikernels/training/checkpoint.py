@@ -51,12 +51,21 @@ _OWN = {*FILES, *(partial_of(Path(name)).name for name in FILES)}
 _NAME = re.compile(r"checkpoint-(0|[1-9][0-9]*)")
 _LEFTOVER = re.compile(r"\.checkpoint-(0|[1-9][0-9]*)\.(partial|old)")
 # what a version-1 file says of each; a setting that came later has its default there
-FIRST_SAE = "d n_features k k_aux aux_coefficient dead_after loss normalize_decoder".split()
+FIRST_SAE = (
+    "d",
+    "n_features",
+    "k",
+    "k_aux",
+    "aux_coefficient",
+    "dead_after",
+    "loss",
+    "normalize_decoder",
+)
 FIRST_CONFIG = (
-    "total_tokens batch_size accumulation step lr warmup_steps decay decay_steps betas eps "
-    "clip_norm k_start k_anneal_steps dtype init_b_dec log_every checkpoint_every "
-    "keep_checkpoints seed cuda_graph"
-).split()
+    *("total_tokens", "batch_size", "accumulation", "step", "lr", "warmup_steps", "decay"),
+    *("decay_steps", "betas", "eps", "clip_norm", "k_start", "k_anneal_steps", "dtype"),
+    *("init_b_dec", "log_every", "checkpoint_every", "keep_checkpoints", "seed", "cuda_graph"),
+)
 
 
 def checkpoints(out_dir: Path) -> list[Path]:
@@ -129,11 +138,16 @@ def in_the_way(out_dir: Path) -> list[Path]:
     return sorted([*strange, *_named(out_dir, _LEFTOVER)])
 
 
+def own_folders(out_dir: Path) -> list[Path]:
+    """Checkpoints, and what interrupted saves left, with nothing else in them."""
+    found = [*checkpoints(out_dir), *_named(out_dir, _LEFTOVER)]
+    return [path for path in found if _is_folder(path) and not _others(path)]
+
+
 def remove_checkpoints(out_dir: Path) -> None:
-    """Delete all checkpoints and what interrupted saves left; folders with more in them stay."""
-    for path in checkpoints(out_dir):
+    """Delete `own_folders`."""
+    for path in own_folders(out_dir):
         _discard(path)
-    remove_leftovers(out_dir)
 
 
 def _named(out_dir: Path, pattern: re.Pattern[str]) -> list[Path]:
@@ -242,7 +256,7 @@ def read_config(folder: Path, state: State) -> SAEConfig:
 
 
 def check_names(
-    path: Path, field: str, found: Mapping[str, Any], form: Any, first: list[str] | None
+    path: Path, field: str, found: Mapping[str, Any], form: Any, first: tuple[str, ...] | None
 ) -> None:
     """Every setting of a dataclass is there: none takes a default in silence."""
     names = [f.name for f in fields(form)] if first is None else first

@@ -113,7 +113,7 @@ class JsonLines:
         with self._explained():
             # unbuffered: a line that could not be written is not tried again while closing
             flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-            self._file = open(os.open(path, flags, 0o666), "ab", buffering=0)
+            self._file = os.fdopen(os.open(path, flags, 0o666), "ab", buffering=0)
 
     def write(self, row: dict[str, Any]) -> None:
         """Append one row; a number that is not finite becomes null.

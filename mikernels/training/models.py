@@ -212,8 +212,9 @@ class ModelSource(Source):
             if started and iter(self.texts) is self.texts:
                 raise SourceExhausted("ModelSource: texts is an iterator and has ended")
             reader = self.token_windows()
-            for _ in range(block * self._windows_per_block):
-                next(reader, None)
+            # ends with the text: a saved block may lie anywhere
+            for _ in zip(range(block * self._windows_per_block), reader, strict=False):
+                pass
         else:
             reader = self._reader[2]
         pairs = zip(range(self._windows_per_block), reader, strict=False)

@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 
 from mikernels.files import explained
-
 from mikernels.nn import TopKSAE
 from mikernels.owning import owned
 from mikernels.training.autograd import AutogradStep, dense_forward, sparse_forward
