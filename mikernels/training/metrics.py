@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import errno
 import json
-import math
 import os
 import time
 from collections.abc import Iterator
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 
 from mikernels.codes import SparseCodes
-from mikernels.files import explained, irregular, parse_json, write_all, write_atomic
+from mikernels.files import explained, finite, irregular, parse_json, write_all, write_atomic
 
 PARTS = ("encode", "decode", "gradients", "optimizer", "other")
 MEANS = ("loss", "mse", "fvu", "aux_loss", "l0")
@@ -121,15 +120,11 @@ class JsonLines:
         Raises:
             OSError: when it cannot be written, naming the file; or the file was deleted.
         """
-        finite = {
-            name: None if isinstance(value, float) and not math.isfinite(value) else value
-            for name, value in row.items()
-        }
         self.check()
         before = os.fstat(self._file.fileno()).st_size
         try:
             with self._explained():
-                write_all(self._file, (json.dumps(finite) + "\n").encode())
+                write_all(self._file, (json.dumps(finite(row)) + "\n").encode())
         except OSError:
             with suppress(OSError):  # half a line goes; where that fails too, resume drops it
                 self._file.truncate(before)

@@ -159,10 +159,10 @@ class ModelSource(Source):
                 break
             window.append(token)
             if len(window) == self.context:
-                yield torch.tensor(window)
+                yield torch.tensor(window, dtype=torch.int64)
                 window = list(first)
         if len(window) > max(self._skip_first, len(first)):
-            yield torch.tensor(window)
+            yield torch.tensor(window, dtype=torch.int64)
 
     def _forward(self, windows: list[torch.Tensor], number: int) -> Rows:
         """Activations of windows, the first of which is the epoch's `number`-th."""
