@@ -211,27 +211,30 @@ def _check_depth(value: Any) -> None:
     raise ValueError(f"nesting deeper than {DEEPEST_JSON}")
 
 
-def check_json(value: Any, name: str) -> None:
+def check_json(value: Any, name: str, room: int = DEEPEST_JSON - 4) -> None:
     """`value` comes back from a JSON file as it is, tuples as lists.
+
+    Args:
+        room: levels that it may have; the file has some of its own around it.
 
     Raises:
         TypeError, ValueError: `<name> must be ..., got ...`, with the place within the value.
     """
+    if room < 0:
+        raise ValueError(f"{name[:60]}... must be nested at most {DEEPEST_JSON - 4} deep, got more")
     if isinstance(value, dict):
         for key, item in value.items():
             if not isinstance(key, str):
                 raise TypeError(f"{name} must have names that are strings, got {key!r}")
-            check_json(item, f"{name}.{key}")
+            check_json(item, f"{name}.{key}", room - 1)
     elif isinstance(value, list | tuple):
         for index, item in enumerate(value):
-            check_json(item, f"{name}.{index}")
+            check_json(item, f"{name}.{index}", room - 1)
     elif isinstance(value, float):
         if not math.isfinite(value):
             raise ValueError(f"{name} must be finite, got {value}")
     elif value is not None and not isinstance(value, str | int):
         raise TypeError(f"{name} must be JSON-able, got {type(value).__name__}")
-    if name.count(".") > DEEPEST_JSON:
-        raise ValueError(f"{name[:60]} must be nested at most {DEEPEST_JSON} deep, got more")
 
 
 def sha256_of(path: Path) -> str:
