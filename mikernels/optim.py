@@ -291,7 +291,7 @@ class RowAdam(torch.optim.Optimizer):
             params.update(zip(group["params"], own["params"], strict=True))
         if len(params) != sum(sizes) or not params.keys() >= state_dict["state"].keys():
             raise ValueError(
-                f"RowAdam: state_dict must name {sum(sizes)} parameters once each, got groups of "
+                f"RowAdam: params must name {sum(sizes)} parameters once each, got groups of "
                 f"{[group['params'] for group in groups]} and a state of "
                 f"{sorted(state_dict['state'])}"
             )

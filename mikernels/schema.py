@@ -32,10 +32,17 @@ class Sums(Strict):
     count: Count
 
 
+class Group(BaseModel):
+    """A parameter group: what else it holds is the optimiser's."""
+
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+    params: Annotated[list[Count], Field(min_length=1)]
+
+
 class Optimizer(Strict):
     kind: Text = Field(alias="class")
     state: dict[str, Any]
-    param_groups: list[dict[str, Any]]
+    param_groups: Annotated[list[Group], Field(min_length=1)]
 
 
 class State(Strict):

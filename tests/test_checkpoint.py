@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoints: exact resume, kills, interruptions, damaged files, full disks."""
 
+import copy
 import errno
 import json
 import os
@@ -14,11 +15,13 @@ from pathlib import Path
 import pytest
 import torch
 from oracle import identical, num_threads, randn
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
+from mikernels import tensor_files
+from mikernels.files import sealed
 from mikernels.nn import TopKSAE
-from mikernels.training import TrainConfig, Trainer, checkpoint, load_sae
+from mikernels.tensor_files import write_tensors
+from mikernels.training import TrainConfig, Trainer, load_sae
 from mikernels.training.checkpoint import checkpoints
 from mikernels.training.sources import TensorSource
 
@@ -264,43 +267,61 @@ def test_a_checkpoint_of_another_run_is_refused(uninterrupted, settings, differe
     assert all(identical(t, before[name]) for name, t in trainer.sae.state_dict().items())
 
 
+def refuse(path: Path, change, *, sealed_again: bool = True) -> None:
+    """Change a JSON file, with the checksum of its contents made to fit."""
+    state = json.loads(path.read_text())
+    change(state)
+    if sealed_again and isinstance(state.get("sha256"), dict):
+        files_ = {name: v for name, v in state.pop("sha256").items() if name != "self"}
+        state = sealed(state, **files_)
+    path.write_text(json.dumps(state))
+
+
 def _truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
 def _foreign_json(path: Path) -> None:
-    path.write_text('{"format": "another", "version": 1}')
+    path.write_text('{"format": "another", "version": 2}')
 
 
 def _lacks_entries(path: Path) -> None:
-    state = json.loads(path.read_text())
-    del state["source"]
-    path.write_text(json.dumps(state))
+    refuse(path, lambda state: state.pop("source"))
+
+
+def rewrite(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Other tensors, with their checksum in the state."""
+    hashed = write_tensors(path, tensors)
+    refuse(path.parent / "state.json", lambda state: state["sha256"].update({path.name: hashed}))
 
 
 def _foreign_tensors(path: Path) -> None:
-    save_file({"weight": torch.zeros(3)}, path)
+    rewrite(path, {"weight": torch.zeros(3)})
 
 
 def _other_shape(path: Path) -> None:
     tensors = load_file(path)
     name = sorted(tensors)[-1]
-    save_file({**tensors, name: torch.zeros(3)}, path)
+    rewrite(path, {**tensors, name: torch.zeros(3)})
 
 
 @pytest.mark.parametrize(
     ("name", "damage", "expected"),
     [
-        ("state.json", _truncate, "the state of a mikernels-checkpoint, version 1, got JSONDecode"),
-        ("state.json", _foreign_json, "got ValueError: format 'another', version 1"),
-        ("state.json", _lacks_entries, "must hold the state of a run, got KeyError: 'source'"),
-        ("state.json", Path.unlink, "got FileNotFoundError"),
+        (
+            "state.json",
+            _truncate,
+            "mikernels-checkpoint, version 1 or 2, got no JSON",
+        ),
+        ("state.json", _foreign_json, "got format 'another', version 2"),
+        ("state.json", _lacks_entries, "must hold source: field required, got nothing"),
+        ("state.json", Path.unlink, "got no such file"),
         ("sae.safetensors", _truncate, "a complete safetensors file, got SafetensorError"),
         ("sae.safetensors", _foreign_tensors, "must hold b_dec = torch.float32 .16., got none"),
         ("sae.safetensors", _other_shape, r"got torch.float32 \[3\]"),
         ("training.safetensors", _truncate, "a complete safetensors file"),
         ("training.safetensors", _other_shape, r"got torch.float32 \[3\]"),
-        ("training.safetensors", Path.unlink, "got FileNotFoundError"),
+        ("training.safetensors", Path.unlink, "No such file"),
     ],
 )
 def test_a_damaged_checkpoint_is_named(uninterrupted, name, damage, expected) -> None:
@@ -316,28 +337,18 @@ def test_a_damaged_checkpoint_is_named(uninterrupted, name, damage, expected) ->
     assert make(whole).resume() == 12
 
 
-@pytest.mark.parametrize(
-    "failure",
-    [
-        OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
-        SafetensorError(
-            "Error while serializing: I/O error: No space left on device (os error 28)"
-        ),
-    ],
-    ids=["OSError", "SafetensorError"],
-)
-def test_a_full_disk_leaves_the_former_checkpoint(failure, tmp_path, monkeypatch) -> None:
+def test_a_full_disk_leaves_the_former_checkpoint(tmp_path, monkeypatch) -> None:
     trainer = make(tmp_path)
-    save, calls = checkpoint.save_file, []
+    write, calls = tensor_files.write_all, []
 
-    def fill(tensors, path):
-        calls.append(path)
-        if len(calls) == 4:  # in the second checkpoint
-            Path(path).write_bytes(b"half")
-            raise failure
-        save(tensors, path)
+    def fill(file, data):
+        calls.append(len(data))
+        if trainer.step == 8:  # in the second checkpoint
+            write(file, data[:1])
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(file, data)
 
-    monkeypatch.setattr(checkpoint, "save_file", fill)
+    monkeypatch.setattr(tensor_files, "write_all", fill)
     with pytest.raises(OSError, match="free disk space, then resume") as raised:
         trainer.run()
     assert raised.value.errno == errno.ENOSPC
@@ -371,9 +382,6 @@ def test_what_cannot_be_saved_is_refused_before_the_first_step(tmp_path, monkeyp
     trainer.source.state_dict = lambda: {"at": torch.zeros(1)}  # type: ignore[method-assign]
     with pytest.raises(TypeError, match="must be JSON-able"):
         trainer.run()
-    (tmp_path / "file").write_text("")
-    with pytest.raises(OSError):
-        make(tmp_path / "file").run()
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     full = make(tmp_path / "b")
@@ -396,3 +404,101 @@ def test_the_metrics_file_is_cut_to_the_resumed_step(uninterrupted) -> None:
     broken.resume()
     with pytest.raises(ValueError, match="one JSON object a line, got line 1: 'not json'"):
         broken.run()
+
+
+def everything(trainer: Trainer) -> list:
+    """All that a restore changes, as plain values."""
+    optimizer = trainer.optimizer.state_dict()
+    tensors = {**trainer.sae.state_dict(), "generator": torch.get_rng_state()}
+    tensors |= {f"{i}.{n}": v for i, e in optimizer["state"].items() for n, v in e.items()}
+    plain = [trainer.step, trainer.tokens, trainer.means.read(), trainer.means.count]
+    plain += [trainer.history.parts, trainer.source.state_dict(), optimizer["param_groups"]]
+    values = {name: t.tolist() if isinstance(t, torch.Tensor) else t for name, t in tensors.items()}
+    return copy.deepcopy([values, plain])
+
+
+def fields(value, at: tuple = ()) -> Iterator[tuple]:
+    """The place of every entry of a JSON value."""
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    for name, item in items:
+        yield (*at, name)
+        if isinstance(item, dict | list):
+            yield from fields(item, (*at, name))
+
+
+MISSING = object()
+MUTATIONS = {
+    "missing": MISSING,
+    "null": None,
+    "negative": -1,
+    "NaN": float("nan"),
+    "inf": float("inf"),
+    "string": "1",
+    "huge": 10**18,
+    "list": [1],
+    "dict": {"x": 1},
+    "bool": True,
+    "fraction": 0.5,
+}
+# what a file with a checksum that fits may say instead: other measurements, a schedule of FREE, a
+# setting of the optimiser, and a version-1 file's fields
+VALID = {"means", "parts", "tokens", "total_tokens", "log_every", "checkpoint_every"}
+VALID |= {"keep_checkpoints", "cuda_graph", "eps", "lr", "betas", "offset", "epoch", "step"}
+VALID |= {"project", "unit_norm", "weight_decay", "momentum", "dampening", "scale"}
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"step": "autograd"},
+        {"step": "autograd", "optimizer": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9)},
+    ],
+    ids=["fused", "autograd", "sgd"],
+)
+def test_every_field_of_a_state_is_checked_before_any_is_used(mutation, settings, tmp_path) -> None:
+    trainer = make(tmp_path / "a", **settings)
+    trainer.run()
+    path = tmp_path / "a" / "checkpoint-14" / "state.json"
+    whole, value = path.read_text(), MUTATIONS[mutation]
+    torch.manual_seed(3)
+    fresh = make(tmp_path / "a", **settings)
+    before = everything(fresh)
+    accepted = set()
+    for place in fields(json.loads(whole)):
+
+        def change(state, place=place):
+            *outer, last = place
+            for name in outer:
+                state = state[name]
+            if value is MISSING:
+                del state[last]
+            else:
+                state[last] = value
+
+        # with the checksum made to fit, unless that is what is changed
+        for again in (False, True) if place[0] != "sha256" else (False,):
+            path.write_text(whole)
+            unchanged = json.loads(whole)
+            change(changed := json.loads(whole))
+            if json.dumps(changed) == json.dumps(unchanged):
+                continue
+            refuse(path, change, sealed_again=again)
+            try:
+                fresh.resume()
+            except ValueError as error:
+                assert str(path.parent) in str(error)
+                named = [str(name) for name in place if isinstance(name, str)]
+                hint = {"sha256", "NaN", "Infinity"}
+                assert any(name in str(error) for name in {*named[-2:], *hint}), (place, str(error))
+            else:
+                assert again, f"{place} is covered by no checksum"
+                accepted.add(place)
+                fresh = make(tmp_path / "a", **settings)
+                fresh.sae.load_state_dict(trainer.sae.state_dict())
+                torch.manual_seed(3)
+                before = everything(fresh)
+            assert everything(fresh) == before, place
+    for place in accepted:
+        assert VALID & set(place), place

@@ -97,11 +97,9 @@ def _check_groups(saved: list[dict[str, Any]], own: list[dict[str, Any]]) -> Non
 
 
 def _alike(a: Any, b: Any) -> bool:
-    """One kind of setting: a number for a number, as many of them for a list."""
-    if a is None or b is None:
-        return True  # an option that may be left out
-    if isinstance(a, bool) or isinstance(b, bool):
-        return isinstance(a, bool) and isinstance(b, bool)
+    """One kind of setting: a number for a number, as many of them for a list; switches equal."""
+    if a is None or b is None or isinstance(a, bool) or isinstance(b, bool):
+        return a is b
     if isinstance(a, int | float) and isinstance(b, int | float):
         return not (b >= 0 > a)
     if isinstance(a, list | tuple) and isinstance(b, list | tuple):

@@ -81,21 +81,26 @@ def restore(trainer: Trainer, folder: Path) -> None:
     check_equal(
         path,
         {
-            "optimizer": state.optimizer.kind,
-            "parameters of each group": [
-                len(group.get("params") or ()) for group in state.optimizer.param_groups
+            "optimizer.class": state.optimizer.kind,
+            "optimizer.param_groups: numbers of params": [
+                len(g.params) for g in state.optimizer.param_groups
             ],
         },
         {
-            "optimizer": type(trainer.optimizer).__name__,
-            "parameters of each group": [len(g["params"]) for g in trainer.optimizer.param_groups],
+            "optimizer.class": type(trainer.optimizer).__name__,
+            "optimizer.param_groups: numbers of params": [
+                len(g["params"]) for g in trainer.optimizer.param_groups
+            ],
         },
     )
     generator = _generator(folder / TRAINING, tensors, fix)
     moments = {name: t for name, t in tensors.items() if name != GENERATOR}
     try:
         optimizer = unpack_optimizer(
-            trainer.optimizer, moments, state.optimizer.state, state.optimizer.param_groups
+            trainer.optimizer,
+            moments,
+            state.optimizer.state,
+            [group.model_dump() for group in state.optimizer.param_groups],
         )
     except (ValueError, TypeError) as error:
         raise ValueError(f"resume: {path}: {error}; {fix}") from error
