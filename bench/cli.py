@@ -110,7 +110,8 @@ def run(
         _check_providers(chosen, options.providers, baseline, device)
         if threads is not None:
             torch.set_num_threads(threads)
-        failed = session.measure_all(cases, options, json_file, resume, console)
+        with results.written(json_file):
+            failed = session.measure_all(cases, options, json_file, resume, console)
     except (ValueError, OSError) as error:
         raise typer.BadParameter(str(error)) from error
     if failed:

@@ -38,6 +38,16 @@ OPS += ("edge_scores", "edge_mix", "edge_heads", "pairwise_products", "pairwise_
 OPS += ("positional_dot", "grad_gram", "block_norms", "second_moment")
 
 
+def write_json(path: Path, value: Any) -> None:
+    """By `mikernels.files`, loaded as a file alone: the package is what is yet to be built."""
+    spec = importlib.util.spec_from_file_location("files", ROOT / "mikernels" / "files.py")
+    assert spec is not None and spec.loader is not None
+    files = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(files)
+    # a NaN among the findings must not cost the others
+    files.write_atomic(path, json.dumps(value, indent=1) + "\n")
+
+
 @dataclass(frozen=True)
 class Part:
     """A process.
@@ -205,7 +215,7 @@ def check(
         else:
             say(f"{part.name} ...")
             record = run_part(part, out, min(part.seconds, left))
-            (out / f"{part.name}.json").write_text(json.dumps(record, indent=1) + "\n")
+            write_json(out / f"{part.name}.json", record)
             reason = record.get("reason", "")
             say(f"{part.name}: {record['status']} in {record['seconds']:.0f} s {reason}".rstrip())
             if record["status"] in ("failed", "timeout"):
@@ -243,10 +253,10 @@ def merge(chosen: Sequence[Part], records: dict[str, Any], folders: Sequence[Pat
         if found:
             results[key] = found
     facts = results.get("facts", {})
-    text = json.dumps({"schema": 1, "facts": facts, "parts": known, "results": results}, indent=1)
+    whole = {"schema": 1, "facts": facts, "parts": known, "results": results}
     for folder in folders:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / MERGED).write_text(text + "\n")
+        write_json(folder / MERGED, whole)
     for folder in folders[1:]:
         with tarfile.open(folder / LOGS, "w:gz") as archive:
             for log in sorted(folders[0].glob("*.log")):

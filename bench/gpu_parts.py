@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 import mikernels
+from mikernels.files import finite, write_atomic
 
 from . import device as devices
 from . import falsify, load, machine
@@ -208,7 +209,7 @@ PARTS: dict[str, Callable[[Cpu], Findings]] = {
 def main(words: list[str], device: Cpu | None = None) -> int:
     name, path = words
     findings = PARTS[name](device or devices.get("cuda"))
-    Path(path).write_text(json.dumps(findings, indent=1, default=str) + "\n")
+    write_atomic(Path(path), json.dumps(finite(findings), indent=1, default=str) + "\n")
     wrong = findings.get("wrong", {})
     for subject, reason in wrong.items():
         print(f"{subject}: {reason}")

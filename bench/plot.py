@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
+
+from mikernels.files import explained, write_atomic
 
 from . import report
 from .declare import sizes_of
@@ -54,10 +57,13 @@ def draw(results: dict[str, Any], out: Path) -> None:
         figure.suptitle(
             _conditions(results), fontsize=8, color=INK, x=0.01, y=1 - 0.1 / tall, ha="left"
         )
-        out.parent.mkdir(parents=True, exist_ok=True)
         metadata = {"Date": None} if out.suffix == ".svg" else {}
-        figure.savefig(out, dpi=144, metadata=metadata)
+        drawn = io.BytesIO()
+        figure.savefig(drawn, dpi=144, metadata=metadata, format=out.suffix[1:] or "png")
         pyplot.close(figure)
+    with explained("bench plot", "the plot", out, "free space or choose another --out"):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(out, drawn.getvalue())
 
 
 def _rows(case: dict[str, Any]) -> list[tuple[str, dict[str, float], float]]:

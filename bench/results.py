@@ -8,12 +8,15 @@ measuring it again replaces it.
 
 from __future__ import annotations
 
-import json
-import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from mikernels.files import explained, finite, read_json, write_json
+from mikernels.owning import owned
 
 from .declare import DTYPES
 
@@ -43,16 +46,28 @@ def load(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: when it is not one, or is of another schema.
     """
+    from mikernels.schema import Results, check
+
+    fix = "measure again, into another file"
     try:
-        results = json.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"bench: cannot read {path} as results: {error}") from error
+        results = read_json(path, "bench", "a results file", fix)
+    except OSError as error:
+        raise ValueError(str(error)) from error
     if not isinstance(results, dict) or not {"schema", "machine", "peaks", "cases"} <= set(results):
         raise ValueError(f"bench: {path} is not a results file of `mikernels bench --json`")
     if results["schema"] != SCHEMA:
         raise ValueError(
             f"bench: {path} must have schema {SCHEMA}, got {results['schema']!r}; measure again"
         )
+    check(Results, results, "bench", path, fix)
+    for number, case in enumerate(results["cases"]):
+        try:
+            key(case)
+        except (KeyError, TypeError, AttributeError, StopIteration) as error:
+            raise ValueError(
+                f"bench: {path} must hold cases.{number} with op, shape, mode, dtype and facts, "
+                f"got {type(error).__name__}: {error}; {fix}"
+            ) from error
     return results
 
 
@@ -86,8 +101,23 @@ def merge(results: dict[str, Any], case: dict[str, Any]) -> None:
 
 
 def save(path: Path, results: dict[str, Any]) -> None:
-    """Atomic: a killed run leaves the previous file whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(results, indent=1) + "\n")
-    os.replace(partial, path)
+    """Atomic: a killed run leaves the previous file whole, a full disk too."""
+    with explained("bench", "results", path, "free space, then go on with --resume"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, finite(results))
+
+
+@contextmanager
+def written(path: Path | None) -> Iterator[None]:
+    """Be the only one that merges cases into the file; None is no file.
+
+    Raises:
+        BlockingIOError: another process does.
+    """
+    if path is None:
+        yield
+        return
+    with explained("bench", "results", path, "choose another file"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with owned(path.parent, "bench", f".{path.name}.lock"):
+        yield

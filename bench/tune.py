@@ -8,9 +8,7 @@ grid by interpolation in logarithms.
 
 from __future__ import annotations
 
-import json
 import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,10 +18,12 @@ import torch
 
 import mikernels
 from mikernels import _crossover
+from mikernels.files import explained, write_json
 from mikernels.ops import encode as encode_module
 from mikernels.ops.decode import decode_op
 from mikernels.ops.encode import encode_op
 from mikernels.ops.row_topk import row_topk_op
+from mikernels.owning import owned
 
 from .declare import DTYPES
 from .device import Cpu
@@ -158,13 +158,21 @@ def run(
 
 
 def write(path: Path, device: str, entries: list[_crossover.Entry]) -> None:
-    """Puts a device's entries into the table, in place of its earlier ones."""
-    devices = {**_crossover.load(path), device: entries}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    table = {"schema": _crossover.SCHEMA, "devices": devices}
-    partial.write_text(json.dumps(table, indent=1) + "\n")
-    os.replace(partial, path)
+    """Puts a device's entries into the table, in place of its earlier ones.
+
+    Raises:
+        ValueError: the file is there and no table. OSError: it cannot be written.
+    """
+    with explained("tune", "the table", path, "free space or choose another --out"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    # another tuning may end at the same time: what it added stays
+    with owned(path.parent, "tune", f".{path.name}.lock"):
+        table = {
+            "schema": _crossover.SCHEMA,
+            "devices": {**_crossover.load(path), device: entries},
+        }
+        with explained("tune", "the table", path, "free space or choose another --out"):
+            write_json(path, table)
     _crossover.reload()
 
 

@@ -13,10 +13,13 @@ import json
 import math
 import os
 import platform
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from mikernels.files import read_json
 
 SCHEMA = 1
 PACKAGED = Path(__file__).with_name("_tuned.json")
@@ -31,11 +34,33 @@ def user_table() -> Path:
 
 
 def load(path: Path) -> dict[str, list[Entry]]:
-    """Entries by device; none from a file that is missing, unreadable or of another schema."""
+    """Entries by device; none from a file that is missing.
+
+    Raises:
+        ValueError: the file is damaged or of another schema, with the field.
+    """
+    expected, fix = f"a table of schema {SCHEMA}", "remove it and run `mikernels tune`"
     try:
-        table = json.loads(path.read_text())
-        return dict(table["devices"]) if table["schema"] == SCHEMA else {}
-    except (OSError, ValueError, KeyError, TypeError):
+        raw = read_json(path, "tuned.json", expected, fix)
+    except FileNotFoundError:
+        return {}
+    # pydantic costs 35 ms, and only those pay who have a table of their own
+    from mikernels.schema import Table, check
+
+    table = check(Table, raw, "tuned.json", path, fix)
+    if table.schema_ != SCHEMA:
+        raise ValueError(f"tuned.json: {path} must be {expected}, got {table.schema_}; {fix}")
+    return {
+        name: [entry.model_dump() for entry in entries] for name, entries in table.devices.items()
+    }
+
+
+def _load_user_table() -> dict[str, list[Entry]]:
+    """A damaged table must not keep the package from being imported: a warning names it."""
+    try:
+        return load(user_table())
+    except ValueError as error:
+        warnings.warn(f"{error}; until then the packaged table counts", stacklevel=2)
         return {}
 
 
@@ -59,8 +84,8 @@ class _Tables:
     """Read at import, which torch.compile cannot trace; answers are kept: a call takes 1 us."""
 
     def __init__(self) -> None:
-        self.packaged = load(PACKAGED)
-        self.user = load(user_table())
+        self.packaged: dict[str, list[Entry]] = json.loads(PACKAGED.read_text())["devices"]
+        self.user = _load_user_table()
         self.names: dict[torch.device, str] = {}
         self.answers: dict[tuple[str, torch.device, torch.dtype, int], float] = {}
 

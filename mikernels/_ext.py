@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +11,8 @@ from types import ModuleType
 from typing import Any
 
 import torch  # noqa: F401  (the extension links to the libraries that torch loads)
+
+from mikernels.files import read_json
 
 LEVELS = ("portable", "avx2", "avx512", "amx")
 
@@ -21,7 +22,14 @@ def build_facts() -> dict[str, Any]:
     path = Path(__file__).with_name("_build.json")
     if not path.exists():
         return {"extension": False, "reason": "not installed: run `pip install -e .`"}
-    return json.loads(path.read_text())
+    fix = "reinstall mikernels"
+    try:
+        facts = read_json(path, "mikernels", "the facts of a build", fix)
+    except (OSError, ValueError) as error:
+        return {"extension": False, "reason": str(error)}
+    if not isinstance(facts, dict) or not isinstance(facts.get("cuda", {}), dict):
+        return {"extension": False, "reason": f"{path} must hold the facts of a build; {fix}"}
+    return facts
 
 
 def _load() -> tuple[ModuleType | None, str]:

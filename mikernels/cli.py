@@ -172,6 +172,7 @@ def tune(
 
     where = devices.get(device)
     path = out or _crossover.user_table()
+    _crossover.load(path)  # what it will be merged into, before minutes are spent
     entries = tuning.run(where)
     tuning.write(path, _crossover.device_name(where.target), entries)
     print(f"wrote {path}")

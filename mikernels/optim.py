@@ -18,6 +18,7 @@ from mikernels._dispatch import FLOATS, accumulate_dtype, resolve_impl
 from mikernels.ops.adam import adam_rows_op, grad_sumsq_op
 
 STATE = ("exp_avg", "exp_avg_sq")
+SETTINGS = ("lr", "betas", "eps")
 
 
 class RowAdam(torch.optim.Optimizer):
@@ -198,7 +199,7 @@ class RowAdam(torch.optim.Optimizer):
 
     def _clip(self, todo: list[tuple[dict[str, Any], torch.Tensor, torch.Tensor]]) -> torch.Tensor:
         if self.clip_norm is None:
-            return torch.ones((), device=todo[0][1].device)
+            return torch.ones((), dtype=torch.float32, device=todo[0][1].device)
         impl = resolve_impl(grad_sumsq_op, None, todo[0][1].device)
         sums = [
             grad_sumsq_op(_rows(grad), _rows(p), g["project"], impl=impl) for g, p, grad in todo
@@ -207,11 +208,21 @@ class RowAdam(torch.optim.Optimizer):
         # 1e-6 as in torch.nn.utils.clip_grad_norm_
         return (self.clip_norm / (norm + 1e-6)).clamp(max=1.0)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles, which torch would make of the groups and the state alone."""
+        whole = super().__getstate__()
+        return {**whole, "clip_norm": self.clip_norm, "capturable": self.capturable}
+
     def state_dict(self) -> dict[str, Any]:
-        """As in torch, with lr and steps as numbers: one format, capturable or not."""
+        """As in torch, with lr and steps as numbers: one format, capturable or not.
+
+        torch.optim.Adam takes it, too; the projection, renormalisation and clipping are then the
+        caller's.
+        """
         whole = super().state_dict()
         for group in whole["param_groups"]:
             group["lr"] = float(group["lr"])
+            group["weight_decay"] = 0.0
         whole["state"] = {
             index: {**state, "step": int(state["step"])} for index, state in whole["state"].items()
         }
@@ -219,27 +230,138 @@ class RowAdam(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in torch, but fp32 state stays fp32 for low-precision parameters, and whether the
-        saved one was capturable does not matter. A CUDA graph must be captured anew after it."""
+        saved one was capturable does not matter. A CUDA graph must be captured anew after it.
+
+        A state of torch.optim.Adam or AdamW is taken if RowAdam computes what they do: without
+        weight_decay, amsgrad and maximize. The groups' own project and unit_norm then stay.
+
+        Raises:
+            TypeError, ValueError: for any other state; nothing has been changed then.
+        """
+        self.check_state_dict(state_dict)
         rates = [group["lr"] for group in self.param_groups]
-        super().load_state_dict(state_dict)
+        groups = [
+            {name: group.get(name, own[name]) for name in (*SETTINGS, "project", "unit_norm")}
+            | {"params": group["params"]}
+            for group, own in zip(state_dict["param_groups"], self.param_groups, strict=True)
+        ]
+        super().load_state_dict({"state": state_dict["state"], "param_groups": groups})
         for group, rate in zip(self.param_groups, rates, strict=True):
             lr: float | torch.Tensor = float(group["lr"])
             lr = rate.fill_(lr) if isinstance(rate, torch.Tensor) else lr
             group["lr"] = self._rate(lr, group["params"][0].device)
-        saved = [index for group in state_dict["param_groups"] for index in group["params"]]
+            group["betas"] = tuple(map(float, group["betas"]))
+        saved = [index for group in groups for index in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
         for index, p in zip(saved, params, strict=True):
-            entries = state_dict["state"].get(index, {})
+            entries = state_dict["state"].get(index)
+            if not entries:
+                continue
+            # torch has cast it to p's dtype, which loses bits
             for name in STATE:
-                if name in entries:
-                    # torch has cast it to p's dtype, which loses bits
-                    full = entries[name].to(p.device, accumulate_dtype(p.dtype), copy=True)
-                    self.state[p][name] = full
-            if "step" in entries:
-                step = int(entries["step"])
-                self.state[p]["step"] = (
-                    _scalar(step, torch.int64, p.device) if self.capturable else step
+                full = entries[name].to(p.device, accumulate_dtype(p.dtype), copy=True)
+                self.state[p][name] = full.contiguous()
+            step = int(entries["step"])
+            self.state[p]["step"] = (
+                _scalar(step, torch.int64, p.device) if self.capturable else step
+            )
+
+    def check_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """What `load_state_dict` takes; it reads the moments once.
+
+        Raises:
+            TypeError, ValueError: naming the entry and what it must be.
+        """
+        if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= set(state_dict):
+            raise TypeError(
+                "RowAdam: state_dict must be a dict of state and param_groups, got "
+                f"{sorted(state_dict) if isinstance(state_dict, Mapping) else type(state_dict)}"
+            )
+        groups = state_dict["param_groups"]
+        sizes = [len(group["params"]) for group in self.param_groups]
+        if [len(group.get("params", ())) for group in groups] != sizes:
+            raise ValueError(
+                f"RowAdam: state_dict must be of groups with {sizes} parameters, got "
+                f"{[len(group.get('params', ())) for group in groups]}; make the optimiser with "
+                f"the same groups"
+            )
+        params: dict[Any, torch.Tensor] = {}
+        for number, (group, own) in enumerate(zip(groups, self.param_groups, strict=True)):
+            self._check_group(f"param_groups.{number}", group, own)
+            params.update(zip(group["params"], own["params"], strict=True))
+        if len(params) != sum(sizes) or not params.keys() >= state_dict["state"].keys():
+            raise ValueError(
+                f"RowAdam: params must name {sum(sizes)} parameters once each, got groups of "
+                f"{[group['params'] for group in groups]} and a state of "
+                f"{sorted(state_dict['state'])}"
+            )
+        for index, entries in state_dict["state"].items():
+            if entries:
+                _check_moments(f"state.{index}", entries, params[index])
+
+    def _check_group(self, name: str, group: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+        if missing := [setting for setting in SETTINGS if setting not in group]:
+            raise ValueError(
+                f"RowAdam: {name} must be a group of Adam with {list(SETTINGS)}, got none of "
+                f"{missing}; a state of another optimiser cannot be continued"
+            )
+        for setting in ("weight_decay", "amsgrad", "maximize"):
+            if group.get(setting):
+                raise ValueError(
+                    f"RowAdam: {name}.{setting} must be 0 or False, got {group[setting]!r}; "
+                    f"RowAdam has no such term: continue with torch's optimiser"
                 )
+        lr, betas, eps = (group[setting] for setting in SETTINGS)
+        for setting, value in (("lr", lr), ("eps", eps)):
+            if not _is_number(value) or not (math.isfinite(value) and value >= 0):
+                raise ValueError(
+                    f"RowAdam: {name}.{setting} must be finite and at least 0, got {value!r}"
+                )
+        if (
+            not isinstance(betas, list | tuple)
+            or len(betas) != 2
+            or not all(_is_number(beta) and 0 <= beta < 1 for beta in betas)
+        ):
+            raise ValueError(f"RowAdam: {name}.betas must be two numbers in [0, 1), got {betas!r}")
+        for setting in ("project", "unit_norm"):
+            value = group.get(setting, own[setting])
+            if not isinstance(value, bool):
+                raise TypeError(f"RowAdam: {name}.{setting} must be a bool, got {value!r}")
+            if value and any(p.dim() != 2 for p in own["params"]):
+                raise ValueError(f"RowAdam: {name}.{setting} needs matrices [rows, columns]")
+
+
+def _is_number(value: object) -> bool:
+    if isinstance(value, torch.Tensor):
+        return value.numel() == 1 and value.dtype != torch.bool
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _check_moments(name: str, entries: Mapping[str, Any], p: torch.Tensor) -> None:
+    if set(entries) != {"step", *STATE}:
+        raise ValueError(
+            f"RowAdam: {name} must have step, {', '.join(STATE)}, got {sorted(entries)}; a state "
+            f"of another optimiser, or of amsgrad, cannot be continued"
+        )
+    step = entries["step"]
+    if not _is_number(step) or not (0 <= step < 2**53 and step == int(step)):
+        raise ValueError(f"RowAdam: {name}.step must be a whole number of at least 0, got {step!r}")
+    for moment in STATE:
+        value = entries[moment]
+        if not isinstance(value, torch.Tensor) or value.shape != p.shape:
+            got = list(value.shape) if isinstance(value, torch.Tensor) else repr(value)
+            raise ValueError(
+                f"RowAdam: {name}.{moment} must be a tensor of shape {list(p.shape)}, got {got}"
+            )
+        if value.layout != torch.strided or not value.is_floating_point():
+            raise TypeError(
+                f"RowAdam: {name}.{moment} must be dense and floating, got {value.dtype} "
+                f"({value.layout})"
+            )
+        if not bool(value.isfinite().all()):
+            raise ValueError(f"RowAdam: {name}.{moment} must be finite, got NaN or inf")
+    if bool((entries["exp_avg_sq"] < 0).any()):
+        raise ValueError(f"RowAdam: {name}.exp_avg_sq must be at least 0, got negative numbers")
 
 
 def _scalar(

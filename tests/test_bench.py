@@ -229,7 +229,7 @@ def test_bench_clear_errors(words: list[str], message: str) -> None:
 def test_bench_refuses_foreign_files(measured: Path, tmp_path: Path) -> None:
     path = tmp_path / "file.json"
     for text, message in (
-        ("{", "cannot read"),
+        ("{", "must be a results file, got no JSON"),
         ("[]", "is not a results file"),
         ('{"schema": 0, "machine": {}, "peaks": {}, "cases": []}', "must have schema 1, got 0"),
     ):

@@ -2,7 +2,9 @@
 """RowAdam against torch.optim.Adam with projection, clipping and renormalisation by hand."""
 
 import copy
+import io
 import json
+import pickle
 
 import pytest
 import torch
@@ -240,3 +242,169 @@ def test_bad_settings_parameters_and_gradients_are_refused() -> None:
     with pytest.raises(TypeError, match="must be dense"):
         optimizer.apply_gradients({p: torch.ones(4, 3).to_sparse()})
     assert torch.equal(p, torch.ones(4, 3))
+
+
+def trained(dtype=torch.float32, **settings) -> tuple[dict[str, nn.Parameter], RowAdam]:
+    params = parameters(dtype)
+    optimizer = row_adam(params, **{"clip_norm": 1.0, **settings})
+    for step in range(3):
+        optimizer.apply_gradients({p: gradient(name, step, 1.0) for name, p in params.items()})
+    return params, optimizer
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "copy of a copy", "pickle", "torch.save"])
+@pytest.mark.parametrize("capturable", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_copy_takes_the_same_steps(how, capturable, dtype) -> None:
+    params, optimizer = trained(dtype, capturable=capturable)
+    pair = [list(params.values()), optimizer]
+    if how == "pickle":
+        theirs, other = pickle.loads(pickle.dumps(pair))
+    elif how == "torch.save":
+        file = io.BytesIO()
+        torch.save(pair, file)
+        file.seek(0)
+        theirs, other = torch.load(file, weights_only=False)
+    else:
+        theirs, other = copy.deepcopy(pair)
+        if how != "deepcopy":
+            theirs, other = copy.deepcopy([theirs, other])
+    assert (other.clip_norm, other.capturable) == (1.0, capturable)
+    for step in range(3, 6):
+        for o, ps in ((optimizer, params.values()), (other, theirs)):
+            gradients = (gradient(name, step, 1.0) for name in SHAPES)
+            o.apply_gradients(dict(zip(ps, gradients, strict=True)))
+    for p, q in zip(params.values(), theirs, strict=True):
+        assert p is not q and identical(p, q)
+        assert all(identical(optimizer.state[p][m], other.state[q][m]) for m in ("exp_avg",))
+
+
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW])
+@pytest.mark.parametrize("capturable", [False, True])
+def test_a_state_of_torchs_adam_is_continued(kind, capturable) -> None:
+    """RowAdam goes on as torch's Adam would have, but for rounding."""
+    free = {"project": False, "unit_norm": False}
+    params = parameters()
+    theirs = kind(params.values(), lr=LR, betas=BETAS, eps=EPS, weight_decay=0.0)
+    copies = {name: nn.Parameter(p.detach().clone()) for name, p in params.items()}
+    for step in range(3):
+        for name, p in params.items():
+            p.grad = gradient(name, step, 1.0)
+        theirs.step()
+    for name, p in params.items():
+        copies[name].data.copy_(p.detach())
+    mine = RowAdam(copies.values(), lr=1.0, capturable=capturable)
+    mine.load_state_dict(theirs.state_dict())
+    assert mine.param_groups[0]["lr"] == LR and mine.param_groups[0]["betas"] == BETAS
+    assert {name: mine.param_groups[0][name] for name in free} == free
+    assert all(int(state["step"]) == 3 for state in mine.state.values())
+    for name in SHAPES:
+        p = params[name]
+        p.grad = gradient(name, 3, 1.0)
+        copies[name].grad = p.grad.clone()
+    exact = {n: p.detach().double() for n, p in params.items()}
+    double = kind([nn.Parameter(t) for t in exact.values()], lr=LR, weight_decay=0.0)
+    double.load_state_dict(theirs.state_dict())
+    for p, name in zip(double.param_groups[0]["params"], SHAPES, strict=True):
+        p.grad = gradient(name, 3, 1.0).double()
+    for o in (theirs, mine, double):
+        o.step()
+    for name, oracle in zip(SHAPES, double.param_groups[0]["params"], strict=True):
+        assert_accurate(copies[name].detach(), oracle.detach(), params[name].detach())
+
+
+def test_torchs_adam_continues_a_state_of_ours() -> None:
+    params = parameters()
+    mine = RowAdam(params.values(), lr=LR, betas=BETAS, eps=EPS)
+    for step in range(3):
+        mine.apply_gradients({p: gradient(name, step, 1.0) for name, p in params.items()})
+    copies = [nn.Parameter(p.detach().clone()) for p in params.values()]
+    theirs = torch.optim.Adam(copies)
+    theirs.load_state_dict(copy.deepcopy(mine.state_dict()))
+    for p, name in zip(copies, SHAPES, strict=True):
+        p.grad = gradient(name, 3, 1.0)
+    theirs.step()
+    mine.apply_gradients({p: gradient(name, 3, 1.0) for name, p in params.items()})
+    for p, q in zip(params.values(), copies, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
+        assert theirs.state[q]["step"] == 4 and int(mine.state[p]["step"]) == 4
+
+
+def broken(change) -> dict:
+    state = copy.deepcopy(trained()[1].state_dict())
+    change(state)
+    return state
+
+
+def _set(path: tuple, value):
+    def change(state):
+        for name in path[:-1]:
+            state = state[name]
+        if value is None:
+            del state[path[-1]]
+        else:
+            state[path[-1]] = value
+
+    return change
+
+
+GROUP = ("param_groups", 0)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (_set((*GROUP, "weight_decay"), 0.01), "weight_decay must be 0 or False, got 0.01"),
+        (_set((*GROUP, "amsgrad"), True), "amsgrad must be 0 or False"),
+        (_set((*GROUP, "maximize"), True), "maximize must be 0 or False"),
+        (_set((*GROUP, "betas"), None), r"got none of \['betas'\]"),
+        (_set((*GROUP, "betas"), (0.9, 1.0)), "betas must be two numbers"),
+        (_set((*GROUP, "betas"), 0.9), "betas must be two numbers"),
+        (_set((*GROUP, "lr"), -1.0), "lr must be finite and at least 0, got -1.0"),
+        (_set((*GROUP, "lr"), True), "lr must be finite"),
+        (_set((*GROUP, "eps"), float("nan")), "eps must be finite"),
+        (_set((*GROUP, "project"), 1), "project must be a bool, got 1"),
+        (_set(("param_groups", 1, "unit_norm"), True), "unit_norm needs matrices"),
+        (_set(GROUP, None), r"groups with \[1, 4\] parameters, got \[4\]"),
+        (_set((*GROUP, "params"), [1]), "must name 5 parameters once each"),
+        (_set(("state", 9), {}), "must name 5 parameters once each"),
+        (_set(("state", 0, "exp_avg"), None), "state.0 must have step, exp_avg, exp_avg_sq, got"),
+        (_set(("state", 0, "momentum_buffer"), torch.zeros(130, 24)), "must have step, exp_avg"),
+        (_set(("state", 0, "max_exp_avg_sq"), torch.zeros(130, 24)), "or of amsgrad"),
+        (
+            _set(("state", 0, "exp_avg"), torch.zeros(24, 130)),
+            r"\[130, 24\], got \[24, 130\]",
+        ),
+        (_set(("state", 0, "exp_avg"), torch.zeros(130, 24).long()), "dense and floating"),
+        (_set(("state", 0, "exp_avg"), 0.5), "must be a tensor of shape"),
+        (_set(("state", 2, "exp_avg"), torch.full((130,), float("inf"))), "must be finite"),
+        (_set(("state", 2, "exp_avg_sq"), torch.full((130,), -1.0)), "must be at least 0"),
+        (_set(("state", 1, "step"), -1), "step must be a whole number of at least 0, got -1"),
+        (_set(("state", 1, "step"), 1.5), "step must be a whole number"),
+        (_set(("state", 1, "step"), float("nan")), "step must be a whole number"),
+        (_set(("state", 1, "step"), torch.ones(2)), "step must be a whole number"),
+        (_set(("state",), None), "must be a dict of state and param_groups"),
+    ],
+)
+@pytest.mark.parametrize("capturable", [False, True])
+def test_other_states_are_refused_and_nothing_is_changed(change, said, capturable) -> None:
+    params, optimizer = trained(capturable=capturable)
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises((TypeError, ValueError), match=f"RowAdam: .*{said}"):
+        optimizer.load_state_dict(broken(change))
+    after = optimizer.state_dict()
+    assert after["param_groups"] == before["param_groups"]
+    for index, state in before["state"].items():
+        assert state["step"] == after["state"][index]["step"]
+        assert all(identical(state[m], after["state"][index][m]) for m in ("exp_avg", "exp_avg_sq"))
+    optimizer.apply_gradients({p: gradient(name, 3, 1.0) for name, p in params.items()})
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adagrad, torch.optim.AdamW])
+def test_states_of_other_optimizers_are_refused(kind) -> None:
+    p, q = nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(4))
+    theirs = kind([p], lr=0.1)
+    p.grad = torch.ones(4)
+    theirs.step()
+    with pytest.raises(ValueError, match="RowAdam: param_groups.0"):
+        RowAdam([q]).load_state_dict(theirs.state_dict())

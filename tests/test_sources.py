@@ -7,11 +7,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracle import identical
 from safetensors.torch import save_file
 
+from mikernels.files import sealed
+from mikernels.tensor_files import write_tensors
 from mikernels.training.models import ModelSource
 from mikernels.training.pretrained import TextFiles, decoder_layers, load_model
-from mikernels.training.shards import open_shards, read_index, write_shards
+from mikernels.training.shards import open_shards, read_index, remove_shards, write_shards
 from mikernels.training.sources import ShardSource, SourceExhausted, TensorSource
 
 D = 6
@@ -201,12 +204,13 @@ def test_write_shards_leaves_no_index_and_no_partial_file_on_failure(tmp_path):
 
 
 def test_write_shards_says_which_file_a_full_disk_stopped(tmp_path, monkeypatch):
-    def full(tensors, path):
+    def full(file, data):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("mikernels.training.shards.save_file", full)
+    monkeypatch.setattr("mikernels.tensor_files.write_all", full)
     with pytest.raises(OSError, match=r"activations-00000.*No space left.*free space"):
         shards(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 class Characters:
@@ -618,3 +622,183 @@ def test_load_model_says_that_the_weights_are_truncated(tmp_path):
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(ValueError, match="must hold a model that transformers reads"):
         load_model(tmp_path)
+
+
+def test_a_flipped_bit_is_seen_when_its_rows_are_read(tmp_path):
+    path = shards(tmp_path) / "activations-00001.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-384 * 4 * D + 300 * 4 * D] ^= 1  # row 300 of 384, in the second chunk
+    path.write_bytes(data)
+    first, second = open_shards(tmp_path)[:2]
+    assert identical(first.read(0, 384)["activations"], numbered(1000)[:384])
+    assert identical(second.read(3, 250)["activations"], numbered(1000)[387:634])
+    said = f"{path} must hold rows 256 to 383 as they were written, got another checksum"
+    for start, stop in ((0, 384), (256, 257), (250, 260), (383, 400)):
+        with pytest.raises(ValueError, match=said):
+            second.read(start, stop)
+    source = ShardSource(tmp_path, 100)
+    with pytest.raises(ValueError, match=said):
+        row_numbers(source, 10)
+
+
+def test_checksums_cover_what_goes_with_the_rows(tmp_path):
+    rows = {"activations": numbered(300), "token_ids": torch.arange(300)}
+    write_shards(tmp_path, [rows])
+    path = tmp_path / "activations-00000.safetensors"
+    rows["token_ids"][290] = 5
+    write_tensors(path, rows)
+    (shard,) = open_shards(tmp_path)
+    assert torch.equal(shard.read(10, 256)["token_ids"], torch.arange(10, 256))
+    with pytest.raises(ValueError, match="rows 256 to 299"):
+        shard.read(290, 291)
+
+
+def test_reads_that_no_chunk_begins_are_the_same_rows(tmp_path):
+    (shard, *_) = open_shards(shards(tmp_path, rows_per_shard=700))
+    for start, stop in ((0, 0), (0, 1), (255, 257), (511, 700), (512, 999), (699, 700), (300, 300)):
+        got = shard.read(start, stop)["activations"]
+        assert identical(got, numbered(1000)[start : min(stop, 700)])
+
+
+def edit_index(folder, change, seal=True):
+    path = folder / "index.json"
+    index = json.loads(path.read_text())
+    change(index)
+    if seal and "sha256" in index:
+        del index["sha256"]
+        index = sealed(index)
+    path.write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        (lambda i: i.pop("shards"), "shards"),
+        (lambda i: i.update(shards=[]), "shards"),
+        (lambda i: i.update(metadata=None), "metadata"),
+        (lambda i: i["shards"][0].update(rows=True), "shards.0.rows"),
+        (lambda i: i["shards"][0].update(rows=-3), "shards.0.rows"),
+        (lambda i: i["shards"][0].update(rows=384.0), "shards.0.rows"),
+        (lambda i: i["shards"][1].update(file="../secret.safetensors"), "shards.1.file"),
+        (lambda i: i["shards"][1].update(crc32=[1]), "shards.1.crc32"),
+        (lambda i: i["shards"][1].update(crc32=["a", "b"]), "shards.1.crc32.0"),
+        (lambda i: i["shards"][1].pop("crc32"), "shards.1.crc32"),
+        (lambda i: i["shards"].append(i["shards"][0]), "every shard once"),
+        (lambda i: i.update(sha256={"self": "0" * 64}), "sha256.self"),
+    ],
+)
+def test_every_field_of_an_index_is_checked(tmp_path, change, field):
+    edit_index(shards(tmp_path), change, seal="sha256" not in field)
+    for read in (read_index, open_shards):
+        with pytest.raises(ValueError, match=f"{tmp_path / 'index.json'} must .*{field}"):
+            read(tmp_path)
+
+
+def test_huge_rows_are_compared_with_the_file_and_not_asked_for(tmp_path):
+    def change(index):
+        index["shards"][0].update(rows=2**52, crc32=[1] * 3)
+
+    edit_index(shards(tmp_path), change)
+    with pytest.raises(ValueError, match="shards.0.crc32 of 17592186044416 checksums, got 3"):
+        ShardSource(tmp_path, 10)
+
+
+def test_an_index_from_before_checksums_is_read_and_said(tmp_path):
+    def change(index):
+        del index["sha256"]
+        for shard in index["shards"]:
+            del shard["crc32"]
+
+    edit_index(shards(tmp_path), change)
+    with pytest.warns(UserWarning, match="from before checksums: a bit that flipped"):
+        source = ShardSource(tmp_path, 100)
+    assert row_numbers(source, 10).sort().values.tolist() == list(range(1000))
+
+
+def test_write_shards_has_one_writer(tmp_path):
+    def batches():
+        yield numbered(400)
+        with pytest.raises(BlockingIOError, match="beside write_shards of process"):
+            write_shards(tmp_path, [numbered(10)])
+
+    assert write_shards(tmp_path, batches(), rows_per_shard=384) == 400
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "activations-00000.safetensors",
+        "activations-00001.safetensors",
+        "index.json",
+    ]
+
+
+@pytest.mark.parametrize("lost", ["folder", "shard", "replaced"])
+def test_write_shards_sees_that_shards_are_lost(tmp_path, lost):
+    folder = tmp_path / "shards"
+
+    def batches():
+        yield numbered(400)
+        if lost == "shard":
+            (folder / "activations-00000.safetensors").unlink()
+        else:
+            folder.rename(tmp_path / "away")
+        if lost == "replaced":
+            folder.mkdir()
+        yield numbered(400)
+
+    with pytest.raises(FileNotFoundError, match=f"write_shards: {folder}.* must stay"):
+        write_shards(folder, batches(), rows_per_shard=384)
+    assert not (folder / "index.json").exists()
+
+
+def test_write_shards_refuses_metadata_before_it_writes(tmp_path):
+    for metadata, error in (({"x": torch.zeros(1)}, TypeError), ({"x": float("nan")}, ValueError)):
+        with pytest.raises(error, match="write_shards: metadata.x must be"):
+            write_shards(tmp_path / "new", [numbered(3)], metadata=metadata)
+    assert not (tmp_path / "new").exists()
+
+
+def test_remove_shards_removes_its_own_and_nothing_else(tmp_path):
+    ours = ("activations-00000.safetensors", ".activations-00001.safetensors.partial")
+    for name in (*ours, "notes.txt"):
+        (tmp_path / name).write_text("x")
+    with pytest.raises(FileExistsError, match="nothing else .* got .*notes.txt"):
+        remove_shards(tmp_path)
+    assert len(list(tmp_path.iterdir())) == 3
+    (tmp_path / "notes.txt").rename(tmp_path / "activations-.safetensors")
+    with pytest.raises(FileExistsError):
+        remove_shards(tmp_path)
+    (tmp_path / "activations-.safetensors").unlink()
+    remove_shards(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+POSITIONS = {"epoch": 0, "block": 0, "offset": 0}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({name: value} for name in POSITIONS for value in (-1, True, 0.5, "1", None, 10**18)),
+        {"block": 2},
+        {"offset": 1000},
+        {"block": 1, "offset": 1},
+        {"identity": None},
+        {"identity": {"source": "TensorSource", "seed": False, "shape": [1000, 6]}},
+        {"extra": 1},
+    ],
+)
+@pytest.mark.parametrize("kind", ["tensor", "shards", "model"])
+def test_a_position_beyond_the_data_is_refused_and_changes_nothing(tmp_path, change, kind):
+    if kind == "tensor":
+        source = TensorSource(numbered(1000), 40)
+    elif kind == "shards":
+        source = ShardSource(shards(tmp_path), 40, window_rows=10_000)
+    else:
+        source = model_source(buffer_rows=10_000)
+    source.next_batch()
+    saved = source.state_dict()
+    twin = source.state_dict()
+    with pytest.raises(ValueError, match="saved position"):
+        source.load_state_dict({**saved, **change})
+    assert source.state_dict() == twin
+    expected = type(source).next_rows(source)["activations"]
+    source.load_state_dict(saved)
+    assert identical(source.next_rows()["activations"], expected)

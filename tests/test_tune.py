@@ -12,6 +12,7 @@ from mikernels._crossover import sparse_wins
 from mikernels.bench import tune
 from mikernels.bench.device import Cpu
 from mikernels.bench.tune import Point, threshold
+from mikernels.owning import owned
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -67,13 +68,55 @@ def test_write_keeps_other_devices() -> None:
     assert table["a"][0]["threshold"] == 2 and table["b"] == [first]
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"schema": 9, "devices": {}}', '{"schema": 1}'])
-def test_broken_tables_are_ignored(text: str) -> None:
+def _entry(**changes: object) -> str:
+    entry = {"op": "encode", "dtype": "*", "d": 0, "threshold": 1.0, "source": "x", **changes}
+    return json.dumps({"schema": 1, "devices": {"a": [entry]}})
+
+
+@pytest.mark.parametrize(
+    ("text", "field"),
+    [
+        ("{", "no JSON"),
+        ("[]", "an object"),
+        ('{"schema": 9, "devices": {}}', "a table of schema 1, got 9"),
+        ('{"schema": 1}', "devices"),
+        ('{"schema": true, "devices": {}}', "schema"),
+        ('{"schema": 1, "devices": {}, "devices": {}}', "'devices' twice"),
+        ("\ufeff{}", "byte order mark"),
+        (_entry(threshold=-1), "devices.a.0.threshold"),
+        (_entry(threshold=float("nan")), "NaN"),
+        (_entry(threshold="8"), "devices.a.0.threshold"),
+        (_entry(d=None), "devices.a.0.d"),
+        (_entry(d=True), "devices.a.0.d"),
+        (_entry(op=3), "devices.a.0.op"),
+        (_entry(note=3), "devices.a.0.note"),
+    ],
+)
+def test_a_damaged_table_is_named_and_does_not_count(text: str, field: str) -> None:
     path = _crossover.user_table()
     path.parent.mkdir(parents=True)
     path.write_text(text)
-    assert _crossover.load(path) == {}
+    with pytest.raises(ValueError, match=f"tuned.json: {path} must .*{field}"):
+        _crossover.load(path)
+    with pytest.warns(UserWarning, match=f"{path} must .*until then the packaged table counts"):
+        _crossover.reload()
     assert not sparse_wins("encode", CPU, FP32, 768, 7, 1)
+    # and is not written over: it may be something else
+    with pytest.raises(ValueError, match=f"{path} must"):
+        tune.write(path, "a", [])
+    assert path.read_text() == text
+
+
+def test_a_table_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "t" / "tuned.json"
+    with pytest.raises(ValueError, match="beyond|compliant"):
+        tune.write(path, "a", [{"op": "encode", "threshold": float("inf")}])
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="tune: the table must be written to"):
+        tune.write(tmp_path / "file" / "tuned.json", "a", [])
+    with owned(path.parent, "another", ".tuned.json.lock"), pytest.raises(BlockingIOError):
+        tune.write(path, "a", [])
+    assert not list(path.parent.iterdir())
 
 
 def test_asked_while_compiling() -> None:

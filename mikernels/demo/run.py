@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 import subprocess
 import sys
 import time
@@ -24,7 +22,14 @@ from mikernels.demo.data import (
     smollm2_shards,
 )
 from mikernels.evaluate import variance_unexplained
+from mikernels.files import explained, partial_of, read_json, write_json
+from mikernels.owning import LOCK, owned
+from mikernels.schema import Result, check
 from mikernels.training import TrainConfig, load_sae
+from mikernels.training.checkpoint import own_folders, remove_checkpoints
+from mikernels.training.trainer import METRICS
+
+SPEC, RESULT = "run.json", "run.result.json"
 
 
 @dataclass(frozen=True)
@@ -108,6 +113,8 @@ def run_demo(options: DemoOptions, out: Path, console: Console) -> bool:
 
     Raises:
         ValueError, ModuleNotFoundError: for options or packages that do not fit, before training.
+        FileExistsError: a folder that it would clear holds other things.
+        BlockingIOError: another demo runs there.
         RuntimeError: when a training process fails.
     """
     started = time.perf_counter()
@@ -120,7 +127,15 @@ def run_demo(options: DemoOptions, out: Path, console: Console) -> bool:
             style="yellow",
         )
     out = out / options.data
-    out.mkdir(parents=True, exist_ok=True)
+    with explained("demo", "a report", out, "choose another --out"):
+        out.mkdir(parents=True, exist_ok=True)
+    with owned(out, "demo") as mine:
+        agree = _run(options, out, console, started)
+        mine.check()
+    return agree
+
+
+def _run(options: DemoOptions, out: Path, console: Console, started: float) -> bool:
     if options.data == "smollm2":
         folder = smollm2_shards(out, options.layer, options.tokens, options.seed, console)
     else:
@@ -153,9 +168,10 @@ def _train(
     features = options.expansion * d
     config = options.config if step == "fused" else options.baseline_config(features)
     run_dir = out / step
-    if run_dir.exists():
-        shutil.rmtree(run_dir)
-    run_dir.mkdir()
+    with explained("demo", "a training run", run_dir, "choose another --out"):
+        run_dir.mkdir(exist_ok=True)
+        with owned(run_dir, "demo"):
+            clear_run(run_dir)
     spec = {
         "activations": str(folder),
         "seed": options.seed,
@@ -169,15 +185,43 @@ def _train(
         },
         "config": config.to_dict(),
     }
-    path = run_dir / "run.json"
-    path.write_text(json.dumps(spec, indent=1))
-    console.print(
-        f"training {config.total_steps:,} steps of {options.batch_size:,} tokens: {NAMES[step]}"
-    )
+    path = run_dir / SPEC
+    with explained("demo", "the settings of a run", path, "free space"):
+        write_json(path, spec)
+    size = f"{config.total_steps:,} steps of {options.batch_size:,} tokens"
+    console.print(f"training {size}: {NAMES[step]}")
     done = subprocess.run([sys.executable, "-m", "mikernels.demo.worker", str(path)])
     if done.returncode != 0:
         raise RuntimeError(
             f"demo: the training process of {NAMES[step]} must end with status 0, got "
             f"{done.returncode}; its message is above"
         )
-    return json.loads(path.with_suffix(".result.json").read_text())
+    answer, fix = run_dir / RESULT, "run the demo again"
+    raw = read_json(answer, "demo", "the result of a run", fix)
+    result = check(Result, raw, "demo", answer, fix).model_dump()
+    nan = float("nan")
+    result["rows"] = [
+        {name: nan if v is None else v for name, v in row.items()} for row in result["rows"]
+    ]
+    return result
+
+
+def clear_run(run_dir: Path) -> None:
+    """Delete what a former demo left in a run's folder.
+
+    Raises:
+        FileExistsError: it holds anything else; nothing has been deleted then.
+    """
+    files = [*(run_dir / name for name in (SPEC, RESULT, METRICS))]
+    files += [partial_of(path) for path in files]
+    folders = own_folders(run_dir)
+    for path in run_dir.iterdir():
+        ours = path in folders or (path in files and path.is_file()) or path.name == LOCK
+        if run_dir.is_symlink() or not ours:
+            raise FileExistsError(
+                f"demo: {run_dir} must hold a former demo's run and nothing else, got {path}; move "
+                f"it away or choose another --out"
+            )
+    remove_checkpoints(run_dir)
+    for path in files:
+        path.unlink(missing_ok=True)

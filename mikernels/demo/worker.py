@@ -9,7 +9,6 @@ pages of a map would count as the run touches them.
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 
 from mikernels.demo.data import held_out, load_rows
+from mikernels.files import explained, finite, read_json, write_json
 from mikernels.nn import TopKSAE
 from mikernels.training import TrainConfig, Trainer
 from mikernels.training.sources import TensorSource
@@ -43,6 +43,19 @@ def reset_peak() -> bool:
     return True
 
 
+def read_spec(path: Path) -> dict[str, Any]:
+    """`run.json`: see `train`.
+
+    Raises:
+        FileNotFoundError, ValueError: naming the file and the field.
+    """
+    from mikernels.schema import Spec, check
+
+    fix = "run the demo again"
+    raw = read_json(path, "demo", "the settings of a run", fix)
+    return check(Spec, raw, "demo", path, fix).model_dump()
+
+
 def train(spec: dict[str, Any]) -> dict[str, Any]:
     """Train as `spec` says: activations (a shard folder), sae, config (keyword arguments), seed,
     out_dir or None. Returns rows, scale, parts (seconds), steps and peak_extra_bytes or None."""
@@ -66,5 +79,7 @@ def train(spec: dict[str, Any]) -> dict[str, Any]:
 
 if __name__ == "__main__":
     path = Path(sys.argv[1])
-    result = train(json.loads(path.read_text()))
-    path.with_suffix(".result.json").write_text(json.dumps(result))
+    result = train(read_spec(path))
+    answer = path.with_suffix(".result.json")
+    with explained("demo", "the result of a run", answer, "free space"):
+        write_json(answer, finite(result))

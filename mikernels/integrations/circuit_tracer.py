@@ -246,7 +246,7 @@ def prune_graph(
     rows = torch.arange(n, device=device)
     if not adjacency[features : n - logits].any():
         rows = torch.cat([rows[:features], rows[n - logits :]])
-    weights = torch.zeros(n, device=device)
+    weights = torch.zeros(n, dtype=torch.float32, device=device)
     weights[n - logits :] = graph.logit_probabilities
 
     influence = _influence(_shares(adjacency, rows, None), rows, weights)

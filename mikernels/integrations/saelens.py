@@ -20,11 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from mikernels._version import __version__
+from mikernels.files import check_json, explained, read_json, replacing, write_all
 from mikernels.nn import TopKSAE
+from mikernels.owning import owned
+from mikernels.tensor_files import dump_tensors, open_tensors, read_tensors
 
 CONFIG = "cfg.json"
 WEIGHTS = "sae_weights.safetensors"
@@ -63,6 +64,8 @@ def export_sae(
 
     Raises:
         TypeError: sae is not a TopKSAE, or metadata is not JSON-able.
+        FileExistsError: the folder holds an SAE of another's.
+        BlockingIOError: another process exports to it.
         OSError: a file cannot be written, e.g. on a full disk; the earlier export stays.
     """
     if not isinstance(sae, TopKSAE):
@@ -89,9 +92,10 @@ def export_sae(
         "architecture": "topk",
     }
     try:
-        text = json.dumps(config, indent=1) + "\n"
-    except TypeError as error:
-        raise TypeError(f"export_sae: metadata must be JSON-able, got {error}") from error
+        check_json(config["metadata"], "metadata")
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"export_sae: metadata must be JSON-able, got {error}") from error
+    text = json.dumps(config, indent=1) + "\n"
     weights = {
         "W_enc": sae.w_enc.detach().T.contiguous().cpu(),
         "b_enc": sae.b_enc.detach().contiguous().cpu(),
@@ -122,8 +126,9 @@ def load_sae(folder: str | Path) -> TopKSAE:
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: a file is truncated or foreign, a weight is NaN or inf, or the SAE is no
-            TopKSAE: another architecture, an input normalisation, an output scaling.
+        ValueError: a file is truncated or foreign, a weight not finite, or the SAE is no TopKSAE:
+            another architecture, an input normalisation, an output scaling. The format has no
+            checksums: a bit that flipped on the disk is seen only where it makes such a fault.
     """
     folder = Path(folder)
     path = folder / CONFIG
@@ -195,16 +200,18 @@ def _damaged(path: Path, expected: str, got: object) -> ValueError:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(_require(path).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise _damaged(path, "JSON", error) from error
+    fix = "it is truncated or of another format: copy or export the SAE again"
+    config = read_json(_require(path), "load_sae", "JSON", fix)
     if not isinstance(config, dict):
         raise _damaged(path, "a JSON object", type(config).__name__)
     # before version 6, TopK was an activation function of the "standard" architecture
     if config.get("activation_fn_str", config.get("activation_fn")) == "topk":
-        k = (config.get("activation_fn_kwargs") or {}).get("k")
+        settings = config.get("activation_fn_kwargs")
+        k = settings.get("k") if isinstance(settings, dict) else None
         config = {**config, "architecture": "topk", "k": k}
+    for name in ("apply_b_dec_to_input", "rescale_acts_by_decoder_norm"):
+        if not isinstance(config.get(name, False), bool):
+            raise _damaged(path, f"with {name} true or false", repr(config[name]))
     return config
 
 
@@ -242,45 +249,65 @@ def _positive_int(config: dict[str, Any], key: str, path: Path) -> int:
 
 def _read_weights(path: Path, shapes: dict[str, list[int]]) -> dict[str, torch.Tensor]:
     try:
-        with safe_open(str(_require(path)), framework="pt") as file:
+        # the shapes first: what does not fit is not read
+        with open_tensors(_require(path)) as file:
             found = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
-            if found != shapes:
-                raise ValueError(
-                    f"load_sae: {path} must hold {shapes} by {CONFIG}, got {found}; the two files "
-                    f"are not of one TopK SAE: copy or export it again"
-                )
-            weights = {name: file.get_tensor(name) for name in shapes}
-    except SafetensorError as error:
+        weights = read_tensors(path) if found == shapes else {}
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError) as error:
         raise _damaged(path, "a complete safetensors file", error) from error
-    for name, weight in weights.items():
-        if not weight.isfinite().all():
-            bad = int((~weight.isfinite()).sum())
-            raise ValueError(
-                f"load_sae: {name} in {path} must be finite, got NaN or inf in {bad:,} of "
-                f"{weight.numel():,} numbers; its training diverged: take an earlier checkpoint"
-            )
+    if found != shapes:
+        raise ValueError(
+            f"load_sae: {path} must hold {shapes} by {CONFIG}, got {found}; the two files are not "
+            f"of one TopK SAE: copy or export it again"
+        )
+    for name, t in weights.items():
+        if t.dtype not in DTYPES.values():
+            raise _damaged(path, f"with {name} of one of {list(DTYPES)}", t.dtype)
+        if bad := int((~t.isfinite()).sum()):
+            raise _damaged(path, f"with finite {name}", f"NaN or inf in {bad} places")
     return weights
+
+
+def _check_replaceable(folder: Path) -> None:
+    """What stands under our names is an export of ours: nothing else is overwritten."""
+    config, weights = folder / CONFIG, folder / WEIGHTS
+    try:
+        if os.path.lexists(config):
+            value = read_json(config, "export_sae", "the export of an SAE", "move it away")
+            ours = "mikernels_version" in value["metadata"]
+        elif os.path.lexists(weights):
+            # an export that was interrupted between its two renames
+            with open_tensors(weights) as file:
+                ours = "mikernels_version" in (file.metadata() or {})
+        else:
+            return
+    except (OSError, ValueError, KeyError, TypeError):
+        ours = False
+    if not ours or any(path.is_symlink() or path.is_dir() for path in (config, weights)):
+        raise FileExistsError(
+            f"export_sae: folder must hold no other SAE, got {folder} with a {CONFIG} or {WEIGHTS} "
+            f"that export_sae did not write; choose another folder"
+        )
 
 
 def _write(folder: Path, config: str, weights: dict[str, torch.Tensor]) -> None:
     """Both files are complete on the disk before either takes its place; the configuration is
     absent while the weights change, so that no reader sees one SAE's sizes with another's."""
-    staged = {name: folder / f".{name}.partial" for name in (WEIGHTS, CONFIG)}
-    try:
+    fix = "free space or choose another folder"
+    with explained("export_sae", "an SAE", folder, fix):
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(weights, str(staged[WEIGHTS]))
-        staged[CONFIG].write_text(config, encoding="utf-8")
-        for path in staged.values():
-            with path.open("rb") as file:
+    with owned(folder, "export_sae") as mine:
+        _check_replaceable(folder)
+        with (
+            explained("export_sae", "an SAE", folder, fix),
+            replacing(folder / CONFIG) as text,
+            replacing(folder / WEIGHTS) as tensors,
+        ):
+            write_all(text, config.encode("utf-8"))
+            dump_tensors(tensors, weights, {"mikernels_version": __version__})
+            for file in (text, tensors):
                 os.fsync(file.fileno())
-        (folder / CONFIG).unlink(missing_ok=True)
-        for name, path in staged.items():
-            os.replace(path, folder / name)
-    except (OSError, SafetensorError) as error:
-        raise OSError(
-            f"export_sae: {folder} could not be written: {error}; free space or choose another "
-            f"folder"
-        ) from error
-    finally:
-        for path in staged.values():
-            path.unlink(missing_ok=True)
+            (folder / CONFIG).unlink(missing_ok=True)
+        mine.check()

@@ -74,8 +74,8 @@ class FusedStep:
         self.optimizer = row_adam(sae, config) if optimizer is None else optimizer
         # made when first needed: sae_update_ does without those of the matrices
         self.gradients: dict[torch.Tensor, torch.Tensor] = {}
-        self._centred = torch.empty(0)
-        self._dead_rows = torch.empty(0)
+        self._centred = torch.empty(0, dtype=torch.float32)
+        self._dead_rows = torch.empty(0, dtype=torch.float32)
 
     @torch.no_grad()
     def __call__(
@@ -153,7 +153,7 @@ class FusedStep:
                 None,
                 None,
                 *settings,
-                torch.ones((), device=dy.device),
+                torch.ones((), dtype=torch.float32, device=dy.device),
                 decoder["project"],
                 decoder["unit_norm"],
                 impl=resolve_impl(sae_update_op, None, dy.device),

@@ -3,19 +3,21 @@
 
 from __future__ import annotations
 
+import errno
 import json
-import math
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
 
 from mikernels.codes import SparseCodes
+from mikernels.files import explained, finite, irregular, parse_json, write_all, write_atomic
 
 PARTS = ("encode", "decode", "gradients", "optimizer", "other")
 MEANS = ("loss", "mse", "fvu", "aux_loss", "l0")
@@ -103,72 +105,109 @@ class Means:
 
 
 class JsonLines:
-    """A file with one JSON object a line, flushed line by line.
+    """A file with one JSON object a line, each written at once; a context manager.
 
     Args:
         path: the file, made when missing.
         last_step: lines beyond this step, and a line cut short by a kill, are removed first.
+
+    Raises:
+        ValueError: what is there is no such file. OSError: it cannot be written.
     """
 
     def __init__(self, path: Path, last_step: int):
         self.path = path
         self.kept: list[dict[str, Any]] = []
-        if path.exists():
+        if os.path.lexists(path):
             self.kept = [row for row in _complete_rows(path) if row["step"] <= last_step]
-            shorter = path.with_name(f".{path.name}.tmp")
             with self._explained():
-                shorter.write_text("".join(json.dumps(row) + "\n" for row in self.kept))
-                os.replace(shorter, path)
-        self._file = path.open("a")
+                write_atomic(path, "".join(json.dumps(row) + "\n" for row in self.kept))
+        with self._explained():
+            # unbuffered: a line that could not be written is not tried again while closing
+            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+            self._file = os.fdopen(os.open(path, flags, 0o666), "ab", buffering=0)
 
     def write(self, row: dict[str, Any]) -> None:
         """Append one row; a number that is not finite becomes null.
 
         Raises:
-            OSError: when it cannot be written, naming the file.
+            OSError: when it cannot be written, naming the file; or the file was deleted.
         """
-        finite = {
-            name: None if isinstance(value, float) and not math.isfinite(value) else value
-            for name, value in row.items()
-        }
-        with self._explained():
-            self._file.write(json.dumps(finite) + "\n")
-            self._file.flush()
+        self.check()
+        before = os.fstat(self._file.fileno()).st_size
+        try:
+            with self._explained():
+                write_all(self._file, (json.dumps(finite(row)) + "\n").encode())
+        except OSError:
+            with suppress(OSError):  # half a line goes; where that fails too, resume drops it
+                self._file.truncate(before)
+            raise
+
+    def check(self) -> None:
+        """The file that is written is still the one of that name; 2 us.
+
+        Raises:
+            FileNotFoundError: it was deleted or replaced, so that its rows are lost.
+        """
+        mine = os.fstat(self._file.fileno())
+        try:
+            there = os.lstat(self.path)
+        except OSError:
+            there = None
+        if there is None or (there.st_dev, there.st_ino) != (mine.st_dev, mine.st_ino):
+            state = "it was deleted" if there is None else "another file in its place"
+            raise FileNotFoundError(
+                errno.ENOENT,
+                f"Trainer: metrics must be written to {self.path}, got {state}; the rows so far "
+                f"are in Trainer.history, and in no file",
+            )
 
     def sync(self) -> None:
         """To the disk itself: what is older than a checkpoint survives a power cut, too."""
+        self.check()
         with self._explained():
             os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        self._file.close()
+        with self._explained():
+            self._file.close()
 
-    @contextmanager
-    def _explained(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise OSError(
-                error.errno,
-                f"Trainer: metrics must be written to {self.path}, got {error.strerror}; free "
-                f"space, then resume from the last checkpoint",
-            ) from error
+    def __enter__(self) -> JsonLines:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if error is None:
+            self.close()
+            return
+        with suppress(OSError):  # the error under way is the one that tells
+            self.close()
+
+    def _explained(self) -> AbstractContextManager[None]:
+        fix = "free space, then resume from the last checkpoint"
+        return explained("Trainer", "metrics", self.path, fix)
 
 
 def _complete_rows(path: Path) -> Iterator[dict[str, Any]]:
-    for number, line in enumerate(lines := path.read_text().splitlines(), start=1):
+    from mikernels.schema import Row, check
+
+    fix = "move the file away to resume without its history"
+    if kind := irregular(os.lstat(path).st_mode):
+        raise ValueError(f"Trainer: {path} must be a file of JSON lines, got {kind}; {fix}")
+    whole = path.read_bytes()
+    # what follows the last line's end was cut short by a kill
+    lines = whole.split(b"\n")[:-1]
+    for number, line in enumerate(lines, start=1):
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            if number == len(lines):
-                return
+            row = parse_json(line)
+        except ValueError as error:
             raise ValueError(
                 f"Trainer: {path} must hold one JSON object a line, got line {number}: "
-                f"{line[:60]!r}; move the file away to resume without its history"
+                f"{line[:60].decode(errors='backslashreplace')!r} ({error}); {fix}"
             ) from error
-        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
-            raise ValueError(
-                f"Trainer: {path} must hold rows with a step, got line {number}: {line[:60]!r}; "
-                f"move the file away to resume without its history"
-            )
+        check(Row, row, "Trainer", f"{path} line {number}", fix)
         yield row

@@ -189,10 +189,10 @@ class ModelSource(Source):
                 break
             window.append(token)
             if len(window) == self.context:
-                yield torch.tensor(window)
+                yield torch.tensor(window, dtype=torch.int64)
                 window = list(first)
         if len(window) > max(self._skip_first, len(first)):
-            yield torch.tensor(window)
+            yield torch.tensor(window, dtype=torch.int64)
 
     def _keep(self, tokens: torch.Tensor, activations: torch.Tensor, number: int) -> torch.Tensor:
         """Which tokens `[w, t]` of windows, the first the `number`-th, to keep; counts the rest."""
@@ -285,8 +285,9 @@ class ModelSource(Source):
             if started and iter(self.texts) is self.texts:
                 raise SourceExhausted("ModelSource: texts is an iterator and has ended")
             reader = self.token_windows()
-            for _ in range(block * self._windows_per_block):
-                next(reader, None)
+            # ends with the text: a saved block may lie anywhere
+            for _ in zip(range(block * self._windows_per_block), reader, strict=False):
+                pass
         else:
             reader = self._reader[2]
         pairs = zip(range(self._windows_per_block), reader, strict=False)

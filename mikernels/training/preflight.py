@@ -4,17 +4,20 @@
 from __future__ import annotations
 
 import errno
-import json
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.nn.utils.parametrize import is_parametrized
 
+from mikernels.files import check_json, explained, write_atomic
 from mikernels.nn import TopKSAE
+from mikernels.tensor_files import check_writable, overlap
 from mikernels.training.batches import BatchSource
-from mikernels.training.checkpoint import checkpoints, remove_leftovers
+from mikernels.training.checkpoint import TRAINING, checkpoints, in_the_way, remove_leftovers
 from mikernels.training.config import TrainConfig
 
 # what the fused and the dense step compute in their own way
@@ -23,6 +26,7 @@ METHODS = ("encode", "decode", "score", "remove_parallel_gradient_", "normalize_
 
 def check_fit(sae: TopKSAE, source: BatchSource, config: TrainConfig) -> None:
     """SAE, source and settings fit each other, or a ValueError."""
+    check_weights_apart(sae)
     if source.d != sae.config.d:
         raise ValueError(
             f"Trainer: source.d must be the SAE's d = {sae.config.d}, got {source.d}; make the SAE "
@@ -83,31 +87,76 @@ def _check_bypassed(sae: TopKSAE, step: str) -> None:
         )
 
 
-def prepare_out_dir(
-    out_dir: Path, sae: TopKSAE, config: TrainConfig, state: Mapping[str, Any], resumed: bool
+def check_state(
+    sae: TopKSAE, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any]
 ) -> None:
-    """Make out_dir, and make sure that `state` and all checkpoints can be written there.
+    """What a checkpoint would hold can be written and read back.
 
     Raises:
-        FileExistsError: it holds the checkpoints of another run.
-        TypeError: the state is not JSON-able.
-        OSError: it cannot be made, or its disk is too full.
+        TypeError, ValueError: naming what cannot.
+    """
+    fix = "; mend it, or leave out_dir out to train without checkpoints"
+    weights = sae.state_dict()
+    expected = {"w_enc", "w_dec", "b_enc", "b_dec", "tokens_since_fired"}
+    if weights.keys() != expected:
+        raise ValueError(
+            f"Trainer: the SAE's state_dict must be of {sorted(expected)}, as load_sae makes it, "
+            f"got {sorted(weights)}{fix}"
+        )
+    try:
+        for name, value in state.items():
+            check_json(value, name)
+        for name, t in {**weights, **tensors}.items():
+            check_writable(name, t)
+    except (TypeError, ValueError) as error:
+        raise type(error)(
+            f"Trainer: the states of the source and optimiser must be JSON-able (tensors of the "
+            f"optimiser aside), got: {error}{fix}"
+        ) from error
+
+
+def check_weights_apart(sae: TopKSAE) -> None:
+    """No two weights in one memory: each is stepped on its own. ValueError else."""
+    if tied := overlap(dict(sae.named_parameters(remove_duplicate=False))):
+        raise ValueError(
+            f"Trainer: the SAE's weights must lie in memory of their own, got {tied[0]} and "
+            f"{tied[1]} in one; give each its own, e.g. nn.Parameter({tied[0]}.detach().clone())"
+        )
+
+
+def prepare_out_dir(out_dir: Path, sae: TopKSAE, config: TrainConfig, reached: int | None) -> None:
+    """Make sure that all checkpoints can be written to out_dir, which this process owns.
+
+    Args:
+        reached: the step of the checkpoint that was resumed from out_dir, None for a new run.
+
+    Raises:
+        FileExistsError: it holds checkpoints of another run, or things of their names.
+        FloatingPointError: the weights are not finite.
+        OSError: it cannot be written, or its disk is too full.
     """
     former = checkpoints(out_dir)
-    if former and not resumed:
+    if former and reached is None:
         raise FileExistsError(
             f"Trainer: out_dir must be without checkpoints for a new run, got {former[-1]}; call "
             f"resume() to continue it or choose another out_dir"
         )
-    try:
-        json.dumps(state)
-    except TypeError as error:
-        raise TypeError(
-            f"Trainer: the states of the source and optimiser must be JSON-able (tensors of the "
-            f"optimiser aside), got: {error}; leave out_dir out to train without checkpoints"
-        ) from error
-    out_dir.mkdir(parents=True, exist_ok=True)
+    if reached is not None and (not former or former[-1].name != f"checkpoint-{reached}"):
+        raise FileExistsError(
+            f"Trainer: out_dir must hold checkpoint-{reached}, from which this run resumes, as its "
+            f"newest, got {former[-1] if former else 'none'}; make the Trainer again and call "
+            f"resume()"
+        )
     remove_leftovers(out_dir)
+    if strange := in_the_way(out_dir):
+        raise FileExistsError(
+            f"Trainer: out_dir must hold checkpoints alone under their names, got {strange[0]}, "
+            f"which is none; move it away"
+        )
+    for name, p in sae.named_parameters():
+        if not bool(p.isfinite().all()):
+            raise FloatingPointError(f"Trainer: {name} must be finite, got NaN or inf; load others")
+    _try_names(out_dir, config.total_steps)
     # weights and two fp32 moments each, and one more while the next is written
     each = sum(p.numel() * (p.element_size() + 8) for p in sae.parameters())
     needed = each * max(1, config.keep_checkpoints + 1 - len(former))
@@ -118,3 +167,17 @@ def prepare_out_dir(
             f"Trainer: out_dir {out_dir} must have {needed / 1e6:,.0f} MB free for checkpoints, "
             f"got {free / 1e6:,.0f} MB; free space or lower keep_checkpoints",
         )
+
+
+def _try_names(out_dir: Path, last: int) -> None:
+    """Write the longest path of a checkpoint, rename its folder and take it away again."""
+    partial = out_dir / f".checkpoint-{last}.partial"
+    renamed = out_dir / f".checkpoint-{last}.old"
+    fix = "choose an out_dir that can be written, with a shorter path"
+    with explained("Trainer", "checkpoints", out_dir, fix):
+        try:
+            partial.mkdir()
+            write_atomic(partial / TRAINING, b"")
+            os.rename(partial, renamed)
+        finally:
+            remove_leftovers(out_dir)

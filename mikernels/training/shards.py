@@ -2,44 +2,63 @@
 """Activation shards: a folder of safetensors files and an `index.json`, written atomically.
 
 Every shard holds `activations [rows, d]` and any number of tensors with one entry a row, such as
-`token_ids [rows]`. `index.json` names the shards with their rows, and is written last, so that its
-presence means that the folder is complete.
+`token_ids [rows]`. `index.json` names the shards with their rows and checksums, and is written
+last, so that its presence means that the folder is complete.
+
+A checksum (CRC-32) covers 256 rows of all tensors of a shard and is verified on every read of them,
+on the bytes that are used: 0.13 ms for 0.8 MB (256 rows of 768 in fp32) where zlib has the
+processor's instructions for it. Files without our index have none.
 """
 
 from __future__ import annotations
 
-import json
-import os
+import re
+import warnings
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+
+from mikernels.files import check_json, explained, partial_of, read_json, sealed, write_json
+from mikernels.owning import owned
+from mikernels.tensor_files import bytes_of, open_tensors, write_tensors
+
+if TYPE_CHECKING:
+    from mikernels.schema import Index
 
 INDEX = "index.json"
+CHUNK_ROWS = 256
+_OWN = re.compile(
+    r"activations-[0-9]{5,}\.safetensors|\.activations-[0-9]{5,}\.safetensors\.partial"
+)
 
 
 class Shard:
     """One opened file: its shape is known, its rows stay on disk until they are read.
 
+    Args:
+        crc32: of every 256 rows; None where none are known.
+
     Attributes:
         path: the file. rows, d, dtype: of its activations. extra: names of the other tensors.
     """
 
-    def __init__(self, path: Path, key: str):
+    def __init__(self, path: Path, key: str, crc32: list[int] | None = None):
         self.path = path
+        self._crc32 = crc32
         try:
             # the pages are mapped, not read; the map lives as long as this object
-            self._file = safe_open(str(path), framework="pt")
-        except (SafetensorError, OSError) as error:
+            self._file = open_tensors(path)
+            slices = {name: self._file.get_slice(name) for name in self._file.keys()}  # noqa: SIM118
+            shapes = {name: list(part.get_shape()) for name, part in slices.items()}
+        except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
             raise ValueError(
                 f"ShardSource: {path} must be a complete safetensors file, got {error}; it is "
                 f"truncated or of another format: write it again or move it out of the folder"
             ) from error
-        slices = {name: self._file.get_slice(name) for name in self._file.keys()}  # noqa: SIM118
-        shapes = {name: list(part.get_shape()) for name, part in slices.items()}
         matrices = [name for name, shape in shapes.items() if len(shape) == 2]
         if key not in slices and len(matrices) == 1:
             key = matrices[0]
@@ -57,8 +76,39 @@ class Shard:
         self.extra = sorted(self._slices.keys() - {"activations"})
 
     def read(self, start: int, stop: int) -> dict[str, torch.Tensor]:
-        """Rows start..stop-1 (cut at the end) of every tensor."""
-        return {name: part[start : min(stop, self.rows)] for name, part in self._slices.items()}
+        """Rows start..stop-1 (cut at the end) of every tensor.
+
+        Raises:
+            ValueError: the rows are not those that were written.
+        """
+        stop = min(stop, self.rows)
+        if self._crc32 is None:
+            return {name: part[start:stop] for name, part in self._slices.items()}
+        # whole chunks, which have a checksum
+        first = start - start % CHUNK_ROWS
+        last = min(self.rows, -(-stop // CHUNK_ROWS) * CHUNK_ROWS)
+        read = {name: part[first:last] for name, part in self._slices.items()}
+        for row, got in zip(range(first, last, CHUNK_ROWS), _crc32s(read), strict=True):
+            if got != self._crc32[row // CHUNK_ROWS]:
+                raise ValueError(
+                    f"ShardSource: {self.path} must hold rows {row} to "
+                    f"{min(row + CHUNK_ROWS, self.rows) - 1} as they were written, got another "
+                    f"checksum: they have changed on the disk; write the shards again or restore "
+                    f"the file"
+                )
+        return {name: rows[start - first : stop - first] for name, rows in read.items()}
+
+
+def _crc32s(rows: dict[str, torch.Tensor]) -> list[int]:
+    """Of every 256 rows, over all tensors in the order of their names."""
+    n = rows["activations"].shape[0]
+    found = []
+    for start in range(0, n, CHUNK_ROWS):
+        crc = 0
+        for name in sorted(rows):
+            crc = zlib.crc32(bytes_of(rows[name][start : start + CHUNK_ROWS]), crc)
+        found.append(crc)
+    return found
 
 
 def open_shards(folder: str | Path, key: str = "activations") -> list[Shard]:
@@ -77,8 +127,11 @@ def open_shards(folder: str | Path, key: str = "activations") -> list[Shard]:
         )
     paths = sorted(folder.glob("*.safetensors"))
     expected: dict[str, int] = {}
+    crc32: dict[str, list[int] | None] = {}
     if (folder / INDEX).exists():
-        expected = {shard["file"]: shard["rows"] for shard in read_index(folder)["shards"]}
+        index = _read_index(folder)
+        expected = {shard.file: shard.rows for shard in index.shards}
+        crc32 = {shard.file: shard.crc32 for shard in index.shards}
         names = {path.name for path in paths}
         for name in expected.keys() - names:
             raise FileNotFoundError(
@@ -91,7 +144,7 @@ def open_shards(folder: str | Path, key: str = "activations") -> list[Shard]:
             )
     if not paths:
         raise FileNotFoundError(f"ShardSource: {folder} must hold *.safetensors files, got none")
-    shards = [Shard(path, key) for path in paths]
+    shards = [Shard(path, key, crc32.get(path.name)) for path in paths]
     for shard in shards:
         if shard.rows != expected.get(shard.path.name, shard.rows):
             raise ValueError(
@@ -102,20 +155,42 @@ def open_shards(folder: str | Path, key: str = "activations") -> list[Shard]:
 
 
 def read_index(folder: str | Path) -> dict[str, Any]:
-    """`{"shards": [{"file", "rows"}, ...], "metadata": {...}}` as written by `write_shards`.
+    """`{"shards": [{"file", "rows", "crc32"}, ...], "metadata": {...}}` of `write_shards`.
 
     Raises:
-        ValueError: when the file is not such an index.
+        FileNotFoundError, ValueError: when there is no such index.
     """
-    path = Path(folder) / INDEX
+    return _read_index(Path(folder)).model_dump(exclude={"sha256"}, exclude_none=True)
+
+
+def _read_index(folder: Path) -> Index:
+    from mikernels.schema import Index, check, check_sealed
+
+    path, fix = folder / INDEX, "remove it to read every shard of the folder"
+    expected = "an index written by write_shards"
+    raw = read_json(path, "ShardSource", expected, fix)
     try:
-        index = json.loads(path.read_text())
-        index["metadata"], [(shard["file"], shard["rows"]) for shard in index["shards"]]
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(
-            f"ShardSource: {path} must be an index written by write_shards, got {error!r}; remove "
-            f"it to read every shard of the folder"
-        ) from error
+        index = check(Index, raw, "ShardSource", path, fix)
+    except ValueError as error:
+        reason = str(error).removeprefix(f"ShardSource: {path} must hold ")
+        raise ValueError(f"ShardSource: {path} must be {expected}, with {reason}") from error
+    if len({shard.file for shard in index.shards}) != len(index.shards):
+        raise ValueError(f"ShardSource: {path} must list every shard once, got one twice; {fix}")
+    if index.sha256 is None:
+        warnings.warn(
+            f"ShardSource: {path} is from before checksums: a bit that flipped in a shard is not "
+            f"seen; write the shards again to have them",
+            stacklevel=4,
+        )
+        return index
+    check_sealed(raw, "ShardSource", path, fix)
+    for number, shard in enumerate(index.shards):
+        chunks = -(-shard.rows // CHUNK_ROWS)
+        if len(shard.crc32 or ()) != chunks:
+            raise ValueError(
+                f"ShardSource: {path} must hold shards.{number}.crc32 of {chunks} checksums, got "
+                f"{len(shard.crc32 or ())}; {fix}"
+            )
     return index
 
 
@@ -138,55 +213,77 @@ def write_shards(
 
     Raises:
         FileExistsError: when the folder holds shards.
-        ValueError: when there is no row.
-        OSError: when a file cannot be written, e.g. on a full disk; earlier shards stay.
+        TypeError, ValueError: when metadata is not JSON-able, or there is no row.
+        BlockingIOError: another process writes shards there.
+        OSError: when a file cannot be written, e.g. on a full disk, or the folder was deleted
+            meanwhile; earlier shards stay.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    if any(folder.glob("*.safetensors")) or (folder / INDEX).exists():
-        raise FileExistsError(
-            f"write_shards: folder must hold no shards yet, got {folder}; remove them or choose "
-            f"another folder"
-        )
-    shards: list[dict[str, Any]] = []
-    held: list[dict[str, torch.Tensor]] = []
-    n_held = 0
+    check_json(metadata or {}, "write_shards: metadata")
+    with explained("write_shards", "shards", folder, "choose another folder"):
+        folder.mkdir(parents=True, exist_ok=True)
+    with owned(folder, "write_shards") as mine:
+        if any(folder.glob("*.safetensors")) or (folder / INDEX).exists():
+            raise FileExistsError(
+                f"write_shards: folder must hold no shards yet, got {folder}; remove them or "
+                f"choose another folder"
+            )
+        shards: list[dict[str, Any]] = []
+        sizes: dict[str, int] = {}
+        held: list[dict[str, torch.Tensor]] = []
+        n_held = 0
 
-    def flush(limit: int) -> None:
-        nonlocal held, n_held
-        while n_held >= max(limit, 1):
-            rows = {name: torch.cat([part[name] for part in held]) for name in held[0]}
-            shard = {name: tensor[:rows_per_shard].contiguous() for name, tensor in rows.items()}
-            held = [{name: tensor[rows_per_shard:] for name, tensor in rows.items()}]
-            n_shard = shard["activations"].shape[0]
-            n_held -= n_shard
-            name = f"activations-{len(shards):05d}.safetensors"
-            _write_atomic(folder / name, shard)
-            shards.append({"file": name, "rows": n_shard})
+        def flush(limit: int) -> None:
+            nonlocal held, n_held
+            while n_held >= max(limit, 1):
+                rows = {name: torch.cat([part[name] for part in held]) for name in held[0]}
+                shard = {name: t[:rows_per_shard].contiguous() for name, t in rows.items()}
+                held = [{name: tensor[rows_per_shard:] for name, tensor in rows.items()}]
+                n_shard = shard["activations"].shape[0]
+                n_held -= n_shard
+                name = f"activations-{len(shards):05d}.safetensors"
+                mine.check()
+                fix = "free space or choose another folder"
+                with explained("write_shards", "a shard", folder / name, fix):
+                    write_tensors(folder / name, shard)
+                    sizes[name] = (folder / name).stat().st_size
+                shards.append({"file": name, "rows": n_shard, "crc32": _crc32s(shard)})
 
-    for batch in batches:
-        rows = dict(batch) if isinstance(batch, dict) else {"activations": batch}
-        rows["activations"] = rows["activations"].to(dtype or rows["activations"].dtype)
-        held.append(rows)
-        n_held += rows["activations"].shape[0]
-        flush(rows_per_shard)
-    flush(1)
-    if not shards:
-        raise ValueError("write_shards: batches must hold at least one row, got none")
-    temporary = folder / f".{INDEX}"
-    temporary.write_text(json.dumps({"shards": shards, "metadata": metadata or {}}, indent=1))
-    os.replace(temporary, folder / INDEX)
+        for batch in batches:
+            rows = dict(batch) if isinstance(batch, dict) else {"activations": batch}
+            rows["activations"] = rows["activations"].to(dtype or rows["activations"].dtype)
+            held.append(rows)
+            n_held += rows["activations"].shape[0]
+            flush(rows_per_shard)
+        flush(1)
+        if not shards:
+            raise ValueError("write_shards: batches must hold at least one row, got none")
+        mine.check()
+        for name, size in sizes.items():
+            path = folder / name
+            if not path.is_file() or path.stat().st_size != size:
+                raise FileNotFoundError(
+                    f"write_shards: {path} must stay until {INDEX} is written, got deleted or "
+                    f"replaced; write the shards again into another folder"
+                )
+        with explained("write_shards", "the index", folder / INDEX, "free space"):
+            write_json(folder / INDEX, sealed({"shards": shards, "metadata": metadata or {}}))
     return sum(shard["rows"] for shard in shards)
 
 
-def _write_atomic(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    temporary = path.with_name(f".{path.name}.partial")
-    try:
-        save_file(tensors, str(temporary))
-        os.replace(temporary, path)
-    except (SafetensorError, OSError) as error:
-        temporary.unlink(missing_ok=True)
-        raise OSError(
-            f"write_shards: {path} could not be written: {error}; free space or choose another "
-            f"folder"
-        ) from error
+def remove_shards(folder: Path) -> None:
+    """Delete the shards that an interrupted `write_shards` left, which have no index.
+
+    Raises:
+        FileExistsError: the folder holds anything else; nothing has been deleted then.
+    """
+    own = {partial_of(Path(INDEX)).name}
+    entries = list(folder.iterdir()) if folder.is_dir() and not folder.is_symlink() else [folder]
+    for path in entries:
+        if not (_OWN.fullmatch(path.name) or path.name in own) or not path.is_file():
+            raise FileExistsError(
+                f"write_shards: {folder} must hold what an interrupted write left and nothing "
+                f"else to be written again, got {path}; move it away or choose another folder"
+            )
+    for path in entries:
+        path.unlink()

@@ -7,6 +7,8 @@ source's position, torch's generator, and the sums of the logging interval that 
 
 from __future__ import annotations
 
+import math
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,17 +16,23 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mikernels.training.checkpoint import (
+    FIRST_CONFIG,
     STATE,
+    TRAINING,
     check_equal,
+    check_names,
     check_weights,
     load_checkpoint,
-    pack_optimizer,
-    unpack_optimizer,
+    modern_config,
+    modern_sums,
+    read_config,
 )
 from mikernels.training.config import TrainConfig
 from mikernels.training.metrics import Means
+from mikernels.training.optimizer_state import pack_optimizer, unpack_optimizer
 
 if TYPE_CHECKING:
+    from mikernels.schema import State, Sums
     from mikernels.training.trainer import Trainer
 
 # what may differ between a run and its continuation. Another total_tokens gives the rest of the run
@@ -55,47 +63,131 @@ def restore(trainer: Trainer, folder: Path) -> None:
 
     Raises:
         FileNotFoundError, ValueError: naming the file that is missing, truncated, foreign, or of
-            another SAE, configuration, optimiser or source, and what differs.
+            another SAE, configuration, optimiser or source, and what differs. The trainer, its SAE,
+            optimiser and source, and torch's generator are as before.
     """
+    from mikernels.schema import Sums, check
+
     weights, tensors, state = load_checkpoint(folder)
     path = folder / STATE
-    try:
-        step, tokens, means = state["step"], state["tokens"], state["means"]
-        sae_config, config = dict(state["sae"]), TrainConfig.from_dict(state["config"])
-        scale = state["scale"]
-        optimizer, source, generator = state["optimizer"], state["source"], tensors.pop(GENERATOR)
-        groups = [len(group["params"]) for group in optimizer["param_groups"]]
-        parts = {name: float(state["parts"][name]) for name in trainer.history.parts}
-        mine, my_sae = trainer.config, trainer.sae.config
-        # what was left open then is a number now, and goes on
-        if trainer.open["lr"]:
-            mine = replace(mine, lr=config.lr)
-        if trainer.open["dead_after"]:
-            my_sae = replace(my_sae, dead_after=sae_config["dead_after"])
-        fixed = [
-            {name: value for name, value in settings.to_dict().items() if name not in FREE}
-            for settings in (config, mine)
-        ]
-        check_equal(path, sae_config, asdict(my_sae))
-    except (KeyError, TypeError) as error:
-        raise ValueError(
-            f"resume: {path} must hold the state of a run, got {type(error).__name__}: {error}; "
-            f"remove the folder {folder} to resume from the checkpoint before it"
-        ) from error
+    fix = f"remove the folder {folder} to resume from the checkpoint before it"
+    config = check(TrainConfig, state.config, "resume", path, fix, "config")
+    check_names(
+        path, "config", state.config, TrainConfig, FIRST_CONFIG if state.version == 1 else None
+    )
+    if state.version == 1:
+        config = modern_config(config)
+    sae_config = read_config(folder, state)
+    mine, my_sae = trainer.config, trainer.sae.config
+    # what was left open then is a number now, and goes on
+    if trainer.open["lr"]:
+        mine = replace(mine, lr=config.lr)
+    if trainer.open["dead_after"]:
+        my_sae = replace(my_sae, dead_after=sae_config.dead_after)
+    check_equal(path, asdict(sae_config), asdict(my_sae))
+    fixed = [
+        {name: value for name, value in settings.to_dict().items() if name not in FREE}
+        for settings in (config, mine)
+    ]
     check_equal(path, *fixed)
-    my_groups = [len(group["params"]) for group in trainer.optimizer.param_groups]
+    means = state.means if isinstance(state.means, Sums) else modern_sums(state.means, config)
+    _check_counters(path, state, means, config, trainer, fix)
     check_equal(
         path,
-        {"optimizer": optimizer["class"], "parameters a group": groups},
-        {"optimizer": type(trainer.optimizer).__name__, "parameters a group": my_groups},
+        {
+            "optimizer.class": state.optimizer.kind,
+            "optimizer.param_groups: numbers of params": [
+                len(g.params) for g in state.optimizer.param_groups
+            ],
+        },
+        {
+            "optimizer.class": type(trainer.optimizer).__name__,
+            "optimizer.param_groups: numbers of params": [
+                len(g["params"]) for g in trainer.optimizer.param_groups
+            ],
+        },
     )
-    check_weights(folder, weights, trainer.sae)
-    trainer.source.load_state_dict(source)
+    generator = _generator(folder / TRAINING, tensors, fix)
+    moments = {name: t for name, t in tensors.items() if name != GENERATOR}
+    try:
+        optimizer = unpack_optimizer(
+            trainer.optimizer,
+            moments,
+            state.optimizer.state,
+            [group.model_dump() for group in state.optimizer.param_groups],
+        )
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"resume: {path}: {error}; {fix}") from error
+    check_weights(folder, weights, trainer.sae.config, str(trainer.sae.w_dec.dtype))
+    _load_source_and_optimizer(trainer, path, state, optimizer)
     trainer.sae.load_state_dict(weights)
     torch.set_rng_state(generator)
-    unpack_optimizer(trainer.optimizer, tensors, optimizer)
+    trainer.step, trainer.tokens = state.step, state.tokens
     trainer.config, trainer.sae.config = mine, my_sae
-    trainer.history.scale = scale
-    trainer.step, trainer.tokens = step, tokens
-    trainer.means = Means(**means)
-    trainer.history.parts.update(parts)
+    trainer.history.scale = state.scale
+    trainer.means = Means(means.sums, means.tokens)
+    trainer.history.parts.update(state.parts)
+
+
+def _check_counters(
+    path: Path, state: State, means: Sums, config: TrainConfig, trainer: Trainer, fix: str
+) -> None:
+    if math.frexp(state.scale)[0] != 0.5:
+        raise ValueError(
+            f"resume: {path} must hold scale: a power of two, got {state.scale}; {fix}"
+        )
+    micro = state.step * config.accumulation
+    bounds = {
+        "step": (state.step, 0, config.total_steps),
+        "tokens": (state.tokens, micro, None if state.step else 0),
+        "means.tokens": (means.tokens, 0, state.tokens),
+    }
+    for name, (value, least, most) in bounds.items():
+        if value < least or (most is not None and value > most):
+            limit = f"at least {least}" if most is None else f"in {least}..{most}"
+            raise ValueError(f"resume: {path} must hold {name} {limit}, got {value}; {fix}")
+    for name, got, expected in (
+        ("means.sums", means.sums, trainer.means.sums),
+        ("parts", state.parts, trainer.history.parts),
+    ):
+        if got.keys() != expected.keys():
+            raise ValueError(
+                f"resume: {path} must hold {name} of {sorted(expected)}, got {sorted(got)}; {fix}"
+            )
+    if state.step > trainer.config.total_steps:
+        raise ValueError(
+            f"resume: total_tokens must be at least {state.tokens:,} (as far as {path} has come), "
+            f"got {trainer.config.total_tokens:,}; raise it, or use load_sae"
+        )
+
+
+def _generator(path: Path, tensors: dict[str, torch.Tensor], fix: str) -> torch.Tensor:
+    """The state of torch's generator, tried out on another one."""
+    try:
+        torch.Generator().set_state(tensors[GENERATOR])
+    except (KeyError, RuntimeError, TypeError) as error:
+        reason = "nothing" if isinstance(error, KeyError) else str(error).splitlines()[0]
+        raise ValueError(
+            f"resume: {path} must hold {GENERATOR}: a state of torch's generator, got {reason}; "
+            f"{fix}"
+        ) from error
+    return tensors[GENERATOR]
+
+
+def _load_source_and_optimizer(
+    trainer: Trainer, path: Path, state: State, optimizer: dict[str, Any]
+) -> None:
+    """Both or neither: their `load_state_dict` may be anybody's, and fail half-way."""
+    source, former = trainer.source, trainer.source.state_dict()
+    held = dict(vars(trainer.optimizer))
+    try:
+        source.load_state_dict(state.source)
+        trainer.optimizer.load_state_dict(optimizer)
+    except Exception as error:
+        vars(trainer.optimizer).update(held)
+        with suppress(Exception):  # the first failure is the one that tells
+            source.load_state_dict(former)
+        raise ValueError(
+            f"resume: {path} must hold a source position and optimiser state that fit, got "
+            f"{type(error).__name__}: {error}; resume with the data and optimiser of the first run"
+        ) from error

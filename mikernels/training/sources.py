@@ -9,6 +9,7 @@ the position is the whole state, and a resumed run sees exactly the batches that
 
 from __future__ import annotations
 
+import json
 import random
 from abc import ABC, abstractmethod
 from bisect import bisect_right
@@ -18,12 +19,11 @@ from typing import Any
 
 import torch
 
-from mikernels.training.shards import open_shards
+from mikernels.training.shards import CHUNK_ROWS, open_shards
 
 Rows = dict[str, torch.Tensor]
 """`activations [n, d]` and whatever goes with each row, e.g. `token_ids [n]`."""
 
-CHUNK_ROWS = 256
 WINDOW_BYTES = 64 << 20
 
 
@@ -114,33 +114,51 @@ class Source(ABC):
             "identity": {"source": type(self).__name__, "seed": self.seed, **self._identity()},
         }
 
+    def _blocks(self, epoch: int) -> int | None:
+        """Blocks of an epoch, None where only reading tells."""
+        return None
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go to a saved position; the batch size may differ from the saved one.
 
         Raises:
-            ValueError: when the state was saved from other data or another seed.
+            ValueError: when the state was saved from other data or another seed, is incomplete, or
+                lies beyond the data; the position is as before then.
         """
+        from mikernels.schema import Position, check
+
+        me, fix = type(self).__name__, "resume with the data of the first run"
+        saved = check(Position, state, me, "the saved position", fix)
         mine = self.state_dict()["identity"]
-        for name in mine.keys() | state["identity"].keys():
-            got, expected = state["identity"].get(name), mine.get(name)
-            if got != expected:
+        for name in mine.keys() | saved.identity.keys():
+            got, expected = saved.identity.get(name), mine.get(name)
+            # as JSON: there true is not 1, and a tuple is a list
+            if json.dumps(got, sort_keys=True) != json.dumps(expected, sort_keys=True):
                 raise ValueError(
-                    f"{type(self).__name__}: the saved position must be of the same data, got "
-                    f"{name} {got!r}, expected {expected!r}; resume with the data and seed of the "
-                    f"first run"
+                    f"{me}: the saved position must be of the same data, got {name} {got!r}, "
+                    f"expected {expected!r}; resume with the data and seed of the first run"
                 )
-        self._epoch, self._block, self._offset = state["epoch"], state["block"], state["offset"]
-        self._rows = None
+        rows, order = None, self._order
+        beyond = ValueError(
+            f"{me}: the saved position must be within the data, got row {saved.offset} of block "
+            f"{saved.block} of epoch {saved.epoch}; {fix}"
+        )
+        blocks = self._blocks(saved.epoch)
+        if blocks is not None and saved.block + (saved.offset > 0) > blocks:
+            raise beyond
+        border = blocks is None and saved.block > 0 and not saved.offset
+        # of two blocks, the next of which need not be
+        if border and self._load(saved.epoch, saved.block - 1) is None:
+            raise beyond
+        if saved.offset:
+            rows = self._load(saved.epoch, saved.block)
+            if rows is None or saved.offset >= rows["activations"].shape[0]:
+                raise beyond
+            n = rows["activations"].shape[0]
+            order = self._permutation(n, saved.epoch, saved.block)
+        self._epoch, self._block, self._offset = saved.epoch, saved.block, saved.offset
+        self._rows, self._order = rows, order
         self._epoch_has_rows = self._block > 0 or self._offset > 0
-        if self._offset:
-            self._rows = self._load(self._epoch, self._block)
-            if self._rows is None:
-                raise ValueError(
-                    f"{type(self).__name__}: the saved position is block {self._block} of an epoch,"
-                    f" which this data does not have; resume with the data of the first run"
-                )
-            n = self._rows["activations"].shape[0]
-            self._order = self._permutation(n, self._epoch, self._block)
 
 
 def check_activations(owner: str, name: str, shape: list[int], dtype: torch.dtype) -> None:
@@ -180,6 +198,9 @@ class TensorSource(Source):
 
     def _load(self, epoch: int, block: int) -> Rows | None:
         return self._data if block == 0 else None
+
+    def _blocks(self, epoch: int) -> int:
+        return 1
 
     def _identity(self) -> dict[str, Any]:
         return {"shape": list(self._data["activations"].shape)}
@@ -245,6 +266,9 @@ class ShardSource(Source):
             row = (chunk - self._first_chunk[at]) * CHUNK_ROWS
             parts.append(self._shards[at].read(row, row + CHUNK_ROWS))
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    def _blocks(self, epoch: int) -> int:
+        return -(-self._first_chunk[-1] // self._window_chunks)
 
     def _identity(self) -> dict[str, Any]:
         return {"rows": self.n_rows, "d": self.d, "window_chunks": self._window_chunks}

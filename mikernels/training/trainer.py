@@ -6,14 +6,16 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from mikernels.files import explained
 from mikernels.nn import TopKSAE
 from mikernels.nn.topk_sae import DEAD_AFTER
+from mikernels.owning import owned
 from mikernels.training.autograd import AutogradStep, dense_forward, sparse_forward
 from mikernels.training.batches import BatchSource, power_of_two_scale, take_batches
 from mikernels.training.checkpoint import checkpoints, save_checkpoint
@@ -23,7 +25,7 @@ from mikernels.training.graph import GraphedStep
 from mikernels.training.interrupts import Interrupts
 from mikernels.training.metrics import Clock, History, JsonLines, Means
 from mikernels.training.optimizer import set_rate
-from mikernels.training.preflight import check_fit, prepare_out_dir
+from mikernels.training.preflight import check_fit, check_state, prepare_out_dir
 from mikernels.training.progress import Reporter
 from mikernels.training.snapshot import restore, take_snapshot
 
@@ -87,6 +89,7 @@ class Trainer:
         self.means = Means()
         self._clock = Clock(self.history.parts)
         self._saved = -1
+        self._state_checked = False
 
     def resume(self, folder: str | Path | None = None) -> int:
         """Continue a former run: the next steps compute what an uninterrupted run would have.
@@ -100,6 +103,7 @@ class Trainer:
         Raises:
             FileNotFoundError, ValueError: there is no checkpoint, or it is truncated, foreign or of
                 another run; the message names the file. Nothing has been changed then.
+            BlockingIOError: another process writes to out_dir.
         """
         mine = [] if self.out_dir is None else checkpoints(self.out_dir)
         if folder is None and not mine:
@@ -113,7 +117,9 @@ class Trainer:
                 f"resume: folder must be the newest checkpoint of out_dir, {mine[-1]}, got "
                 f"{folder}; remove the newer ones or choose another out_dir"
             )
-        restore(self, folder)
+        # nobody deletes it meanwhile, and no run that still goes on is resumed
+        with owned(folder.parent, "resume") if mine else nullcontext():
+            restore(self, folder)
         self._saved = self.step if mine else -1
         return self.step
 
@@ -128,41 +134,45 @@ class Trainer:
             FileExistsError: out_dir holds checkpoints and `resume` was not called.
             TypeError, ValueError: a batch of another shape, not finite, or none at all.
             FloatingPointError: the loss or the weights are not finite any more; nothing is saved.
-            OSError: out_dir cannot be written.
+            BlockingIOError: another process writes to out_dir.
+            OSError: out_dir cannot be written, or was deleted meanwhile.
         """
+        with self._open() as lines:
+            self._loop(lines)
+        return self.history
+
+    def _loop(self, lines: JsonLines | None) -> None:
         total = self.config.total_steps
-        lines = self._open()
         if self.step == 0:
             torch.manual_seed(self.config.seed)
         report = Reporter(total, self.step, quiet=self.quiet, title=self.config.step)
         # the counter of a loaded SAE may be anywhere; reading it each step would stall a GPU
         self._oldest = int(self.sae.tokens_since_fired.max()) - self.tokens
         self._mark()
-        try:
-            with Interrupts() as interrupts, report, self._scaled():
-                while self.step < total:
-                    if not self._train_step():
-                        report.note(
-                            f"Trainer: the source ended after {self.tokens:,} of "
-                            f"{self.config.total_tokens:,} tokens"
-                        )
-                        break
-                    report.step(self.step)
-                    if self.step % self.config.log_every == 0 or self.step == total:
-                        self._log(report, lines)
-                    if interrupts.pending:
-                        self._save(lines)
-                        report.note(self._how_to_resume())
-                        interrupts.stop()
-                    elif self.step % self.config.checkpoint_every == 0:
-                        self._save(lines)
-                if self.means.tokens:
+        with Interrupts() as interrupts, report, self._scaled():
+            while self.step < total:
+                if not self._train_step():
+                    report.note(
+                        f"Trainer: the source ended after {self.tokens:,} of "
+                        f"{self.config.total_tokens:,} tokens"
+                    )
+                    break
+                report.step(self.step)
+                if self.step % self.config.log_every == 0 or self.step == total:
                     self._log(report, lines)
-                self._save(lines)
-        finally:
-            if lines is not None:
-                lines.close()
-        return self.history
+                if lines is not None and not self._state_checked:
+                    # an optimiser's state is there from the first step on
+                    check_state(self.sae, *take_snapshot(self))
+                    self._state_checked = True
+                if interrupts.pending:
+                    self._save(lines)
+                    report.note(self._how_to_resume())
+                    interrupts.stop()
+                elif self.step % self.config.checkpoint_every == 0:
+                    self._save(lines)
+            if self.means.tokens:
+                self._log(report, lines)
+            self._save(lines)
 
     def _train_step(self) -> bool:
         sae, config = self.sae, self.config
@@ -215,15 +225,23 @@ class Trainer:
             return torch.empty(0, dtype=torch.int64, device=sae.w_enc.device)
         return sae.dead().nonzero().squeeze(-1)
 
-    def _open(self) -> JsonLines | None:
-        """Make out_dir ready, and find out now what would otherwise fail at the first save."""
+    @contextmanager
+    def _open(self) -> Iterator[JsonLines | None]:
+        """Own out_dir, and find out now what would otherwise fail at the first save."""
         if self.out_dir is None:
-            return None
-        _, state = take_snapshot(self)
-        prepare_out_dir(self.out_dir, self.sae, self.config, state, resumed=self._saved >= 0)
-        lines = JsonLines(self.out_dir / METRICS, self.step)
-        self.history.rows = lines.kept
-        return lines
+            yield None
+            return
+        check_state(self.sae, *take_snapshot(self))
+        with explained("Trainer", "metrics and checkpoints", self.out_dir, "choose another"):
+            self.out_dir.mkdir(parents=True, exist_ok=True)
+        with owned(self.out_dir, "Trainer") as folder:
+            reached = self._saved if self._saved >= 0 else None
+            prepare_out_dir(self.out_dir, self.sae, self.config, reached)
+            with JsonLines(self.out_dir / METRICS, self.step) as lines:
+                self.history.rows = lines.kept
+                yield lines
+                folder.check()
+                lines.check()
 
     def _mark(self) -> None:
         self._since = (time.perf_counter(), self._clock.total(), self.step, self.tokens)

@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What our JSON files hold. Import it where a file is read: pydantic costs 35 ms.
+
+Strict: a string is no number, a bool no count. Unknown names are refused, so that a misspelt
+optional one is not dropped in silence.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, with_config
+
+from mikernels.files import SEAL, check_seal
+
+T = TypeVar("T")
+# a step, a token count, a place: beyond 2^53 a reader in another language rounds it
+Count = Annotated[int, Field(ge=0, le=2**53)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Hash = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+Text = Annotated[str, Field(min_length=1)]
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+
+class Sums(Strict):
+    """What is averaged over the tokens since the last row of metrics."""
+
+    sums: dict[str, Finite]
+    tokens: Count
+
+
+class FirstSums(Strict):
+    """Version 1 averaged over micro-batches."""
+
+    sums: dict[str, Finite]
+    count: Count
+
+
+class Group(BaseModel):
+    """A parameter group: what else it holds is the optimiser's."""
+
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+    params: Annotated[list[Count], Field(min_length=1)]
+
+
+class Optimizer(Strict):
+    kind: Text = Field(alias="class")
+    state: dict[str, Any]
+    param_groups: Annotated[list[Group], Field(min_length=1)]
+
+
+class State(Strict):
+    """`state.json` of a checkpoint."""
+
+    format: str
+    version: int
+    step: Count
+    tokens: Count
+    tensors: dict[str, str]
+    sae: dict[str, Any]
+    config: dict[str, Any]
+    means: Sums
+    parts: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]]
+    optimizer: Optimizer
+    source: dict[str, Any]
+    scale: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    sha256: dict[str, Hash]
+
+
+class FirstState(State):
+    """Version 1 had no checksums, and activations were trained on as they were."""
+
+    means: FirstSums  # type: ignore[assignment]
+    scale: Annotated[float, Field(ge=1, le=1)] = 1.0
+    sha256: dict[str, Hash] = Field(default={}, max_length=0)
+
+
+class Position(Strict):
+    """Where a source is."""
+
+    epoch: Count
+    block: Count
+    offset: Count
+    identity: dict[str, Any]
+
+
+class ShardEntry(Strict):
+    file: Annotated[str, Field(pattern=r"^[^/]+\.safetensors$")]
+    rows: Annotated[int, Field(ge=1, le=2**53)]
+    crc32: list[Annotated[int, Field(ge=0, lt=2**32)]] | None = None
+
+
+class Index(Strict):
+    """`index.json` of a shard folder."""
+
+    shards: Annotated[list[ShardEntry], Field(min_length=1)]
+    metadata: dict[str, Any]
+    sha256: dict[str, Hash] | None = None
+
+
+class Threshold(Strict):
+    op: Text
+    dtype: Text
+    d: Count
+    threshold: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    source: str = ""
+
+
+class Table(Strict):
+    """`tuned.json`."""
+
+    schema_: int = Field(alias="schema")
+    devices: dict[str, list[Threshold]]
+
+
+class Row(BaseModel):
+    """A line of `metrics.jsonl`: what else it holds are numbers, null where not finite."""
+
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+    __pydantic_extra__: dict[str, float | None]
+    step: Count
+
+
+class Machine(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow")
+    cpu: str
+    flags: Any
+    cores: int
+
+
+class Results(BaseModel):
+    """A results file of `mikernels bench`."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+    machine: Machine
+    peaks: dict[str, Any]
+    cases: list[dict[str, Any]]
+
+
+class Spec(Strict):
+    """`run.json` of the demo's training process."""
+
+    activations: Text
+    seed: int
+    out_dir: str | None
+    sae: dict[str, Any]
+    config: dict[str, Any]
+
+
+class Result(Strict):
+    """`run.result.json`, its answer."""
+
+    rows: Annotated[list[dict[str, Any]], Field(min_length=1)]
+    scale: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    parts: dict[str, Finite]
+    steps: Count
+    peak_extra_bytes: Count | None
+
+
+@functools.cache
+def _adapter(form: Any) -> TypeAdapter[Any]:
+    if hasattr(form, "__dataclass_fields__"):
+        # a plain dataclass has no settings of its own for pydantic
+        form = with_config(ConfigDict(strict=True, extra="forbid", allow_inf_nan=False))(form)
+    return TypeAdapter(form)
+
+
+def check(
+    form: type[T], value: Any, where: str, path: object, fix: str, within: str | None = None
+) -> T:
+    """`value`, read from the file `path` (its field `within`), as a `form`.
+
+    Raises:
+        ValueError: `<where>: <path> must hold <field>: <expected>, got <value>; <fix>`.
+    """
+    try:
+        # as JSON: there a list may become a tuple, and still no string a number
+        adapter: TypeAdapter[T] = _adapter(form)  # type: ignore[arg-type]
+        return adapter.validate_json(json.dumps(value))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        field = ".".join(map(str, filter(None, (within, *map(str, first["loc"]))))) or "an object"
+        told = first["msg"][0].lower() + first["msg"][1:]
+        if first["type"] == "missing":
+            told += ", got nothing"
+        elif first["type"] != "value_error":
+            told += f", got {repr(first['input'])[:80]}"
+        raise ValueError(f"{where}: {path} must hold {field}: {told}; {fix}") from error
+
+
+def check_sealed(value: dict[str, Any], where: str, path: object, fix: str) -> None:
+    """What was sealed is unchanged, or a ValueError as that of `check`."""
+    try:
+        check_seal(value)
+    except ValueError as error:
+        raise ValueError(
+            f"{where}: {path} must hold {SEAL}.self: the checksum of its contents, got {error}; "
+            f"{fix}"
+        ) from error
