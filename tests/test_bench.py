@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from full_disk import largest_file
 from typer.testing import CliRunner
 
 import mikernels
@@ -333,3 +334,40 @@ def test_gate_keeps_a_nan_wherever_it_comes() -> None:
             assert not verdict.ok and verdict.error != verdict.error
     with pytest.raises(ValueError, match="scores to select by must be finite, got NaN or inf"):
         gate.truths(lambda part: (bad[None].double(), good[None]), 1, 3, 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        (lambda f: f.update(cases={}), "cases"),
+        (lambda f: f.update(machine=None), "machine"),
+        (lambda f: f["machine"].update(cores="2"), "machine.cores"),
+        (lambda f: f["cases"][0].pop("op"), "cases.0"),
+        (lambda f: f["cases"][0].update(shape=3), "cases.0"),
+        (lambda f: f["cases"].insert(0, None), "cases.0"),
+    ],
+)
+def test_bench_names_the_field_of_a_damaged_file(measured: Path, tmp_path: Path, change, field):
+    file = results.load(measured)
+    change(file)
+    path = tmp_path / "out.json"
+    path.write_text(json.dumps(file))
+    with pytest.raises(ValueError, match=f"bench: {path} must hold {field}"):
+        results.load(path)
+
+
+def test_bench_results_have_one_writer_and_every_failure_is_told(measured: Path, tmp_path: Path):
+    path = tmp_path / "a" / "out.json"
+    with results.written(path):
+        with pytest.raises(BlockingIOError, match="one writer at a time"), results.written(path):
+            raise AssertionError("two writers")
+        with results.written(path.with_name("other.json")):
+            results.save(path, {**results.load(measured), "cases": []})
+        # what is lost meanwhile is written again, whole
+        path.unlink()
+        results.save(path, results.load(measured))
+    assert results.load(path) == results.load(measured)
+    assert [p.name for p in path.parent.iterdir()] == ["out.json"]
+    with largest_file(1000), pytest.raises(OSError, match=f"results must be written to {path}"):
+        results.save(path, {**results.load(measured), "more": "x" * 5000})
+    assert results.load(path) == results.load(measured)

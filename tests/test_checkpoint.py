@@ -47,7 +47,7 @@ def one_thread() -> Iterator[None]:
 def make(out_dir: Path | None, *, k: int = K, seed: int = 0, optimizer=None, **settings) -> Trainer:
     # other initial weights every time: what is resumed comes from the checkpoint
     sae = TopKSAE(D, F, k, dead_after=3 * BATCH, k_aux=5)
-    source = TensorSource(randn(200, D, seed=1), BATCH, seed)
+    source = TensorSource(5 * randn(200, D, seed=1), BATCH, seed)  # its scale is 1 / 4
     config = TrainConfig(**{**CONFIG, **settings})
     optimizer = optimizer(sae.parameters()) if optimizer else None
     return Trainer(sae, source, config, optimizer=optimizer, out_dir=out_dir, quiet=True)
@@ -413,8 +413,15 @@ def everything(trainer: Trainer) -> list:
     optimizer = trainer.optimizer.state_dict()
     tensors = {**trainer.sae.state_dict(), "generator": torch.get_rng_state()}
     tensors |= {f"{i}.{n}": v for i, e in optimizer["state"].items() for n, v in e.items()}
-    plain = [trainer.step, trainer.tokens, trainer.means.read(), trainer.means.count]
-    plain += [trainer.history.parts, trainer.source.state_dict(), optimizer["param_groups"]]
+    plain = [trainer.step, trainer.tokens, trainer.means.read(), trainer.means.tokens]
+    plain += [
+        trainer.history.parts,
+        trainer.history.scale,
+        trainer.config,
+        trainer.sae.config,
+        trainer.source.state_dict(),
+        optimizer["param_groups"],
+    ]
     values = {name: t.tolist() if isinstance(t, torch.Tensor) else t for name, t in tensors.items()}
     return copy.deepcopy([values, plain])
 
@@ -524,25 +531,33 @@ def test_a_flipped_bit_is_refused_and_nothing_is_touched(uninterrupted, name) ->
         load_sae(path.parent)
 
 
+FIRST = {"scale_activations": False, "decay": "constant"}
+
+
 def as_version_1(folder: Path) -> None:
     def change(state):
-        del state["sha256"]
+        del state["sha256"], state["scale"], state["config"]["scale_activations"]
         state["version"] = 1
+        tokens, sums = state["means"]["tokens"], state["means"]["sums"]
+        sums = {name: value / BATCH for name, value in sums.items()}
+        state["means"] = {"sums": sums, "count": tokens // BATCH}
         for group in state["optimizer"]["param_groups"]:
             del group["weight_decay"]
 
     refuse(folder / "state.json", change)
 
 
+@pytest.mark.parametrize("uninterrupted", [FIRST], indirect=True)
 def test_version_1_loads_with_a_warning_and_is_checked_as_far_as_it_goes(uninterrupted) -> None:
     whole, trainer = uninterrupted
     as_version_1(whole / "checkpoint-14")
     with pytest.warns(UserWarning, match="version 1, which has no checksums"):
         sae = load_sae(whole / "checkpoint-14")
     assert all(identical(t, trainer.sae.state_dict()[n]) for n, t in sae.state_dict().items())
-    longer = make(whole, total_tokens=20 * BATCH)
-    with pytest.warns(UserWarning, match="no checksums"):
+    longer = make(whole, total_tokens=20 * BATCH, **FIRST)
+    with pytest.warns(UserWarning, match="weighs AuxK anew"):
         assert longer.resume() == STEPS
+    assert longer.means.read() == trainer.means.read()
     assert longer.run().rows[-1]["step"] == 20
     assert json.loads((whole / "checkpoint-20" / "state.json").read_text())["version"] == 2
 
@@ -553,6 +568,7 @@ def _nan(t: torch.Tensor) -> torch.Tensor:
     return t
 
 
+@pytest.mark.parametrize("uninterrupted", [FIRST], indirect=True)
 @pytest.mark.parametrize(
     ("name", "key", "change", "said"),
     [
@@ -582,7 +598,7 @@ def test_tensors_are_checked_without_checksums_too(uninterrupted, name, key, cha
     if name == "training":
         described = {n: f"{t.dtype} {list(t.shape)}" for n, t in tensors.items()}
         refuse(folder / "state.json", lambda state: state.update(tensors=described))
-    trainer = make(whole)
+    trainer = make(whole, **FIRST)
     before = everything(trainer)
     with pytest.warns(UserWarning), pytest.raises(ValueError, match=said) as raised:
         trainer.resume()

@@ -9,14 +9,16 @@ import re
 
 import pytest
 import torch
+from full_disk import largest_file
 from rich.console import Console
 
 from mikernels.demo import data, figures, report
 from mikernels.demo.compare import compare, results_table, step_ms, summarise
 from mikernels.demo.examples import choose_features, encode_all, token_card
-from mikernels.demo.run import DemoOptions, run_demo
-from mikernels.demo.worker import reset_peak, resident_bytes
+from mikernels.demo.run import DemoOptions, clear_run, run_demo
+from mikernels.demo.worker import read_spec, reset_peak, resident_bytes
 from mikernels.nn import TopKSAE
+from mikernels.owning import owned
 from mikernels.training import load_sae
 from mikernels.training.models import ModelSource
 from mikernels.training.pretrained import load_model
@@ -324,3 +326,64 @@ def test_smollm2_shards_are_collected_once(smollm2, tmp_path, monkeypatch):
     assert 290 < rows["activations"].shape[0] < 300
     assert rows["activations"].shape[1] == 576
     assert all(str(token) in metadata["pieces"] for token in rows["token_ids"].tolist())
+
+
+def test_a_run_is_cleared_of_what_a_demo_left_and_of_nothing_else(tmp_path):
+    ours = ("run.json", "run.result.json", "metrics.jsonl", ".run.json.partial")
+    for name in ours:
+        (tmp_path / name).write_text("old")
+    for name in ("checkpoint-3", ".checkpoint-4.partial"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "state.json").write_text("old")
+    (tmp_path / "checkpoint-5").mkdir()
+    for strange in (tmp_path / "notes.txt", tmp_path / "checkpoint-3" / "notes.txt"):
+        strange.write_text("mine")
+        with pytest.raises(
+            FileExistsError, match=f"demo: {tmp_path} must hold a former demo's run"
+        ):
+            clear_run(tmp_path)
+        assert all((tmp_path / name).exists() for name in ours) and strange.read_text() == "mine"
+        strange.unlink()
+    (tmp_path / "run").symlink_to(tmp_path)
+    with pytest.raises(FileExistsError):
+        clear_run(tmp_path / "run")
+    (tmp_path / "run").unlink()
+    clear_run(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+SPEC = {"activations": "a", "seed": 0, "out_dir": None, "sae": {}, "config": {}}
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"seed": True}, "seed"),
+        ({"sae": []}, "sae"),
+        ({"activations": None}, "activations"),
+        ({"more": 1}, "more"),
+    ],
+)
+def test_the_settings_of_a_run_are_checked(tmp_path, change, field):
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps(SPEC))
+    assert read_spec(path) == SPEC
+    path.write_text(json.dumps({**SPEC, **change}))
+    with pytest.raises(ValueError, match=f"demo: {path} must hold {field}: "):
+        read_spec(path)
+
+
+def test_a_report_that_cannot_be_written_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "render", lambda values: "x" * 5000)
+    with largest_file(1000), pytest.raises(OSError, match="demo: the report must be written to"):
+        report.write(tmp_path / "report.html", {})
+    assert not list(tmp_path.iterdir())
+
+
+def test_two_demos_in_one_folder(tmp_path):
+    (tmp_path / "mnist").mkdir()
+    with (
+        owned(tmp_path / "mnist", "another"),
+        pytest.raises(BlockingIOError, match="beside another"),
+    ):
+        run_demo(DemoOptions.for_data("mnist"), tmp_path, Console(quiet=True))

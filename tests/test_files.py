@@ -4,17 +4,15 @@
 import errno
 import json
 import os
-import resource
 import signal
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+from full_disk import largest_file
 from oracle import identical, randn
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -23,17 +21,6 @@ from mikernels import files, owning
 from mikernels.files import check_json, check_seal, parse_json, read_json, sealed, write_json
 from mikernels.owning import LOCK, owned
 from mikernels.tensor_files import overlap, read_tensors, write_tensors
-
-
-@contextmanager
-def largest_file(size: int) -> Iterator[None]:
-    """The kernel refuses to let a file grow beyond this: a disk that is full in the middle."""
-    former = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, former[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, former)
 
 
 def test_a_failed_write_leaves_the_former_file_alone(tmp_path) -> None:
