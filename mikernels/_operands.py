@@ -12,7 +12,7 @@ The C++ kernels check their own; launchers of Triton kernels and references are 
     1..F      an int, 0.. without a limit
     n==m      a flag that goes with equal sizes only
 
-Optional tensors may be None. 1 us for each tensor.
+Optional tensors may be None. Some 2 us for each tensor.
 """
 
 from __future__ import annotations

@@ -18,9 +18,14 @@ def test_every_public_function_has_samples():
     assert {name.split()[0] for name in PUBLIC} == functions
 
 
-def check(name, impl, **zero):
+def check(name, impl, device="cpu", **zero):
+    with torch.device(device):
+        check_there(name, impl, device, zero)
+
+
+def check_there(name, impl, device, zero):
     public = PUBLIC[name]
-    tensors = public.tensors(**zero)
+    tensors = [t.to(device) for t in public.tensors(**zero)]
     refused = next((public.refused[letter] for letter in zero if letter in public.refused), None)
     if refused is not None:
         with pytest.raises((ValueError, RuntimeError, IndexError), match=refused):

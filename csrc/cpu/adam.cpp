@@ -53,7 +53,8 @@ void adam_rows(Tensor param, Tensor grad, Tensor exp_avg, Tensor exp_avg_sq, Ten
   grad = torch::stable::contiguous(grad);
   const double factor = number(clip, false, "adam_rows_: clip must be one float32 or float64");
   const double lr = number(lr_tensor, false, "adam_rows_: lr must be one float32 or float64");
-  const double step = number(step_tensor, true, "adam_rows_: step must be one int64, float32 or float64");
+  const double step =
+      number(step_tensor, true, "adam_rows_: step must be one int64, float32 or float64");
   check(step >= 1, "adam_rows_: step must be at least 1");
   dispatch_pair(param, grad, [&]<class P, class G, class A>(P*, G*, A) {
     for (const Tensor* state : {&exp_avg, &exp_avg_sq})

@@ -16,7 +16,8 @@ void check_operands(Tensor& values, Tensor& indices, Tensor& w, OptionalTensor& 
   check(values.scalar_type() == w.scalar_type(), "decode: values and w must share a dtype");
   check(values.size(0) == indices.size(0) && values.size(1) == indices.size(1),
         "decode: values and indices must have one shape");
-  check(!bias.has_value() || (bias->dim() == 1 && bias->size(0) == w.size(1) && bias->scalar_type() == w.scalar_type()),
+  check(!bias.has_value() || (bias->dim() == 1 && bias->size(0) == w.size(1) &&
+                              bias->scalar_type() == w.scalar_type()),
         "decode: bias must be [d] in the dtype of w");
   values = torch::stable::contiguous(values);
   indices = torch::stable::contiguous(indices);

@@ -54,7 +54,8 @@ std::tuple<Tensor, Tensor> encode(Tensor x, Tensor w, OptionalTensor b_enc, Opti
   int at = 0;
   for (OptionalTensor* term : {&b_enc, &b_dec, &scale}) {
     if (term->has_value()) {
-      check((*term)->dim() == 1 && (*term)->size(0) == sizes[at] && (*term)->scalar_type() == x.scalar_type(),
+      check((*term)->dim() == 1 && (*term)->size(0) == sizes[at] &&
+                (*term)->scalar_type() == x.scalar_type(),
             "encode: b_enc [F], b_dec [d] and scale [F] must have the dtype of x");
       *term = torch::stable::contiguous(**term);
     }

@@ -4,7 +4,9 @@
 With `prefixes = [F1, F2, ...]` it returns one reconstruction per prefix, each from the features
 below F_p only (Matryoshka). Sums run over the slots in stored order, in fp32; O(N k d) time, no
 temporary beyond the output. A slot whose value is 0 is inactive and adds nothing, whatever its row
-holds; otherwise NaN and inf in a value or a row propagate to that token.
+holds; otherwise NaN and inf in a value or a row propagate to that token. Where k / F is not small
+the product with the scattered codes may be faster and takes its place: there a row that is not
+finite reaches every token.
 """
 
 from __future__ import annotations

@@ -97,8 +97,12 @@ def check_prefix(
     op: str, prefix: int | torch.Tensor | None, readers: int, device: torch.device
 ) -> torch.Tensor | None:
     """An int64 tensor [R], or None."""
-    if prefix is None or isinstance(prefix, int):
-        return None if prefix is None else torch.full((readers,), prefix, device=device)
+    if prefix is None:
+        return None
+    if isinstance(prefix, int) and not isinstance(prefix, bool):
+        # beyond these a limit changes nothing
+        prefix = max(-1, min(prefix, 2**62))
+        return torch.full((readers,), prefix, dtype=torch.int64, device=device)
     if not isinstance(prefix, torch.Tensor):
         raise TypeError(
             f"{op}: prefix must be an int or an int64 tensor, got {type(prefix).__name__}"
@@ -187,6 +191,8 @@ def check_weights(
 ) -> torch.Tensor | None:
     if weights is None:
         return None
+    if not isinstance(weights, torch.Tensor):
+        raise TypeError(f"{op}: weights must be a torch.Tensor, got {type(weights).__name__}")
     if weights.dim() != 2 or weights.shape[1] != delta.shape[0]:
         raise ValueError(
             f"{op}: weights must be [Q, B] with B = {delta.shape[0]}, got {list(weights.shape)}"

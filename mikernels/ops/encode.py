@@ -160,7 +160,8 @@ def topk_encode(
         b_dec: `[d]` subtracted from x, or None.
         scale: `[F]` ranking weights, e.g. decoder norms; not differentiated.
         relu: clamp the winners at 0; slots at 0 get no gradient.
-        precision: round x and the weights to this dtype first, as autocast does; None keeps theirs.
+        precision: round x and the weights to this dtype first; None keeps theirs, also under
+            autocast.
         impl: None (best for the device, dtype and k / F), "cpp", "triton" or "reference".
 
     Returns:
