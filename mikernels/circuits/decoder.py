@@ -43,7 +43,7 @@ def unrecognised(model: object, reason: str) -> ValueError:
         f"{NAME}: model must be a Hugging Face decoder (Llama, GPT-2, ...) of blocks with "
         f"attention ({', '.join(ATTENTION)}) that ends in a projection ({', '.join(PROJECTION)}) "
         f"and an mlp, both added to the residual stream as they are, got "
-        f"{type(model).__name__}: {reason}; remove or merge what changes it (hooks, adapters), or "
+        f"{type(model).__name__}: {reason}; "
         f"collect its gradients with hooks of your own for compute_gradient_interactions"
     )
 
@@ -218,7 +218,8 @@ class Watch:
                 raise unrecognised(
                     self._model, f"in block {layer} hooks fire only on {sorted(site)}; {NEVER}"
                 )
-        self._claims.check(lambda found: unrecognised(self._model, found))
+        fix = "remove or merge what changes it (a hook, an adapter), or"
+        self._claims.check(lambda found: unrecognised(self._model, f"{found}; {fix}"))
 
 
 def _listed(module: torch.nn.Module) -> list[torch.nn.Module]:
