@@ -338,9 +338,7 @@ def test_a_run_is_cleared_of_what_a_demo_left_and_of_nothing_else(tmp_path):
     (tmp_path / "checkpoint-5").mkdir()
     for strange in (tmp_path / "notes.txt", tmp_path / "checkpoint-3" / "notes.txt"):
         strange.write_text("mine")
-        with pytest.raises(
-            FileExistsError, match=f"demo: {tmp_path} must hold a former demo's run"
-        ):
+        with pytest.raises(FileExistsError, match=f"{tmp_path} must hold a former demo's run"):
             clear_run(tmp_path)
         assert all((tmp_path / name).exists() for name in ours) and strange.read_text() == "mine"
         strange.unlink()
@@ -382,8 +380,6 @@ def test_a_report_that_cannot_be_written_is_an_error(tmp_path, monkeypatch):
 
 def test_two_demos_in_one_folder(tmp_path):
     (tmp_path / "mnist").mkdir()
-    with (
-        owned(tmp_path / "mnist", "another"),
-        pytest.raises(BlockingIOError, match="beside another"),
-    ):
+    refused = pytest.raises(BlockingIOError, match="beside another")
+    with owned(tmp_path / "mnist", "another"), refused:
         run_demo(DemoOptions.for_data("mnist"), tmp_path, Console(quiet=True))

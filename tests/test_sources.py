@@ -11,6 +11,7 @@ from oracle import identical
 from safetensors.torch import save_file
 
 from mikernels.files import sealed
+from mikernels.owning import LOCK, owned
 from mikernels.tensor_files import write_tensors
 from mikernels.training.models import ModelSource
 from mikernels.training.pretrained import TextFiles, decoder_layers, load_model
@@ -769,8 +770,14 @@ def test_remove_shards_removes_its_own_and_nothing_else(tmp_path):
     with pytest.raises(FileExistsError):
         remove_shards(tmp_path)
     (tmp_path / "activations-.safetensors").unlink()
+    (tmp_path / LOCK).write_text("of a writer that was killed")
+    with owned(tmp_path, "another"), pytest.raises(BlockingIOError, match="beside another"):
+        remove_shards(tmp_path)
     remove_shards(tmp_path)
     assert not list(tmp_path.iterdir())
+    (tmp_path / "link").symlink_to(tmp_path)
+    with pytest.raises(FileExistsError, match="link"):
+        remove_shards(tmp_path / "link")
 
 
 POSITIONS = {"epoch": 0, "block": 0, "offset": 0}

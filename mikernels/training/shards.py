@@ -23,7 +23,7 @@ import torch
 from safetensors import SafetensorError
 
 from mikernels.files import check_json, explained, partial_of, read_json, sealed, write_json
-from mikernels.owning import owned
+from mikernels.owning import LOCK, owned
 from mikernels.tensor_files import bytes_of, open_tensors, write_tensors
 
 if TYPE_CHECKING:
@@ -276,14 +276,23 @@ def remove_shards(folder: Path) -> None:
 
     Raises:
         FileExistsError: the folder holds anything else; nothing has been deleted then.
+        BlockingIOError: another process writes shards there.
     """
-    own = {partial_of(Path(INDEX)).name}
-    entries = list(folder.iterdir()) if folder.is_dir() and not folder.is_symlink() else [folder]
-    for path in entries:
-        if not (_OWN.fullmatch(path.name) or path.name in own) or not path.is_file():
-            raise FileExistsError(
-                f"write_shards: {folder} must hold what an interrupted write left and nothing "
-                f"else to be written again, got {path}; move it away or choose another folder"
-            )
-    for path in entries:
-        path.unlink()
+
+    def refused(path: Path) -> FileExistsError:
+        return FileExistsError(
+            f"write_shards: {folder} must hold what an interrupted write left and nothing else to "
+            f"be written again, got {path}; move it away or choose another folder"
+        )
+
+    if folder.is_symlink() or not folder.is_dir():
+        raise refused(folder)
+    own = {partial_of(Path(INDEX)).name, LOCK}
+    with owned(folder, "write_shards"):
+        entries = list(folder.iterdir())
+        for path in entries:
+            if not (_OWN.fullmatch(path.name) or path.name in own) or not path.is_file():
+                raise refused(path)
+        for path in entries:
+            if path.name != LOCK:
+                path.unlink()
