@@ -140,8 +140,9 @@ def run(dtype: torch.dtype, folder, weights=None, **settings) -> list[object]:
 @pytest.mark.parametrize(
     "settings",
     [{"step": "fused"}, {"step": "fused", "weights": "bfloat16"}, {"step": "autograd"}]
-    + [{"step": "dense"}, {"step": "fused", "accumulation": 2, "clip_norm": None}],
-    ids=["fused", "fused-bfloat16", "autograd", "dense", "accumulation"],
+    + [{"step": "dense"}, {"step": "fused", "accumulation": 2, "clip_norm": None}]
+    + [{"step": "fused", "clip_norm": None}],
+    ids=["fused", "fused-bfloat16", "autograd", "dense", "accumulation", "update"],
 )
 def test_training_gives_the_same_bits(settings, dtype, tmp_path) -> None:
     with num_threads(1):
