@@ -420,7 +420,9 @@ def a_layer(model):
 
 
 @pytest.mark.parametrize(
-    "compile", [lambda m: torch.compile(m, backend="eager"), in_place, a_layer], ids=str
+    "compile",
+    [lambda m: torch.compile(m, backend="eager"), in_place, a_layer],
+    ids=["whole", "in_place", "a_layer"],
 )
 def test_model_source_of_compiled_models(compile):
     torch.compiler.reset()
