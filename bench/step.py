@@ -15,6 +15,7 @@ from collections.abc import Callable
 
 import torch
 
+from mikernels.batch import Batch
 from mikernels.nn import TopKSAE
 from mikernels.training.autograd import AutogradStep, dense_forward, sparse_forward
 from mikernels.training.config import TrainConfig
@@ -52,7 +53,7 @@ def _trainer_step(
         def run() -> Outputs:
             means = Means()
             dead = sae.dead().nonzero().squeeze(-1)
-            take_step([batch.x], batch.k, dead, means, clock)
+            take_step([Batch(batch.x)], batch.k, dead, means, clock)
             mse = torch.tensor(means.means()["mse"], dtype=torch.float64)
             return {"mse": mse} | {name: getattr(sae, name).detach() for name in WEIGHTS}
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import torch
 
-from mikernels.nn import TopKSAE
+from mikernels.nn import SAE
 
 
 @torch.no_grad()
-def variance_unexplained(sae: TopKSAE, x: torch.Tensor, batch_size: int = 4096) -> float:
+def variance_unexplained(sae: SAE, x: torch.Tensor, batch_size: int = 4096) -> float:
     """`FVU = sum |y - x|^2 / sum |x - mean x|^2` of the reconstructions y, over all rows at once.
 
     Args:

@@ -28,10 +28,10 @@ class Strict(BaseModel):
 
 
 class Sums(Strict):
-    """What is averaged over the tokens since the last row of metrics."""
+    """What is averaged over the tokens since the last row of metrics; tokens by their weights."""
 
     sums: dict[str, Finite]
-    tokens: Count
+    tokens: Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class FirstSums(Strict):

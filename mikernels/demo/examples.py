@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from mikernels.codes import SparseCodes
-from mikernels.nn import TopKSAE
+from mikernels.nn import SAE
 from mikernels.training.sources import Rows
 
 # tokens shown on either side of the strongest one
@@ -45,7 +45,7 @@ class Firing:
 
 
 @torch.no_grad()
-def encode_all(sae: TopKSAE, x: torch.Tensor, batch: int = 4096) -> Firing:
+def encode_all(sae: SAE, x: torch.Tensor, batch: int = 4096) -> Firing:
     """Encode all rows of x `[n, d]`."""
     parts = [sae.encode(x[start : start + batch]) for start in range(0, x.shape[0], batch)]
     values = torch.cat([part.values for part in parts])

@@ -15,7 +15,7 @@ from mikernels.demo.compare import NAMES, step_ms
 from mikernels.demo.examples import Firing, choose_features, encode_all, token_card
 from mikernels.demo.run import DemoOptions
 from mikernels.info import collect
-from mikernels.nn import TopKSAE
+from mikernels.nn import SAE
 from mikernels.training.sources import Rows
 
 SIDE = 28
@@ -23,7 +23,7 @@ SIDE = 28
 
 def build(
     options: DemoOptions,
-    sae: TopKSAE,
+    sae: SAE,
     rows: Rows,
     metadata: dict[str, Any],
     results: dict[str, dict[str, Any]],
@@ -146,7 +146,7 @@ def _parts(result: dict[str, Any]) -> dict[str, float]:
     return {name: step_ms(result) * part / whole for name, part in result["parts"].items()}
 
 
-def _digit_card(sae: TopKSAE, firing: Firing, feature: int, rows: Rows) -> dict[str, Any]:
+def _digit_card(sae: SAE, firing: Firing, feature: int, rows: Rows) -> dict[str, Any]:
     where, values = firing.of(feature)
     mass: Counter[int] = Counter()
     for label, value in zip(rows["labels"][where].tolist(), values.tolist(), strict=True):
@@ -167,7 +167,7 @@ def _digit_card(sae: TopKSAE, firing: Firing, feature: int, rows: Rows) -> dict[
     }
 
 
-def _dictionary(sae: TopKSAE, firing: Firing, n: int = 96) -> list[str]:
+def _dictionary(sae: SAE, firing: Firing, n: int = 96) -> list[str]:
     best = firing.counts.argsort(descending=True)[:n].tolist()
     return [figures.image(sae.w_dec[f].detach().view(SIDE, SIDE), symmetric=True) for f in best]
 

@@ -2,6 +2,18 @@
 """SAE modules made of the operators."""
 
 from mikernels.nn.geometric_median import geometric_median
-from mikernels.nn.topk_sae import SAEConfig, SAEOutput, TopKSAE
+from mikernels.nn.sae import SAE, SAEConfig, SAEOutput
+from mikernels.nn.topk_sae import TopKConfig, TopKSAE
 
-__all__ = ["SAEConfig", "SAEOutput", "TopKSAE", "geometric_median"]
+# what checkpoints call them
+ARCHITECTURES: dict[str, type[SAE]] = {variant.architecture: variant for variant in (TopKSAE,)}
+
+__all__ = [
+    "ARCHITECTURES",
+    "SAE",
+    "SAEConfig",
+    "SAEOutput",
+    "TopKConfig",
+    "TopKSAE",
+    "geometric_median",
+]

@@ -1,26 +1,39 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The losses of a sparse autoencoder, once for every step that trains one.
+"""The losses of a sparse autoencoder, once for every variant and every step that trains one.
 
-With e = y - x the residual of N tokens, S = sum |e|^2 and V = sum |x - mean x|^2:
+With t the target and e = y - t the residual of N tokens (or of weight N), S = sum |e|^2 and
+V = sum |t - mean t|^2:
 
     mse = S / N,  fvu = S / V            the main loss is one of them: S times `per_square`
     aux = sum |y_aux - r|^2 / sum |r - mean r|^2 times `unexplained`, with r = -e as a constant
     loss = main + aux_coefficient * aux
 
 `unexplained` is the main loss of the mean alone, V / N or 1. The share of the residual's variance
-that is left (arXiv 2406.04093) has no unit: beside an mse, which grows with |x|^2, it would vanish
+that is left (arXiv 2406.04093) has no unit: beside an mse, which grows with |t|^2, it would vanish
 on large activations and drown the loss on small ones. With it one coefficient is the same balance
 at every scale and for both losses.
 
 Tokens that are all the same (one token, for instance) have V = 0 and no variance to explain: their
 fvu is 0, with a gradient of 0; so is aux where the residual has no variance.
+
+Every sum over tokens, and the means in V, count each token by its weight.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 LOSSES = ("mse", "fvu")
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What sums of squares over a batch are divided by: N, and V of its target (0-dim)."""
+
+    count: float | torch.Tensor
+    variance: torch.Tensor
 
 
 def reciprocal(x: torch.Tensor) -> torch.Tensor:
@@ -29,44 +42,64 @@ def reciprocal(x: torch.Tensor) -> torch.Tensor:
     return (1 / x.masked_fill(x == 0, 1)).masked_fill(x == 0, 0)
 
 
-def sum_squares(t: torch.Tensor) -> torch.Tensor:
-    """`sum t^2` of `[N, d]`, row by row: no temporary of t's size and no long fp32 sum."""
-    return torch.linalg.vector_norm(t, dim=-1).square().sum()
+def weighted(per_token: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
+    """`sum_n weights[n] per_token[n]`, 0-dim."""
+    return (per_token if weights is None else per_token * weights).sum()
 
 
-def spread(t: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+def squares(t: torch.Tensor) -> torch.Tensor:
+    """`|t[n]|^2` of `[N, d]`: no temporary of t's size."""
+    return torch.linalg.vector_norm(t, dim=-1).square()
+
+
+def spread(
+    t: torch.Tensor, weights: torch.Tensor | None = None, out: torch.Tensor | None = None
+) -> torch.Tensor:
     """`sum |t - mean t|^2` of `[N, d]`, 0-dim; 0 where it is rounding alone.
 
     Rows that are equal differ from their computed mean by some eps |mean|, which is no variance.
 
     Args:
-        t: `[N, d]`. out: scratch of its shape.
+        t: `[N, d]`. weights: `[N]` or None. out: scratch of t's shape.
     """
-    mean = t.mean(0)
-    total = sum_squares(torch.sub(t, mean, out=out))
-    rounding = t.shape[0] * (8 * torch.finfo(t.dtype).eps) ** 2 * mean.detach().square().sum()
+    count: float | torch.Tensor = float(t.shape[0])
+    if weights is None:
+        mean = t.mean(0)
+    else:
+        whole = count = weights.sum()
+        mean = (weights * reciprocal(whole)) @ t
+    total = weighted(squares(torch.sub(t, mean, out=out)), weights)
+    rounding = count * (8 * torch.finfo(t.dtype).eps) ** 2 * mean.detach().square().sum()
     return total.masked_fill(total.detach() <= rounding, 0)
 
 
-def per_square(loss: str, n_tokens: int, input_spread: torch.Tensor) -> float | torch.Tensor:
-    """What the main loss multiplies S by.
-
-    Args:
-        loss: "mse" or "fvu".
-        n_tokens: N, at least 1.
-        input_spread: V, 0-dim.
-    """
-    return 1 / n_tokens if loss == "mse" else reciprocal(input_spread)
+def mse(total: torch.Tensor, measure: Measure) -> torch.Tensor:
+    """Mean square of a sum of squares."""
+    if isinstance(measure.count, torch.Tensor):
+        return total * reciprocal(measure.count)
+    return total / max(1.0, measure.count)
 
 
-def aux_per_square(
-    loss: str, n_tokens: int, input_spread: torch.Tensor, residual_spread: torch.Tensor
-) -> torch.Tensor:
+def fvu(total: torch.Tensor, measure: Measure) -> torch.Tensor:
+    """Fraction of variance unexplained of a sum of squares."""
+    return total * reciprocal(measure.variance)
+
+
+def per_square(loss: str, measure: Measure) -> float | torch.Tensor:
+    """What the main loss, "mse" or "fvu", multiplies S by."""
+    if loss == "fvu":
+        return reciprocal(measure.variance)
+    return (
+        reciprocal(measure.count) if isinstance(measure.count, torch.Tensor) else 1 / measure.count
+    )
+
+
+def aux_per_square(loss: str, measure: Measure, residual_spread: torch.Tensor) -> torch.Tensor:
     """What the auxiliary loss multiplies `sum |y_aux - r|^2` by.
 
     Args:
-        loss, n_tokens, input_spread: as for `per_square`.
+        loss, measure: as for `per_square`.
         residual_spread: `sum |r - mean r|^2`, 0-dim.
     """
     inverse = reciprocal(residual_spread)
-    return inverse * (input_spread / n_tokens) if loss == "mse" else inverse
+    return inverse if loss == "fvu" else inverse * mse(measure.variance, measure)

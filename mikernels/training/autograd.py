@@ -14,62 +14,56 @@ other, weights are not equal. Larger batches hide a single selection better.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
-from mikernels.codes import SparseCodes
-from mikernels.nn import SAEOutput, TopKSAE
-from mikernels.nn.losses import aux_per_square, spread
+from mikernels.batch import Batch
+from mikernels.nn import SAE, SAEOutput, losses
+from mikernels.training.batches import shares
 from mikernels.training.config import TrainConfig
 from mikernels.training.metrics import Clock, Means
 from mikernels.training.optimizer import row_adam
 
 
 class Forward(Protocol):
-    """Codes, reconstruction and losses of a batch `[n, d]`, with AuxK on the features `dead`."""
+    """Codes, reconstruction and losses of a batch, with AuxK on the features `dead`."""
 
     def __call__(
-        self, sae: TopKSAE, x: torch.Tensor, k: int, dead: torch.Tensor, clock: Clock
+        self, sae: SAE, batch: Batch, k: Any, dead: torch.Tensor, clock: Clock
     ) -> SAEOutput: ...
 
 
-def sparse_forward(
-    sae: TopKSAE, x: torch.Tensor, k: int, dead: torch.Tensor, clock: Clock
-) -> SAEOutput:
+def sparse_forward(sae: SAE, batch: Batch, k: Any, dead: torch.Tensor, clock: Clock) -> SAEOutput:
     """This library's operators."""
     with clock.part("encode"):
-        codes = sae.encode(x, k)
+        codes = sae.select(batch.input, k)
     with clock.part("decode"):
         y = sae.decode(codes)
-    return sae.score(x, codes, y, dead)
+    return sae.score(batch, codes, y, dead)
 
 
-def dense_forward(
-    sae: TopKSAE, x: torch.Tensor, k: int, dead: torch.Tensor, clock: Clock
-) -> SAEOutput:
+def dense_forward(sae: SAE, batch: Batch, k: Any, dead: torch.Tensor, clock: Clock) -> SAEOutput:
     """Plain PyTorch, with tokens x F matrices, as SAE libraries compute it."""
     with clock.part("encode"):
-        h = torch.addmm(sae.b_enc, x - sae.b_dec, sae.w_enc.T).relu()
-        values, indices = h.topk(k, dim=-1, sorted=False)
-        acts = torch.zeros_like(h).scatter(-1, indices, values)
+        h = torch.addmm(sae.b_enc, batch.input - sae.b_dec, sae.w_enc.T)
+        acts, codes = sae.dense_acts(h, k)
     with clock.part("decode"):
         y = acts @ sae.w_dec + sae.b_dec
-    none = torch.empty(0, dtype=torch.int64, device=x.device)
-    out = sae.score(x, SparseCodes(values, indices, sae.config.n_features), y, none)
+    out = sae.score(batch, codes, y, torch.empty(0, dtype=torch.int64, device=y.device))
     if not dead.numel() or not sae.config.aux_coefficient:
         return out
     assert sae.config.k_aux is not None
     with clock.part("encode"):
         is_dead = torch.zeros(h.shape[-1], dtype=torch.bool, device=h.device)
         is_dead[dead] = True
-        best = h.where(is_dead, -torch.inf).topk(min(sae.config.k_aux, dead.numel()), sorted=False)
+        alone = h.relu().where(is_dead, -torch.inf)
+        best = alone.topk(min(sae.config.k_aux, dead.numel()), sorted=False)
         acts = torch.zeros_like(h).scatter(-1, best.indices, best.values)
     with clock.part("decode"):
         revived = acts @ sae.w_dec
-    r = (x - y).detach()
-    scale = aux_per_square(sae.config.loss, x.shape[0], spread(x), spread(r))
-    aux_loss = (revived - r).square().sum() * scale
+    measure = losses.Measure(batch.count, losses.spread(batch.output, batch.weights))
+    aux_loss = sae.aux_loss(batch, revived, (batch.output - y).detach(), measure)
     return out._replace(loss=out.loss + sae.config.aux_coefficient * aux_loss, aux_loss=aux_loss)
 
 
@@ -89,7 +83,7 @@ class AutogradStep:
 
     def __init__(
         self,
-        sae: TopKSAE,
+        sae: SAE,
         config: TrainConfig,
         optimizer: torch.optim.Optimizer | None = None,
         forward: Forward = sparse_forward,
@@ -113,21 +107,20 @@ class AutogradStep:
         )
 
     def __call__(
-        self, batches: list[torch.Tensor], k: int, dead: torch.Tensor, means: Means, clock: Clock
+        self, batches: list[Batch], k: Any, dead: torch.Tensor, means: Means, clock: Clock
     ) -> None:
-        """Train on float32 micro-batches `[n, d]`; `dead` are the indices of AuxK's features."""
+        """Train on float32 micro-batches; `dead` are the indices of AuxK's features."""
         sae = self.sae
         # a gradient that somebody left, on a frozen parameter too, is not this step's
         sae.zero_grad(set_to_none=True)
-        total = sum(x.shape[0] for x in batches)
-        for x in batches:
-            out = self.forward(sae, x, k, dead, clock)
+        for batch, share in zip(batches, shares(batches), strict=True):
+            out = self.forward(sae, batch, k, dead, clock)
             with clock.part("gradients"):
-                (out.loss * (x.shape[0] / total)).backward()
-            sae.track_fired_(out.codes)
-            means.add(out.codes, loss=out.loss, mse=out.mse, fvu=out.fvu, aux_loss=out.aux_loss)
+                (out.loss * share).backward()
+            sae.track_(out.codes)
+            means.add(batch, out.codes, out._asdict())
         with clock.part("optimizer"):
-            constrained = sae.config.normalize_decoder and sae.w_dec.requires_grad
+            constrained = bool(sae.constrained()) and sae.w_dec.requires_grad
             if constrained:
                 sae.remove_parallel_gradient_()
             if self.clip_norm is not None:

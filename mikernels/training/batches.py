@@ -9,7 +9,8 @@ from typing import Any, Protocol
 import torch
 
 from mikernels._dispatch import accumulate_dtype
-from mikernels.nn import TopKSAE
+from mikernels.batch import Batch, as_batch
+from mikernels.nn import SAE
 
 
 class BatchSource(Protocol):
@@ -17,8 +18,8 @@ class BatchSource(Protocol):
 
     d: int
 
-    def next_batch(self) -> torch.Tensor:
-        """`[batch, d]` floating; raises StopIteration when there is no more."""
+    def next_batch(self) -> torch.Tensor | Batch:
+        """`[batch, d]` floating, or a Batch of them; raises StopIteration when there is no more."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
@@ -28,9 +29,7 @@ class BatchSource(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
-def take_batches(
-    source: BatchSource, count: int, first: int, sae: TopKSAE
-) -> list[torch.Tensor] | None:
+def take_batches(source: BatchSource, count: int, first: int, sae: SAE) -> list[Batch] | None:
     """The next `count` batches on the SAE's device, in float32 (float64 for a float64 SAE).
 
     Args:
@@ -46,7 +45,7 @@ def take_batches(
     batches = []
     for number in range(first, first + count):
         try:
-            x = source.next_batch()
+            batch = as_batch(source.next_batch())
         except StopIteration as error:
             if first == 1:
                 raise ValueError(
@@ -54,33 +53,59 @@ def take_batches(
                     f"{number - 1}; give more data or lower batch_size or accumulation"
                 ) from error
             return None
-        _check(x, number, sae.config.d)
-        batches.append(
-            x.detach().to(device=sae.w_enc.device, dtype=accumulate_dtype(sae.w_enc.dtype))
-        )
+        _check(batch.input, number, sae.config.d)
+        if batch.target is not None:
+            _check(batch.target, number, sae.config.d, "the target of ")
+        if batch.weights is not None:
+            _check_weights(batch.weights, number, len(batch))
+        batches.append(batch.to(sae.w_enc.device, accumulate_dtype(sae.w_enc.dtype)))
     return batches
 
 
-def power_of_two_scale(batches: list[torch.Tensor]) -> float:
-    """The power of two that brings the mean norm of rows of `[n, d]` batches nearest to sqrt(d).
+def shares(batches: list[Batch]) -> list[float | torch.Tensor]:
+    """Each batch's share of the tokens of them all, by weight; 0-dim where there are weights."""
+    counts = [batch.count for batch in batches]
+    total = sum(counts[1:], start=counts[0])
+    if isinstance(total, torch.Tensor):
+        total = total.clamp_min(torch.finfo(total.dtype).tiny)  # weights may all be 0
+    return [count / total for count in counts]
+
+
+def power_of_two_scale(batches: list[Batch]) -> float:
+    """The power of two that brings the mean norm of the inputs' rows nearest to sqrt(d).
 
     1 for rows that are all zero. Synchronises a GPU.
     """
-    norms = torch.cat([torch.linalg.vector_norm(x, dim=-1) for x in batches])
+    norms = torch.cat([torch.linalg.vector_norm(batch.input, dim=-1) for batch in batches])
     mean = float(norms.double().mean())
     if not (math.isfinite(mean) and mean > 0):
         return 1.0
     # further away the biases could leave fp32's range
-    return 2.0 ** max(-64, min(64, round(math.log2(batches[0].shape[1] ** 0.5 / mean))))
+    return 2.0 ** max(-64, min(64, round(math.log2(batches[0].input.shape[1] ** 0.5 / mean))))
 
 
-def _check(x: torch.Tensor, number: int, d: int) -> None:
+def _check_weights(weights: torch.Tensor, number: int, n: int) -> None:
+    good = isinstance(weights, torch.Tensor) and weights.is_floating_point()
+    if not good or weights.shape != (n,):
+        got = list(weights.shape) if good else getattr(weights, "dtype", type(weights).__name__)
+        raise ValueError(
+            f"Trainer: the weights of batch {number} must be floating [{n}], got {got}"
+        )
+    # not at least 0, rather than below: NaN is refused
+    if weights.device.type == "cpu" and not bool((weights >= 0).all() & weights.isfinite().all()):
+        raise ValueError(
+            f"Trainer: the weights of batch {number} must be finite and at least 0, got "
+            f"{float(weights.min())} to {float(weights.max())}"
+        )
+
+
+def _check(x: torch.Tensor, number: int, d: int, what: str = "") -> None:
     if not isinstance(x, torch.Tensor) or not x.is_floating_point():
         got = x.dtype if isinstance(x, torch.Tensor) else type(x).__name__
-        raise TypeError(f"Trainer: batch {number} must be a floating tensor, got {got}")
+        raise TypeError(f"Trainer: {what}batch {number} must be a floating tensor, got {got}")
     if x.dim() != 2 or x.shape[0] == 0 or x.shape[1] != d:
         raise ValueError(
-            f"Trainer: batch {number} must be [batch, {d}] with at least one row, got "
+            f"Trainer: {what}batch {number} must be [batch, {d}] with at least one row, got "
             f"{list(x.shape)}"
         )
     # a finite sum proves it in one read without a temporary. A batch on a GPU is not read back:
@@ -88,6 +113,6 @@ def _check(x: torch.Tensor, number: int, d: int) -> None:
     if x.device.type == "cpu" and not x.sum().isfinite() and not (finite := x.isfinite()).all():
         rows = (~finite).any(-1).nonzero().squeeze(-1)
         raise ValueError(
-            f"Trainer: batch {number} must be finite, got NaN or inf in {rows.numel()} of "
+            f"Trainer: {what}batch {number} must be finite, got NaN or inf in {rows.numel()} of "
             f"{x.shape[0]} rows (first: row {rows[0].item()}); drop those rows in the source"
         )

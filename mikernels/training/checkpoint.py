@@ -23,7 +23,7 @@ import re
 import stat
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,8 +38,7 @@ from mikernels.files import (
     sync_folder,
     write_json,
 )
-from mikernels.nn import TopKSAE
-from mikernels.nn.topk_sae import SAEConfig
+from mikernels.nn import ARCHITECTURES, SAE, SAEConfig, TopKSAE
 from mikernels.tensor_files import read_tensors, write_tensors
 from mikernels.training.config import TrainConfig
 
@@ -226,7 +225,12 @@ def load_checkpoint(
         if sorted(hashes) != names:
             raise _unusable(path, f"with sha256 of {names}", f"sha256 of {sorted(hashes)}")
         check_sealed(raw, "resume", path, fix)
-    check_names(path, "sae", state.sae, SAEConfig, FIRST_SAE if version == 1 else None)
+    if version == 1:
+        state.sae["architecture"] = TopKSAE.architecture  # there was no other
+    if (kind := state.sae.get("architecture")) not in ARCHITECTURES:
+        raise _unusable(path, f"with sae.architecture of {sorted(ARCHITECTURES)}", f"{kind!r}")
+    form = ARCHITECTURES[kind].config_type
+    check_names(path, "sae", state.sae, form, FIRST_SAE if version == 1 else None)
     weights, training = (_read(folder / name, hashes.get(name)) for name in (WEIGHTS, TRAINING))
     described = {key: describe(t) for key, t in training.items()}
     check_equal(folder / TRAINING, described, state.tensors)
@@ -235,7 +239,7 @@ def load_checkpoint(
     return weights, training, state
 
 
-def load_sae(folder: str | Path) -> TopKSAE:
+def load_sae(folder: str | Path) -> SAE:
     """The SAE of a checkpoint, for use outside a Trainer.
 
     Raises:
@@ -247,7 +251,8 @@ def load_sae(folder: str | Path) -> TopKSAE:
     config = read_config(folder, state)
     check_weights(folder, weights, config)
     # its own generator: loading leaves the caller's random numbers alone
-    sae = TopKSAE(**asdict(config), dtype=weights["w_dec"].dtype, generator=torch.Generator())
+    kind = ARCHITECTURES[state.sae["architecture"]]
+    sae = kind.of(config, dtype=weights["w_dec"].dtype, generator=torch.Generator())
     sae.load_state_dict(weights)
     return sae
 
@@ -256,7 +261,9 @@ def read_config(folder: Path, state: State) -> SAEConfig:
     """The SAE's settings, or a ValueError that names the field."""
     from mikernels.schema import check
 
-    return check(SAEConfig, state.sae, "resume", folder / STATE, _fix(folder), "sae")
+    settings = dict(state.sae)
+    form = ARCHITECTURES[settings.pop("architecture")].config_type
+    return check(form, settings, "resume", folder / STATE, _fix(folder), "sae")
 
 
 def modern_config(config: TrainConfig) -> TrainConfig:
@@ -293,20 +300,16 @@ def check_weights(
         like: the dtype that they must have; None is any, the same for all.
     """
     path = folder / WEIGHTS
-    shapes = {
-        "w_enc": [config.n_features, config.d],
-        "w_dec": [config.n_features, config.d],
-        "b_enc": [config.n_features],
-        "b_dec": [config.d],
-    }
+    tensors = next(v for v in ARCHITECTURES.values() if v.config_type is type(config)).tensors(
+        config
+    )
     if like is None:
         like = str(weights["w_dec"].dtype) if "w_dec" in weights else "torch.float32"
         if like not in map(str, FLOATS):
             raise _unusable(path, f"weights of one of {[str(d) for d in FLOATS]}", like)
-    expected = {name: f"{like} {shape}" for name, shape in shapes.items()}
-    expected["tokens_since_fired"] = f"torch.int64 {[config.n_features]}"
+    expected = {name: f"{dtype or like} {list(shape)}" for name, (shape, dtype) in tensors.items()}
     check_equal(path, {name: describe(t) for name, t in weights.items()}, expected)
-    for name in shapes:
+    for name in tensors:
         check_finite(path, name, weights[name])
     if bool((weights["tokens_since_fired"] < 0).any()):
         raise _unusable(path, "with tokens_since_fired of at least 0", "negative ones")

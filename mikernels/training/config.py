@@ -198,11 +198,12 @@ class TrainConfig:
         left = (1 + math.cos(math.pi * done)) / 2 if self.decay == "cosine" else 1 - done
         return self.lr * warm * left
 
-    def k_at(self, step: int, k: int) -> int:
-        """Active features of a step, for an SAE whose own k is `k`."""
-        if self.k_start is None or step >= self.k_anneal_steps:
+    def k_at(self, step: int, k: Any) -> Any:
+        """Active features of a step, for an SAE whose own k is `k`; None for one without."""
+        if k is None or self.k_start is None or step >= self.k_anneal_steps:
             return k
-        return round(self.k_start + (k - self.k_start) * step / self.k_anneal_steps)
+        at = self.k_start + (k - self.k_start) * step / self.k_anneal_steps
+        return at if isinstance(k, float) else round(at)
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "betas": list(self.betas)}

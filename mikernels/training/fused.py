@@ -1,17 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The fused step: encode, decode, residual, one counting sort, gradients by feature, clip, Adam.
+"""The fused step: the SAE's terms, one counting sort each, gradients by feature, clip, Adam.
 
 No autograd graph. Gradient buffers live as long as the run, because fresh pages of F x d cost more
-than the arithmetic on them.
+than the arithmetic on them. For every term (codes, dy, x) of the SAE's loss (`SAE.terms`), which is
+already times the micro-batch's share of the step's tokens:
 
-With e = y - x and s the derivative of the loss by |e|^2 (`per_square` of mikernels/nn/losses.py),
-times the micro-batch's share of the step's tokens:
+    dv = <dy, w_dec>,   dw_dec += sum value dy,   dw_enc += sum dv x,   db_enc += sum dv
 
-    dy = 2 s e,   dv = <dy, w_dec>,   dw_dec = sum value dy,   dw_enc = sum dv (x - b_dec),
-    db_enc = sum dv,   db_dec = sum dy - w_enc^T db_enc
-
-The last term is b_dec's part through the encoder's input, taken once a step from the summed db_enc.
-AuxK adds a second pass over the same buffers, with the dead features' codes against the residual.
+and then db_dec = sum dy - w_enc^T db_enc: the last part is b_dec's through the encoder's input,
+taken once a step from the summed db_enc.
 Where nothing needs the gradients of the matrices (no clipping, no AuxK, one micro-batch), a GPU
 applies them while they are in registers (`sae_update_`), and none is in memory.
 A parameter whose requires_grad is False is neither moved nor part of the norm that is clipped.
@@ -25,22 +22,45 @@ result of the steps before, decides the shapes of its pass.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 
 from mikernels._dispatch import resolve_impl
-from mikernels.codes import SparseCodes
-from mikernels.nn import TopKSAE
-from mikernels.nn.losses import aux_per_square, per_square, reciprocal, spread, sum_squares
-from mikernels.ops.decode import decode_error, sparse_decode
-from mikernels.ops.encode import topk_encode
+from mikernels.batch import Batch
+from mikernels.nn import SAE
+from mikernels.nn.sae import Term
 from mikernels.ops.gradients import sae_gradients_op, weighted_row_sum
 from mikernels.ops.update import sae_update_op
 from mikernels.optim import RowAdam
+from mikernels.training.batches import shares
 from mikernels.training.config import TrainConfig
-from mikernels.training.metrics import Clock, Means
+from mikernels.training.metrics import Clock, History, Means
 from mikernels.training.optimizer import group_of, row_adam, same_settings
+
+
+class Scratch:
+    """The SAE's Workspace: memory that stays, since fresh pages cost more than the arithmetic."""
+
+    def __init__(self) -> None:
+        self.clock = Clock(History().parts)
+        self._flat: dict[str, torch.Tensor] = {}
+
+    def part(self, name: str) -> AbstractContextManager[None]:
+        return self.clock.part(name)
+
+    def buffer(self, name: str, shape: torch.Size, like: torch.Tensor) -> torch.Tensor:
+        flat, size = self._flat.get(name), shape.numel()
+        if flat is None or (flat.dtype, flat.device) != (like.dtype, like.device):
+            flat = self._flat[name] = torch.empty(size, dtype=like.dtype, device=like.device)
+        elif flat.numel() < size:
+            # room for more: the number of dead features changes from step to step
+            flat = self._flat[name] = flat.new_empty(2 * size)
+        return flat[:size].view(shape)
+
+    def tensors(self) -> list[torch.Tensor]:
+        return list(self._flat.values())
 
 
 class FusedStep:
@@ -58,7 +78,7 @@ class FusedStep:
     optimizer: RowAdam
 
     def __init__(
-        self, sae: TopKSAE, config: TrainConfig, optimizer: torch.optim.Optimizer | None = None
+        self, sae: SAE, config: TrainConfig, optimizer: torch.optim.Optimizer | None = None
     ):
         if sae.w_dec.dtype not in (torch.float32, torch.bfloat16):
             raise TypeError(
@@ -74,25 +94,26 @@ class FusedStep:
         self.optimizer = row_adam(sae, config) if optimizer is None else optimizer
         # made when first needed: sae_update_ does without those of the matrices
         self.gradients: dict[torch.Tensor, torch.Tensor] = {}
-        self._centred = torch.empty(0, dtype=torch.float32)
-        self._dead_rows = torch.empty(0, dtype=torch.float32)
+        self._scratch = Scratch()
 
     @torch.no_grad()
     def __call__(
-        self, batches: list[torch.Tensor], k: int, dead: torch.Tensor, means: Means, clock: Clock
+        self, batches: list[Batch], k: Any, dead: torch.Tensor, means: Means, clock: Clock
     ) -> None:
-        """Train on float32 micro-batches `[n, d]`; `dead` are the indices of AuxK's features."""
+        """Train on float32 micro-batches; `dead` are the indices of AuxK's features."""
+        self._scratch.clock = clock
         if len(batches) == 1 and self._updates_at_once(dead):
-            self._update(batches[0], k, means, clock)
+            self._update(batches[0], k, means)
             return
         for p in self._parameters():
             if p not in self.gradients:
                 self.gradients[p] = torch.zeros_like(p, dtype=torch.float32)
-        total = sum(x.shape[0] for x in batches)
-        for number, x in enumerate(batches):
-            self._accumulate(x, k, dead, x.shape[0] / total, number > 0, means, clock)
+        for number, (batch, share) in enumerate(zip(batches, shares(batches), strict=True)):
+            self._accumulate(batch, k, dead, share, number > 0, means)
         with clock.part("gradients"):
-            self._input_bias_gradient()
+            # b_dec's part through the encoder's input
+            db_enc, db_dec = self.gradients[self.sae.b_enc], self.gradients[self.sae.b_dec]
+            db_dec -= weighted_row_sum(db_enc, self.sae.w_enc)
         with clock.part("optimizer"):
             self._apply(self.gradients)
 
@@ -100,8 +121,8 @@ class FusedStep:
         """Every tensor that outlives a step and that a step reads or writes."""
         yield from self._parameters()
         yield from self.gradients.values()
-        yield self.sae.tokens_since_fired
-        yield self._centred
+        yield from self.sae.buffers()
+        yield from self._scratch.tensors()
         for state in self.optimizer.state.values():
             yield from (value for value in state.values() if isinstance(value, torch.Tensor))
 
@@ -129,23 +150,23 @@ class FusedStep:
             return False
         return same_settings(decoder, encoder)
 
-    def _update(self, x: torch.Tensor, k: int, means: Means, clock: Clock) -> None:
+    def _update(self, batch: Batch, k: Any, means: Means) -> None:
         """A whole step; the matrices' gradients stay in registers."""
-        sae, optimizer = self.sae, self.optimizer
-        codes, dy, centred, _, losses = self._forward(x, k, None, 1.0, clock)
+        sae, optimizer, part = self.sae, self.optimizer, self._scratch.part
+        ((codes, dy, x),), d_b_dec, values = sae.terms(batch, k, None, 1.0, self._scratch)
         optimizer.check_capture(list(self._parameters()))
         made: dict[Any, torch.Tensor] = {}
         decoder, encoder = (group_of(optimizer, p) for p in (sae.w_dec, sae.w_enc))
         assert decoder is not None and encoder is not None  # _updates_at_once has seen to it
         moments_dec, settings = optimizer.advance(decoder, sae.w_dec, made)
         moments_enc, _ = optimizer.advance(encoder, sae.w_enc, made)
-        with clock.part("gradients"):
+        with part("gradients"):
             db_enc, through_input = sae_update_op(
                 codes.values.float(),
                 codes.indices,
                 *codes.by_feature(),
                 dy,
-                centred,
+                x,
                 sae.w_dec,
                 sae.w_enc,
                 *moments_dec,
@@ -158,118 +179,44 @@ class FusedStep:
                 decoder["unit_norm"],
                 impl=resolve_impl(sae_update_op, None, dy.device),
             )
-        with clock.part("optimizer"):
-            db_dec = dy.sum(0).sub_(through_input)
-            self._apply({sae.b_enc: db_enc, sae.b_dec: db_dec})
-        sae.track_fired_(codes)
-        means.add(codes, **losses)
-
-    def _forward(
-        self, x: torch.Tensor, k: int, dead: torch.Tensor | None, share: float, clock: Clock
-    ) -> tuple[
-        SparseCodes,
-        torch.Tensor,
-        torch.Tensor,
-        tuple[SparseCodes, torch.Tensor] | None,
-        dict[str, torch.Tensor],
-    ]:
-        """Codes, dy, the centred input, AuxK's (codes, dy), and the losses."""
-        sae = self.sae
-        with clock.part("encode"):
-            codes = sae.encode(x, k)
-        with clock.part("decode"):
-            error, squares = decode_error(codes, sae.w_dec, sae.b_dec, x)
-        squares = squares.sum()
-        # the mean's buffer is free again before the centred input is needed
-        variance = spread(x, out=self._scratch(x))
-        mse, fvu = squares / x.shape[0], squares * reciprocal(variance)
-        rounded = x.to(sae.w_dec.dtype).float()
-        centred = torch.sub(rounded, sae.b_dec.float(), out=self._scratch(x))
-        loss = mse if sae.config.loss == "mse" else fvu
-        aux_loss = torch.zeros_like(mse)
-        aux = None
-        if dead is not None and dead.numel() and sae.config.aux_coefficient:
-            by_square = aux_per_square(sae.config.loss, x.shape[0], variance, spread(error))
-            aux_codes, aux_error = self._auxiliary(x, error, dead, clock)
-            aux_loss = sum_squares(aux_error) * by_square
-            loss = loss + sae.config.aux_coefficient * aux_loss
-            aux = aux_codes, aux_error.mul_(2 * share * sae.config.aux_coefficient * by_square)
-        dy = error.mul_(2 * share * per_square(sae.config.loss, x.shape[0], variance))
-        losses = {"loss": loss, "mse": mse, "fvu": fvu, "aux_loss": aux_loss}
-        return codes, dy, centred, aux, losses
+        with part("optimizer"):
+            self._apply({sae.b_enc: db_enc, sae.b_dec: d_b_dec.sub_(through_input)})
+        sae.track_(codes)
+        means.add(batch, codes, values)
 
     def _accumulate(
         self,
-        x: torch.Tensor,
-        k: int,
+        batch: Batch,
+        k: Any,
         dead: torch.Tensor,
-        share: float,
+        share: float | torch.Tensor,
         accumulate: bool,
         means: Means,
-        clock: Clock,
-    ) -> None:
-        codes, dy, centred, aux, losses = self._forward(x, k, dead, share, clock)
-        with clock.part("gradients"):
-            self._add_gradients(codes, dy, centred, accumulate)
-            db_dec = self.gradients[self.sae.b_dec]
-            if accumulate:
-                db_dec += dy.sum(0)
-            else:
-                torch.sum(dy, 0, out=db_dec)
-            if aux is not None:
-                self._add_gradients(*aux, centred, True)
-        self.sae.track_fired_(codes)
-        means.add(codes, **losses)
-
-    def _add_gradients(
-        self, codes: SparseCodes, dy: torch.Tensor, centred: torch.Tensor, accumulate: bool
     ) -> None:
         sae = self.sae
-        outputs = (self.gradients[p] for p in (sae.w_dec, sae.w_enc, sae.b_enc))
+        terms, d_b_dec, values = sae.terms(batch, k, dead, share, self._scratch)
+        with self._scratch.part("gradients"):
+            db_dec = self.gradients[sae.b_dec]
+            if accumulate:
+                db_dec += d_b_dec
+            else:
+                db_dec.copy_(d_b_dec)
+            for number, term in enumerate(terms):
+                self._add_gradients(term, accumulate or number > 0)
+        codes = terms[0].codes
+        sae.track_(codes)
+        means.add(batch, codes, values)
+
+    def _add_gradients(self, term: Term, accumulate: bool) -> None:
+        sae, codes = self.sae, term.codes
         sae_gradients_op(
             codes.values.float(),
             codes.indices,
             *codes.by_feature(),
-            dy,
-            centred,
+            term.dy,
+            term.x,
             sae.w_dec,
-            *outputs,
+            *(self.gradients[p] for p in (sae.w_dec, sae.w_enc, sae.b_enc)),
             accumulate,
-            impl=resolve_impl(sae_gradients_op, None, dy.device),
+            impl=resolve_impl(sae_gradients_op, None, term.dy.device),
         )
-
-    def _auxiliary(
-        self, x: torch.Tensor, error: torch.Tensor, dead: torch.Tensor, clock: Clock
-    ) -> tuple[SparseCodes, torch.Tensor]:
-        """Codes of the dead features (global indices), and what they leave of the residual."""
-        sae = self.sae
-        assert sae.config.k_aux is not None
-        with clock.part("encode"):
-            compact = topk_encode(
-                x.to(sae.w_enc.dtype),
-                self._rows_of(dead),
-                sae.b_enc[dead],
-                k=min(sae.config.k_aux, dead.numel()),
-                b_dec=sae.b_dec,
-            )
-            codes = SparseCodes(compact.values, dead[compact.indices], sae.config.n_features)
-        with clock.part("decode"):
-            y = sparse_decode(codes, sae.w_dec).float()
-        # y - r with the residual r = -error, which is a constant
-        return codes, y.add_(error)
-
-    def _input_bias_gradient(self) -> None:
-        sae = self.sae
-        db_enc, db_dec = self.gradients[sae.b_enc], self.gradients[sae.b_dec]
-        db_dec -= weighted_row_sum(db_enc, sae.w_enc)
-
-    def _scratch(self, x: torch.Tensor) -> torch.Tensor:
-        if self._centred.shape != x.shape or self._centred.device != x.device:
-            self._centred = torch.empty_like(x, dtype=torch.float32)
-        return self._centred
-
-    def _rows_of(self, dead: torch.Tensor) -> torch.Tensor:
-        w_enc = self.sae.w_enc.detach()
-        if self._dead_rows.shape[0] < dead.numel() or self._dead_rows.dtype != w_enc.dtype:
-            self._dead_rows = w_enc.new_empty(min(w_enc.shape[0], 2 * dead.numel()), w_enc.shape[1])
-        return torch.index_select(w_enc, 0, dead, out=self._dead_rows[: dead.numel()])

@@ -9,10 +9,12 @@ that stay, and lr and the step counts are device tensors (`RowAdam(capturable=Tr
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from mikernels import _triton
+from mikernels.batch import Batch
 from mikernels.training.fused import FusedStep
 from mikernels.training.metrics import Clock, Means
 
@@ -41,7 +43,7 @@ class GraphedStep:
                 "Trainer: cuda_graph needs a RowAdam(..., capturable=True), got one that is not; "
                 "make it so, or leave optimizer out"
             )
-        self._inputs: list[torch.Tensor] = []
+        self._inputs: list[Batch] = []
         self._sums = Means()
         self._replay: Callable[[], None] | None = None
         self._ran: tuple[object, ...] = ()
@@ -49,7 +51,7 @@ class GraphedStep:
 
     @torch.no_grad()
     def __call__(
-        self, batches: list[torch.Tensor], k: int, dead: torch.Tensor, means: Means, clock: Clock
+        self, batches: list[Batch], k: Any, dead: torch.Tensor, means: Means, clock: Clock
     ) -> None:
         """As FusedStep."""
         if dead.numel() and self.step.sae.config.aux_coefficient:
@@ -71,14 +73,16 @@ class GraphedStep:
         self._replay()
         means.merge(self._sums)
 
-    def _fill(self, batches: list[torch.Tensor]) -> None:
-        if [x.shape for x in batches] != [x.shape for x in self._inputs]:
-            self._inputs = [x.clone(memory_format=torch.contiguous_format) for x in batches]
+    def _fill(self, batches: list[Batch]) -> None:
+        shapes, held = ([_shapes(b) for b in batches] for batches in (batches, self._inputs))
+        if shapes != held:
+            self._inputs = [_copied(batch) for batch in batches]
             return
-        for own, x in zip(self._inputs, batches, strict=True):
-            own.copy_(x)
+        for own, batch in zip(self._inputs, batches, strict=True):
+            for mine, given in zip(own.tensors(), batch.tensors(), strict=True):
+                mine.copy_(given)
 
-    def _key(self, k: int) -> tuple[object, ...]:
+    def _key(self, k: Any) -> tuple[object, ...]:
         """What a recording is valid for: numbers by value, tensors by address."""
         optimizer = self.optimizer
         settings = [
@@ -88,7 +92,8 @@ class GraphedStep:
             if name != "params"
         ]
         frozen = [p.requires_grad for p in self.step.sae.parameters()]
-        held = [*self._inputs, *self.step.buffers(), optimizer.clip_norm, *settings, *frozen]
+        inputs = [t for batch in self._inputs for t in batch.tensors()]
+        held = [*inputs, *self.step.buffers(), optimizer.clip_norm, *settings, *frozen]
         return k, *(_identity(value) for value in held)
 
     def _record(self, work: Callable[[], None]) -> Callable[[], None]:
@@ -117,6 +122,16 @@ def check_device(device: torch.device) -> None:
             f"Trainer: cuda_graph needs Triton's kernels, since the references synchronise, got: "
             f"{reason}; or leave cuda_graph out"
         )
+
+
+def _shapes(batch: Batch) -> list[torch.Size | None]:
+    return [None if t is None else t.shape for t in (batch.input, batch.target, batch.weights)]
+
+
+def _copied(batch: Batch) -> Batch:
+    parts = (batch.input, batch.target, batch.weights)
+    copies = (None if t is None else t.clone(memory_format=torch.contiguous_format) for t in parts)
+    return Batch(*copies)  # type: ignore[arg-type]
 
 
 def _identity(value: object) -> object:

@@ -7,17 +7,17 @@ import errno
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import torch
-
+from mikernels.batch import Batch
 from mikernels.codes import SparseCodes
 from mikernels.files import explained, finite, irregular, parse_json, write_all, write_atomic
+from mikernels.nn.losses import weighted
 
 PARTS = ("encode", "decode", "gradients", "optimizer", "other")
 MEANS = ("loss", "mse", "fvu", "aux_loss", "l0")
@@ -73,27 +73,26 @@ class Means:
     """Means over tokens of 0-dim tensors; nothing is read back before it is asked for.
 
     Attributes:
-        sums: of every quantity, times the tokens of its micro-batch. tokens: in all.
+        sums: of every quantity, times the tokens of its micro-batch. tokens: in all, each counted
+            by its weight.
     """
 
-    def __init__(self, sums: dict[str, float] | None = None, tokens: int = 0):
+    def __init__(self, sums: dict[str, float] | None = None, tokens: float = 0.0):
         self.sums: dict[str, Any] = dict(sums) if sums else dict.fromkeys(MEANS, 0.0)
-        self.tokens = tokens
+        self.tokens: Any = tokens
 
-    def add(self, codes: SparseCodes, **losses: torch.Tensor) -> None:
+    def add(self, batch: Batch, codes: SparseCodes, values: Mapping[str, Any]) -> None:
         """One micro-batch: its loss, mse, fvu and aux_loss, and the L0 of its codes."""
-        tokens = codes.values.numel() // codes.k
-        for name, value in losses.items():
-            self.sums[name] = self.sums[name] + value.detach().double() * tokens
-        active = (codes.values.detach() != 0).sum(dtype=torch.float64)
-        self.sums["l0"] = self.sums["l0"] + active
-        self.tokens += tokens
+        for name in MEANS[:-1]:
+            self.sums[name] = self.sums[name] + values[name].detach().double() * batch.count
+        self.sums["l0"] = self.sums["l0"] + weighted(codes.l0().double(), batch.weights)
+        self.tokens = self.tokens + batch.count
 
     def merge(self, other: Means) -> None:
         """Add another's sums; they are copied, so that it may change afterwards."""
         for name, value in other.sums.items():
             self.sums[name] = self.sums[name] + value
-        self.tokens += other.tokens
+        self.tokens = self.tokens + other.tokens
 
     def read(self) -> dict[str, float]:
         """The sums as numbers: synchronises the device."""
@@ -101,7 +100,8 @@ class Means:
 
     def means(self) -> dict[str, float]:
         """The means over the tokens: synchronises the device."""
-        return {name: value / self.tokens for name, value in self.read().items()}
+        tokens = float(self.tokens)
+        return {name: value / tokens for name, value in self.read().items()}
 
 
 class JsonLines:

@@ -7,14 +7,14 @@ from typing import Any
 
 import torch
 
-from mikernels.nn import TopKSAE
+from mikernels.nn import SAE
 from mikernels.optim import RowAdam
 from mikernels.training.config import TrainConfig
 
 
-def row_adam(sae: TopKSAE, config: TrainConfig) -> RowAdam:
+def row_adam(sae: SAE, config: TrainConfig) -> RowAdam:
     """The optimiser of an SAE: one group for the constrained decoder, one for the rest."""
-    constrained = sae.config.normalize_decoder
+    constrained = bool(sae.constrained())
     optimizer = RowAdam(
         [
             {"params": [sae.w_dec], "project": constrained, "unit_norm": constrained},

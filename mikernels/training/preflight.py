@@ -14,17 +14,20 @@ import torch
 from torch.nn.utils.parametrize import is_parametrized
 
 from mikernels.files import check_json, explained, write_atomic
-from mikernels.nn import TopKSAE
+from mikernels.nn import SAE
 from mikernels.tensor_files import check_writable, overlap
 from mikernels.training.batches import BatchSource
 from mikernels.training.checkpoint import TRAINING, checkpoints, in_the_way, remove_leftovers
 from mikernels.training.config import TrainConfig
 
 # what the fused and the dense step compute in their own way
-METHODS = ("encode", "decode", "score", "remove_parallel_gradient_", "normalize_decoder_")
+METHODS = (
+    *("encode", "select", "decode", "score", "aux_loss"),
+    *("remove_parallel_gradient_", "normalize_decoder_"),
+)
 
 
-def check_fit(sae: TopKSAE, source: BatchSource, config: TrainConfig) -> None:
+def check_fit(sae: SAE, source: BatchSource, config: TrainConfig) -> None:
     """SAE, source and settings fit each other, or a ValueError."""
     check_weights_apart(sae)
     if source.d != sae.config.d:
@@ -56,19 +59,21 @@ def check_fit(sae: TopKSAE, source: BatchSource, config: TrainConfig) -> None:
         )
 
 
-def _check_bypassed(sae: TopKSAE, step: str) -> None:
+def _check_bypassed(sae: SAE, step: str) -> None:
     """The step runs all that the SAE is: what it would pass by without a word is refused.
 
-    Every step calls the methods of a TopKSAE one by one, and never `forward`. Only step "autograd"
-    calls `encode`, `decode` and `score` for what they are, and lets hooks see gradients.
+    Every step calls the methods of an SAE one by one, and never `forward`. Only step "autograd"
+    calls `select`, `decode` and `score` for what they are, and lets hooks see gradients. A variant,
+    a class with an `architecture` of its own, answers for its methods itself.
     """
     found = []
+    variant = next(c for c in type(sae).__mro__ if "architecture" in vars(c) or c is SAE)
     if is_parametrized(sae):
         found.append("a parametrization")
     if sae._forward_hooks or sae._forward_pre_hooks:
         found.append("forward hooks")
     for name in ("forward",) if step == "autograd" else ("forward", *METHODS):
-        if getattr(type(sae), name) is not getattr(TopKSAE, name) or name in vars(sae):
+        if getattr(type(sae), name) is not getattr(variant, name) or name in vars(sae):
             found.append(f"its own {name}")
     if step != "autograd":
         if sae._backward_hooks or sae._backward_pre_hooks:
@@ -81,15 +86,13 @@ def _check_bypassed(sae: TopKSAE, step: str) -> None:
         ]
     if found:
         raise ValueError(
-            f"Trainer: sae must be a plain TopKSAE for step={step!r}, which would pass by what is "
-            f"added to it, got {', '.join(found)}; remove it"
+            f"Trainer: sae must be a plain {variant.__name__} for step={step!r}, which would pass "
+            f"by what is added to it, got {', '.join(found)}; remove it"
             + ("" if step == "autograd" else ", or use step='autograd' for all but forward")
         )
 
 
-def check_state(
-    sae: TopKSAE, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any]
-) -> None:
+def check_state(sae: SAE, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any]) -> None:
     """What a checkpoint would hold can be written and read back.
 
     Raises:
@@ -97,7 +100,7 @@ def check_state(
     """
     fix = "; mend it, or leave out_dir out to train without checkpoints"
     weights = sae.state_dict()
-    expected = {"w_enc", "w_dec", "b_enc", "b_dec", "tokens_since_fired"}
+    expected = sae.tensors(sae.config).keys()
     if weights.keys() != expected:
         raise ValueError(
             f"Trainer: the SAE's state_dict must be of {sorted(expected)}, as load_sae makes it, "
@@ -115,7 +118,7 @@ def check_state(
         ) from error
 
 
-def check_weights_apart(sae: TopKSAE) -> None:
+def check_weights_apart(sae: SAE) -> None:
     """No two weights in one memory: each is stepped on its own. ValueError else."""
     if tied := overlap(dict(sae.named_parameters(remove_duplicate=False))):
         raise ValueError(
@@ -124,7 +127,7 @@ def check_weights_apart(sae: TopKSAE) -> None:
         )
 
 
-def prepare_out_dir(out_dir: Path, sae: TopKSAE, config: TrainConfig, reached: int | None) -> None:
+def prepare_out_dir(out_dir: Path, sae: SAE, config: TrainConfig, reached: int | None) -> None:
     """Make sure that all checkpoints can be written to out_dir, which this process owns.
 
     Args:

@@ -46,11 +46,11 @@ def take_snapshot(trainer: Trainer) -> tuple[dict[str, torch.Tensor], dict[str, 
     tensors, optimizer = pack_optimizer(trainer.optimizer)
     tensors[GENERATOR] = torch.get_rng_state()
     state = {
-        "sae": asdict(trainer.sae.config),
+        "sae": {"architecture": trainer.sae.architecture, **asdict(trainer.sae.config)},
         "config": trainer.config.to_dict(),
         "tokens": trainer.tokens,
         "scale": trainer.history.scale,
-        "means": {"sums": trainer.means.read(), "tokens": trainer.means.tokens},
+        "means": {"sums": trainer.means.read(), "tokens": float(trainer.means.tokens)},
         "parts": trainer.history.parts,
         "optimizer": {"class": type(trainer.optimizer).__name__, **optimizer},
         "source": trainer.source.state_dict(),
@@ -84,7 +84,11 @@ def restore(trainer: Trainer, folder: Path) -> None:
         mine = replace(mine, lr=config.lr)
     if trainer.open["dead_after"]:
         my_sae = replace(my_sae, dead_after=sae_config.dead_after)
-    check_equal(path, asdict(sae_config), asdict(my_sae))
+    check_equal(
+        path,
+        {"architecture": state.sae["architecture"], **asdict(sae_config)},
+        {"architecture": trainer.sae.architecture, **asdict(my_sae)},
+    )
     fixed = [
         {name: value for name, value in settings.to_dict().items() if name not in FREE}
         for settings in (config, mine)
@@ -140,7 +144,6 @@ def _check_counters(
     bounds = {
         "step": (state.step, 0, config.total_steps),
         "tokens": (state.tokens, micro, None if state.step else 0),
-        "means.tokens": (means.tokens, 0, state.tokens),
     }
     for name, (value, least, most) in bounds.items():
         if value < least or (most is not None and value > most):

@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 
 from mikernels.files import explained
-from mikernels.nn import TopKSAE
-from mikernels.nn.topk_sae import DEAD_AFTER
+from mikernels.nn import SAE
+from mikernels.nn.sae import DEAD_AFTER
 from mikernels.owning import owned
 from mikernels.training.autograd import AutogradStep, dense_forward, sparse_forward
 from mikernels.training.batches import BatchSource, power_of_two_scale, take_batches
@@ -33,7 +33,7 @@ METRICS = "metrics.jsonl"
 
 
 class Trainer:
-    """Trains a TopKSAE on activations.
+    """Trains a sparse autoencoder on activations.
 
     Args:
         sae: trained in place, on its device.
@@ -54,7 +54,7 @@ class Trainer:
 
     def __init__(
         self,
-        sae: TopKSAE,
+        sae: SAE,
         source: BatchSource,
         config: TrainConfig,
         *,
@@ -185,18 +185,18 @@ class Trainer:
                 scale = power_of_two_scale(batches)
                 sae.rescale_(scale / self.history.scale)
                 self.history.scale = scale
-            if sae.config.normalize_decoder and sae.w_dec.requires_grad:
+            if sae.constrained() and sae.w_dec.requires_grad:
                 sae.normalize_decoder_()
         if self.history.scale != 1:
-            batches = [x * self.history.scale for x in batches]
+            batches = [batch.scaled(self.history.scale) for batch in batches]
         if self.step == 0 and config.init_b_dec and sae.b_dec.requires_grad:
-            sae.init_b_dec_(batches[0])
+            sae.init_b_dec_(batches[0].output)
         with self._clock.step():
             set_rate(self.optimizer, config.lr_at(self.step))
-            k = config.k_at(self.step, sae.config.k)
+            k = config.k_at(self.step, sae.k)
             self._update(batches, k, self._dead(), self.means, self._clock)
         self.step += 1
-        self.tokens += sum(x.shape[0] for x in batches)
+        self.tokens += sum(map(len, batches))
         return True
 
     @contextmanager
@@ -255,7 +255,7 @@ class Trainer:
             **means,
             "dead_fraction": self.sae.dead().double().mean().item(),
             "lr": self.config.lr_at(self.step - 1),
-            "k": self.config.k_at(self.step - 1, self.sae.config.k),
+            "k": self.config.k_at(self.step - 1, self.sae.k),
             "tokens_per_second": (self.tokens - tokens) / (time.perf_counter() - wall),
             "step_ms": 1e3 * (self._clock.total() - busy) / max(1, self.step - step),
         }
