@@ -454,3 +454,13 @@ def test_load_refuses_weights_that_are_not_finite(tmp_path, name, value):
     write_peer(tmp_path, peer_config(), weights)
     with pytest.raises(ValueError, match=f"load_sae: {name} in .* got NaN or inf in 1 of"):
         load_sae(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["W_enc", "b_enc", "W_dec", "b_dec"])
+def test_load_refuses_transposed_weights(tmp_path, name):
+    weights = peer_weights()
+    t = weights[name]
+    weights[name] = t.T.contiguous() if t.dim() == 2 else t[None]
+    write_peer(tmp_path, peer_config(), weights)
+    with pytest.raises(ValueError, match=r"sae_weights.safetensors must hold .* by cfg.json, got"):
+        load_sae(tmp_path)
