@@ -266,7 +266,10 @@ def _read_weights(path: Path, shapes: dict[str, list[int]]) -> dict[str, torch.T
         if t.dtype not in DTYPES.values():
             raise _damaged(path, f"with {name} of one of {list(DTYPES)}", t.dtype)
         if bad := int((~t.isfinite()).sum()):
-            raise _damaged(path, f"with finite {name}", f"NaN or inf in {bad} places")
+            raise ValueError(
+                f"load_sae: {name} in {path} must be finite, got NaN or inf in {bad:,} of "
+                f"{t.numel():,} numbers; its training diverged: take an earlier checkpoint"
+            )
     return weights
 
 
