@@ -534,10 +534,11 @@ FIRST = {"scale_activations": False, "decay": "constant"}
 def as_version_1(folder: Path) -> None:
     def change(state):
         del state["sha256"], state["scale"], state["config"]["scale_activations"]
+        del state["sae"]["architecture"]
         state["version"] = 1
         tokens, sums = state["means"]["tokens"], state["means"]["sums"]
         sums = {name: value / BATCH for name, value in sums.items()}
-        state["means"] = {"sums": sums, "count": tokens // BATCH}
+        state["means"] = {"sums": sums, "count": int(tokens) // BATCH}
         for group in state["optimizer"]["param_groups"]:
             del group["weight_decay"]
 

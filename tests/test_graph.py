@@ -9,6 +9,7 @@ import torch
 from oracle import identical, num_threads, randn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mikernels.batch import Batch
 from mikernels.nn import TopKSAE
 from mikernels.optim import RowAdam
 from mikernels.training import TrainConfig, Trainer, graph
@@ -52,8 +53,8 @@ def clock() -> Clock:
     return Clock(History().parts)
 
 
-def batches(seed: int, count: int = 1, size: int = BATCH) -> list[torch.Tensor]:
-    return [randn(size, D, seed=100 * seed + i) + 1 for i in range(count)]
+def batches(seed: int, count: int = 1, size: int = BATCH) -> list[Batch]:
+    return [Batch(randn(size, D, seed=100 * seed + i) + 1) for i in range(count)]
 
 
 @pytest.mark.parametrize("capturable", [False, True])
@@ -73,7 +74,7 @@ def test_a_fused_step_reads_nothing_back(loss, dtype, capturable) -> None:
 
 def test_a_fused_step_runs_where_nothing_can_be_read() -> None:
     step = FusedStep(make_sae().to("meta"), config(cuda_graph=True))
-    inputs = [x.to("meta") for x in batches(0, 2)]
+    inputs = [Batch(batch.input.to("meta")) for batch in batches(0, 2)]
     for _ in range(2):
         step(inputs, K, NONE.to("meta"), Means(), clock())
     assert all(state["step"].is_meta for state in step.optimizer.state.values())
@@ -137,11 +138,11 @@ def test_what_is_recorded_and_what_runs_eagerly(recorded) -> None:
 def test_batches_are_copied_to_buffers_that_stay(recorded) -> None:
     step = GraphedStep(FusedStep(make_sae(), config(cuda_graph=True)))
     for number in range(3):
-        (x,) = batches(number)
-        step([x], K, NONE, Means(), clock())
-        x.fill_(torch.nan)
-        buffer = step._inputs[0].data_ptr()
-    assert step._inputs[0].data_ptr() == buffer and step._inputs[0].isfinite().all()
+        (batch,) = batches(number)
+        step([batch], K, NONE, Means(), clock())
+        batch.input.fill_(torch.nan)
+        buffer = step._inputs[0].input.data_ptr()
+    assert step._inputs[0].input.data_ptr() == buffer and step._inputs[0].input.isfinite().all()
 
 
 @pytest.mark.parametrize("dead_after", [10**6, 3 * BATCH])
@@ -150,7 +151,7 @@ def test_a_trainer_with_a_graph_computes_the_same(recorded, dead_after) -> None:
     for cuda_graph in (False, True):
         sae = make_sae(dead_after=dead_after)
         settings = config(cuda_graph=cuda_graph, decay="cosine", log_every=3)
-        source = TensorSource(batches(0, size=10 * BATCH)[0], BATCH, seed=0)
+        source = TensorSource(batches(0, size=10 * BATCH)[0].input, BATCH, seed=0)
         trainer = Trainer(sae, source, settings, quiet=True)
         rows = trainer.run().rows
         times = ("tokens_per_second", "step_ms")
@@ -166,7 +167,7 @@ def test_a_trainer_with_a_graph_computes_the_same(recorded, dead_after) -> None:
 def test_a_run_is_resumed_with_or_without_a_graph(recorded, tmp_path) -> None:
     def trainer(cuda_graph: bool, tokens: int, folder) -> Trainer:
         settings = config(cuda_graph=cuda_graph, total_tokens=tokens)
-        source = TensorSource(batches(0, size=10 * BATCH)[0], BATCH, seed=0)
+        source = TensorSource(batches(0, size=10 * BATCH)[0].input, BATCH, seed=0)
         return Trainer(make_sae(), source, settings, quiet=True, out_dir=folder)
 
     whole = trainer(False, 10 * BATCH, tmp_path / "whole")
@@ -182,7 +183,7 @@ def test_a_run_is_resumed_with_or_without_a_graph(recorded, tmp_path) -> None:
 
 
 def test_bad_settings_are_refused() -> None:
-    source = TensorSource(batches(0)[0], BATCH)
+    source = TensorSource(batches(0)[0].input, BATCH)
     with pytest.raises(ValueError, match=r"cuda_graph needs a CUDA device, got cpu; move the SAE"):
         Trainer(make_sae(), source, config(cuda_graph=True), quiet=True)
     with pytest.raises(ValueError, match="cuda_graph needs step='fused', got 'dense'"):

@@ -16,11 +16,12 @@ from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from mikernels.batch import Batch
 from mikernels.nn import TopKSAE
 from mikernels.optim import RowAdam
 from mikernels.training import TrainConfig, Trainer
 from mikernels.training.autograd import AutogradStep, dense_forward, sparse_forward
-from mikernels.training.fused import FusedStep
+from mikernels.training.fused import FusedStep, Scratch
 from mikernels.training.metrics import PARTS, Clock, History, Means
 from mikernels.training.progress import Reporter
 from mikernels.training.sources import TensorSource
@@ -120,7 +121,7 @@ def test_fused_gradients_are_those_of_autograd(loss, n_dead) -> None:
             sae.b_dec.fill_(1.5)
             sae.b_enc.copy_(0.1 * randn(F, seed=7))
         parameters = (sae.w_dec, sae.w_enc, sae.b_enc, sae.b_dec)
-        batches = [part.to(dtype) for part in x]
+        batches = [Batch(part.to(dtype)) for part in x]
         if fused:
             step = FusedStep(sae, config)
             step.optimizer.apply_gradients = lambda gradients: None  # type: ignore[method-assign]
@@ -135,11 +136,8 @@ def test_fused_gradients_are_those_of_autograd(loss, n_dead) -> None:
     terms = torch.zeros(F, D)
     with torch.no_grad():
         for part in x:
-            codes, dy, _, aux, _ = FusedStep(sae, config)._forward(
-                part, K, dead, 0.5, Clock(History().parts)
-            )
-            for c, gradient in ((codes, dy), *([aux] if aux else [])):
-                terms += c.to_dense().abs().T @ gradient.abs()
+            for codes, dy, _ in sae.terms(Batch(part), K, dead, 0.5, Scratch()).terms:
+                terms += codes.to_dense().abs().T @ dy.abs()
     eagers, oracles = gradients(torch.float32, False), gradients(torch.float64, False)
     scales = terms.max().item(), None, None
     for actual, oracle, eager, scale in zip(ours[:3], oracles[:3], eagers[:3], scales, strict=True):
@@ -163,7 +161,7 @@ def test_the_fused_step_makes_no_second_matrix_of_features() -> None:
     sae = make_sae()
     config = TrainConfig(total_tokens=100)
     step = FusedStep(sae, config)
-    args = [activations(8)], K, torch.arange(20), Means(), Clock(History().parts)
+    args = [Batch(activations(8))], K, torch.arange(20), Means(), Clock(History().parts)
     step(*args)  # Adam's state and the dead rows' buffer are made now, once
     states = [t for p in sae.parameters() for t in (p, *step.optimizer.state[p].values())]
     kept = [t for t in (*states, *step.gradients.values()) if isinstance(t, torch.Tensor)]
@@ -234,7 +232,13 @@ def test_unequal_micro_batches_are_weighted_by_token(step, loss) -> None:
     else:
         run.optimizer = torch.optim.SGD(sae.parameters(), lr=1.0)
     means = Means()
-    run(parts, K, torch.empty(0, dtype=torch.int64), means, Clock(History().parts))
+    run(
+        [Batch(part) for part in parts],
+        K,
+        torch.empty(0, dtype=torch.int64),
+        means,
+        Clock(History().parts),
+    )
     moved = [b - p.detach() for b, p in zip(before, sae.parameters(), strict=True)]
 
     with torch.no_grad():
@@ -334,6 +338,54 @@ def test_an_sae_without_a_parameter_to_train_is_refused() -> None:
         train(make_sae(loss="fvu"), batch_size=1)
 
 
+class Weighted(Batches):
+    """Batches with targets and weights, as a transcoder's source gives them."""
+
+    def __init__(self, batches: list[Batch]):
+        super().__init__(batches)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("loss", ["mse", "fvu"])
+def test_targets_and_weights_count_alike_in_all_steps(loss) -> None:
+    """A weight of 2 is a token twice, of 0 a token that is not there; the target is what counts."""
+    x = activations(3 * BATCH).view(3, BATCH, D)
+    y = x.roll(1, -1) + 1
+    weights = torch.randint(0, 3, (3, BATCH), generator=torch.Generator().manual_seed(0)).float()
+    repeats = [w.long() for w in weights]
+
+    def run(step: str, repeated: bool) -> tuple[list[torch.Tensor], list[dict]]:
+        sae = make_sae(loss=loss, dead_after=BATCH)
+        batches = [
+            Batch(a.repeat_interleave(r, 0), b.repeat_interleave(r, 0))
+            if repeated
+            else Batch(a, b, w)
+            for a, b, w, r in zip(x, y, weights, repeats, strict=True)
+        ]
+        config = TrainConfig(
+            total_tokens=3 * BATCH, batch_size=BATCH, step=step, lr=1e-3, log_every=1, eps=1e-3,
+            scale_activations=False, init_b_dec=False,
+        )  # fmt: skip
+        rows = Trainer(sae, Weighted(batches), config, quiet=True).run().rows
+        return [p.detach() for p in sae.parameters()], rows
+
+    expected, rows = run("dense", repeated=True)
+    for step in ("fused", "autograd", "dense"):
+        got, weighted = run(step, repeated=False)
+        for a, b in zip(got, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+        for name in ("loss", "mse", "fvu", "aux_loss", "l0"):
+            a, b = ([row[name] for row in history] for history in (weighted, rows))
+            assert a == pytest.approx(b, rel=1e-4), (step, name)
+    with pytest.raises(ValueError, match="weights of batch 1 must be finite and at least 0"):
+        Trainer(
+            make_sae(), Weighted([Batch(x[0], None, -weights[0])]),
+            TrainConfig(BATCH, BATCH), quiet=True,
+        ).run()  # fmt: skip
+    with pytest.raises(ValueError, match=r"the target of batch 1 must be \[batch, 16\]"):
+        bad = Batch(x[0], y[0, :, :3])
+        Trainer(make_sae(), Weighted([bad]), TrainConfig(BATCH, BATCH), quiet=True).run()
+
+
 @pytest.mark.parametrize("step", ["fused", "autograd", "dense"])
 @pytest.mark.parametrize("loss", ["mse", "fvu"])
 @pytest.mark.parametrize("tokens", [1, 7])
@@ -344,7 +396,7 @@ def test_tokens_without_variance_keep_every_number_finite(step, loss, tokens) ->
     forward = dense_forward if step == "dense" else sparse_forward
     run = FusedStep(sae, config) if step == "fused" else AutogradStep(sae, config, None, forward)
     means = Means()
-    run([same.clone()], K, torch.arange(6, 40), means, Clock(History().parts))
+    run([Batch(same.clone())], K, torch.arange(6, 40), means, Clock(History().parts))
     assert all(math.isfinite(value) for value in means.means().values())
     assert means.means()["fvu"] == 0 and means.means()["aux_loss"] == 0
     assert all(p.isfinite().all() for p in sae.parameters())
@@ -657,5 +709,5 @@ def test_autograd_step_leaves_no_gradients_behind() -> None:
     sae = make_sae()
     step = AutogradStep(sae, TrainConfig(total_tokens=10))
     no_dead = torch.empty(0, dtype=torch.int64)
-    step([activations(BATCH)], K, no_dead, Means(), Clock(History().parts))
+    step([Batch(activations(BATCH))], K, no_dead, Means(), Clock(History().parts))
     assert all(p.grad is None for p in sae.parameters())

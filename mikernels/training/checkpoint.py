@@ -227,7 +227,8 @@ def load_checkpoint(
         check_sealed(raw, "resume", path, fix)
     if version == 1:
         state.sae["architecture"] = TopKSAE.architecture  # there was no other
-    if (kind := state.sae.get("architecture")) not in ARCHITECTURES:
+    kind = state.sae.get("architecture")
+    if not isinstance(kind, str) or kind not in ARCHITECTURES:
         raise _unusable(path, f"with sae.architecture of {sorted(ARCHITECTURES)}", f"{kind!r}")
     form = ARCHITECTURES[kind].config_type
     check_names(path, "sae", state.sae, form, FIRST_SAE if version == 1 else None)

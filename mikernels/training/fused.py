@@ -60,7 +60,8 @@ class Scratch:
         return flat[:size].view(shape)
 
     def tensors(self) -> list[torch.Tensor]:
-        return list(self._flat.values())
+        """The memory of a step without AuxK, the only kind that a graph holds."""
+        return [flat for name, flat in self._flat.items() if name != "dead"]
 
 
 class FusedStep:

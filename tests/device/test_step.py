@@ -9,6 +9,7 @@ import torch
 from oracle import assert_accurate, identical, randn
 
 from mikernels import _triton
+from mikernels.batch import Batch
 from mikernels.nn import TopKSAE
 from mikernels.optim import RowAdam
 from mikernels.training import TrainConfig, Trainer
@@ -40,7 +41,7 @@ def config(batch: int = BATCH, **settings) -> TrainConfig:
 
 
 def batches(device: str, seed: int, count: int = 1, size: int = BATCH, d: int = D):
-    return [(randn(size, d, seed=100 * seed + i) + 1).to(device) for i in range(count)]
+    return [Batch((randn(size, d, seed=100 * seed + i) + 1).to(device)) for i in range(count)]
 
 
 def clock() -> Clock:
@@ -67,7 +68,8 @@ def train(
     )
     means, features = Means(), torch.tensor(dead, dtype=torch.int64, device=device)
     for number in range(STEPS):
-        inputs = [x.to(dtype) for x in batches(device, number, 1 if at_once else 2)]
+        inputs = batches(device, number, 1 if at_once else 2)
+        inputs = [batch.to(torch.device(device), dtype) for batch in inputs]
         update(inputs, K, features, means, clock())
     if step == "fused":
         matrices = sae.w_dec in update.gradients
@@ -166,7 +168,7 @@ def test_a_trainer_with_a_graph_computes_the_same() -> None:
     for cuda_graph in (False, True):
         sae = make_sae(dead_after=5 * BATCH).cuda()
         settings = config(cuda_graph=cuda_graph, decay="cosine", log_every=3)
-        source = TensorSource(batches("cpu", 0, size=10 * BATCH)[0], BATCH, seed=0)
+        source = TensorSource(batches("cpu", 0, size=10 * BATCH)[0].input, BATCH, seed=0)
         trainer = Trainer(sae, source, settings, quiet=True)
         rows = trainer.run().rows
         runs.append((state_of(sae, trainer.optimizer), [row["loss"] for row in rows]))
