@@ -354,7 +354,10 @@ def test_targets_and_weights_count_alike_in_all_steps(loss) -> None:
     repeats = [w.long() for w in weights]
 
     def run(step: str, repeated: bool) -> tuple[list[torch.Tensor], list[dict]]:
-        sae = make_sae(loss=loss, dead_after=BATCH)
+        sae = make_sae(loss=loss, dead_after=10**9)
+        with torch.no_grad():
+            sae.w_enc[F // 2 :] *= 0.02
+            sae.tokens_since_fired[F // 2 :] = 10**9
         batches = [
             Batch(a.repeat_interleave(r, 0), b.repeat_interleave(r, 0))
             if repeated
@@ -369,6 +372,7 @@ def test_targets_and_weights_count_alike_in_all_steps(loss) -> None:
         return [p.detach() for p in sae.parameters()], rows
 
     expected, rows = run("dense", repeated=True)
+    assert rows[0]["aux_loss"] > 0
     for step in ("fused", "autograd", "dense"):
         got, weighted = run(step, repeated=False)
         for a, b in zip(got, expected, strict=True):
