@@ -64,14 +64,23 @@ def take_batches(
 def power_of_two_scale(batches: list[torch.Tensor]) -> float:
     """The power of two that brings the mean norm of rows of `[n, d]` batches nearest to sqrt(d).
 
-    1 for rows that are all zero. Synchronises a GPU.
+    1 for rows that are all zero or not finite. Synchronises a GPU.
+
+    Raises:
+        ValueError: it is not within 2^-64 to 2^64, beyond which biases could leave fp32's range.
     """
-    norms = torch.cat([torch.linalg.vector_norm(x, dim=-1) for x in batches])
-    mean = float(norms.double().mean())
+    # in fp64, for the squares may leave fp32's range
+    norms = torch.cat([torch.linalg.vector_norm(x, dim=-1, dtype=torch.float64) for x in batches])
+    mean = float(norms.mean())
     if not (math.isfinite(mean) and mean > 0):
         return 1.0
-    # further away the biases could leave fp32's range
-    return 2.0 ** max(-64, min(64, round(math.log2(batches[0].shape[1] ** 0.5 / mean))))
+    exponent = round(math.log2(batches[0].shape[1] ** 0.5 / mean))
+    if abs(exponent) > 64:
+        raise ValueError(
+            f"Trainer: the activations' mean norm must be within a factor of 2^64 of sqrt(d), got "
+            f"{mean:.1e}; multiply them by 2^{exponent} in the source"
+        )
+    return 2.0**exponent
 
 
 def _check(x: torch.Tensor, number: int, d: int) -> None:

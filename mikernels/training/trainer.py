@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from mikernels._autocast import in_own_dtype
 from mikernels.files import explained
 from mikernels.nn import TopKSAE
 from mikernels.nn.topk_sae import DEAD_AFTER
@@ -19,13 +20,18 @@ from mikernels.owning import owned
 from mikernels.training.autograd import AutogradStep, dense_forward, sparse_forward
 from mikernels.training.batches import BatchSource, power_of_two_scale, take_batches
 from mikernels.training.checkpoint import checkpoints, save_checkpoint
-from mikernels.training.config import DTYPES, TrainConfig
+from mikernels.training.config import TrainConfig
 from mikernels.training.fused import FusedStep
 from mikernels.training.graph import GraphedStep
 from mikernels.training.interrupts import Interrupts
 from mikernels.training.metrics import Clock, History, JsonLines, Means
 from mikernels.training.optimizer import set_rate
-from mikernels.training.preflight import check_fit, check_state, prepare_out_dir
+from mikernels.training.preflight import (
+    check_fit,
+    check_optimizer,
+    check_state,
+    prepare_out_dir,
+)
 from mikernels.training.progress import Reporter
 from mikernels.training.snapshot import restore, take_snapshot
 
@@ -66,14 +72,11 @@ class Trainer:
         if step is not None:
             config = TrainConfig.from_dict({**config.to_dict(), "step": step})
         check_fit(sae, source, config)
-        if config.dtype is not None:
-            sae.to(DTYPES[config.dtype])
+        if optimizer is not None:
+            check_optimizer(sae, optimizer, config)
         # what was left open here, a resumed run takes from its checkpoint
         self.open = {"lr": config.lr is None, "dead_after": sae.config.dead_after is None}
         config = replace(config, lr=config.peak_lr(sae.config.n_features))
-        if sae.config.dead_after is None:
-            after = max(1, min(DEAD_AFTER, config.total_tokens // 6))
-            sae.config = replace(sae.config, dead_after=after)
         self.sae, self.source, self.config, self.quiet = sae, source, config, quiet
         self.out_dir = None if out_dir is None else Path(out_dir)
         self._update: FusedStep | GraphedStep | AutogradStep
@@ -84,6 +87,11 @@ class Trainer:
             forward = dense_forward if config.step == "dense" else sparse_forward
             self._update = AutogradStep(sae, config, optimizer, forward)
         self.optimizer: torch.optim.Optimizer = self._update.optimizer
+        # the SAE changes only once nothing is refused any more
+        sae.to(config.weights_dtype(sae.w_dec.dtype))
+        if sae.config.dead_after is None:
+            after = max(1, min(DEAD_AFTER, config.total_tokens // 6))
+            sae.config = replace(sae.config, dead_after=after)
         self.history = History()
         self.step = self.tokens = 0
         self.means = Means()
@@ -175,11 +183,23 @@ class Trainer:
             self._save(lines)
 
     def _train_step(self) -> bool:
-        sae, config = self.sae, self.config
-        first = self.step * config.accumulation + 1
-        batches = take_batches(self.source, config.accumulation, first, sae)
+        count = self.config.accumulation
+        batches = take_batches(self.source, count, self.step * count + 1, self.sae)
         if batches is None:
             return False
+        self._step_on(batches)
+        self.step += 1
+        self.tokens += sum(x.shape[0] for x in batches)
+        return True
+
+    @in_own_dtype
+    @torch.inference_mode(False)
+    @torch.enable_grad()
+    def _step_on(self, batches: list[torch.Tensor]) -> None:
+        """The same step in whatever mode `run` is called; a source is called in the caller's."""
+        sae, config = self.sae, self.config
+        # autograd cannot keep a tensor of inference mode
+        batches = [x.clone() if x.is_inference() else x for x in batches]
         if self.step == 0:
             if config.scale_activations:
                 scale = power_of_two_scale(batches)
@@ -189,15 +209,12 @@ class Trainer:
                 sae.normalize_decoder_()
         if self.history.scale != 1:
             batches = [x * self.history.scale for x in batches]
-        if self.step == 0 and config.init_b_dec and sae.b_dec.requires_grad:
+        if self.step == 0 and config.init_b_dec and sae.b_dec.requires_grad and not sae.b_dec.any():
             sae.init_b_dec_(batches[0])
         with self._clock.step():
             set_rate(self.optimizer, config.lr_at(self.step))
             k = config.k_at(self.step, sae.config.k)
             self._update(batches, k, self._dead(), self.means, self._clock)
-        self.step += 1
-        self.tokens += sum(x.shape[0] for x in batches)
-        return True
 
     @contextmanager
     def _scaled(self) -> Iterator[None]:
