@@ -943,8 +943,32 @@ def test_a_folder_that_cannot_be_written_is_refused_at_the_start(tmp_path, monke
     assert raised.value.errno == errno.EROFS and trainer.step == 0
 
 
-def test_resume_while_another_writes_is_refused(uninterrupted) -> None:
+def test_resume_while_another_writes_is_refused(uninterrupted, tmp_path) -> None:
     whole, _ = uninterrupted
-    with owned(whole, "another"), pytest.raises(BlockingIOError, match="beside another of process"):
-        make(whole).resume()
-    assert make(whole).resume() == STEPS
+    (tmp_path / "links").mkdir()
+    link = tmp_path / "links" / "newest"
+    link.symlink_to(whole / f"checkpoint-{STEPS}")
+    for folder in (None, link):
+        refused = pytest.raises(BlockingIOError, match="beside another of process")
+        with owned(whole, "another"), refused:
+            make(whole).resume(folder)
+        assert make(whole).resume(folder) == STEPS
+
+
+def test_a_relative_folder_is_the_one_that_it_was(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    trainer = make(Path("run"))
+    give = trainer.source.next_batch
+
+    def move() -> torch.Tensor:
+        os.chdir(tmp_path / "elsewhere")
+        return give()
+
+    trainer.source.next_batch = move  # type: ignore[method-assign]
+    trainer.run()
+    assert [path.name for path in checkpoints(tmp_path / "run")] == [
+        "checkpoint-12",
+        "checkpoint-14",
+    ]
+    assert not list((tmp_path / "elsewhere").iterdir())

@@ -719,6 +719,22 @@ def test_an_index_from_before_checksums_is_read_and_said(tmp_path):
     assert row_numbers(source, 10).sort().values.tolist() == list(range(1000))
 
 
+def test_relative_paths_are_those_that_they_were(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "a.txt").write_text("text")
+    texts = TextFiles(["a.txt"])
+
+    def move():
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        yield numbered(10)
+
+    assert write_shards("shards", move()) == 10
+    assert ShardSource(tmp_path / "shards", 10).n_rows == 10
+    assert list(texts) == ["text"]
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
 def test_write_shards_has_one_writer(tmp_path):
     def batches():
         yield numbered(400)

@@ -30,7 +30,7 @@ class TextFiles:
     """
 
     def __init__(self, paths: Iterable[str | Path]):
-        self.paths = [Path(path) for path in paths]
+        self.paths = [Path(path).absolute() for path in paths]  # read again each epoch
         if not self.paths:
             raise ValueError("TextFiles: paths must name at least one text file, got none")
         for path in self.paths:

@@ -75,7 +75,8 @@ class Trainer:
             after = max(1, min(DEAD_AFTER, config.total_tokens // 6))
             sae.config = replace(sae.config, dead_after=after)
         self.sae, self.source, self.config, self.quiet = sae, source, config, quiet
-        self.out_dir = None if out_dir is None else Path(out_dir)
+        # where it is now: the process may go to another folder before it writes
+        self.out_dir = None if out_dir is None else Path(out_dir).absolute()
         self._update: FusedStep | GraphedStep | AutogradStep
         if config.step == "fused":
             fused = FusedStep(sae, config, optimizer)
@@ -118,7 +119,7 @@ class Trainer:
                 f"{folder}; remove the newer ones or choose another out_dir"
             )
         # nobody deletes it meanwhile, and no run that still goes on is resumed
-        with owned(folder.parent, "resume") if mine else nullcontext():
+        with owned(self.out_dir, "resume") if self.out_dir and mine else nullcontext():
             restore(self, folder)
         self._saved = self.step if mine else -1
         return self.step
