@@ -163,7 +163,7 @@ class Trainer:
                     self._log(report, lines)
                 if lines is not None and not self._state_checked:
                     # an optimiser's state is there from the first step on
-                    check_state(self.sae, *take_snapshot(self))
+                    check_state(self.sae, self.optimizer, *take_snapshot(self))
                     self._state_checked = True
                 if interrupts.pending:
                     self._save(lines)
@@ -232,7 +232,7 @@ class Trainer:
         if self.out_dir is None:
             yield None
             return
-        check_state(self.sae, *take_snapshot(self))
+        check_state(self.sae, self.optimizer, *take_snapshot(self))
         with explained("Trainer", "metrics and checkpoints", self.out_dir, "choose another"):
             self.out_dir.mkdir(parents=True, exist_ok=True)
         with owned(self.out_dir, "Trainer") as folder:
