@@ -369,7 +369,7 @@ def test_model_source_drops_tokens_that_are_not_finite_singly(value, outlier_nor
     options = {"outlier_norm": outlier_norm, "texts": [TEXTS[0] * 2]}
     expected = rows_of(model_source(**options))
     source = model_source(broken(value), max_nonfinite=0.1, **options)
-    with pytest.warns(RuntimeWarning, match=r"in \d+ of \d+ tokens \(window 0, .*counts") as seen:
+    with pytest.warns(RuntimeWarning, match=r"in \d+ of \d+ tokens \(first in window 0, .*counts") as seen:
         found = rows_of(source)
     assert len(seen) == 1
     kept = expected["token_ids"] != Q
@@ -390,10 +390,40 @@ def test_model_source_refuses_more_than_a_share_that_is_not_finite():
     )
     with pytest.raises(ValueError, match=message):
         model_source(broken(float("nan")), texts=texts).next_batch()
+    with pytest.raises(ValueError, match=message):
+        list(model_source(broken(float("nan")), texts=texts).read())
     with pytest.raises(ValueError, match="max_nonfinite must be in 0..1, got nan"):
         model_source(max_nonfinite=float("nan"))
     with pytest.raises(ValueError, match="outlier_norm must be above 0, got nan"):
         model_source(outlier_norm=float("nan"))
+
+
+@pytest.mark.parametrize("per_forward", [1, 8])
+def test_model_source_judges_a_share_on_more_than_the_first_windows(per_forward):
+    """1 of 15 tokens of the first window, and 1 of the text's 2,500."""
+    texts = ["q" + "a" * 2500]
+    source = model_source(
+        broken(float("nan")),
+        texts=texts,
+        context=16,
+        windows_per_forward=per_forward,
+        buffer_rows=1000,
+        skip_first=0,
+    )
+    with pytest.warns(RuntimeWarning, match=r"in 1 of \d+ tokens \(first in window 0, position [01],"):
+        found = rows_of(source)
+    assert source.dropped["nonfinite"] == 1 and len(found["positions"]) > 2400
+    # and what is at fault altogether is known before the block is full
+    forwards = []
+    bad = broken(float("nan"))
+    bad.register_forward_pre_hook(lambda *_: forwards.append(1))
+    source = model_source(
+        bad, texts=["q" * 5000], context=16, windows_per_forward=1, buffer_rows=1600, skip_first=0
+    )
+    forwards.clear()
+    with pytest.warns(RuntimeWarning, match="in 16 of 16"), pytest.raises(ValueError, match="32 of 32"):
+        source.next_batch()
+    assert len(forwards) == 2  # 16 of 1,600 are 1 %
 
 
 def test_model_source_counts_outliers_beside_tokens_that_are_not_finite():
