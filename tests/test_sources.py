@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import identical
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from mikernels.files import sealed
 from mikernels.owning import LOCK, owned
@@ -645,6 +645,67 @@ def test_load_model_unpickles_tensors_only(tmp_path, silent):
     with pytest.raises(ValueError, match="must hold a model that transformers reads, got"):
         load_model(tmp_path)
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"attn_implementation": "kernels-community/flash-attn"},
+        {"_attn_implementation": "paged|kernels-community/flash-attn"},
+        {"text_config": {"_attn_implementation": "own/attention:kernel"}},
+    ],
+)
+def test_load_model_fetches_no_kernels(tmp_path, change):
+    tiny("llama").save_pretrained(tmp_path)
+    saved_tokenizer(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    refused = f"load_model: {path} must not name code of a repository, got _?attn_implementation = "
+    with pytest.raises(ValueError, match=refused):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("file", "change"),
+    [
+        ("config.json", {"hidden_size": -4}),
+        ("config.json", {"num_hidden_layers": "2"}),
+        ("config.json", {"num_attention_heads": 0}),
+        ("tokenizer_config.json", {"tokenizer_class": 3}),
+    ],
+)
+def test_load_model_names_the_folder_whatever_transformers_raises(tmp_path, file, change):
+    tiny("llama").save_pretrained(tmp_path)
+    saved_tokenizer(tmp_path)
+    path = tmp_path / file
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ValueError, match=f"load_model: {tmp_path} must hold a"):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("missing", "every weight of LlamaModel, got none for layers.0.mlp.up_proj.weight .1 in"),
+        ("NaN", "finite weights, got NaN or inf in layers.0.mlp.up_proj.weight; restore"),
+        ("transposed", "a model that transformers reads, got RuntimeError"),
+    ],
+)
+def test_load_model_takes_every_weight_from_the_folder(tmp_path, change, said):
+    model = tiny("llama")
+    model.save_pretrained(tmp_path)
+    saved_tokenizer(tmp_path)
+    assert load_model(tmp_path)[0] is not None
+    path, name = tmp_path / "model.safetensors", "model.layers.0.mlp.up_proj.weight"
+    weights = load_file(path)
+    weight = weights.pop(name)
+    if change == "NaN":
+        weight[3, 5] = torch.nan
+    if change != "missing":
+        weights[name] = weight.T.contiguous() if change == "transposed" else weight
+    save_file(weights, path, {"format": "pt"})
+    with pytest.raises(ValueError, match=f"load_model: {tmp_path} must hold {said}"):
+        load_model(tmp_path)
 
 
 def test_load_model_says_that_the_weights_are_truncated(tmp_path):
