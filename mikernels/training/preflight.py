@@ -22,6 +22,7 @@ from mikernels.training.batches import BatchSource
 from mikernels.training.checkpoint import TRAINING, checkpoints, in_the_way, remove_leftovers
 from mikernels.training.config import TrainConfig
 from mikernels.training.optimizer import group_of
+from mikernels.training.optimizer_state import unpack_optimizer
 
 # what the fused and the dense step compute in their own way
 METHODS = ("encode", "decode", "score", "remove_parallel_gradient_", "normalize_decoder_")
@@ -136,9 +137,12 @@ def check_optimizer(sae: TopKSAE, optimizer: torch.optim.Optimizer, config: Trai
 
 
 def check_state(
-    sae: TopKSAE, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any]
+    sae: TopKSAE,
+    optimizer: torch.optim.Optimizer,
+    tensors: Mapping[str, torch.Tensor],
+    state: Mapping[str, Any],
 ) -> None:
-    """What a checkpoint would hold can be written and read back.
+    """What a checkpoint would hold can be written and read back; reads the moments once.
 
     Raises:
         TypeError, ValueError: naming what cannot.
@@ -160,6 +164,15 @@ def check_state(
         raise type(error)(
             f"Trainer: the states of the source and optimiser must be JSON-able (tensors of the "
             f"optimiser aside), got: {error}{fix}"
+        ) from error
+    moments = {name: t for name, t in tensors.items() if name.startswith("optimizer.")}
+    saved = state["optimizer"]
+    try:
+        unpack_optimizer(optimizer, moments, saved["state"], saved["param_groups"])
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"Trainer: the state of the optimiser must be one that resume takes back, got "
+            f"{type(optimizer).__name__}: {error}{fix}"
         ) from error
 
 

@@ -7,18 +7,14 @@ import functools
 import importlib.util
 import io
 import json
-import pickle
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 BLOCK = 1 << 20
-# what transformers raises for files that it cannot read
-UNREADABLE = (ImportError, OSError, ValueError, KeyError)
 
 
 class TextFiles:
@@ -30,7 +26,7 @@ class TextFiles:
     """
 
     def __init__(self, paths: Iterable[str | Path]):
-        self.paths = [Path(path) for path in paths]
+        self.paths = [Path(path).absolute() for path in paths]  # read again each epoch
         if not self.paths:
             raise ValueError("TextFiles: paths must name at least one text file, got none")
         for path in self.paths:
@@ -123,6 +119,45 @@ def _unreadable(folder: Path, expected: str, error: Exception, fix: str = "") ->
     )
 
 
+def _check_no_kernels(folder: Path) -> None:
+    """No attention from a repository, whose compiled code transformers would fetch and run."""
+    path = folder / "config.json"
+    try:
+        level = [json.loads(path.read_text(encoding="utf-8"))] if path.is_file() else []
+    except (ValueError, OSError, RecursionError):
+        return  # transformers says what is wrong with it
+    while level:
+        value = level.pop()
+        if isinstance(value, list):
+            level.extend(value)
+        elif isinstance(value, dict):
+            for name, item in value.items():
+                level.append(item)
+                if name.endswith("_implementation") and "/" in json.dumps(item):
+                    raise ValueError(
+                        f"load_model: {path} must not name code of a repository, got {name} = "
+                        f"{item!r}, which is never fetched here; remove it, or load model and "
+                        f"tokeniser yourself and pass them to ModelSource"
+                    )
+
+
+def _check_whole(folder: Path, model: torch.nn.Module, missing: Iterable[str]) -> None:
+    """Every weight comes from the folder and is finite; reads all of them once."""
+    absent = sorted(missing)
+    if absent:
+        raise ValueError(
+            f"load_model: {folder} must hold every weight of {type(model).__name__}, got none for "
+            f"{', '.join(absent[:3])} ({len(absent)} in all), which would be random; complete the "
+            f"files, or load model and tokeniser yourself and pass them to ModelSource"
+        )
+    for name, p in model.named_parameters():
+        if not bool(p.isfinite().all()):
+            raise ValueError(
+                f"load_model: {folder} must hold finite weights, got NaN or inf in {name}; "
+                f"restore the file, or load it in a wider dtype"
+            )
+
+
 def load_model(
     folder: str | Path, gguf_file: str | None = None, dtype: torch.dtype = torch.float32
 ) -> tuple[torch.nn.Module, Any]:
@@ -141,7 +176,7 @@ def load_model(
         FileNotFoundError: no such folder or file.
         ModuleNotFoundError: without the `models` extra.
         ValueError: when `transformers` cannot read the model or the tokeniser, or only with code
-            from the folder.
+            from the folder or a repository; a weight that is missing or not finite.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -172,16 +207,18 @@ def load_model(
     options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     if gguf_file is not None:
         options["gguf_file"] = gguf_file
+    _check_no_kernels(folder)
     with _quiet_transformers(), _one_gguf_reader() if gguf_file else nullcontext():
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(folder), **options)
-        except (*UNREADABLE, TypeError) as error:
+        except Exception as error:  # a damaged file may raise anything there
             fix = "; save it there with tokenizer.save_pretrained"
             raise _unreadable(folder, "a tokeniser", error, fix) from error
         try:
-            model = AutoModel.from_pretrained(
-                str(folder), dtype=dtype, weights_only=True, **options
+            model, loaded = AutoModel.from_pretrained(
+                str(folder), dtype=dtype, weights_only=True, output_loading_info=True, **options
             )
-        except (*UNREADABLE, SafetensorError, pickle.UnpicklingError) as error:
+        except Exception as error:
             raise _unreadable(folder, "a model that transformers reads", error) from error
+    _check_whole(folder, model, loaded["missing_keys"])
     return model.eval(), tokenizer

@@ -218,7 +218,7 @@ def write_shards(
         OSError: when a file cannot be written, e.g. on a full disk, or the folder was deleted
             meanwhile; earlier shards stay.
     """
-    folder = Path(folder)
+    folder = Path(folder).absolute()  # batches may come from code that changes the current one
     check_json(metadata or {}, "write_shards: metadata")
     with explained("write_shards", "shards", folder, "choose another folder"):
         folder.mkdir(parents=True, exist_ok=True)

@@ -78,7 +78,8 @@ class Trainer:
         self.open = {"lr": config.lr is None, "dead_after": sae.config.dead_after is None}
         config = replace(config, lr=config.peak_lr(sae.config.n_features))
         self.sae, self.source, self.config, self.quiet = sae, source, config, quiet
-        self.out_dir = None if out_dir is None else Path(out_dir)
+        # where it is now: the process may go to another folder before it writes
+        self.out_dir = None if out_dir is None else Path(out_dir).absolute()
         self._update: FusedStep | GraphedStep | AutogradStep
         if config.step == "fused":
             fused = FusedStep(sae, config, optimizer)
@@ -126,7 +127,7 @@ class Trainer:
                 f"{folder}; remove the newer ones or choose another out_dir"
             )
         # nobody deletes it meanwhile, and no run that still goes on is resumed
-        with owned(folder.parent, "resume") if mine else nullcontext():
+        with owned(self.out_dir, "resume") if self.out_dir and mine else nullcontext():
             restore(self, folder)
         self._saved = self.step if mine else -1
         return self.step
@@ -170,7 +171,7 @@ class Trainer:
                     self._log(report, lines)
                 if lines is not None and not self._state_checked:
                     # an optimiser's state is there from the first step on
-                    check_state(self.sae, *take_snapshot(self))
+                    check_state(self.sae, self.optimizer, *take_snapshot(self))
                     self._state_checked = True
                 if interrupts.pending:
                     self._save(lines)
@@ -248,7 +249,7 @@ class Trainer:
         if self.out_dir is None:
             yield None
             return
-        check_state(self.sae, *take_snapshot(self))
+        check_state(self.sae, self.optimizer, *take_snapshot(self))
         with explained("Trainer", "metrics and checkpoints", self.out_dir, "choose another"):
             self.out_dir.mkdir(parents=True, exist_ok=True)
         with owned(self.out_dir, "Trainer") as folder:
