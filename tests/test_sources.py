@@ -10,13 +10,20 @@ from hypothesis import strategies as st
 from oracle import identical
 from safetensors.torch import save_file
 
+from mikernels.activations import (
+    ModelSource,
+    ShardSource,
+    SourceExhausted,
+    TensorSource,
+    TextFiles,
+    write_shards,
+)
+from mikernels.activations.shards import open_shards, read_index, remove_shards
 from mikernels.files import sealed
+from mikernels.models.decoder import decoder_layers
+from mikernels.models.load import load_model
 from mikernels.owning import LOCK, owned
 from mikernels.tensor_files import write_tensors
-from mikernels.training.models import ModelSource
-from mikernels.training.pretrained import TextFiles, decoder_layers, load_model
-from mikernels.training.shards import open_shards, read_index, remove_shards, write_shards
-from mikernels.training.sources import ShardSource, SourceExhausted, TensorSource
 
 D = 6
 

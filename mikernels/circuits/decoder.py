@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 
 from mikernels._dispatch import accumulate_dtype
-from mikernels.circuits.claims import Claims, product_limit, sum_limit
+from mikernels.models.claims import Claims, product_limit, sum_limit
 from mikernels.models.hooks import NEVER, check_fires
 
 NAME = "gradient_components"

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
+from mikernels.activations.sources import Rows, Source, SourceExhausted
+from mikernels.models.decoder import decoder_layers
 from mikernels.models.hooks import NEVER, check_fires, eager
-from mikernels.training.pretrained import decoder_layers
-from mikernels.training.sources import Rows, Source, SourceExhausted
 
 REASONS = ("skipped", "special", "nonfinite", "outlier")
 # characters given to the tokeniser at a time, cut at a line end: documents of any length stream
