@@ -20,7 +20,6 @@ from mikernels.activations import (
 )
 from mikernels.activations.shards import open_shards, read_index, remove_shards
 from mikernels.files import sealed
-from mikernels.models.decoder import decoder_layers
 from mikernels.models.load import load_model
 from mikernels.owning import LOCK, owned
 from mikernels.tensor_files import write_tensors
@@ -488,8 +487,11 @@ def test_model_source_refuses_bad_arguments():
         model_source(texts="hello")
     with pytest.raises(ValueError, match=r"skip_first must be in 0..31"):
         model_source(skip_first=32)
-    with pytest.raises(ValueError, match="must be a Hugging Face decoder"):
-        decoder_layers(torch.nn.Linear(2, 2))
+    refused = r"^ModelSource: model must be a Hugging Face decoder .*got Llama.*; pass the module"
+    model = tiny("llama")
+    model.config.num_hidden_layers = 7
+    with pytest.raises(ValueError, match=refused):
+        model_source(model=model)
 
 
 def test_text_files_stream_and_refuse(tmp_path):

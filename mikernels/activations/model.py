@@ -135,7 +135,7 @@ class ModelSource(Source):
     def _find(self, layer: int | str) -> torch.nn.Module:
         if isinstance(layer, str):
             return self.model.get_submodule(layer)
-        layers = decoder_layers(self.model)
+        layers = decoder_layers(self.model, "ModelSource", "pass the module's name as layer")
         if not 0 <= layer < len(layers):
             raise IndexError(
                 f"ModelSource: layer must be in 0..{len(layers) - 1} "
