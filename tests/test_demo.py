@@ -16,7 +16,8 @@ from mikernels.activations import ModelSource
 from mikernels.demo import data, figures, report
 from mikernels.demo.compare import compare, results_table, step_ms, summarise
 from mikernels.demo.examples import choose_features, encode_all, token_card
-from mikernels.demo.run import DemoOptions, clear_run, run_demo
+from mikernels.demo.options import DemoOptions
+from mikernels.demo.run import clear_run, run_demo
 from mikernels.demo.worker import read_spec, reset_peak, resident_bytes
 from mikernels.models.load import load_model
 from mikernels.nn import TopKSAE
