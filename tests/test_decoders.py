@@ -9,7 +9,7 @@ import torch
 from test_circuits_components import IDS, hooks_of, tiny
 
 from mikernels.circuits import gradient_components
-from mikernels.models.decoder import find_decoder
+from mikernels.models.decoder import decoder_layers, find_decoder
 from mikernels.models.watch import Watch
 
 GROUPED = {"num_key_value_heads": 2}
@@ -70,8 +70,8 @@ KINDS = {
 }
 
 
-def made(name):
-    return tiny(name.split(",")[0], **KINDS[name].options)
+def made(name, dtype=torch.float64):
+    return tiny(name.split(",")[0], dtype, **KINDS[name].options)
 
 
 def name_in(block, module):
@@ -201,6 +201,26 @@ def crossed(block, x, **rest):
     given = block.post_attention_layernorm(x)
     attended = block.input_layernorm(block.self_attn(hidden_states=given, **rest)[0])
     return x + attended + block.mlp(x)
+
+
+def test_a_list_of_other_things_as_long_as_the_blocks_is_passed_over():
+    model = made("llama")
+    norms = torch.nn.ModuleList(torch.nn.LayerNorm(24) for _ in range(3))
+    model.model._modules = {"norms": norms, **model.model._modules}
+    assert decoder_layers(model, "test", "mend it") is model.model.layers
+    decoder = find_decoder(model, "test", "mend it")
+    assert [block.module for block in decoder.blocks] == list(model.model.layers)
+    del model.model.layers
+    assert decoder_layers(model, "test", "mend it") is norms
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("name", KINDS)
+def test_rounding_of_no_kind_is_refused(name, dtype):
+    model = made(name, dtype)
+    ids = torch.randint(50, (4, 30), generator=torch.Generator().manual_seed(3))
+    found = gradient_components(model, ids, heads=not KINDS[name].normed)
+    assert {part.dtype for part in found.values()} == {dtype}
 
 
 def test_query_heads_that_share_no_whole_number_of_values_are_refused():

@@ -17,7 +17,7 @@ import torch
 
 from mikernels.activations.sources import Rows, Source, SourceExhausted
 from mikernels.models.decoder import decoder_layers
-from mikernels.models.hooks import NEVER, check_fires, eager
+from mikernels.models.hooks import NEVER, check_fires, eager, returned
 
 REASONS = ("skipped", "special", "nonfinite", "outlier")
 # characters given to the tokeniser at a time, cut at a line end: documents of any length stream
@@ -148,7 +148,7 @@ class ModelSource(Source):
         """Token ids `[w, t]` -> activations `[w, t, d]`."""
 
         def stop(module: torch.nn.Module, inputs: Any, output: Any) -> None:
-            raise _LayerReached(output[0] if isinstance(output, tuple) else output)
+            raise _LayerReached(returned(output))
 
         handle = self._module.register_forward_hook(stop)
         try:

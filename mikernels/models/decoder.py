@@ -190,11 +190,15 @@ def _n_layers(model: torch.nn.Module) -> int | None:
 
 def _layers(model: torch.nn.Module) -> torch.nn.ModuleList | None:
     n = _n_layers(model)
-    return next((found for found in _lists(model) if n and len(found) == n), None)
+    found = [modules for modules in _lists(model) if n and len(modules) == n]
+    # other things may be as many as the blocks, such as norms that a model lists beside them
+    attend = [modules for modules in found if all(_child(m, ATTENTION) for m in modules)]
+    return next(iter(attend or found), None)
 
 
 def decoder_layers(model: torch.nn.Module, where: str, fix: str) -> torch.nn.ModuleList:
-    """The decoder blocks: the outermost ModuleList of `config.num_hidden_layers` modules.
+    """The decoder blocks: the outermost ModuleList of `config.num_hidden_layers` modules, of which
+    each has an attention where there is such a list (and not in a state-space model, say).
 
     Args:
         model: any.

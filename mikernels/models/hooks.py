@@ -37,6 +37,11 @@ def original(model: Any) -> Any:
     return getattr(model, "_modules", {}).get("_orig_mod", model)
 
 
+def returned(output: Any) -> Any:
+    """What a module returned, without what some return beside it (attention weights, router)."""
+    return output[0] if isinstance(output, tuple | list) else output
+
+
 def compiled_part(model: torch.nn.Module) -> str | None:
     """The name of a module that is compiled or scripted, in words; None without any."""
     for name, module in model.named_modules():

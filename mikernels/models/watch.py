@@ -29,7 +29,7 @@ import torch
 from mikernels._dispatch import accumulate_dtype
 from mikernels.models.claims import Claims, product_limit, sum_limit
 from mikernels.models.decoder import Block, Decoder
-from mikernels.models.hooks import NEVER
+from mikernels.models.hooks import NEVER, returned
 
 
 @dataclass
@@ -48,10 +48,6 @@ class Flow:
     attention_writer: torch.nn.Module
     mlp_writer: torch.nn.Module
     parallel: bool = False
-
-
-def _first(output: Any) -> Any:
-    return output[0] if isinstance(output, tuple | list) else output
 
 
 def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
@@ -102,9 +98,9 @@ class Watch:
     def _hook(self, block: Block) -> None:
         layer, site, flow = block.index, self.sites[block.index], self.flows[block.index]
         claims, refusal = self._claims, self._decoder.refusal
-        # outputs of the block's norms, until it returns
+        # until the block returns: (norm, what it read, what it made), and what the parts returned
         normed: list[tuple[torch.nn.Module, torch.Tensor, torch.Tensor]] = []
-        returned: dict[str, torch.Tensor] = {}
+        raw: dict[str, torch.Tensor] = {}
 
         def keep(name: str, tensor: Any) -> None:
             if name in site:
@@ -143,7 +139,7 @@ class Watch:
         def norm(module, args, kwargs, output):
             read = _tensors(args, kwargs)[0]
             for part, writer in (("attn", "attention_writer"), ("mlp", "mlp_writer")):
-                if part in returned and _same(read, returned[part]):
+                if part in raw and _same(read, raw[part]):
                     site[part] = output
                     setattr(flow, writer, module)
                     return
@@ -168,30 +164,30 @@ class Watch:
                 claims.equal(f"{claim} ({type(module).__name__})", output, expected, limit)
 
         def attend(module, args, output):
-            keep("attn", _first(output))
-            returned["attn"] = site["attn"]
+            keep("attn", returned(output))
+            raw["attn"] = site["attn"]
 
         def feed(module, args, output):
-            keep("mlp", _first(output))
-            returned["mlp"] = site["mlp"]
+            keep("mlp", returned(output))
+            raw["mlp"] = site["mlp"]
 
         def leave(module, args, output):
             if not site.keys() >= {"attn", "z", "mlp"}:
                 raise refusal(f"in block {layer} hooks fire only on {sorted(site)}; {NEVER}")
-            y = _first(output).detach()
+            y = returned(output).detach()
             parts = [site[n].detach().to(y.device).reshape(y.shape) for n in ("x", "attn", "mlp")]
             x, attn, mlp = (t.to(accumulate_dtype(t.dtype)) for t in parts)
             claim = f"block {layer} must return input + attention + mlp"
             claims.equal(claim, y, x + attn + mlp, sum_limit(parts, y))
             claim = f"attention of block {layer} must return what its projection does"
-            projected, attended = site.pop("projected"), returned["attn"]
+            projected, attended = site.pop("projected"), raw["attn"]
             if projected.shape != attended.shape:
                 shapes = f"{list(attended.shape)} for {list(projected.shape)}"
                 raise refusal(f"{claim}: got {shapes}")
             claims.equal(claim, attended, projected)
             self._stream = y
             normed.clear()
-            returned.clear()
+            raw.clear()
 
         add = self._stack.callback
         add(block.module.register_forward_pre_hook(enter, with_kwargs=True).remove)
