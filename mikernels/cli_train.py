@@ -11,7 +11,7 @@ import typer
 if TYPE_CHECKING:
     import torch
 
-    from mikernels.training.sources import Source
+    from mikernels.activations import Source
 
 ACTIVATIONS, SAE, TRAINING, OUTPUT = "Activations", "SAE", "Training", "Output"
 SUFFIXES = {"k": 10**3, "m": 10**6, "b": 10**9}
@@ -148,7 +148,7 @@ def train(
     """Train a TopK SAE on your own activations, or on those of a local model over text.
 
     Activations are shards of safetensors files with a tensor "activations" of \\[rows, d], as
-    written by mikernels.training.shards.write_shards, or any file with a single 2-D tensor.
+    written by mikernels.activations.write_shards, or any file with a single 2-D tensor.
 
     Examples:
 
@@ -283,13 +283,13 @@ def _source(
             "train: give either --activations FOLDER, or --model FOLDER with --layer and --text"
         )
     if activations is not None:
-        from mikernels.training.sources import ShardSource
+        from mikernels.activations import ShardSource
 
         return ShardSource(activations, batch_size, seed)
     if layer is None or not text:
         raise ValueError("train: --model needs --layer NUMBER and --text FILE")
-    from mikernels.training.models import ModelSource
-    from mikernels.training.pretrained import TextFiles, load_model
+    from mikernels.activations import ModelSource, TextFiles
+    from mikernels.models.load import load_model
 
     assert model is not None
     texts = TextFiles(text)  # a missing file is found before the model loads

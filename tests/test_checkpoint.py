@@ -20,13 +20,13 @@ from safetensors.torch import load_file
 from torch import nn
 
 from mikernels import tensor_files
+from mikernels.activations import TensorSource
 from mikernels.files import sealed
 from mikernels.nn import TopKSAE
 from mikernels.owning import owned
 from mikernels.tensor_files import write_tensors
 from mikernels.training import TrainConfig, Trainer, load_sae
 from mikernels.training.checkpoint import checkpoints
-from mikernels.training.sources import TensorSource
 
 D, F, K, BATCH, STEPS = 16, 64, 4, 32, 14
 CONFIG = {

@@ -11,9 +11,9 @@ import typer
 import mikernels
 from mikernels import _ext, cli
 from mikernels._dispatch import OPS
+from mikernels.activations import write_shards
 from mikernels.cli_train import count
 from mikernels.training import load_sae
-from mikernels.training.shards import write_shards
 
 
 @pytest.fixture

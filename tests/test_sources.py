@@ -10,13 +10,19 @@ from hypothesis import strategies as st
 from oracle import identical
 from safetensors.torch import load_file, save_file
 
+from mikernels.activations import (
+    ModelSource,
+    ShardSource,
+    SourceExhausted,
+    TensorSource,
+    TextFiles,
+    write_shards,
+)
+from mikernels.activations.shards import open_shards, read_index, remove_shards
 from mikernels.files import sealed
+from mikernels.models.load import load_model
 from mikernels.owning import LOCK, owned
 from mikernels.tensor_files import write_tensors
-from mikernels.training.models import ModelSource
-from mikernels.training.pretrained import TextFiles, decoder_layers, load_model
-from mikernels.training.shards import open_shards, read_index, remove_shards, write_shards
-from mikernels.training.sources import ShardSource, SourceExhausted, TensorSource
 
 D = 6
 
@@ -369,7 +375,9 @@ def test_model_source_drops_tokens_that_are_not_finite_singly(value, outlier_nor
     options = {"outlier_norm": outlier_norm, "texts": [TEXTS[0] * 2]}
     expected = rows_of(model_source(**options))
     source = model_source(broken(value), max_nonfinite=0.1, **options)
-    with pytest.warns(RuntimeWarning, match=r"in \d+ of \d+ tokens \(first in window 0, .*counts") as seen:
+    with pytest.warns(
+        RuntimeWarning, match=r"in \d+ of \d+ tokens \(first in window 0, .*counts"
+    ) as seen:
         found = rows_of(source)
     assert len(seen) == 1
     kept = expected["token_ids"] != Q
@@ -410,7 +418,9 @@ def test_model_source_judges_a_share_on_more_than_the_first_windows(per_forward)
         buffer_rows=1000,
         skip_first=0,
     )
-    with pytest.warns(RuntimeWarning, match=r"in 1 of \d+ tokens \(first in window 0, position [01],"):
+    with pytest.warns(
+        RuntimeWarning, match=r"in 1 of \d+ tokens \(first in window 0, position [01],"
+    ):
         found = rows_of(source)
     assert source.dropped["nonfinite"] == 1 and len(found["positions"]) > 2400
     # and what is at fault altogether is known before the block is full
@@ -421,7 +431,10 @@ def test_model_source_judges_a_share_on_more_than_the_first_windows(per_forward)
         bad, texts=["q" * 5000], context=16, windows_per_forward=1, buffer_rows=1600, skip_first=0
     )
     forwards.clear()
-    with pytest.warns(RuntimeWarning, match="in 16 of 16"), pytest.raises(ValueError, match="32 of 32"):
+    with (
+        pytest.warns(RuntimeWarning, match="in 16 of 16"),
+        pytest.raises(ValueError, match="32 of 32"),
+    ):
         source.next_batch()
     assert len(forwards) == 2  # 16 of 1,600 are 1 %
 
@@ -513,8 +526,11 @@ def test_model_source_refuses_bad_arguments():
         model_source(texts="hello")
     with pytest.raises(ValueError, match=r"skip_first must be in 0..31"):
         model_source(skip_first=32)
-    with pytest.raises(ValueError, match="must be a Hugging Face decoder"):
-        decoder_layers(torch.nn.Linear(2, 2))
+    refused = r"^ModelSource: model must be a Hugging Face decoder .*got Llama.*; pass the module"
+    model = tiny("llama")
+    model.config.num_hidden_layers = 7
+    with pytest.raises(ValueError, match=refused):
+        model_source(model=model)
 
 
 def test_text_files_stream_and_refuse(tmp_path):

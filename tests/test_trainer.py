@@ -19,6 +19,7 @@ from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from mikernels.activations import TensorSource
 from mikernels.nn import TopKSAE
 from mikernels.optim import RowAdam
 from mikernels.training import TrainConfig, Trainer
@@ -26,7 +27,6 @@ from mikernels.training.autograd import AutogradStep, dense_forward, sparse_forw
 from mikernels.training.fused import FusedStep
 from mikernels.training.metrics import PARTS, Clock, History, Means
 from mikernels.training.progress import Reporter
-from mikernels.training.sources import TensorSource
 
 D, F, K, BATCH = 16, 96, 4, 64
 STEPS = 20

@@ -13,7 +13,7 @@ from mikernels.nn import TopKSAE
 
 
 class BatchSource(Protocol):
-    """Where batches come from; `mikernels.training.sources` has three."""
+    """Where batches come from; `mikernels.activations` has three."""
 
     d: int
 

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from mikernels.models.hooks import NEVER, check_fires, eager
-from mikernels.training.pretrained import decoder_layers
-from mikernels.training.sources import Rows, Source, SourceExhausted
+from mikernels.activations.sources import Rows, Source, SourceExhausted
+from mikernels.models.decoder import decoder_layers
+from mikernels.models.hooks import NEVER, check_fires, eager, returned
 
 REASONS = ("skipped", "special", "nonfinite", "outlier")
 # characters given to the tokeniser at a time, cut at a line end: documents of any length stream
@@ -137,7 +137,7 @@ class ModelSource(Source):
     def _find(self, layer: int | str) -> torch.nn.Module:
         if isinstance(layer, str):
             return self.model.get_submodule(layer)
-        layers = decoder_layers(self.model)
+        layers = decoder_layers(self.model, "ModelSource", "pass the module's name as layer")
         if not 0 <= layer < len(layers):
             raise IndexError(
                 f"ModelSource: layer must be in 0..{len(layers) - 1} "
@@ -150,7 +150,7 @@ class ModelSource(Source):
         """Token ids `[w, t]` -> activations `[w, t, d]`."""
 
         def stop(module: torch.nn.Module, inputs: Any, output: Any) -> None:
-            raise _LayerReached(output[0] if isinstance(output, tuple) else output)
+            raise _LayerReached(returned(output))
 
         handle = self._module.register_forward_hook(stop)
         try:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Local models and text files for `ModelSource`."""
+"""Models and tokenisers from local folders, without running what lies in them."""
 
 from __future__ import annotations
 
@@ -13,57 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
-BLOCK = 1 << 20
-
-
-class TextFiles:
-    """Text files as documents of at most about 1 MB, read as they are needed.
-
-    Raises:
-        FileNotFoundError, ValueError: a missing or empty file; while reading, one that is not
-            UTF-8.
-    """
-
-    def __init__(self, paths: Iterable[str | Path]):
-        self.paths = [Path(path).absolute() for path in paths]  # read again each epoch
-        if not self.paths:
-            raise ValueError("TextFiles: paths must name at least one text file, got none")
-        for path in self.paths:
-            if not path.is_file():
-                raise FileNotFoundError(f"TextFiles: {path} must be an existing text file")
-            if path.stat().st_size == 0:
-                raise ValueError(f"TextFiles: {path} must hold text, got an empty file")
-
-    def __iter__(self) -> Iterator[str]:
-        for path in self.paths:
-            try:
-                with path.open(encoding="utf-8") as file:
-                    while text := file.read(BLOCK):
-                        yield text + file.readline()
-            except UnicodeDecodeError as error:
-                raise ValueError(
-                    f"TextFiles: {path} must be UTF-8 text, got {error}; convert it, e.g. with "
-                    f"iconv"
-                ) from error
-
-
-def decoder_layers(model: torch.nn.Module) -> torch.nn.ModuleList:
-    """The decoder blocks: the outermost ModuleList of `config.num_hidden_layers` modules.
-
-    Raises:
-        ValueError: when the model has no such list.
-    """
-    expected = getattr(getattr(model, "config", None), "num_hidden_layers", None)
-    lists = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList)]
-    for candidate in lists:
-        if expected is not None and len(candidate) == expected:
-            return candidate
-    raise ValueError(
-        f"ModelSource: model must be a Hugging Face decoder with a ModuleList of "
-        f"{expected} layers (config.num_hidden_layers), got {type(model).__name__} with lists of "
-        f"{[len(m) for m in lists]}; pass the module's name as layer"
-    )
 
 
 @contextmanager
