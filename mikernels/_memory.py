@@ -2,8 +2,9 @@
 """What memory an operator may write: whether tensors overlap themselves or each other.
 
 A kernel that adds to an expanded tensor adds every sum to one address, and one that writes over an
-operand reads what it has written. Tensors are compared by storage, offset, sizes and strides, on
-the host: 1 us for an operator of five operands, and no device is waited for.
+operand reads what it has written. Tensors are compared by address, sizes and strides, on the host:
+3 us for an operator of five operands, and no device is waited for. By address rather than by
+storage, for one NumPy array or DLPack capsule gives each tensor made of it a storage of its own.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 
 def overlaps_itself(t: torch.Tensor) -> bool:
@@ -30,18 +32,29 @@ def _extent(dims: Sequence[tuple[int, int]], itemsize: int) -> int:
     return sum(stride * (size - 1) for stride, size in dims) + itemsize
 
 
-_same_storage = torch._C._is_alias_of  # type: ignore[attr-defined]
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+
+
+def _address(t: torch.Tensor) -> int:
+    """Where `t` begins; 0 for one that is empty, or has no memory yet."""
+    if type(t) is FakeTensor or _is_wrapped(t):  # torch.compile's, or vmap's
+        return 0
+    return t.data_ptr()
 
 
 def overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether `a` and `b` may share an address; columns side by side in one buffer do not."""
-    if a.numel() == 0 or b.numel() == 0 or not _same_storage(a, b):
+    first, last = _address(a), _address(b)
+    if last < first:
+        a, b, first, last = b, a, last, first
+    # contiguous tensors, the most of them, are told apart by their ends
+    if not first or (a.is_contiguous() and last >= first + a.nbytes):
         return False
     sides = []
     for t in (a, b):
         item = t.element_size()
         dims = [(s * item, n) for s, n in zip(t.stride(), t.shape, strict=True) if s and n > 1]
-        sides.append((t.storage_offset() * item, sorted(dims), item))
+        sides.append((_address(t) - first, sorted(dims), item))
     # bytes of both within one period of the largest stride, again and again
     while True:
         (start_a, dims_a, item_a), (start_b, dims_b, item_b) = sides

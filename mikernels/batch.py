@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -39,11 +40,14 @@ class Batch:
         """Those that it has, in the order of the attributes."""
         return [t for t in (self.input, self.target, self.weights) if t is not None]
 
+    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+        """Each of its tensors changed."""
+        parts = (self.input, self.target, self.weights)
+        return Batch(*(None if t is None else change(t) for t in parts))  # type: ignore[arg-type]
+
     def to(self, device: torch.device, dtype: torch.dtype) -> Batch:
         """Detached, on the device, in the dtype."""
-        parts = (self.input, self.target, self.weights)
-        moved = (None if t is None else t.detach().to(device=device, dtype=dtype) for t in parts)
-        return Batch(*moved)  # type: ignore[arg-type]
+        return self.map(lambda t: t.detach().to(device=device, dtype=dtype))
 
     def scaled(self, scale: float) -> Batch:
         """Input and target in another unit."""

@@ -119,7 +119,8 @@ def demo(
 
         mikernels demo --quick --out quick-demo
     """
-    from mikernels.demo.run import DemoOptions, run_demo
+    from mikernels.demo.options import DemoOptions
+    from mikernels.demo.run import run_demo
 
     options = DemoOptions.for_data(
         data,

@@ -4,14 +4,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 if TYPE_CHECKING:
     import torch
 
-    from mikernels.training.sources import Source
+    from mikernels.activations import Source
 
 ACTIVATIONS, SAE, TRAINING, OUTPUT = "Activations", "SAE", "Training", "Output"
 SUFFIXES = {"k": 10**3, "m": 10**6, "b": 10**9}
@@ -148,7 +148,7 @@ def train(
     """Train a TopK SAE on your own activations, or on those of a local model over text.
 
     Activations are shards of safetensors files with a tensor "activations" of \\[rows, d], as
-    written by mikernels.training.shards.write_shards, or any file with a single 2-D tensor.
+    written by mikernels.activations.write_shards, or any file with a single 2-D tensor.
 
     Examples:
 
@@ -168,11 +168,7 @@ def train(
             f"train: --optimizer needs --step autograd or dense, got --optimizer {optimizer} with "
             f"--step fused, which has its own Adam"
         )
-    if optimizer is not None and not hasattr(torch.optim, optimizer):
-        raise ValueError(
-            f"train: --optimizer must be a class of torch.optim such as Adam, AdamW or SGD, got "
-            f"{optimizer!r}"
-        )
+    make_optimizer = None if optimizer is None else _optimizer_class(optimizer)
     if threads is not None:
         torch.set_num_threads(threads)
     target = _device(device)
@@ -214,9 +210,9 @@ def train(
         generator=torch.Generator().manual_seed(seed),
     ).to(target)
     chosen = None
-    if optimizer is not None:
+    if make_optimizer is not None:
         rate = config.peak_lr(sae.config.n_features)
-        chosen = getattr(torch.optim, optimizer)(sae.parameters(), lr=rate)
+        chosen = make_optimizer(sae.parameters(), lr=rate)
     trainer = Trainer(sae, source, config, optimizer=chosen, out_dir=out)
     if resume:
         print(f"resumed at step {trainer.resume():,} of {config.total_steps:,}")
@@ -238,6 +234,18 @@ def train(
         hook = f"blocks.{layer}.hook_resid_post" if layer is not None else None
         export_sae(sae, export_saelens, model_name=model.name if model else None, hook_name=hook)
         print(f"SAELens: sae_lens.SAE.load_from_disk({str(export_saelens)!r})")
+
+
+def _optimizer_class(name: str) -> Any:
+    import torch
+
+    found, base = getattr(torch.optim, name, None), torch.optim.Optimizer
+    if not isinstance(found, type) or not issubclass(found, base) or found is base:
+        raise ValueError(
+            f"train: --optimizer must be a class of torch.optim such as Adam, AdamW or SGD, got "
+            f"{name!r}"
+        )
+    return found
 
 
 def _device(name: str | None) -> torch.device:
@@ -275,13 +283,13 @@ def _source(
             "train: give either --activations FOLDER, or --model FOLDER with --layer and --text"
         )
     if activations is not None:
-        from mikernels.training.sources import ShardSource
+        from mikernels.activations import ShardSource
 
         return ShardSource(activations, batch_size, seed)
     if layer is None or not text:
         raise ValueError("train: --model needs --layer NUMBER and --text FILE")
-    from mikernels.training.models import ModelSource
-    from mikernels.training.pretrained import TextFiles, load_model
+    from mikernels.activations import ModelSource, TextFiles
+    from mikernels.models.load import load_model
 
     assert model is not None
     texts = TextFiles(text)  # a missing file is found before the model loads

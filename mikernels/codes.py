@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -88,7 +89,7 @@ class SparseCodes:
         """Index the leading dimensions, e.g. `codes[3]`, `codes[:, 5]`, `codes[mask]`."""
         parts = index if isinstance(index, tuple) else (index,)
         leading = self.values.dim() - 1
-        used = sum(part.dim() if _is_mask(part) else 1 for part in parts)
+        used = sum(_dims_of(part) for part in parts)
         # after an ellipsis, indices would count from the slots
         if used > leading or any(part is ... for part in parts):
             raise IndexError(
@@ -151,14 +152,19 @@ class SparseCodes:
     def by_feature(self) -> tuple[torch.Tensor, torch.Tensor]:
         """`(offsets [F + 1], order [tokens * k])` int64: the slots of feature f, token-ascending,
         are `order[offsets[f]:offsets[f + 1]]`. Computed once and kept until the indices change."""
+        # a tensor of inference mode counts no changes, so nothing is kept of it
         version = None if self.indices.is_inference() else self.indices._version
         cached = self.__dict__.get("_by_feature")
-        if cached is None or cached[0] != version:
+        if cached is None or version is None or cached[0] != version:
             flat = self.indices.reshape(-1)
             impl = resolve_impl(by_feature_op, None, flat.device)
             cached = version, by_feature_op(flat, self.n_features, impl=impl)
             object.__setattr__(self, "_by_feature", cached)
         return cached[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        # a copy's indices count their changes anew, so that what is kept of these says nothing
+        return {name: value for name, value in vars(self).items() if name != "_by_feature"}
 
     def fired(self) -> torch.Tensor:
         """`[F]` int64: the number of tokens on which each feature is active (value != 0)."""
@@ -171,5 +177,7 @@ class SparseCodes:
         return (self.values.detach() != 0).sum(-1)
 
 
-def _is_mask(part: object) -> bool:
-    return isinstance(part, torch.Tensor) and part.dtype == torch.bool
+def _dims_of(part: Any) -> int:
+    """How many dimensions an index takes: a mask (also of NumPy, or of bytes) all of its own."""
+    is_mask = str(getattr(part, "dtype", "")).removeprefix("torch.") in ("bool", "uint8")
+    return part.ndim if is_mask else 1

@@ -16,10 +16,10 @@ import platform
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from mikernels.files import explained
+from mikernels.files import explained, irregular
 
 LOCK = ".mikernels.lock"
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
@@ -74,9 +74,11 @@ def owned(folder: Path, where: str, name: str = LOCK) -> Iterator[Owned]:
         finally:
             os.close(inner)
     finally:
-        # while it is still locked: whoever opened it before sees that it has no name any more
-        if _is(path, lock):
-            path.unlink(missing_ok=True)
+        # while it is still locked: whoever opened it before sees that it has no name any more. A
+        # name that cannot be removed is taken over; an error under way is the one that tells
+        with suppress(OSError):
+            if _is(path, lock):
+                path.unlink()
         os.close(lock)
 
 
@@ -86,37 +88,54 @@ def _locked(path: Path, where: str) -> int:
         with explained(where, "a lock", path, "choose a folder that can be written"):
             descriptor = os.open(path, flags, 0o666)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in NO_LOCKS:
-                owner = _owner(descriptor)
-                os.close(descriptor)
-                raise BlockingIOError(
-                    errno.EWOULDBLOCK,
-                    f"{where}: {path.parent} must have one writer at a time, got a second beside "
-                    f"{owner}; wait for its end, or choose another folder",
-                ) from error
-            warnings.warn(
-                f"{where}: {path.parent} is on a file system without locks "
-                f"({os.strerror(error.errno)}); make sure that nothing else writes there",
-                RuntimeWarning,
-                stacklevel=4,
-            )
-        if _is(path, descriptor):
-            break
+            _take(path, descriptor, where)
+            if _is(path, descriptor):
+                with explained(where, "a lock", path, "free space or choose another folder"):
+                    _sign(descriptor, where)
+                return descriptor
+        except BaseException:
+            os.close(descriptor)  # and with it the lock, which is nobody's
+            raise
         os.close(descriptor)  # its owner has just released it
+
+
+def _take(path: Path, descriptor: int, where: str) -> None:
+    status = os.fstat(descriptor)
+    kind = irregular(status.st_mode) or ("a file of two names" if status.st_nlink > 1 else None)
+    if kind is not None:
+        raise FileExistsError(
+            errno.EEXIST, f"{where}: {path} must be a lock of ours or absent, got {kind}; remove it"
+        )
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise BlockingIOError(
+                errno.EWOULDBLOCK,
+                f"{where}: {path.parent} must have one writer at a time, got a second beside "
+                f"{_owner(descriptor)}; wait for its end, or choose another folder",
+            ) from error
+        warnings.warn(
+            f"{where}: {path.parent} is on a file system without locks "
+            f"({os.strerror(error.errno)}); make sure that nothing else writes there",
+            RuntimeWarning,
+            stacklevel=5,
+        )
+
+
+def _sign(descriptor: int, where: str) -> None:
+    """Write who owns it, for the message that a second writer gets."""
     os.ftruncate(descriptor, 0)
     now = time.strftime("%Y-%m-%d %H:%M:%S %z")
     me = {"pid": os.getpid(), "host": platform.node(), "since": now, "as": where}
     os.pwrite(descriptor, json.dumps(me).encode(), 0)
-    return descriptor
 
 
 def _is(path: Path, descriptor: int) -> bool:
     """Whether the open file still has that name."""
     try:
         there = os.lstat(path)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return False
     mine = os.fstat(descriptor)
     return (there.st_dev, there.st_ino) == (mine.st_dev, mine.st_ino)

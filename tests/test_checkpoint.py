@@ -20,13 +20,13 @@ from safetensors.torch import load_file
 from torch import nn
 
 from mikernels import tensor_files
+from mikernels.activations import TensorSource
 from mikernels.files import sealed
 from mikernels.nn import TopKSAE
 from mikernels.owning import owned
 from mikernels.tensor_files import write_tensors
 from mikernels.training import TrainConfig, Trainer, load_sae
 from mikernels.training.checkpoint import checkpoints
-from mikernels.training.sources import TensorSource
 
 D, F, K, BATCH, STEPS = 16, 64, 4, 32, 14
 CONFIG = {
@@ -90,8 +90,9 @@ def uninterrupted(tmp_path, request) -> tuple[Path, Trainer]:
         {"accumulation": 2, "total_tokens": 2 * STEPS * BATCH, "k_start": 9, "k_anneal_steps": 8},
         {"step": "autograd"},
         {"step": "autograd", "optimizer": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9)},
+        {"step": "dense", "optimizer": lambda p: torch.optim.Adafactor(p, lr=0.01)},
     ],
-    ids=["fused", "bfloat16", "accumulation", "autograd", "sgd"],
+    ids=["fused", "bfloat16", "accumulation", "autograd", "sgd", "adafactor"],
     indirect=True,
 )
 def test_a_resumed_run_has_the_same_bits(uninterrupted, tmp_path, request) -> None:
@@ -920,6 +921,35 @@ def test_an_optimizer_state_that_cannot_be_saved_is_refused_after_one_step(tmp_p
     assert trainer.step == 1
 
 
+class Uneven(torch.optim.SGD):
+    """Makes a state that can be written, and is refused when it is read: resume would be late."""
+
+    def __init__(self, params, entry: str, value: object):
+        super().__init__(params, lr=0.1)
+        self.entry, self.value = entry, value
+
+    def step(self, closure=None):
+        super().step(closure)
+        self.state[self.param_groups[0]["params"][0]][self.entry] = self.value
+
+
+@pytest.mark.parametrize(
+    ("entry", "value", "said"),
+    [
+        ("seen", 1, "same entries for every parameter of 2 dimensions"),
+        ("sum", torch.ones(3), r"optimizer.0.sum must be a tensor of shape \[64, 16\], got \[3\]"),
+        ("step", -1, "optimizer.0.step must be a number of at least 0, got -1"),
+    ],
+)
+def test_an_optimizer_state_that_resume_refuses_is_refused_after_one_step(
+    entry, value, said, tmp_path
+) -> None:
+    trainer = make(tmp_path, step="autograd", optimizer=lambda p: Uneven(p, entry, value))
+    with pytest.raises(ValueError, match=f"resume takes back, got Uneven: .*{said}"):
+        trainer.run()
+    assert trainer.step == 1
+
+
 def test_a_folder_that_cannot_be_written_is_refused_at_the_start(tmp_path, monkeypatch) -> None:
     (tmp_path / "file").write_text("mine")
     deep = tmp_path.joinpath(*["x" * 200] * ((4000 - len(str(tmp_path))) // 201))
@@ -944,8 +974,32 @@ def test_a_folder_that_cannot_be_written_is_refused_at_the_start(tmp_path, monke
     assert raised.value.errno == errno.EROFS and trainer.step == 0
 
 
-def test_resume_while_another_writes_is_refused(uninterrupted) -> None:
+def test_resume_while_another_writes_is_refused(uninterrupted, tmp_path) -> None:
     whole, _ = uninterrupted
-    with owned(whole, "another"), pytest.raises(BlockingIOError, match="beside another of process"):
-        make(whole).resume()
-    assert make(whole).resume() == STEPS
+    (tmp_path / "links").mkdir()
+    link = tmp_path / "links" / "newest"
+    link.symlink_to(whole / f"checkpoint-{STEPS}")
+    for folder in (None, link):
+        refused = pytest.raises(BlockingIOError, match="beside another of process")
+        with owned(whole, "another"), refused:
+            make(whole).resume(folder)
+        assert make(whole).resume(folder) == STEPS
+
+
+def test_a_relative_folder_is_the_one_that_it_was(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    trainer = make(Path("run"))
+    give = trainer.source.next_batch
+
+    def move() -> torch.Tensor:
+        os.chdir(tmp_path / "elsewhere")
+        return give()
+
+    trainer.source.next_batch = move  # type: ignore[method-assign]
+    trainer.run()
+    assert [path.name for path in checkpoints(tmp_path / "run")] == [
+        "checkpoint-12",
+        "checkpoint-14",
+    ]
+    assert not list((tmp_path / "elsewhere").iterdir())

@@ -13,7 +13,7 @@ from mikernels.circuits import (
     select_top_k,
 )
 from mikernels.demo.data import smollm2_folder
-from mikernels.training.pretrained import _one_gguf_reader, _quiet_transformers
+from mikernels.models.load import _one_gguf_reader, _quiet_transformers
 
 pytestmark = [
     pytest.mark.model,

@@ -11,9 +11,9 @@ import typer
 import mikernels
 from mikernels import _ext, cli
 from mikernels._dispatch import OPS
+from mikernels.activations import write_shards
 from mikernels.cli_train import count
 from mikernels.training import load_sae
-from mikernels.training.shards import write_shards
 
 
 @pytest.fixture
@@ -177,6 +177,11 @@ def test_train_exports_for_saelens(command, acts, tmp_path):
         (("--activations", "{acts}", "--tokens", "many"), "expected a number such as 500k"),
         (("--activations", "{acts}", "--optimizer", "SGD"), "--optimizer needs --step autograd"),
         (("--activations", "{acts}", "--optimizer", "X", "--step", "dense"), "torch.optim"),
+        (
+            ("--activations", "{acts}", "--optimizer", "lr_scheduler", "--step", "dense"),
+            "torch.optim",
+        ),
+        (("--activations", "{acts}", "--optimizer", "LBFGS", "--step", "dense"), "needs a closure"),
         (("--activations", "{acts}", "--device", "gpu"), "--device must be cpu, cuda or cuda:N"),
         (
             ("--activations", "{acts}", "--device", "cuda:99"),

@@ -1,4 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
+import copy
+import pickle
+
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -112,6 +116,34 @@ def test_codes_carry_gradients():
     (SparseCodes.from_dense(source).to_dense() * weight).sum().backward()
     active = dense != 0
     assert torch.equal(source.grad[active], weight[active])
+
+
+def test_by_feature_follows_indices_that_count_no_changes():
+    """Those of inference mode, and a copy's, which begin to count anew."""
+    with torch.inference_mode():
+        codes = SparseCodes(torch.ones(3, 1), torch.tensor([[0], [1], [2]]), 4)
+        assert codes.by_feature()[1].tolist() == [0, 1, 2]
+        codes.indices.copy_(torch.tensor([[2], [1], [0]]))
+        assert codes.by_feature()[1].tolist() == [2, 1, 0]
+    codes = SparseCodes(torch.ones(3, 1), torch.tensor([[0], [1], [2]]).add_(0), 4)
+    codes.by_feature()
+    for twin in (copy.deepcopy(codes), pickle.loads(pickle.dumps(codes))):
+        while twin.indices._version < codes.indices._version:
+            twin.indices.copy_(torch.tensor([[2], [1], [0]]))
+        twin.indices.copy_(torch.tensor([[2], [1], [0]]))
+        assert twin.by_feature()[1].tolist() == [2, 1, 0]
+        assert torch.equal(twin.values, codes.values) and twin.n_features == 4
+
+
+@pytest.mark.parametrize("dtype", [np.bool_, np.uint8, torch.bool, torch.uint8])
+def test_a_mask_of_any_kind_indexes_leading_dimensions(dtype):
+    codes, _ = make(3, 4, k=4, n_features=9)
+    mask = np.array([[True, False, False, True]] * 3)
+    mask = mask.astype(dtype) if isinstance(dtype, type) else torch.from_numpy(mask).to(dtype)
+    assert codes[mask].values.shape == (6, 4)
+    for bad in (codes[0], codes[:, 0]):
+        with pytest.raises(IndexError, match="expected at most 1 leading indices"):
+            bad[mask[:, :4]]
 
 
 @given(

@@ -12,12 +12,12 @@ from oracle import identical, num_threads, randn, random_indices
 
 import mikernels as mk
 from mikernels._dispatch import OPS
+from mikernels.activations import TensorSource
 from mikernels.integrations.saelens import export_sae
 from mikernels.integrations.saelens import load_sae as load_saelens
 from mikernels.nn import TopKSAE
 from mikernels.optim import RowAdam
 from mikernels.training import TrainConfig, Trainer, load_sae
-from mikernels.training.sources import TensorSource
 
 OTHERS = [torch.bfloat16, torch.float64]
 

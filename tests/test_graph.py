@@ -9,6 +9,7 @@ import torch
 from oracle import identical, num_threads, randn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mikernels.activations import TensorSource
 from mikernels.batch import Batch
 from mikernels.nn import TopKSAE
 from mikernels.optim import RowAdam
@@ -17,7 +18,6 @@ from mikernels.training.fused import FusedStep
 from mikernels.training.graph import GraphedStep
 from mikernels.training.metrics import Clock, History, Means
 from mikernels.training.optimizer import set_rate
-from mikernels.training.sources import TensorSource
 
 D, F, K, BATCH = 16, 96, 4, 32
 NONE = torch.empty(0, dtype=torch.int64)

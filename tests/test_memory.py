@@ -5,6 +5,7 @@ import pytest
 import torch
 from op_samples import LAYOUTS, SAMPLES, copies
 from oracle import randint, randn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import mikernels as mk
 from mikernels._dispatch import OPS
@@ -182,6 +183,25 @@ def test_out_that_is_an_operand_is_refused(impl):
         with pytest.raises(ValueError, match="out must share no memory with"):
             function()
     assert torch.equal(a, torch.ones(4, 4))
+
+
+@pytest.mark.parametrize("again", [lambda t: torch.from_numpy(t.numpy()), torch.from_dlpack])
+def test_memory_of_two_storages_is_shared_all_the_same(again):
+    buffer = randint(4, 8).float()
+    kept, x = buffer.clone(), buffer[:, :4]
+    with pytest.raises(ValueError, match="second_moment: out must share no memory with x"):
+        mk.second_moment(x, out=again(buffer)[:, 3:7])
+    assert torch.equal(buffer, kept)
+    mk.second_moment(x, out=again(buffer)[:, 4:])
+    assert torch.equal(buffer[:, 4:], kept[:, 4:] + x.T @ x)
+
+
+def test_tensors_without_memory_of_their_own_do_not_overlap():
+    with FakeTensorMode():
+        assert mk.second_moment(torch.ones(4, 4), out=torch.zeros(4, 4)).shape == (4, 4)
+    out = torch.zeros(4, 4)
+    with pytest.raises(RuntimeError, match="Batching rule not implemented"):
+        torch.func.vmap(lambda x: mk.second_moment(x, out=out))(torch.ones(2, 3, 4))
 
 
 def test_an_optimizer_step_between_forward_and_backward_raises():

@@ -8,15 +8,21 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import identical
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
+from mikernels.activations import (
+    ModelSource,
+    ShardSource,
+    SourceExhausted,
+    TensorSource,
+    TextFiles,
+    write_shards,
+)
+from mikernels.activations.shards import open_shards, read_index, remove_shards
 from mikernels.files import sealed
+from mikernels.models.load import load_model
 from mikernels.owning import LOCK, owned
 from mikernels.tensor_files import write_tensors
-from mikernels.training.models import ModelSource
-from mikernels.training.pretrained import TextFiles, decoder_layers, load_model
-from mikernels.training.shards import open_shards, read_index, remove_shards, write_shards
-from mikernels.training.sources import ShardSource, SourceExhausted, TensorSource
 
 D = 6
 
@@ -369,7 +375,9 @@ def test_model_source_drops_tokens_that_are_not_finite_singly(value, outlier_nor
     options = {"outlier_norm": outlier_norm, "texts": [TEXTS[0] * 2]}
     expected = rows_of(model_source(**options))
     source = model_source(broken(value), max_nonfinite=0.1, **options)
-    with pytest.warns(RuntimeWarning, match=r"in \d+ of \d+ tokens \(window 0, .*counts") as seen:
+    with pytest.warns(
+        RuntimeWarning, match=r"in \d+ of \d+ tokens \(first in window 0, .*counts"
+    ) as seen:
         found = rows_of(source)
     assert len(seen) == 1
     kept = expected["token_ids"] != Q
@@ -390,10 +398,45 @@ def test_model_source_refuses_more_than_a_share_that_is_not_finite():
     )
     with pytest.raises(ValueError, match=message):
         model_source(broken(float("nan")), texts=texts).next_batch()
+    with pytest.raises(ValueError, match=message):
+        list(model_source(broken(float("nan")), texts=texts).read())
     with pytest.raises(ValueError, match="max_nonfinite must be in 0..1, got nan"):
         model_source(max_nonfinite=float("nan"))
     with pytest.raises(ValueError, match="outlier_norm must be above 0, got nan"):
         model_source(outlier_norm=float("nan"))
+
+
+@pytest.mark.parametrize("per_forward", [1, 8])
+def test_model_source_judges_a_share_on_more_than_the_first_windows(per_forward):
+    """1 of 15 tokens of the first window, and 1 of the text's 2,500."""
+    texts = ["q" + "a" * 2500]
+    source = model_source(
+        broken(float("nan")),
+        texts=texts,
+        context=16,
+        windows_per_forward=per_forward,
+        buffer_rows=1000,
+        skip_first=0,
+    )
+    with pytest.warns(
+        RuntimeWarning, match=r"in 1 of \d+ tokens \(first in window 0, position [01],"
+    ):
+        found = rows_of(source)
+    assert source.dropped["nonfinite"] == 1 and len(found["positions"]) > 2400
+    # and what is at fault altogether is known before the block is full
+    forwards = []
+    bad = broken(float("nan"))
+    bad.register_forward_pre_hook(lambda *_: forwards.append(1))
+    source = model_source(
+        bad, texts=["q" * 5000], context=16, windows_per_forward=1, buffer_rows=1600, skip_first=0
+    )
+    forwards.clear()
+    with (
+        pytest.warns(RuntimeWarning, match="in 16 of 16"),
+        pytest.raises(ValueError, match="32 of 32"),
+    ):
+        source.next_batch()
+    assert len(forwards) == 2  # 16 of 1,600 are 1 %
 
 
 def test_model_source_counts_outliers_beside_tokens_that_are_not_finite():
@@ -483,8 +526,11 @@ def test_model_source_refuses_bad_arguments():
         model_source(texts="hello")
     with pytest.raises(ValueError, match=r"skip_first must be in 0..31"):
         model_source(skip_first=32)
-    with pytest.raises(ValueError, match="must be a Hugging Face decoder"):
-        decoder_layers(torch.nn.Linear(2, 2))
+    refused = r"^ModelSource: model must be a Hugging Face decoder .*got Llama.*; pass the module"
+    model = tiny("llama")
+    model.config.num_hidden_layers = 7
+    with pytest.raises(ValueError, match=refused):
+        model_source(model=model)
 
 
 def test_text_files_stream_and_refuse(tmp_path):
@@ -619,6 +665,67 @@ def test_load_model_unpickles_tensors_only(tmp_path, silent):
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"attn_implementation": "kernels-community/flash-attn"},
+        {"_attn_implementation": "paged|kernels-community/flash-attn"},
+        {"text_config": {"_attn_implementation": "own/attention:kernel"}},
+    ],
+)
+def test_load_model_fetches_no_kernels(tmp_path, change):
+    tiny("llama").save_pretrained(tmp_path)
+    saved_tokenizer(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    refused = f"load_model: {path} must not name code of a repository, got _?attn_implementation = "
+    with pytest.raises(ValueError, match=refused):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("file", "change"),
+    [
+        ("config.json", {"hidden_size": -4}),
+        ("config.json", {"num_hidden_layers": "2"}),
+        ("config.json", {"num_attention_heads": 0}),
+        ("tokenizer_config.json", {"tokenizer_class": 3}),
+    ],
+)
+def test_load_model_names_the_folder_whatever_transformers_raises(tmp_path, file, change):
+    tiny("llama").save_pretrained(tmp_path)
+    saved_tokenizer(tmp_path)
+    path = tmp_path / file
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ValueError, match=f"load_model: {tmp_path} must hold a"):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("missing", "every weight of LlamaModel, got none for layers.0.mlp.up_proj.weight .1 in"),
+        ("NaN", "finite weights, got NaN or inf in layers.0.mlp.up_proj.weight; restore"),
+        ("transposed", "a model that transformers reads, got RuntimeError"),
+    ],
+)
+def test_load_model_takes_every_weight_from_the_folder(tmp_path, change, said):
+    model = tiny("llama")
+    model.save_pretrained(tmp_path)
+    saved_tokenizer(tmp_path)
+    assert load_model(tmp_path)[0] is not None
+    path, name = tmp_path / "model.safetensors", "model.layers.0.mlp.up_proj.weight"
+    weights = load_file(path)
+    weight = weights.pop(name)
+    if change == "NaN":
+        weight[3, 5] = torch.nan
+    if change != "missing":
+        weights[name] = weight.T.contiguous() if change == "transposed" else weight
+    save_file(weights, path, {"format": "pt"})
+    with pytest.raises(ValueError, match=f"load_model: {tmp_path} must hold {said}"):
+        load_model(tmp_path)
+
+
 def test_load_model_says_that_the_weights_are_truncated(tmp_path):
     saved_tokenizer(tmp_path)
     tiny("llama").save_pretrained(tmp_path)
@@ -719,6 +826,22 @@ def test_an_index_from_before_checksums_is_read_and_said(tmp_path):
     with pytest.warns(UserWarning, match="from before checksums: a bit that flipped"):
         source = ShardSource(tmp_path, 100)
     assert row_numbers(source, 10).sort().values.tolist() == list(range(1000))
+
+
+def test_relative_paths_are_those_that_they_were(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "a.txt").write_text("text")
+    texts = TextFiles(["a.txt"])
+
+    def move():
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        yield numbered(10)
+
+    assert write_shards("shards", move()) == 10
+    assert ShardSource(tmp_path / "shards", 10).n_rows == 10
+    assert list(texts) == ["text"]
+    assert not list((tmp_path / "elsewhere").iterdir())
 
 
 def test_write_shards_has_one_writer(tmp_path):

@@ -1,21 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """training: the fused step against autograd and dense PyTorch, schedules, metrics, bad input."""
 
+import copy
 import io
 import itertools
 import json
 import math
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 
 import pytest
 import torch
 from oracle import assert_accurate, identical, num_threads, randn
 from rich.console import Console
+from torch import nn
 from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from mikernels.activations import TensorSource
 from mikernels.batch import Batch
 from mikernels.nn import TopKSAE
 from mikernels.optim import RowAdam
@@ -24,7 +28,6 @@ from mikernels.training.autograd import AutogradStep, dense_forward, sparse_forw
 from mikernels.training.fused import FusedStep, Scratch
 from mikernels.training.metrics import PARTS, Clock, History, Means
 from mikernels.training.progress import Reporter
-from mikernels.training.sources import TensorSource
 
 D, F, K, BATCH = 16, 96, 4, 64
 STEPS = 20
@@ -454,6 +457,43 @@ def test_the_scale_of_activations_is_folded_back() -> None:
     assert run(scale_activations=False)[1].scale == 1.0
 
 
+@pytest.mark.parametrize("exponent", [-80, -64, -50, 50, 62, 80])
+def test_activations_of_any_size_are_measured(exponent) -> None:
+    """Their squares are beyond fp32, where norms would be 0 or inf and no scale found."""
+
+    def trainer(x: torch.Tensor) -> Trainer:
+        config = TrainConfig(8 * BATCH, BATCH, lr=1e-2, log_every=1)
+        return Trainer(make_sae(), TensorSource(x, BATCH), config, quiet=True)
+
+    usual, other = trainer(activations()).run(), trainer(activations() * 2.0**exponent)
+    expected = round(math.log2(usual.scale)) - exponent
+    if abs(expected) > 64:
+        with pytest.raises(ValueError, match=rf"multiply them by 2\^{expected} in the source"):
+            other.run()
+        return
+    assert other.run().scale == 2.0**expected
+    assert other.history.column("loss") == usual.column("loss")
+
+
+def test_float16_weights_are_trained_without_a_scale() -> None:
+    """Biases of 1e5 would be inf, and those of 1e-6 lose their bits, once folded back."""
+    with pytest.raises(ValueError, match="scale_activations must be False for float16"):
+        train(make_sae(dtype=torch.float16), step="autograd")
+    history = train(make_sae(dtype=torch.float16), step="autograd", scale_activations=False)
+    assert history.column("fvu")[-1] < history.column("fvu")[0]
+
+
+@pytest.mark.parametrize("step", ["fused", "autograd", "dense"])
+def test_a_trained_b_dec_is_where_further_training_starts(step) -> None:
+    sae = make_sae()
+    train(sae, steps=60, lr=1e-2)
+    with torch.no_grad():
+        sae.b_dec += randn(D)
+    before = sae.b_dec.clone()
+    train(sae, steps=1, lr=1e-12, step=step)
+    assert torch.allclose(sae.b_dec, before, atol=1e-6, rtol=0)
+
+
 def test_rescale_scales_the_function() -> None:
     sae = make_sae()
     with torch.no_grad():
@@ -512,6 +552,115 @@ def test_a_given_row_adam_equals_the_default() -> None:
     train(a, steps=4)
     train(b, steps=4, optimizer=RowAdam([constrained, rest], clip_norm=1.0))
     assert all(identical(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+
+
+def refused_optimizers(sae: TopKSAE) -> dict:
+    """(settings, optimiser, error, message) of those that would do something else in silence."""
+    adam, params = torch.optim.Adam, list(sae.parameters())
+    dec = {"params": [sae.w_dec], "project": True, "unit_norm": True}
+    rest = [p for p in params if p is not sae.w_dec]
+    return {
+        "missing": ("autograd", adam(rest), "0 others and without \\['w_dec'\\]"),
+        "missing, fused": ("fused", RowAdam([dec, {"params": rest[1:]}]), "without \\['w_enc'\\]"),
+        "of another SAE": ("autograd", adam(make_sae().parameters()), "4 others and without"),
+        "more": ("dense", adam([*params, nn.Parameter(torch.ones(1))]), "1 others and without"),
+        "rates": (
+            "autograd",
+            adam([{"params": params[:1], "lr": 1.0}, {"params": params[1:]}]),
+            "one lr for all its groups, .*got \\[1.0, 0.001\\]",
+        ),
+        "unconstrained": ("fused", RowAdam(params), "constrain w_dec .*'unit_norm': False"),
+        "closure": ("autograd", torch.optim.LBFGS(params), "got LBFGS, which needs a closure"),
+    }
+
+
+@pytest.mark.parametrize("what", refused_optimizers(make_sae()))
+def test_an_optimizer_that_the_step_would_not_follow_is_refused(what) -> None:
+    sae = make_sae()
+    step, optimizer, message = refused_optimizers(sae)[what]
+    with pytest.raises((TypeError, ValueError), match=f"^Trainer: optimizer must .*{message}"):
+        train(sae, steps=2, step=step, optimizer=optimizer)
+
+
+def test_an_optimizer_may_leave_out_what_is_frozen() -> None:
+    sae = make_sae()
+    sae.w_dec.requires_grad_(False)
+    before, rest = sae.w_enc.clone(), [sae.w_enc, sae.b_enc, sae.b_dec]
+    train(sae, steps=2, step="autograd", optimizer=torch.optim.Adam(rest))
+    assert not torch.equal(sae.w_enc, before)
+    train(make_sae(normalize_decoder=False), steps=2)
+
+
+@pytest.mark.parametrize(
+    "settings, optimizer",
+    [
+        ({"step": "dense", "dtype": "bfloat16"}, None),
+        ({"step": "fused", "dtype": "bfloat16"}, lambda sae: torch.optim.Adam(sae.parameters())),
+        ({"step": "autograd", "dtype": "bfloat16"}, lambda sae: torch.optim.Adam([sae.w_enc])),
+        ({"cuda_graph": True, "dtype": "bfloat16"}, None),
+    ],
+)
+def test_a_refused_run_leaves_the_sae_as_it_was(settings, optimizer) -> None:
+    sae = make_sae(dead_after=None)
+    before = copy.deepcopy(sae)
+    with pytest.raises((TypeError, ValueError), match="^Trainer: "):
+        train(sae, optimizer=None if optimizer is None else optimizer(sae), **settings)
+    assert sae.config == before.config
+    assert all(identical(p, q) for p, q in zip(sae.parameters(), before.parameters(), strict=True))
+
+
+MODES = {
+    "no_grad": torch.no_grad,
+    "inference_mode": torch.inference_mode,
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "autocast in inference_mode": lambda: Nested(),
+}
+
+
+class Nested(ExitStack):
+    def __enter__(self):
+        self.enter_context(torch.inference_mode())
+        self.enter_context(torch.autocast("cpu", torch.float16))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("step", ["fused", "autograd", "dense"])
+def test_the_mode_of_the_caller_changes_nothing(step, mode) -> None:
+    config = TrainConfig(8 * BATCH, BATCH, step=step, log_every=1)
+    usual, trainer = (
+        Trainer(make_sae(), TensorSource(activations(), BATCH), config, quiet=True) for _ in "ab"
+    )
+    expected = usual.run()
+    with MODES[mode]():
+        got = trainer.run()
+    assert got.column("loss") == expected.column("loss")
+    # what the run made is no inference tensor: it goes on outside
+    a, b = usual.sae, trainer.sae
+    assert all(identical(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+    again = [
+        train(t.sae, steps=2, step=step, optimizer=t.optimizer).column("loss")
+        for t in (usual, trainer)
+    ]
+    assert again[0] == again[1]
+
+
+@pytest.mark.parametrize("scale_activations", [False, True])
+@pytest.mark.parametrize("step", ["fused", "autograd", "dense"])
+def test_batches_made_in_inference_mode_are_trained_on(step, scale_activations) -> None:
+    def losses(batches: list[torch.Tensor]) -> list[float]:
+        config = TrainConfig(
+            8 * BATCH, BATCH, step=step, scale_activations=scale_activations, log_every=1
+        )
+        return Trainer(make_sae(), Batches(batches), config, quiet=True).run().column("loss")
+
+    with torch.inference_mode():
+        inferred = [x.clone() for x in activations(8 * BATCH).split(BATCH)]
+    assert losses(inferred) == losses([x.clone() for x in inferred])
+    with torch.inference_mode():
+        sae = make_sae()
+    with pytest.raises(ValueError, match="sae must be made outside of torch.inference_mode"):
+        train(sae)
+    train(copy.deepcopy(sae), steps=2)
 
 
 def test_schedules() -> None:

@@ -16,15 +16,19 @@ no weight gradient is computed, and nothing is left in any `.grad`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 
-from mikernels.circuits.decoder import NAME, Watch, decoder_blocks, frozen, head_matrices
-from mikernels.models.hooks import eager, original
+from mikernels.models.decoder import find_decoder
+from mikernels.models.hooks import check_eval, eager, original
 from mikernels.models.padding import with_positions
+from mikernels.models.watch import Watch
+
+NAME = "gradient_components"
+FIX = "collect its gradients with hooks of your own for compute_gradient_interactions"
 
 
 def split_heads(name: str, heads: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -84,6 +88,18 @@ def _run(model: torch.nn.Module, inputs: Mapping[str, Any]) -> torch.Tensor:
     return logits
 
 
+@contextmanager
+def _frozen(model: torch.nn.Module) -> Iterator[None]:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    try:
+        for p in trained:
+            p.requires_grad_(False)
+        yield
+    finally:
+        for p in trained:
+            p.requires_grad_(True)
+
+
 def gradient_components(
     model: torch.nn.Module,
     inputs: torch.Tensor | Mapping[str, Any],
@@ -99,8 +115,10 @@ def gradient_components(
     counted from the first token (unless position_ids are given), and at padding the result is 0.
 
     Args:
-        model: a Hugging Face causal language model (Llama, GPT-2, GPT-NeoX, ... style) in eval
-            mode, with blocks that add attention and MLP to the residual stream as they are.
+        model: a Hugging Face causal language model (Llama, Qwen, Mixtral, GPT-2, GPT-NeoX, OPT,
+            ... style) in eval mode, with blocks that add attention and MLP to the residual stream
+            as they are; or normed (Gemma 2 and 3, OLMo 2), and then the norm's output is the
+            component.
         inputs: token ids `[B, P]`, or what the tokeniser returned (keywords of the model), with an
             attention_mask of 1 for tokens and 0 for padding where there is any.
         target: a token id, `[B]` of them, or None: the one the model predicts.
@@ -116,12 +134,14 @@ def gradient_components(
 
     Raises:
         TypeError, ValueError: for a model that is not recognised, with the place and the numbers
-            where its arithmetic is another (see `circuits.decoder`); for one in training mode; for
-            other inputs or targets; for logits or activations that are not finite. Hooks are
-            removed and `requires_grad` is restored in any case.
+            where its arithmetic is another (see `mikernels.models.watch`); for heads where a norm
+            follows attention; for one in training mode; for other inputs or targets; for logits or
+            activations that are not finite. Hooks are removed and `requires_grad` is restored in
+            any case.
     """
     model = original(model)
-    blocks = decoder_blocks(model)
+    decoder = find_decoder(model, NAME, FIX)
+    check_eval(NAME, model)
     given = {"input_ids": inputs} if isinstance(inputs, torch.Tensor) else inputs
     if not isinstance(given, Mapping):
         raise TypeError(
@@ -132,14 +152,22 @@ def gradient_components(
     if isinstance(ids, torch.Tensor) and (ids.dim() != 2 or ids.numel() == 0):
         raise ValueError(f"{NAME}: input_ids must be [B, P], not empty, got {list(ids.shape)}")
     given, kept = with_positions(NAME, model, given)
-    w_o = [head_matrices(model, i, parts) for i, parts in enumerate(blocks)] if heads else []
+    w_o = [decoder.w_o(block) for block in decoder.blocks] if heads else []
     with ExitStack() as stack:
-        stack.enter_context(frozen(model))
+        stack.enter_context(_frozen(model))
         # switches gradients on, also within the caller's no_grad
         stack.enter_context(torch.inference_mode(False))
-        watch = Watch(model, blocks, kept, w_o, stack)
+        watch = Watch(decoder, kept, w_o, stack)
         logits = _last(kept, _run(model, given))
         watch.check()
+        for block, flow in zip(decoder.blocks, watch.flows, strict=True) if heads else ():
+            if flow.attention_writer is not block.attention:
+                name = next(n for n, m in block.norms.items() if m is flow.attention_writer)
+                raise decoder.refusal(
+                    f"block {block.index} adds what {name} makes of the sum of its heads, so that "
+                    f"no head writes by itself",
+                    "ask for heads=False, or ",
+                )
         score = logits.gather(1, _target(target, logits.detach())[:, None]).sum()
         sites = watch.sites
         at = "z" if heads and not attribution else "attn"
@@ -147,13 +175,15 @@ def gradient_components(
     found: dict[str, torch.Tensor] = {}
     for layer, site in enumerate(sites):
         g, g_mlp = grads[2 * layer : 2 * layer + 2]
+        mlp = site["mlp"].detach().reshape(site["x"].shape)
+        g_mlp = g_mlp.reshape(site["x"].shape)
         if heads:
             z = (site["z"].detach() if attribution else g).unflatten(-1, w_o[layer].shape[:2])
             written = torch.einsum("bphe,hed->bphd", z, w_o[layer])
             found |= split_heads(f"L{layer}", written * g[:, :, None] if attribution else written)
         else:
             found[f"L{layer}.attn"] = g * site["attn"].detach() if attribution else g
-        found[f"L{layer}.mlp"] = g_mlp * site["mlp"].detach() if attribution else g_mlp
+        found[f"L{layer}.mlp"] = g_mlp * mlp if attribution else g_mlp
     if kept is None:
         return found
     return {name: part.where(kept.to(part.device)[..., None], 0) for name, part in found.items()}

@@ -17,10 +17,9 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from mikernels.training.models import ModelSource
-from mikernels.training.pretrained import load_model
-from mikernels.training.shards import INDEX, open_shards, read_index, remove_shards, write_shards
-from mikernels.training.sources import Rows
+from mikernels.activations import ModelSource, Rows, write_shards
+from mikernels.activations.shards import INDEX, open_shards, read_index, remove_shards
+from mikernels.models.load import load_model
 
 CONTEXT = 256
 

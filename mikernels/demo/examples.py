@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
+from mikernels.activations import Rows
 from mikernels.codes import SparseCodes
 from mikernels.nn import SAE
-from mikernels.training.sources import Rows
 
 # tokens shown on either side of the strongest one
 BEFORE, AFTER = 14, 8

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from markupsafe import Markup
 
+from mikernels.activations import Rows
 from mikernels.demo import figures, report
 from mikernels.demo.compare import NAMES, step_ms
 from mikernels.demo.examples import Firing, choose_features, encode_all, token_card
-from mikernels.demo.run import DemoOptions
+from mikernels.demo.options import DemoOptions
 from mikernels.info import collect
 from mikernels.nn import SAE
-from mikernels.training.sources import Rows
 
 SIDE = 28
 

@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 
+from mikernels.activations import TensorSource
 from mikernels.demo.data import held_out, load_rows
 from mikernels.files import explained, finite, read_json, write_json
 from mikernels.nn import TopKSAE
 from mikernels.training import TrainConfig, Trainer
-from mikernels.training.sources import TensorSource
 
 STATUS = Path("/proc/self/status")
 CLEAR_REFS = Path("/proc/self/clear_refs")

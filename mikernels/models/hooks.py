@@ -37,6 +37,11 @@ def original(model: Any) -> Any:
     return getattr(model, "_modules", {}).get("_orig_mod", model)
 
 
+def returned(output: Any) -> Any:
+    """What a module returned, without what some return beside it (attention weights, router)."""
+    return output[0] if isinstance(output, tuple | list) else output
+
+
 def compiled_part(model: torch.nn.Module) -> str | None:
     """The name of a module that is compiled or scripted, in words; None without any."""
     for name, module in model.named_modules():
@@ -51,7 +56,7 @@ def compiled_part(model: torch.nn.Module) -> str | None:
     return None
 
 
-def check_uncompiled(caller: str, model: torch.nn.Module) -> None:
+def check_uncompiled(where: str, model: torch.nn.Module) -> None:
     """Refuses models of which something is compiled: what is replaced in them may not be seen.
 
     Raises:
@@ -59,12 +64,33 @@ def check_uncompiled(caller: str, model: torch.nn.Module) -> None:
     """
     if (part := compiled_part(model)) is not None:
         raise ValueError(
-            f"{caller}: model must run as Python modules, got compiled {part}; give the model as "
+            f"{where}: model must run as Python modules, got compiled {part}; give the model as "
             f"it was before torch.compile or torch.jit"
         )
 
 
-def check_fires(caller: str, model: torch.nn.Module, watched: Iterable[torch.nn.Module]) -> None:
+def _drops(module: torch.nn.Module) -> bool:
+    """Whether it is in training mode and drops numbers in it."""
+    if isinstance(module, torch.nn.modules.dropout._DropoutNd):
+        return module.training and module.p > 0
+    rates = (value for name, value in vars(module).items() if "dropout" in name)
+    return module.training and any(isinstance(rate, float) and rate > 0 for rate in rates)
+
+
+def check_eval(where: str, model: torch.nn.Module) -> None:
+    """Refuses models that drop numbers at random.
+
+    Raises:
+        ValueError: in training mode, the whole or a part with dropout.
+    """
+    if model.training or any(map(_drops, model.modules())):
+        raise ValueError(
+            f"{where}: model must be in eval mode, got training mode, in which dropout makes "
+            f"gradients random; call model.eval()"
+        )
+
+
+def check_fires(where: str, model: torch.nn.Module, watched: Iterable[torch.nn.Module]) -> None:
     """Refuses modules inside of scripted ones, which are not called as modules.
 
     Raises:
@@ -77,6 +103,6 @@ def check_fires(caller: str, model: torch.nn.Module, watched: Iterable[torch.nn.
     for module in watched:
         if module in inner:
             raise ValueError(
-                f"{caller}: model must run as Python modules, got a scripted "
+                f"{where}: model must run as Python modules, got a scripted "
                 f"{inner[module] or 'model'} with {type(module).__name__} inside; {NEVER}"
             )

@@ -29,16 +29,16 @@ def _row(rows: torch.Tensor) -> int:
 
 
 def with_positions(
-    caller: str, model: torch.nn.Module, inputs: Mapping[str, Any]
+    where: str, model: torch.nn.Module, inputs: Mapping[str, Any]
 ) -> tuple[dict[str, Any], torch.Tensor | None]:
     """Inputs under which every row of a padded batch gives what it gives without its padding.
 
     Args:
-        caller: of the error messages.
+        where: of the error messages.
         model: whose forward gets the inputs.
         inputs: its keywords, with `input_ids [B, P]` or `inputs_embeds [B, P, d]`, and perhaps
             `attention_mask [B, P]`, 1 (or True, 1.0) for a token and 0 for padding, which is before
-            or after the tokens of a row or both. `position_ids` of the caller's are kept.
+            or after the tokens of a row or both. `position_ids` of the where's are kept.
 
     Returns:
         The inputs with position_ids, and which positions hold tokens `[B, P]`, None if all do.
@@ -54,7 +54,7 @@ def with_positions(
         return given, None
     if not isinstance(mask, torch.Tensor):
         raise TypeError(
-            f"{caller}: attention_mask must be a tensor [B, P], got {type(mask).__name__}; ask "
+            f"{where}: attention_mask must be a tensor [B, P], got {type(mask).__name__}; ask "
             f"the tokeniser for return_tensors='pt'"
         )
     content = given.get("input_ids")
@@ -62,7 +62,7 @@ def with_positions(
     shape = list(mask.shape if content is None else content.shape[:2])
     if list(mask.shape) != shape or mask.dim() != 2:
         raise ValueError(
-            f"{caller}: attention_mask must be {shape} with 1 for a token and 0 for padding, got "
+            f"{where}: attention_mask must be {shape} with 1 for a token and 0 for padding, got "
             f"{list(mask.shape)}"
         )
     kept = mask == 1
@@ -81,18 +81,18 @@ def with_positions(
     if other:
         odd = mask[~kept & (mask != 0)][0].item()
         raise ValueError(
-            f"{caller}: attention_mask must hold 1 for a token and 0 for padding, got {odd}; "
+            f"{where}: attention_mask must hold 1 for a token and 0 for padding, got {odd}; "
             f"scores to be added to the attention's are not supported"
         )
     if some_empty:
         raise ValueError(
-            f"{caller}: attention_mask must be {shape} with a token in every row, got none in row "
+            f"{where}: attention_mask must be {shape} with a token in every row, got none in row "
             f"{_row(empty)}; leave that row out"
         )
     if gaps:
         row = _row(starts > 1)
         raise ValueError(
-            f"{caller}: attention_mask must have padding before or after the tokens of a row only, "
+            f"{where}: attention_mask must have padding before or after the tokens of a row only, "
             f"got {mask[row].int().tolist()} in row {row}; leave the tokens between out of "
             f"input_ids"
         )
@@ -104,7 +104,7 @@ def with_positions(
             given["position_ids"] = (given["attention_mask"].cumsum(-1) - 1).clamp_(min=0)
         elif before:
             raise ValueError(
-                f"{caller}: attention_mask must have its padding after the tokens for "
+                f"{where}: attention_mask must have its padding after the tokens for "
                 f"{type(model).__name__}, whose forward takes no position_ids, got padding first "
                 f"in row {_row(~kept[:, 0])}; set tokenizer.padding_side = 'right'"
             )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trainer, activation sources, checkpoints."""
+"""Trainer, its configuration and history, checkpoints."""
 
 from mikernels.training.checkpoint import load_sae
 from mikernels.training.config import TrainConfig

@@ -88,11 +88,12 @@ class AutogradStep:
         optimizer: torch.optim.Optimizer | None = None,
         forward: Forward = sparse_forward,
     ):
-        low = sae.w_dec.dtype.itemsize < 4
+        dtype = config.weights_dtype(sae.w_dec.dtype)
+        low = dtype.itemsize < 4
         if forward is dense_forward and low:
             raise TypeError(
-                f"Trainer: step='dense' is the float32 baseline, got {sae.w_dec.dtype} weights; "
-                f"leave dtype out of TrainConfig or use step='autograd'"
+                f"Trainer: step='dense' is the float32 baseline, got {dtype} weights; leave dtype "
+                f"out of TrainConfig or use step='autograd'"
             )
         self.sae = sae
         self.clip_norm = config.clip_norm

@@ -14,7 +14,7 @@ from mikernels.nn import SAE
 
 
 class BatchSource(Protocol):
-    """Where batches come from; `mikernels.training.sources` has three."""
+    """Where batches come from; `mikernels.activations` has three."""
 
     d: int
 
@@ -74,14 +74,24 @@ def shares(batches: list[Batch]) -> list[float | torch.Tensor]:
 def power_of_two_scale(batches: list[Batch]) -> float:
     """The power of two that brings the mean norm of the inputs' rows nearest to sqrt(d).
 
-    1 for rows that are all zero. Synchronises a GPU.
+    1 for rows that are all zero or not finite. Synchronises a GPU.
+
+    Raises:
+        ValueError: it is not within 2^-64 to 2^64, beyond which biases could leave fp32's range.
     """
-    norms = torch.cat([torch.linalg.vector_norm(batch.input, dim=-1) for batch in batches])
-    mean = float(norms.double().mean())
+    inputs = [batch.input for batch in batches]
+    # in fp64, for the squares may leave fp32's range
+    norms = torch.cat([torch.linalg.vector_norm(x, dim=-1, dtype=torch.float64) for x in inputs])
+    mean = float(norms.mean())
     if not (math.isfinite(mean) and mean > 0):
         return 1.0
-    # further away the biases could leave fp32's range
-    return 2.0 ** max(-64, min(64, round(math.log2(batches[0].input.shape[1] ** 0.5 / mean))))
+    exponent = round(math.log2(inputs[0].shape[1] ** 0.5 / mean))
+    if abs(exponent) > 64:
+        raise ValueError(
+            f"Trainer: the activations' mean norm must be within a factor of 2^64 of sqrt(d), got "
+            f"{mean:.1e}; multiply them by 2^{exponent} in the source"
+        )
+    return 2.0**exponent
 
 
 def _check_weights(weights: torch.Tensor, number: int, n: int) -> None:

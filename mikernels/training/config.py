@@ -66,7 +66,8 @@ class TrainConfig:
         dtype: "float32" or "bfloat16" converts the weights; None keeps the SAE's. Adam's state is
             float32 either way. A bfloat16 weight does not move by less than half a unit in its last
             place (2^-9 of its size), so it wants a larger lr.
-        init_b_dec: start b_dec at the geometric median of the first batch.
+        init_b_dec: start b_dec at the geometric median of the first batch, if it is still all 0 as
+            in a new SAE; one that was trained is a better start.
         scale_activations: train on activations times the power of two that brings the mean norm of
             the first step's tokens nearest to sqrt(d), so that one learning rate fits every layer
             of every model. Outside of `Trainer.run`, and in checkpoints, the SAE is one of the
@@ -166,6 +167,10 @@ class TrainConfig:
     def peak_lr(self, n_features: int) -> float:
         """`lr`, or `default_lr` where it is None, for an SAE of so many features."""
         return default_lr(n_features, self.total_steps) if self.lr is None else self.lr
+
+    def weights_dtype(self, own: torch.dtype) -> torch.dtype:
+        """Of the weights while they are trained, for an SAE of the dtype `own`."""
+        return own if self.dtype is None else DTYPES[self.dtype]
 
     @property
     def warmup(self) -> int:

@@ -81,10 +81,11 @@ class FusedStep:
     def __init__(
         self, sae: SAE, config: TrainConfig, optimizer: torch.optim.Optimizer | None = None
     ):
-        if sae.w_dec.dtype not in (torch.float32, torch.bfloat16):
+        dtype = config.weights_dtype(sae.w_dec.dtype)
+        if dtype not in (torch.float32, torch.bfloat16):
             raise TypeError(
-                f"Trainer: step='fused' trains float32 or bfloat16 weights, got {sae.w_dec.dtype}; "
-                f"set dtype in TrainConfig or use step='autograd'"
+                f"Trainer: step='fused' trains float32 or bfloat16 weights, got {dtype}; set dtype "
+                f"in TrainConfig or use step='autograd'"
             )
         if optimizer is not None and not isinstance(optimizer, RowAdam):
             raise TypeError(

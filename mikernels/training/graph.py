@@ -8,6 +8,7 @@ that stay, and lr and the step counts are device tensors (`RowAdam(capturable=Tr
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -76,7 +77,8 @@ class GraphedStep:
     def _fill(self, batches: list[Batch]) -> None:
         shapes, held = ([_shapes(b) for b in batches] for batches in (batches, self._inputs))
         if shapes != held:
-            self._inputs = [_copied(batch) for batch in batches]
+            copy = functools.partial(torch.clone, memory_format=torch.contiguous_format)
+            self._inputs = [batch.map(copy) for batch in batches]
             return
         for own, batch in zip(self._inputs, batches, strict=True):
             for mine, given in zip(own.tensors(), batch.tensors(), strict=True):
@@ -126,12 +128,6 @@ def check_device(device: torch.device) -> None:
 
 def _shapes(batch: Batch) -> list[torch.Size | None]:
     return [None if t is None else t.shape for t in (batch.input, batch.target, batch.weights)]
-
-
-def _copied(batch: Batch) -> Batch:
-    parts = (batch.input, batch.target, batch.weights)
-    copies = (None if t is None else t.clone(memory_format=torch.contiguous_format) for t in parts)
-    return Batch(*copies)  # type: ignore[arg-type]
 
 
 def _identity(value: object) -> object:

@@ -58,12 +58,20 @@ def unpack_optimizer(
         optimizer.check_state_dict(whole)
     else:
         _check_groups(groups, optimizer.state_dict()["param_groups"])
-    trained = [index for index, p in enumerate(params) if p.requires_grad]
-    sets = {frozenset(state.get(index, ())) for index in trained}
-    if len(sets) > 1:
+    entries: dict[int, dict[int, list[str]]] = {}
+    for index, p in enumerate(params):
+        if p.requires_grad:
+            entries.setdefault(p.dim(), {})[index] = sorted(state.get(index, ()))
+    for dim, kept in entries.items():
+        # Adafactor keeps rows and columns of a matrix, and has neither for a bias
+        if len({tuple(names) for names in kept.values()}) > 1:
+            raise ValueError(
+                f"optimizer.state must have the same entries for every parameter of {dim} "
+                f"dimensions, got {kept}"
+            )
+    if len({bool(names) for kept in entries.values() for names in kept.values()}) > 1:
         raise ValueError(
-            f"optimizer.state must have the same entries for every parameter, got "
-            f"{ {index: sorted(state.get(index, ())) for index in trained} }"
+            f"optimizer.state must have entries for every parameter or for none, got {entries}"
         )
     return whole
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import errno
+import inspect
 import os
 import shutil
 from collections.abc import Mapping
@@ -15,10 +16,13 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from mikernels.files import check_json, explained, write_atomic
 from mikernels.nn import SAE
+from mikernels.optim import RowAdam
 from mikernels.tensor_files import check_writable, overlap
 from mikernels.training.batches import BatchSource
 from mikernels.training.checkpoint import TRAINING, checkpoints, in_the_way, remove_leftovers
 from mikernels.training.config import TrainConfig
+from mikernels.training.optimizer import group_of
+from mikernels.training.optimizer_state import unpack_optimizer
 
 # what the fused and the dense step compute in their own way
 METHODS = (
@@ -30,6 +34,16 @@ METHODS = (
 def check_fit(sae: SAE, source: BatchSource, config: TrainConfig) -> None:
     """SAE, source and settings fit each other, or a ValueError."""
     check_weights_apart(sae)
+    if any(p.is_inference() for p in sae.parameters()):
+        raise ValueError(
+            "Trainer: sae must be made outside of torch.inference_mode(), got parameters that "
+            "cannot be trained; pass copy.deepcopy(sae)"
+        )
+    if config.scale_activations and config.weights_dtype(sae.w_dec.dtype) == torch.float16:
+        raise ValueError(
+            "Trainer: scale_activations must be False for float16 weights, whose range is too "
+            "small to fold a scale into the biases and back, got True; set it, or train in float32"
+        )
     if source.d != sae.config.d:
         raise ValueError(
             f"Trainer: source.d must be the SAE's d = {sae.config.d}, got {source.d}; make the SAE "
@@ -92,8 +106,48 @@ def _check_bypassed(sae: SAE, step: str) -> None:
         )
 
 
-def check_state(sae: SAE, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any]) -> None:
-    """What a checkpoint would hold can be written and read back.
+def check_optimizer(sae: SAE, optimizer: torch.optim.Optimizer, config: TrainConfig) -> None:
+    """A given optimiser does what the SAE and the settings say, or a TypeError or ValueError."""
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is closure.empty:
+        raise TypeError(
+            f"Trainer: optimizer must step from gradients, got {type(optimizer).__name__}, which "
+            f"needs a closure; use one such as Adam or SGD"
+        )
+    names = {id(p): name for name, p in sae.named_parameters() if p.requires_grad}
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    others = len(held - {id(p) for p in sae.parameters()})
+    missing = [name for place, name in names.items() if place not in held]
+    if others or missing:
+        raise ValueError(
+            f"Trainer: optimizer must be of the parameters to train, got one with {others} others "
+            f"and without {missing}; make it of sae.parameters(), and freeze what is to stay put "
+            f"with requires_grad_(False)"
+        )
+    rates = [group.get("lr") for group in optimizer.param_groups]
+    if None in rates or len(set(map(float, rates))) > 1:  # type: ignore[arg-type]
+        raise ValueError(
+            f"Trainer: optimizer must have one lr for all its groups, since each step sets it by "
+            f"the schedule, got {rates}; give them the same"
+        )
+    group = group_of(optimizer, sae.w_dec) if sae.w_dec.requires_grad else None
+    fused = config.step == "fused" and isinstance(optimizer, RowAdam)
+    if fused and sae.constrained() and group is not None:
+        given = {name: group.get(name) for name in ("project", "unit_norm")}
+        if not all(given.values()):
+            raise ValueError(
+                f"Trainer: optimizer must constrain w_dec for an SAE with normalize_decoder, got "
+                f"{given}; put w_dec in a group with both True, or leave optimizer out"
+            )
+
+
+def check_state(
+    sae: SAE,
+    optimizer: torch.optim.Optimizer,
+    tensors: Mapping[str, torch.Tensor],
+    state: Mapping[str, Any],
+) -> None:
+    """What a checkpoint would hold can be written and read back; reads the moments once.
 
     Raises:
         TypeError, ValueError: naming what cannot.
@@ -115,6 +169,15 @@ def check_state(sae: SAE, tensors: Mapping[str, torch.Tensor], state: Mapping[st
         raise type(error)(
             f"Trainer: the states of the source and optimiser must be JSON-able (tensors of the "
             f"optimiser aside), got: {error}{fix}"
+        ) from error
+    moments = {name: t for name, t in tensors.items() if name.startswith("optimizer.")}
+    saved = state["optimizer"]
+    try:
+        unpack_optimizer(optimizer, moments, saved["state"], saved["param_groups"])
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"Trainer: the state of the optimiser must be one that resume takes back, got "
+            f"{type(optimizer).__name__}: {error}{fix}"
         ) from error
 
 

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+from mikernels._autocast import in_own_dtype
+from mikernels.batch import Batch
 from mikernels.files import explained
 from mikernels.nn import SAE
 from mikernels.nn.sae import DEAD_AFTER
@@ -19,13 +21,18 @@ from mikernels.owning import owned
 from mikernels.training.autograd import AutogradStep, dense_forward, sparse_forward
 from mikernels.training.batches import BatchSource, power_of_two_scale, take_batches
 from mikernels.training.checkpoint import checkpoints, save_checkpoint
-from mikernels.training.config import DTYPES, TrainConfig
+from mikernels.training.config import TrainConfig
 from mikernels.training.fused import FusedStep
 from mikernels.training.graph import GraphedStep
 from mikernels.training.interrupts import Interrupts
 from mikernels.training.metrics import Clock, History, JsonLines, Means
 from mikernels.training.optimizer import set_rate
-from mikernels.training.preflight import check_fit, check_state, prepare_out_dir
+from mikernels.training.preflight import (
+    check_fit,
+    check_optimizer,
+    check_state,
+    prepare_out_dir,
+)
 from mikernels.training.progress import Reporter
 from mikernels.training.snapshot import restore, take_snapshot
 
@@ -66,16 +73,14 @@ class Trainer:
         if step is not None:
             config = TrainConfig.from_dict({**config.to_dict(), "step": step})
         check_fit(sae, source, config)
-        if config.dtype is not None:
-            sae.to(DTYPES[config.dtype])
+        if optimizer is not None:
+            check_optimizer(sae, optimizer, config)
         # what was left open here, a resumed run takes from its checkpoint
         self.open = {"lr": config.lr is None, "dead_after": sae.config.dead_after is None}
         config = replace(config, lr=config.peak_lr(sae.config.n_features))
-        if sae.config.dead_after is None:
-            after = max(1, min(DEAD_AFTER, config.total_tokens // 6))
-            sae.config = replace(sae.config, dead_after=after)
         self.sae, self.source, self.config, self.quiet = sae, source, config, quiet
-        self.out_dir = None if out_dir is None else Path(out_dir)
+        # where it is now: the process may go to another folder before it writes
+        self.out_dir = None if out_dir is None else Path(out_dir).absolute()
         self._update: FusedStep | GraphedStep | AutogradStep
         if config.step == "fused":
             fused = FusedStep(sae, config, optimizer)
@@ -84,6 +89,11 @@ class Trainer:
             forward = dense_forward if config.step == "dense" else sparse_forward
             self._update = AutogradStep(sae, config, optimizer, forward)
         self.optimizer: torch.optim.Optimizer = self._update.optimizer
+        # the SAE changes only once nothing is refused any more
+        sae.to(config.weights_dtype(sae.w_dec.dtype))
+        if sae.config.dead_after is None:
+            after = max(1, min(DEAD_AFTER, config.total_tokens // 6))
+            sae.config = replace(sae.config, dead_after=after)
         self.history = History()
         self.step = self.tokens = 0
         self.means = Means()
@@ -118,7 +128,7 @@ class Trainer:
                 f"{folder}; remove the newer ones or choose another out_dir"
             )
         # nobody deletes it meanwhile, and no run that still goes on is resumed
-        with owned(folder.parent, "resume") if mine else nullcontext():
+        with owned(self.out_dir, "resume") if self.out_dir and mine else nullcontext():
             restore(self, folder)
         self._saved = self.step if mine else -1
         return self.step
@@ -162,7 +172,7 @@ class Trainer:
                     self._log(report, lines)
                 if lines is not None and not self._state_checked:
                     # an optimiser's state is there from the first step on
-                    check_state(self.sae, *take_snapshot(self))
+                    check_state(self.sae, self.optimizer, *take_snapshot(self))
                     self._state_checked = True
                 if interrupts.pending:
                     self._save(lines)
@@ -175,11 +185,23 @@ class Trainer:
             self._save(lines)
 
     def _train_step(self) -> bool:
-        sae, config = self.sae, self.config
-        first = self.step * config.accumulation + 1
-        batches = take_batches(self.source, config.accumulation, first, sae)
+        count = self.config.accumulation
+        batches = take_batches(self.source, count, self.step * count + 1, self.sae)
         if batches is None:
             return False
+        self._step_on(batches)
+        self.step += 1
+        self.tokens += sum(map(len, batches))
+        return True
+
+    @in_own_dtype
+    @torch.inference_mode(False)
+    @torch.enable_grad()
+    def _step_on(self, batches: list[Batch]) -> None:
+        """The same step in whatever mode `run` is called; a source is called in the caller's."""
+        sae, config = self.sae, self.config
+        # autograd cannot keep a tensor of inference mode
+        batches = [b.map(lambda t: t.clone() if t.is_inference() else t) for b in batches]
         if self.step == 0:
             if config.scale_activations:
                 scale = power_of_two_scale(batches)
@@ -189,15 +211,12 @@ class Trainer:
                 sae.normalize_decoder_()
         if self.history.scale != 1:
             batches = [batch.scaled(self.history.scale) for batch in batches]
-        if self.step == 0 and config.init_b_dec and sae.b_dec.requires_grad:
+        if self.step == 0 and config.init_b_dec and sae.b_dec.requires_grad and not sae.b_dec.any():
             sae.init_b_dec_(batches[0].output)
         with self._clock.step():
             set_rate(self.optimizer, config.lr_at(self.step))
             k = config.k_at(self.step, sae.k)
             self._update(batches, k, self._dead(), self.means, self._clock)
-        self.step += 1
-        self.tokens += sum(map(len, batches))
-        return True
 
     @contextmanager
     def _scaled(self) -> Iterator[None]:
@@ -231,7 +250,7 @@ class Trainer:
         if self.out_dir is None:
             yield None
             return
-        check_state(self.sae, *take_snapshot(self))
+        check_state(self.sae, self.optimizer, *take_snapshot(self))
         with explained("Trainer", "metrics and checkpoints", self.out_dir, "choose another"):
             self.out_dir.mkdir(parents=True, exist_ok=True)
         with owned(self.out_dir, "Trainer") as folder:

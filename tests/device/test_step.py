@@ -9,6 +9,7 @@ import torch
 from oracle import assert_accurate, identical, randn
 
 from mikernels import _triton
+from mikernels.activations import TensorSource
 from mikernels.batch import Batch
 from mikernels.nn import TopKSAE
 from mikernels.optim import RowAdam
@@ -18,7 +19,6 @@ from mikernels.training.fused import FusedStep
 from mikernels.training.graph import GraphedStep
 from mikernels.training.metrics import MEANS, Clock, History, Means
 from mikernels.training.optimizer import set_rate
-from mikernels.training.sources import TensorSource
 
 # a program takes the interpreter 0.5 ms and more, and a step has one a token and one a feature
 D, F, K, BATCH = 12, 40, 3, 6

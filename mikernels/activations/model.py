@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from mikernels.models.hooks import NEVER, check_fires, eager
-from mikernels.training.pretrained import decoder_layers
-from mikernels.training.sources import Rows, Source, SourceExhausted
+from mikernels.activations.sources import Rows, Source, SourceExhausted
+from mikernels.models.decoder import decoder_layers
+from mikernels.models.hooks import NEVER, check_fires, eager, returned
 
 REASONS = ("skipped", "special", "nonfinite", "outlier")
 # characters given to the tokeniser at a time, cut at a line end: documents of any length stream
@@ -58,7 +58,8 @@ class ModelSource(Source):
         bos: begin each window with the beginning-of-text token; None: if the tokeniser does.
         max_nonfinite: the share of tokens (of those not skipped or special) whose activations may
             be NaN or inf. They are dropped, one by one, with a warning at the first; above this
-            share the model is at fault, and reading ends in a ValueError.
+            share the model is at fault, and reading ends in a ValueError: at the end of a block of
+            buffer_rows or of the text, and before it once they are too many for a whole block.
 
     Attributes:
         dropped: tokens dropped since the source was made, by the first reason that applies:
@@ -117,6 +118,7 @@ class ModelSource(Source):
         self._module = self._find(layer)
         check_fires("ModelSource", self.model, [self._module])
         self.dropped = dict.fromkeys(REASONS, 0)
+        self._nonfinite: str | None = None
         self.read_tokens = 0
         self._max_nonfinite = max_nonfinite
         self.layer, self.context, self.max_tokens = layer, context, max_tokens
@@ -135,7 +137,7 @@ class ModelSource(Source):
     def _find(self, layer: int | str) -> torch.nn.Module:
         if isinstance(layer, str):
             return self.model.get_submodule(layer)
-        layers = decoder_layers(self.model)
+        layers = decoder_layers(self.model, "ModelSource", "pass the module's name as layer")
         if not 0 <= layer < len(layers):
             raise IndexError(
                 f"ModelSource: layer must be in 0..{len(layers) - 1} "
@@ -148,7 +150,7 @@ class ModelSource(Source):
         """Token ids `[w, t]` -> activations `[w, t, d]`."""
 
         def stop(module: torch.nn.Module, inputs: Any, output: Any) -> None:
-            raise _LayerReached(output[0] if isinstance(output, tuple) else output)
+            raise _LayerReached(returned(output))
 
         handle = self._module.register_forward_hook(stop)
         try:
@@ -212,28 +214,39 @@ class ModelSource(Source):
             keep &= ~drop[reason]
         self.read_tokens += tokens.numel()
         if drop["nonfinite"].any():
-            self._report(drop["nonfinite"], tokens, number)
+            first = self._nonfinite is None
+            if first:
+                window, position = drop["nonfinite"].nonzero()[0].tolist()
+                self._nonfinite = (
+                    f"window {number + window}, position {position}, "
+                    f"token {int(tokens[window, position])}"
+                )
+            # a share of so few tokens says little: 1 in the first window may be 1 of all
+            self._judge(self._windows_per_block * self.context)
+            if first:
+                warnings.warn(
+                    f"ModelSource: {self._found()}, dropped; source.dropped counts them",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
         return keep
 
-    def _report(self, bad: torch.Tensor, tokens: torch.Tensor, number: int) -> None:
-        """Says which activations were not finite, once; raises above the share."""
-        dropped = self.dropped["nonfinite"]
-        judged = self.read_tokens - self.dropped["skipped"] - self.dropped["special"]
-        window, position = bad.nonzero()[0].tolist()
-        what = (
-            f"NaN or inf at layer {self.layer!r} in {dropped} of {judged} tokens (window "
-            f"{number + window}, position {position}, token {int(tokens[window, position])})"
+    def _found(self) -> str:
+        return (
+            f"NaN or inf at layer {self.layer!r} in {self.dropped['nonfinite']} of "
+            f"{self._judged()} tokens (first in {self._nonfinite})"
         )
-        if dropped > self._max_nonfinite * judged:
+
+    def _judged(self) -> int:
+        return self.read_tokens - self.dropped["skipped"] - self.dropped["special"]
+
+    def _judge(self, least: int = 0) -> None:
+        """Raises when too large a share was not finite, of all tokens or of `least` if fewer."""
+        if self.dropped["nonfinite"] > self._max_nonfinite * max(self._judged(), least):
             raise ValueError(
                 f"ModelSource: activations must be finite in all but {self._max_nonfinite:.3%} of "
-                f"tokens (max_nonfinite), got {what}; load the model in a wider dtype, or raise it"
-            )
-        if dropped == int(bad.sum()):
-            warnings.warn(
-                f"ModelSource: {what}, dropped; source.dropped counts them",
-                RuntimeWarning,
-                stacklevel=2,
+                f"tokens (max_nonfinite), got {self._found()}; load the model in a wider dtype, or "
+                f"raise it"
             )
 
     def _forward(self, windows: list[torch.Tensor], number: int) -> Rows:
@@ -276,8 +289,10 @@ class ModelSource(Source):
             if len(held) == self._per_forward:
                 yield self._forward(held, number)
                 number, held = number + len(held), []
-        if held:
-            yield self._forward(held, number)
+        rows = self._forward(held, number) if held else None
+        self._judge()
+        if rows is not None:
+            yield rows
 
     def _load(self, epoch: int, block: int) -> Rows | None:
         if self._reader is None or self._reader[:2] != (epoch, block):
@@ -293,7 +308,9 @@ class ModelSource(Source):
         pairs = zip(range(self._windows_per_block), reader, strict=False)
         windows = [window for _, window in pairs]
         self._reader = epoch, block + 1, reader
-        return self._forward(windows, block * self._windows_per_block) if windows else None
+        rows = self._forward(windows, block * self._windows_per_block) if windows else None
+        self._judge()
+        return rows
 
     def _identity(self) -> dict[str, Any]:
         return {

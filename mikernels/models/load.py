@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Local models and text files for `ModelSource`."""
+"""Models and tokenisers from local folders, without running what lies in them."""
 
 from __future__ import annotations
 
@@ -7,67 +7,12 @@ import functools
 import importlib.util
 import io
 import json
-import pickle
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-
-BLOCK = 1 << 20
-# what transformers raises for files that it cannot read
-UNREADABLE = (ImportError, OSError, ValueError, KeyError)
-
-
-class TextFiles:
-    """Text files as documents of at most about 1 MB, read as they are needed.
-
-    Raises:
-        FileNotFoundError, ValueError: a missing or empty file; while reading, one that is not
-            UTF-8.
-    """
-
-    def __init__(self, paths: Iterable[str | Path]):
-        self.paths = [Path(path) for path in paths]
-        if not self.paths:
-            raise ValueError("TextFiles: paths must name at least one text file, got none")
-        for path in self.paths:
-            if not path.is_file():
-                raise FileNotFoundError(f"TextFiles: {path} must be an existing text file")
-            if path.stat().st_size == 0:
-                raise ValueError(f"TextFiles: {path} must hold text, got an empty file")
-
-    def __iter__(self) -> Iterator[str]:
-        for path in self.paths:
-            try:
-                with path.open(encoding="utf-8") as file:
-                    while text := file.read(BLOCK):
-                        yield text + file.readline()
-            except UnicodeDecodeError as error:
-                raise ValueError(
-                    f"TextFiles: {path} must be UTF-8 text, got {error}; convert it, e.g. with "
-                    f"iconv"
-                ) from error
-
-
-def decoder_layers(model: torch.nn.Module) -> torch.nn.ModuleList:
-    """The decoder blocks: the outermost ModuleList of `config.num_hidden_layers` modules.
-
-    Raises:
-        ValueError: when the model has no such list.
-    """
-    expected = getattr(getattr(model, "config", None), "num_hidden_layers", None)
-    lists = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList)]
-    for candidate in lists:
-        if expected is not None and len(candidate) == expected:
-            return candidate
-    raise ValueError(
-        f"ModelSource: model must be a Hugging Face decoder with a ModuleList of "
-        f"{expected} layers (config.num_hidden_layers), got {type(model).__name__} with lists of "
-        f"{[len(m) for m in lists]}; pass the module's name as layer"
-    )
 
 
 @contextmanager
@@ -123,6 +68,45 @@ def _unreadable(folder: Path, expected: str, error: Exception, fix: str = "") ->
     )
 
 
+def _check_no_kernels(folder: Path) -> None:
+    """No attention from a repository, whose compiled code transformers would fetch and run."""
+    path = folder / "config.json"
+    try:
+        level = [json.loads(path.read_text(encoding="utf-8"))] if path.is_file() else []
+    except (ValueError, OSError, RecursionError):
+        return  # transformers says what is wrong with it
+    while level:
+        value = level.pop()
+        if isinstance(value, list):
+            level.extend(value)
+        elif isinstance(value, dict):
+            for name, item in value.items():
+                level.append(item)
+                if name.endswith("_implementation") and "/" in json.dumps(item):
+                    raise ValueError(
+                        f"load_model: {path} must not name code of a repository, got {name} = "
+                        f"{item!r}, which is never fetched here; remove it, or load model and "
+                        f"tokeniser yourself and pass them to ModelSource"
+                    )
+
+
+def _check_whole(folder: Path, model: torch.nn.Module, missing: Iterable[str]) -> None:
+    """Every weight comes from the folder and is finite; reads all of them once."""
+    absent = sorted(missing)
+    if absent:
+        raise ValueError(
+            f"load_model: {folder} must hold every weight of {type(model).__name__}, got none for "
+            f"{', '.join(absent[:3])} ({len(absent)} in all), which would be random; complete the "
+            f"files, or load model and tokeniser yourself and pass them to ModelSource"
+        )
+    for name, p in model.named_parameters():
+        if not bool(p.isfinite().all()):
+            raise ValueError(
+                f"load_model: {folder} must hold finite weights, got NaN or inf in {name}; "
+                f"restore the file, or load it in a wider dtype"
+            )
+
+
 def load_model(
     folder: str | Path, gguf_file: str | None = None, dtype: torch.dtype = torch.float32
 ) -> tuple[torch.nn.Module, Any]:
@@ -141,7 +125,7 @@ def load_model(
         FileNotFoundError: no such folder or file.
         ModuleNotFoundError: without the `models` extra.
         ValueError: when `transformers` cannot read the model or the tokeniser, or only with code
-            from the folder.
+            from the folder or a repository; a weight that is missing or not finite.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -172,16 +156,18 @@ def load_model(
     options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     if gguf_file is not None:
         options["gguf_file"] = gguf_file
+    _check_no_kernels(folder)
     with _quiet_transformers(), _one_gguf_reader() if gguf_file else nullcontext():
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(folder), **options)
-        except (*UNREADABLE, TypeError) as error:
+        except Exception as error:  # a damaged file may raise anything there
             fix = "; save it there with tokenizer.save_pretrained"
             raise _unreadable(folder, "a tokeniser", error, fix) from error
         try:
-            model = AutoModel.from_pretrained(
-                str(folder), dtype=dtype, weights_only=True, **options
+            model, loaded = AutoModel.from_pretrained(
+                str(folder), dtype=dtype, weights_only=True, output_loading_info=True, **options
             )
-        except (*UNREADABLE, SafetensorError, pickle.UnpicklingError) as error:
+        except Exception as error:
             raise _unreadable(folder, "a model that transformers reads", error) from error
+    _check_whole(folder, model, loaded["missing_keys"])
     return model.eval(), tokenizer

@@ -12,19 +12,12 @@ from __future__ import annotations
 import json
 import random
 from abc import ABC, abstractmethod
-from bisect import bisect_right
-from itertools import accumulate
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from mikernels.training.shards import CHUNK_ROWS, open_shards
-
 Rows = dict[str, torch.Tensor]
 """`activations [n, d]` and whatever goes with each row, e.g. `token_ids [n]`."""
-
-WINDOW_BYTES = 64 << 20
 
 
 class SourceExhausted(ValueError):
@@ -204,71 +197,3 @@ class TensorSource(Source):
 
     def _identity(self) -> dict[str, Any]:
         return {"shape": list(self._data["activations"].shape)}
-
-
-class ShardSource(Source):
-    """Rows of memory-mapped safetensors shards, shuffled without reading everything.
-
-    Shards are cut into chunks of 256 rows. Each epoch visits the chunks in a new random order, and
-    rows mix within a window of many chunks (64 MB by default), which is all that is in memory.
-
-    Args:
-        folder: a folder of `*.safetensors` (see `write_shards`), or one such file.
-        batch_size: rows of a batch.
-        seed: decides the orders.
-        key: the tensor's name; a shard with a single 2-D tensor may call it anything.
-        window_rows: rows that mix with each other; None is 64 MB worth.
-
-    Raises:
-        FileNotFoundError, TypeError, ValueError: for a missing or empty folder, and for a shard
-            that is truncated, foreign or of another width, by name.
-    """
-
-    def __init__(
-        self,
-        folder: str | Path,
-        batch_size: int,
-        seed: int = 0,
-        *,
-        key: str = "activations",
-        window_rows: int | None = None,
-    ):
-        super().__init__(batch_size, seed)
-        self._shards = open_shards(folder, key)
-        first = self._shards[0]
-        for shard in self._shards:
-            check_activations("ShardSource", str(shard.path), [shard.rows, shard.d], shard.dtype)
-            if (shard.d, shard.extra) != (first.d, first.extra):
-                raise ValueError(
-                    f"ShardSource: {shard.path} must be [rows, {first.d}] with {first.extra} like "
-                    f"{first.path.name}, got [{shard.rows}, {shard.d}] with {shard.extra}; keep "
-                    f"one layer of one model in a folder"
-                )
-        self.d = first.d
-        self.n_rows = sum(shard.rows for shard in self._shards)
-        if window_rows is None:
-            window_rows = WINDOW_BYTES // (self.d * first.dtype.itemsize)
-        self._window_chunks = max(1, max(window_rows, batch_size) // CHUNK_ROWS)
-        chunks = [-(-shard.rows // CHUNK_ROWS) for shard in self._shards]
-        self._first_chunk = [0, *accumulate(chunks)]
-        self._chunk_order: tuple[int, torch.Tensor] | None = None
-
-    def _load(self, epoch: int, block: int) -> Rows | None:
-        if self._chunk_order is None or self._chunk_order[0] != epoch:
-            self._chunk_order = epoch, self._permutation(self._first_chunk[-1], epoch)
-        start = block * self._window_chunks
-        chosen = sorted(self._chunk_order[1][start : start + self._window_chunks].tolist())
-        if not chosen:
-            return None
-        parts = []
-        for chunk in chosen:
-            at = bisect_right(self._first_chunk, chunk) - 1
-            row = (chunk - self._first_chunk[at]) * CHUNK_ROWS
-            parts.append(self._shards[at].read(row, row + CHUNK_ROWS))
-        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-
-    def _blocks(self, epoch: int) -> int:
-        return -(-self._first_chunk[-1] // self._window_chunks)
-
-    def _identity(self) -> dict[str, Any]:
-        return {"rows": self.n_rows, "d": self.d, "window_chunks": self._window_chunks}
