@@ -150,7 +150,7 @@ def _exact(inputs: _Inputs, mode: str) -> Outputs:
     values, w_dec, b_dec = inputs.values.double(), inputs.w_dec, inputs.b_dec
     # rows become fp64 as they are gathered, the matrix never does
     if mode == "fwd":
-        return {"y": reference(values, inputs.indices, w_dec, b_dec)}
+        return {"y": reference(values, inputs.indices, None, w_dec, b_dec)}
     dy = inputs.dy.double()
     dw_dec = torch.zeros_like(w_dec, dtype=torch.float64)
     dvalues = torch.empty_like(values)

@@ -37,6 +37,7 @@ def _ours(batch: SAEBatch, mode: str) -> Runner:
             values,
             batch.indices,
             *slots,
+            None,
             dy,
             centred,
             w_dec,

@@ -78,7 +78,7 @@ def decode_points(
         indices += ratio * torch.arange(k, device=device.target)
         codes = mikernels.SparseCodes(values, indices, f)
         paths: list[Callable[[], object]] = [
-            partial(decode_op, values, indices, w, None),
+            partial(decode_op, values, indices, None, w, None),
             partial(dense_decode, values, indices, w),
             partial(mikernels.sparse_decode, codes, w),
         ]

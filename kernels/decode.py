@@ -69,9 +69,15 @@ def _launch(values, indices, w, bias, x, out, squares) -> None:
 
 
 def decode(
-    values: torch.Tensor, indices: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None
+    values: torch.Tensor,
+    indices: torch.Tensor,
+    row_offsets: torch.Tensor | None,
+    w: torch.Tensor,
+    bias: torch.Tensor | None,
 ) -> torch.Tensor:
     """`mikernels::decode` for values, indices [N, k] and w [F, d] of any strides."""
+    if row_offsets is not None:
+        raise RuntimeError("decode: impl='triton' takes padded codes; use 'reference'")
     out = values.new_empty(values.shape[0], w.shape[1])
     _launch(values, indices, w, bias, None, out, None)
     return out
@@ -80,11 +86,14 @@ def decode(
 def decode_error(
     values: torch.Tensor,
     indices: torch.Tensor,
+    row_offsets: torch.Tensor | None,
     w: torch.Tensor,
     bias: torch.Tensor | None,
     x: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`mikernels::decode_error`: y - x [N, d] and |y - x|^2 [N], both fp32."""
+    if row_offsets is not None:
+        raise RuntimeError("decode_error: impl='triton' takes padded codes; use 'reference'")
     n, d = x.shape
     error = torch.empty(n, d, dtype=torch.float32, device=x.device)
     blocks = max(1, triton.cdiv(d, CONFIG["BLOCK"]))

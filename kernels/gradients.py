@@ -81,7 +81,11 @@ def gather_dots(
     return out
 
 
-def gather_dot(rows: torch.Tensor, w: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+def gather_dot(
+    rows: torch.Tensor, w: torch.Tensor, indices: torch.Tensor, row_offsets: torch.Tensor | None
+) -> torch.Tensor:
+    if row_offsets is not None:
+        raise RuntimeError("gather_dot: impl='triton' takes padded codes; use 'reference'")
     return gather_dots(rows, w, indices, rows.dtype)
 
 

@@ -148,6 +148,7 @@ def sae_gradients_(
     indices: torch.Tensor,
     offsets: torch.Tensor,
     order: torch.Tensor,
+    tokens: torch.Tensor | None,
     dy: torch.Tensor,
     x: torch.Tensor,
     w_dec: torch.Tensor,
@@ -156,6 +157,8 @@ def sae_gradients_(
     db_enc: torch.Tensor,
     accumulate: bool,
 ) -> None:
+    if tokens is not None:
+        raise RuntimeError("sae_gradients_: impl='triton' takes padded codes; use 'reference'")
     n_features, d = w_dec.shape
     slots, k = values.numel(), values.shape[1]
     if n_features == 0 or (accumulate and slots == 0):

@@ -128,8 +128,14 @@ def sum_by_feature(
 
 
 def feature_sum(
-    coefficients: torch.Tensor, rows: torch.Tensor, offsets: torch.Tensor, order: torch.Tensor
+    coefficients: torch.Tensor,
+    rows: torch.Tensor,
+    offsets: torch.Tensor,
+    order: torch.Tensor,
+    tokens: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    if tokens is not None:
+        raise RuntimeError("feature_sum: impl='triton' takes padded codes; use 'reference'")
     n_features = offsets.shape[0] - 1
     dw, db = rows.new_empty(n_features, rows.shape[1]), rows.new_empty(n_features)
     sum_by_feature(coefficients, coefficients, rows, offsets, order, dw, db, False)

@@ -114,6 +114,7 @@ def sae_update_(
     indices: torch.Tensor,
     offsets: torch.Tensor,
     order: torch.Tensor,
+    tokens: torch.Tensor | None,
     dy: torch.Tensor,
     x: torch.Tensor,
     w_dec: torch.Tensor,
@@ -133,6 +134,8 @@ def sae_update_(
     project: bool,
     unit_norm: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    if tokens is not None:
+        raise RuntimeError("sae_update_: impl='triton' takes padded codes; use 'reference'")
     rows = {"w_enc": w_enc, "m_dec": m_dec, "v_dec": v_dec, "m_enc": m_enc, "v_enc": v_enc}
     shadows = {"shadow_dec": shadow_dec, "shadow_enc": shadow_enc}
     check_rows(w_dec, **rows, **shadows)

@@ -5,6 +5,7 @@ from mikernels._ext import cpu_level, force_level, supported_levels
 from mikernels._version import __version__
 from mikernels.codes import SparseCodes
 from mikernels.interactions import Interactions
+from mikernels.ops.batch_topk_encode import batch_topk_encode
 from mikernels.ops.block_norms import block_norms
 from mikernels.ops.decode import sparse_decode
 from mikernels.ops.edge_heads import edge_scores_heads
@@ -24,6 +25,7 @@ __all__ = [
     "Interactions",
     "SparseCodes",
     "__version__",
+    "batch_topk_encode",
     "block_norms",
     "by_feature",
     "cpu_level",

@@ -9,14 +9,16 @@ The C++ kernels check their own; launchers of Triton kernels and references are 
     float     any floating dtype; number: int64 too
     i64       int64
     N, F+1, N*k, R|1   a size, the same wherever the letter stands; `...` is any shape
-    1..F      an int, 0.. without a limit
+    1..F      an int, 0.. without a limit, 0..N*F up to a product
     n==m      a flag that goes with equal sizes only
 
-Optional tensors may be None. Some 2 us for each tensor.
+Optional tensors may be None. An operand whose shape depends on whether another one is given has two
+rules, `"T[N,k] or T[S] with row_offsets"`. Some 2 us for each tensor.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -25,8 +27,9 @@ import torch
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _TENSOR = re.compile(r"(T|U|acc|float|number|i64)\[(.*)\]")
+_EITHER = re.compile(r"(.*) or (.*) with (\w+)")
 _EQUAL = re.compile(r"(\w+)==(\w+)")
-_RANGE = re.compile(r"(\d+)\.\.(\w*)")
+_RANGE = re.compile(r"(\d+)\.\.([\w*]*)")
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -42,6 +45,15 @@ class Operands:
         if unknown:
             raise ValueError(f"{op}: operands must name its arguments, got {sorted(unknown)}")
         self.op = op
+        either = {name: found for name in rules if (found := _EITHER.fullmatch(rules[name]))}
+        # where the deciding operand stands, and the rules that hold when it is given
+        self.decider = 0
+        self.otherwise: Operands | None = None
+        if either:
+            (decider,) = {found[3] for found in either.values()}
+            self.decider = names.index(decider)
+            self.otherwise = Operands(op, names, {**rules, **{n: m[2] for n, m in either.items()}})
+            rules = {**rules, **{n: m[1] for n, m in either.items()}}
         self.tensors: list[tuple[int, str, str, str, tuple[str, ...]]] = []
         self.ints: list[tuple[int, str, int, str]] = []
         self.flags: list[tuple[int, str, str, str]] = []
@@ -59,6 +71,8 @@ class Operands:
 
     def check(self, args: Sequence[Any]) -> None:
         """Raises TypeError or ValueError for arguments against the rules."""
+        if self.otherwise is not None and args[self.decider] is not None:
+            return self.otherwise.check(args)
         given = [(*rest, args[place]) for place, *rest in self.tensors if args[place] is not None]
         sizes: dict[str, int] = {}
         dtypes: dict[str, torch.dtype] = {}
@@ -85,8 +99,8 @@ class Operands:
                 raise ValueError(f"{self.op}: {name} must be on {device}, got {t.device}; move it")
         for place, name, least, most in self.ints:
             number = args[place]
-            if number < least or (most and number > sizes[most]):
-                limit = sizes[most] if most else ""
+            limit = math.prod(sizes[letter] for letter in most.split("*")) if most else ""
+            if number < least or (most and number > limit):
                 raise ValueError(f"{self.op}: {name} must be in {least}..{limit}, got {number}")
 
         for place, name, one, other in self.flags:

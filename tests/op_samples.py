@@ -10,6 +10,7 @@ from oracle import randn, random_indices
 import mikernels.ops.update  # noqa: F401  # registers its operators, and those of adam
 from mikernels import by_feature
 from mikernels._dispatch import accumulate_dtype
+from mikernels._ragged import tokens_of
 
 D, F, K = 6, 20, 3
 
@@ -34,6 +35,16 @@ def slots(n):
     return indices, *by_feature(indices.reshape(-1), F)
 
 
+def ragged_slots(n):
+    """indices, row_offsets, offsets, order, tokens of K n slots: 0 to 2 K a token, some unused."""
+    counts = torch.arange(n) % (2 * K + 1)
+    counts = counts.where(counts.cumsum(0) <= n * K, 0)
+    row_offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    tokens = tokens_of("samples", row_offsets, n * K)
+    indices = (torch.arange(n * K) - row_offsets[tokens] + 3 * tokens) % F
+    return indices, row_offsets, *by_feature(indices, F), tokens
+
+
 def by_feature_samples(make, n, dtype):
     yield slots(n)[0].reshape(-1), F
 
@@ -50,10 +61,18 @@ def encode_samples(make, n, dtype):
     yield x, w, b_enc, b_dec, scale, 1, False
 
 
+def batch_topk_encode_samples(make, n, dtype):
+    x, w = make(n, D, dtype=dtype), make(F, D, dtype=dtype, seed=1)
+    yield x, w, None, None, None, K * n, True
+    b_enc, b_dec, scale = (make(size, dtype=dtype, seed=2) for size in (F, D, F))
+    yield x, w, b_enc, b_dec, scale, n, False
+
+
 def decode_samples(make, n, dtype):
     values, w = make(n, K, dtype=dtype), make(F, D, dtype=dtype, seed=1)
-    yield values, slots(n)[0], w, None
-    yield values, slots(n)[0], w, make(D, dtype=dtype, seed=2)
+    yield values, slots(n)[0], None, w, None
+    yield values, slots(n)[0], None, w, make(D, dtype=dtype, seed=2)
+    yield make(n * K, dtype=dtype), *ragged_slots(n)[:2], w, None
 
 
 def decode_error_samples(make, n, dtype):
@@ -63,17 +82,23 @@ def decode_error_samples(make, n, dtype):
 
 
 def gather_dot_samples(make, n, dtype):
-    yield make(n, D, dtype=dtype), make(F, D, dtype=dtype, seed=1), slots(n)[0]
+    rows, w = make(n, D, dtype=dtype), make(F, D, dtype=dtype, seed=1)
+    yield rows, w, slots(n)[0], None
+    yield rows, w, *ragged_slots(n)[:2]
 
 
 def feature_sum_samples(make, n, dtype):
-    yield make(n, K, dtype=dtype), make(n, D, dtype=dtype, seed=1), *slots(n)[1:]
+    rows = make(n, D, dtype=dtype, seed=1)
+    yield make(n, K, dtype=dtype), rows, *slots(n)[1:], None
+    yield make(n * K, dtype=dtype), rows, *ragged_slots(n)[2:]
 
 
 def sae_gradients_samples(make, n, dtype):
-    rows = (make(size, D, dtype=dtype, seed=size) for size in (n, n, F))
+    rows = tuple(make(size, D, dtype=dtype, seed=size) for size in (n, n, F))
     out = torch.zeros(F, D), torch.zeros(F, D), torch.zeros(F)
-    yield make(n, K, dtype=dtype), *slots(n), *rows, *out, True
+    yield make(n, K, dtype=dtype), *slots(n), None, *rows, *out, True
+    indices, _, *by_feature = ragged_slots(n)
+    yield make(n * K, dtype=dtype), indices, *by_feature, *rows, *out, True
 
 
 def adam_rows_samples(make, n, dtype):
@@ -96,13 +121,16 @@ def sae_update_samples(make, n, dtype):
     shadow = torch.zeros(F, D, dtype=torch.bfloat16)
     hyper = torch.tensor(1e-3), 0.9, 0.999, 1e-8, torch.tensor(1), torch.tensor(0.5, dtype=acc)
     rest = *tokens, *weights, *moments, shadow, None, *hyper, True, True
-    yield make(n, K, dtype=dtype), *slots(n), *rest
+    yield make(n, K, dtype=dtype), *slots(n), None, *rest
+    indices, _, *by_feature = ragged_slots(n)
+    yield make(n * K, dtype=dtype), indices, *by_feature, *rest
 
 
 SAMPLES = {
     "by_feature": by_feature_samples,
     "row_topk": row_topk_samples,
     "encode": encode_samples,
+    "batch_topk_encode": batch_topk_encode_samples,
     "decode": decode_samples,
     "decode_error": decode_error_samples,
     "gather_dot": gather_dot_samples,
@@ -119,18 +147,18 @@ SAMPLES = {
 SHORT = torch.zeros(2, dtype=torch.int64)
 X, V, W = torch.zeros(5, D), torch.zeros(5, K), torch.zeros(F, D)
 HOSTILE = {
-    "decode: fewer values than indices": ("decode", (V[:2], slots(5)[0], W, None)),
-    "decode: fewer indices than values": ("decode", (V, slots(2)[0], W, None)),
-    "decode: short bias": ("decode", (V, slots(5)[0], W, torch.zeros(D - 1))),
-    "decode: bias of another dtype": ("decode", (V, slots(5)[0], W, torch.zeros(D).half())),
-    "decode: int32 indices": ("decode", (V, slots(5)[0].int(), W, None)),
-    "decode_error: short x": ("decode_error", (V, slots(5)[0], W, None, X[:2])),
-    "decode_error: narrow x": ("decode_error", (V, slots(5)[0], W, None, X[:, :2])),
-    "decode_error: x of another dtype": ("decode_error", (V, slots(5)[0], W, None, X.half())),
-    "gather_dot: short rows": ("gather_dot", (X[:2], W, slots(5)[0])),
-    "gather_dot: narrow rows": ("gather_dot", (X[:, :2], W, slots(5)[0])),
-    "feature_sum: short rows": ("feature_sum", (V, X[:2], *slots(5)[1:])),
-    "feature_sum: short order": ("feature_sum", (V, X, slots(5)[1], SHORT)),
+    "decode: fewer values than indices": ("decode", (V[:2], slots(5)[0], None, W, None)),
+    "decode: fewer indices than values": ("decode", (V, slots(2)[0], None, W, None)),
+    "decode: short bias": ("decode", (V, slots(5)[0], None, W, torch.zeros(D - 1))),
+    "decode: bias of another dtype": ("decode", (V, slots(5)[0], None, W, torch.zeros(D).half())),
+    "decode: int32 indices": ("decode", (V, slots(5)[0].int(), None, W, None)),
+    "decode_error: short x": ("decode_error", (V, slots(5)[0], None, W, None, X[:2])),
+    "decode_error: narrow x": ("decode_error", (V, slots(5)[0], None, W, None, X[:, :2])),
+    "decode_error: x of another dtype": ("decode_error", (V, slots(5)[0], None, W, None, X.half())),
+    "gather_dot: short rows": ("gather_dot", (X[:2], W, slots(5)[0], None)),
+    "gather_dot: narrow rows": ("gather_dot", (X[:, :2], W, slots(5)[0], None)),
+    "feature_sum: short rows": ("feature_sum", (V, X[:2], *slots(5)[1:], None)),
+    "feature_sum: short order": ("feature_sum", (V, X, slots(5)[1], SHORT, None)),
     "encode: narrow x": ("encode", (X[:, :2], W, None, None, None, K, True)),
     "encode: short b_enc": ("encode", (X, W, W[:3, 0], None, None, K, True)),
     "encode: short b_dec": ("encode", (X, W, None, X[0, :2], None, K, True)),
@@ -139,6 +167,49 @@ HOSTILE = {
     "encode: w_enc of another dtype": ("encode", (X, W.half(), None, None, None, K, True)),
     "encode: k = 0": ("encode", (X, W, None, None, None, 0, True)),
     "encode: k > F": ("encode", (X, W, None, None, None, F + 1, True)),
+    "batch_topk_encode: narrow x": (
+        "batch_topk_encode",
+        (X[:, :2], W, None, None, None, K, True),
+    ),
+    "batch_topk_encode: short scale": (
+        "batch_topk_encode",
+        (X, W, None, None, W[:3, 0], K, True),
+    ),
+    "batch_topk_encode: total < 0": ("batch_topk_encode", (X, W, None, None, None, -1, True)),
+    "batch_topk_encode: total > N F": (
+        "batch_topk_encode",
+        (X, W, None, None, None, 5 * F + 1, True),
+    ),
+    "decode: values and ragged indices": (
+        "decode",
+        (V, ragged_slots(5)[0], ragged_slots(5)[1], W, None),
+    ),
+    "decode: padded, with row_offsets": ("decode", (V, slots(5)[0], SHORT, W, None)),
+    "decode: ragged, without row_offsets": (
+        "decode",
+        (V.reshape(-1), ragged_slots(5)[0], None, W, None),
+    ),
+    "decode: slots without tokens": (
+        "decode",
+        (V.reshape(-1), ragged_slots(5)[0], SHORT[:1], W, None),
+    ),
+    "decode_error: x of fewer tokens than row_offsets": (
+        "decode_error",
+        (V.reshape(-1), *ragged_slots(5)[:2], W, None, X[:2]),
+    ),
+    "gather_dot: rows of fewer tokens than row_offsets": (
+        "gather_dot",
+        (X[:2], W, *ragged_slots(5)[:2]),
+    ),
+    "feature_sum: a token outside": (
+        "feature_sum",
+        (V.reshape(-1), X[:2], *ragged_slots(5)[2:]),
+    ),
+    "sae_gradients_: ragged, without tokens": (
+        "sae_gradients_",
+        (V.reshape(-1), ragged_slots(5)[0], *ragged_slots(5)[2:4], None, X, X, W)
+        + (W.clone(), W.clone(), torch.zeros(F), False),
+    ),
     "row_topk: k > F": ("row_topk", (X, D + 1, True)),
     "row_topk: k < 0": ("row_topk", (X, -1, True)),
     "row_topk: integers": ("row_topk", (X.int(), 2, True)),
@@ -146,11 +217,11 @@ HOSTILE = {
     "by_feature: int32": ("by_feature", (slots(5)[0].reshape(-1).int(), F)),
     "sae_gradients_: short output": (
         "sae_gradients_",
-        (V, *slots(5), X, X, W, W[:3].clone(), W.clone(), torch.zeros(F), False),
+        (V, *slots(5), None, X, X, W, W[:3].clone(), W.clone(), torch.zeros(F), False),
     ),
     "sae_gradients_: output of another dtype": (
         "sae_gradients_",
-        (V, *slots(5), X, X, W, W.half(), W.clone(), torch.zeros(F), False),
+        (V, *slots(5), None, X, X, W, W.half(), W.clone(), torch.zeros(F), False),
     ),
     **pair_samples.HOSTILE,
 }

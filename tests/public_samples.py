@@ -52,6 +52,25 @@ def decoded(values, w, b):
     return dense.scatter_add(1, indices_for(values, w), values) @ w + b
 
 
+def total_of(x, w):
+    return int(min(2.5, len(w)) * len(x))
+
+
+def plain_batch_encode(x, w, b, c):
+    h = ((x - c) @ w.T + b).reshape(-1)
+    return h.gather(0, h.sort(descending=True, stable=True).indices[: total_of(x, w)].sort().values)
+
+
+def ragged_codes(values, w):
+    """[N, K] values as codes of 0 to 2 K - 1 slots a token."""
+    n, k = values.shape
+    ends = torch.arange(n + 1) * k
+    ends[1:-1] += torch.arange(max(0, n - 1)) % max(1, k)
+    places = torch.arange(n * k)
+    indices = places - ends[torch.searchsorted(ends[1:-1], places, right=True)]
+    return mk.SparseCodes.ragged(values.reshape(-1), indices, ends, len(w))
+
+
 def below(scores, limits):
     return scores.where(torch.arange(scores.shape[-2])[:, None] < limits, 0)
 
@@ -96,6 +115,22 @@ PUBLIC = {
         ),
         plain_encode,
         {"F": "k must be in 1..0"},
+        differentiable=True,
+    ),
+    "batch_topk_encode": Public(
+        ["Nd", "Fd", "F", "d"],
+        lambda impl, x, w, b, c: (
+            mk.batch_topk_encode(x, w, b, k=2.5, b_dec=c, relu=False, impl=impl)[0].values
+        ),
+        plain_batch_encode,
+        {"F": "k must be above 0 and at most 0"},
+        differentiable=True,
+    ),
+    "sparse_decode ragged": Public(
+        ["NK", "Fd", "d"],
+        lambda impl, v, w, b: mk.sparse_decode(ragged_codes(v, w), w, b, impl=impl),
+        lambda v, w, b: ragged_codes(v, w).to_dense() @ w + b,
+        {"F": "SparseCodes: indices must be none"},
         differentiable=True,
     ),
     "sparse_decode": Public(

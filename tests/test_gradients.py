@@ -77,12 +77,12 @@ def test_gather_dot(impl, dtype, n, d, n_features, k):
     rows, w = randn(n, d, dtype=dtype), randn(n_features, d, dtype=dtype, seed=1)
     indices = random_indices(n, k, n_features)
     with unchanged(rows, w, indices):
-        out = gather_dot_op(rows, w, indices, impl=impl)
+        out = gather_dot_op(rows, w, indices, None, impl=impl)
     eager = gather_dot(rows, w, indices)
     assert_accurate(out, gather_dot(rows.double(), w.double(), indices), eager)
     transposed = w.T.contiguous().T, indices.T.contiguous().T
-    expanded = gather_dot_op(rows[:, :1].expand(n, d), *transposed, impl=impl)
-    full = gather_dot_op(rows[:, :1].expand(n, d).contiguous(), w, indices, impl=impl)
+    expanded = gather_dot_op(rows[:, :1].expand(n, d), *transposed, None, impl=impl)
+    full = gather_dot_op(rows[:, :1].expand(n, d).contiguous(), w, indices, None, impl=impl)
     assert torch.equal(expanded, full)
 
 
@@ -94,14 +94,14 @@ def test_feature_sum(impl, dtype, n, d, n_features, k):
     indices[:, 0] = n_features - 1  # a hot feature
     slots = by_feature_op(indices.reshape(-1), n_features)
     with unchanged(coefficients, rows, *slots):
-        actual = feature_sum_op(coefficients, rows, *slots, impl=impl)
+        actual = feature_sum_op(coefficients, rows, *slots, None, impl=impl)
     oracle = feature_sum(coefficients.double(), rows.double(), indices, n_features)
     eager = feature_sum(coefficients, rows, indices, n_features)
     for result, exact, in_eager in zip(actual, oracle, eager, strict=True):
         assert_accurate(result, exact, in_eager)
     transposed = coefficients.T.contiguous().T, rows[:, :1].expand(n, d)
-    strided = feature_sum_op(*transposed, *slots, impl=impl)
-    dense = feature_sum_op(coefficients, transposed[1].contiguous(), *slots, impl=impl)
+    strided = feature_sum_op(*transposed, *slots, None, impl=impl)
+    dense = feature_sum_op(coefficients, transposed[1].contiguous(), *slots, None, impl=impl)
     assert all(torch.equal(a, b) for a, b in zip(strided, dense, strict=True))
 
 
@@ -111,7 +111,7 @@ def sae_operands(n, d, n_features, k, dtype, data=randn):
     dy, x, w_dec = (
         data(rows, d, dtype=dtype, seed=seed) for seed, rows in enumerate((n, n, n_features), 1)
     )
-    return values, indices, *by_feature_op(indices.reshape(-1), n_features), dy, x, w_dec
+    return values, indices, *by_feature_op(indices.reshape(-1), n_features), None, dy, x, w_dec
 
 
 @pytest.mark.parametrize("accumulate", [False, True])
@@ -119,7 +119,7 @@ def sae_operands(n, d, n_features, k, dtype, data=randn):
 @pytest.mark.parametrize("n, d, n_features, k", SHAPES)
 def test_sae_gradients(impl, dtype, n, d, n_features, k, accumulate):
     operands = sae_operands(n, d, n_features, k, dtype)
-    values, indices, _, _, dy, x, w_dec = operands
+    values, indices, _, _, _, dy, x, w_dec = operands
     start = randn(n_features, d), randn(n_features, d, seed=1), randn(n_features, seed=2)
     out = [t.clone() for t in start] if accumulate else [torch.empty_like(t) for t in start]
     with unchanged(*operands):
@@ -145,7 +145,7 @@ def test_sae_gradients_layouts(impl, dtype):
     dense = [torch.zeros(60, 8), torch.zeros(60, 8), torch.zeros(60)]
     sae_gradients_op(*operands, *dense, False, impl=impl)
     for layout in (lambda t: t.mT.contiguous().mT, lambda t: torch.stack([t, t + 1], -1)[..., 0]):
-        strided = [t if t.dim() < 2 else layout(t) for t in operands]
+        strided = [t if t is None or t.dim() < 2 else layout(t) for t in operands]
         out = [torch.zeros(60, 8), torch.zeros(60, 8), torch.zeros(60)]
         sae_gradients_op(*strided, *out, False, impl=impl)
         assert all(identical(a, b) for a, b in zip(out, dense, strict=True))
@@ -162,13 +162,13 @@ def test_sae_gradients_with_a_low_precision_shadow_of_the_decoder(impl):
 
 def test_gradients_are_one_function_of_their_input(impl):
     operands = sae_operands(501, 33, 700, 8, torch.float32)
-    values, indices, offsets, order, dy, _, w_dec = operands
+    values, indices, offsets, order, _, dy, _, w_dec = operands
 
     def run():
         out = [torch.empty(700, 33), torch.empty(700, 33), torch.empty(700)]
         sae_gradients_op(*operands, *out, False, impl=impl)
-        sums = feature_sum_op(values, dy, offsets, order, impl=impl)
-        return *out, *sums, gather_dot_op(dy, w_dec, indices, impl=impl)
+        sums = feature_sum_op(values, dy, offsets, order, None, impl=impl)
+        return *out, *sums, gather_dot_op(dy, w_dec, indices, None, impl=impl)
 
     first = run()
     for threads in (1, 2, 2):
@@ -193,14 +193,14 @@ def test_feature_sum_of_broken_slots_raises(level, case):
     slots = BAD_SLOTS[case](*by_feature_op(random_indices(6, 3, 9).reshape(-1), 9))
     resolve_impl(feature_sum_op, "cpp", rows.device)
     with pytest.raises(RuntimeError):
-        feature_sum_op(coefficients, rows, *slots)
+        feature_sum_op(coefficients, rows, *slots, None)
 
 
 @pytest.mark.parametrize("index", [9, -1, 2**40])
 def test_gather_dot_of_an_index_out_of_range_raises(level, index):
     resolve_impl(gather_dot_op, "cpp", torch.device("cpu"))
     with pytest.raises(RuntimeError, match="indices must be in"):
-        gather_dot_op(randn(2, 3), randn(9, 3), torch.tensor([[0, 1], [2, index]]))
+        gather_dot_op(randn(2, 3), randn(9, 3), torch.tensor([[0, 1], [2, index]]), None)
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
@@ -208,7 +208,9 @@ def test_slots_at_zero_take_nothing_from_rows_without_numbers(impl, value):
     rows = torch.ones(2, 4)
     rows[0] = value
     coefficients, indices = torch.tensor([[0.0, 0.0], [2.0, 0.0]]), torch.tensor([[0, 1], [1, 2]])
-    dw, db = feature_sum_op(coefficients, rows, *by_feature(indices.reshape(-1), 3), impl=impl)
+    dw, db = feature_sum_op(
+        coefficients, rows, *by_feature(indices.reshape(-1), 3), None, impl=impl
+    )
     assert torch.equal(dw, torch.tensor([0.0, 2.0, 0.0])[:, None].expand(3, 4))
     assert torch.equal(db, torch.tensor([0.0, 2.0, 0.0]))
 

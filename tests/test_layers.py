@@ -21,7 +21,7 @@ LAYERS = (
     ("kernels", "_C"),
     # files, folders and forms; what every operator stands on (_dispatch, _ext, ...)
     ("base",),
-    ("codes", "interactions"),
+    ("batch", "codes", "interactions"),
     ("ops",),
     # the public names of all below: mikernels/__init__.py
     ("mikernels",),

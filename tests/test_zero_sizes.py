@@ -73,7 +73,7 @@ def test_decode_without_features_or_slots(impl):
     bias = torch.arange(4.0)
     y = mk.sparse_decode(codes, torch.ones(0, 4), bias, impl=impl)
     assert torch.equal(y, bias.expand(3, 4))
-    assert torch.equal(decode._dense(*codes.flat(), torch.ones(0, 4), bias), y)
+    assert torch.equal(decode._dense(*codes.flat(), None, torch.ones(0, 4), bias), y)
 
 
 @pytest.mark.parametrize("shape", [(0, 3), (3, 0), (2, 0, 3), (0,), (0, 0)])

@@ -47,7 +47,7 @@ def operands(
 def run(op, o: Operands, device: str = "cpu", *, shadow=None, steps: int = 2, impl: str = "auto"):
     """The outputs after `steps` updates, and the shadows, on the CPU; OUTPUTS names the former."""
     slots = o.indices, *by_feature(o.indices.reshape(-1), o.w_dec.shape[0])
-    tokens = [t.to(device) for t in (o.values, *slots, o.dy, o.x)]
+    tokens = *(t.to(device) for t in (o.values, *slots)), None, *(t.to(device) for t in (o.dy, o.x))
     weights = [t.to(device, copy=True) for t in (o.w_dec, o.w_enc)]
     wide = torch.float64 if o.w_dec.dtype == torch.float64 else torch.float32
     moments = [torch.zeros(o.w_dec.shape, dtype=wide, device=device) for _ in range(4)]

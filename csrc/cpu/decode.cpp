@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// decode: y[n] = sum_j values[n, j] w[indices[n, j]] + bias, by token.
+// decode: y[n] = sum of values[s] w[indices[s]] over the slots s of token n, + bias; by token.
 #include "common.h"
 #include "cpu/indices.h"
 #include "cpu/levels.h"
 #include "cpu/scalar.h"
+#include "cpu/slots.h"
 
 #define MIK_BODY "cpu/decode_body.h"
 #include "cpu/each_level.h"
@@ -11,43 +12,49 @@
 namespace mik {
 namespace {
 
-void check_operands(Tensor& values, Tensor& indices, Tensor& w, OptionalTensor& bias) {
-  check(values.dim() == 2 && indices.dim() == 2 && w.dim() == 2, "decode: expected 2-D tensors");
+// makes the operands contiguous; returns the number of tokens
+int64_t check_operands(Tensor& values, Tensor& indices, OptionalTensor& row_offsets, Tensor& w,
+                       OptionalTensor& bias) {
+  check(w.dim() == 2, "decode: w must be 2-D");
   check(values.scalar_type() == w.scalar_type(), "decode: values and w must share a dtype");
-  check(values.size(0) == indices.size(0) && values.size(1) == indices.size(1),
+  check_rows("decode", indices, row_offsets);
+  check(values.dim() == indices.dim() && values.size(0) == indices.size(0) &&
+            values.size(-1) == indices.size(-1),
         "decode: values and indices must have one shape");
   check(!bias.has_value() || (bias->dim() == 1 && bias->size(0) == w.size(1) &&
                               bias->scalar_type() == w.scalar_type()),
         "decode: bias must be [d] in the dtype of w");
   values = torch::stable::contiguous(values);
-  indices = torch::stable::contiguous(indices);
   w = dense_rows(w);
   if (bias.has_value()) bias = torch::stable::contiguous(*bias);
   check_indices("decode", indices, indices.numel(), w.size(0));
+  return row_offsets.has_value() ? row_offsets->size(0) - 1 : indices.size(0);
 }
 
-Tensor decode(Tensor values, Tensor indices, Tensor w, OptionalTensor bias) {
-  check_operands(values, indices, w, bias);
-  const int64_t n = values.size(0), k = values.size(1), d = w.size(1);
+Tensor decode(Tensor values, Tensor indices, OptionalTensor row_offsets, Tensor w,
+              OptionalTensor bias) {
+  const int64_t n = check_operands(values, indices, row_offsets, w, bias), d = w.size(1);
   Tensor y = empty(values, {n, d});
   MIK_DISPATCH_FLOATING(values, [&] {
     using A = accumulator_t<scalar_t>;
-    parallel(n, 16, [&](int64_t begin, int64_t end) {
-      std::unique_ptr<A[]> sum(new A[d]), weights(new A[k]);
-      std::unique_ptr<const scalar_t*[]> rows(new const scalar_t*[k]);
-      MIK_AT_LEVEL(decode_tokens<scalar_t, A>)(
-          begin, end, k, d, data<scalar_t>(values), data<int64_t>(indices), data<scalar_t>(w),
-          w.stride(0), data_or_null<scalar_t>(bias), mutable_data<scalar_t>(y), sum.get(),
-          rows.get(), weights.get());
-    });
+    parallel_rows(
+        n, values.size(-1), values.numel(), row_offsets,
+        [&](auto owned, int64_t begin, int64_t end) {
+          const int64_t longest = longest_row(owned, begin, end);
+          std::unique_ptr<A[]> sum(new A[d]), weights(new A[longest]);
+          std::unique_ptr<const scalar_t*[]> rows(new const scalar_t*[longest]);
+          MIK_AT_LEVEL(decode_tokens<scalar_t, A, decltype(owned)>)(
+              begin, end, owned, d, data<scalar_t>(values), data<int64_t>(indices),
+              data<scalar_t>(w), w.stride(0), data_or_null<scalar_t>(bias),
+              mutable_data<scalar_t>(y), sum.get(), rows.get(), weights.get());
+        });
   });
   return y;
 }
 
-std::tuple<Tensor, Tensor> decode_error(Tensor values, Tensor indices, Tensor w,
-                                        OptionalTensor bias, Tensor x) {
-  check_operands(values, indices, w, bias);
-  const int64_t n = values.size(0), k = values.size(1), d = w.size(1);
+std::tuple<Tensor, Tensor> decode_error(Tensor values, Tensor indices, OptionalTensor row_offsets,
+                                        Tensor w, OptionalTensor bias, Tensor x) {
+  const int64_t n = check_operands(values, indices, row_offsets, w, bias), d = w.size(1);
   const bool wide = values.scalar_type() == ScalarType::Double;
   check(x.dim() == 2 && x.size(0) == n && x.size(1) == d &&
             x.scalar_type() == (wide ? ScalarType::Double : ScalarType::Float),
@@ -57,14 +64,18 @@ std::tuple<Tensor, Tensor> decode_error(Tensor values, Tensor indices, Tensor w,
   Tensor squares = empty(x, {n});
   MIK_DISPATCH_FLOATING(values, [&] {
     using A = accumulator_t<scalar_t>;
-    parallel(n, 16, [&](int64_t begin, int64_t end) {
-      std::unique_ptr<A[]> weights(new A[k]);
-      std::unique_ptr<const scalar_t*[]> rows(new const scalar_t*[k]);
-      MIK_AT_LEVEL(decode_errors<scalar_t, A>)(
-          begin, end, k, d, data<scalar_t>(values), data<int64_t>(indices), data<scalar_t>(w),
-          w.stride(0), data_or_null<scalar_t>(bias), data<A>(x), x.stride(0),
-          mutable_data<A>(error), mutable_data<A>(squares), rows.get(), weights.get());
-    });
+    parallel_rows(
+        n, values.size(-1), values.numel(), row_offsets,
+        [&](auto owned, int64_t begin, int64_t end) {
+          const int64_t longest = longest_row(owned, begin, end);
+          std::unique_ptr<A[]> weights(new A[longest]);
+          std::unique_ptr<const scalar_t*[]> rows(new const scalar_t*[longest]);
+          MIK_AT_LEVEL(decode_errors<scalar_t, A, decltype(owned)>)(
+              begin, end, owned, d, data<scalar_t>(values), data<int64_t>(indices),
+              data<scalar_t>(w), w.stride(0), data_or_null<scalar_t>(bias), data<A>(x),
+              x.stride(0), mutable_data<A>(error), mutable_data<A>(squares), rows.get(),
+              weights.get());
+        });
   });
   return {error, squares};
 }

@@ -3,12 +3,13 @@
 
 #include "cpu/rows_body.h"
 
-// sum[i] = bias + sum_j values[n, j] w[indices[n, j]] of one token; `rows` and `weights` are [k]
+// sum[i] = bias + sum_j values[j] w[indices[j]] over the slots of one token; `rows` and `weights`
+// are scratch for as many
 template <class T, class A>
-static void decode_token(int64_t k, int64_t d, const T* values, const int64_t* indices, const T* w,
+static void decode_token(int64_t count, int64_t d, const T* values, const int64_t* indices, const T* w,
                          int64_t ldw, const T* bias, A* sum, const T** rows, A* weights) {
   int64_t active = 0;
-  for (int64_t j = 0; j < k; ++j) {
+  for (int64_t j = 0; j < count; ++j) {
     weights[active] = static_cast<A>(values[j]);
     rows[active] = w + indices[j] * ldw;
     active += weights[active] != A(0);
@@ -20,26 +21,28 @@ static void decode_token(int64_t k, int64_t d, const T* values, const int64_t* i
 }
 
 // y[n] for tokens begin..end; `sum` is [d] scratch
-template <class T, class A>
-static void decode_tokens(int64_t begin, int64_t end, int64_t k, int64_t d, const T* values,
+template <class T, class A, class Owned>
+static void decode_tokens(int64_t begin, int64_t end, Owned owned, int64_t d, const T* values,
                           const int64_t* indices, const T* w, int64_t ldw, const T* bias, T* y,
                           A* sum, const T** rows, A* weights) {
   for (int64_t n = begin; n < end; ++n) {
-    decode_token(k, d, values + n * k, indices + n * k, w, ldw, bias, sum, rows, weights);
+    const int64_t first = owned.begin(n), count = owned.end(n) - first;
+    decode_token(count, d, values + first, indices + first, w, ldw, bias, sum, rows, weights);
     T* out = y + n * d;
     for (int64_t i = 0; i < d; ++i) out[i] = static_cast<T>(sum[i]);
   }
 }
 
 // error[n] = y[n] - x[n] and its square's sum, which is taken in 16 interleaved parts
-template <class T, class A>
-static void decode_errors(int64_t begin, int64_t end, int64_t k, int64_t d, const T* values,
+template <class T, class A, class Owned>
+static void decode_errors(int64_t begin, int64_t end, Owned owned, int64_t d, const T* values,
                           const int64_t* indices, const T* w, int64_t ldw, const T* bias,
                           const A* x, int64_t ldx, A* error, A* squares, const T** rows,
                           A* weights) {
   for (int64_t n = begin; n < end; ++n) {
     A* out = error + n * d;
-    decode_token(k, d, values + n * k, indices + n * k, w, ldw, bias, out, rows, weights);
+    const int64_t first = owned.begin(n), count = owned.end(n) - first;
+    decode_token(count, d, values + first, indices + first, w, ldw, bias, out, rows, weights);
     const A* row = x + n * ldx;
     A parts[16] = {};
     int64_t i = 0;

@@ -4,8 +4,7 @@
 #include "cpu/indices.h"
 #include "cpu/levels.h"
 #include "cpu/scalar.h"
-
-#include <algorithm>
+#include "cpu/slots.h"
 
 #define MIK_BODY "cpu/gradients_body.h"
 #include "cpu/each_level.h"
@@ -22,7 +21,7 @@ std::tuple<Tensor, Tensor> by_feature(Tensor indices, int64_t n_features) {
   Tensor offsets = empty(indices, {n_features + 1}), order = empty(indices, {count});
   int64_t *offset = mutable_data<int64_t>(offsets), *slot = mutable_data<int64_t>(order);
   const int64_t* feature = data<int64_t>(indices);
-  // counts are shifted by two, so that after the scatter offset[f + 1] has moved to its end
+  // next[f + 1] counts feature f and then, summed, is where feature f + 1 begins
   std::unique_ptr<int64_t[]> next(new int64_t[n_features + 1]());
   for (int64_t i = 0; i < count; ++i) ++next[feature[i] + 1];
   for (int64_t f = 0; f < n_features; ++f) next[f + 1] += next[f];
@@ -31,106 +30,94 @@ std::tuple<Tensor, Tensor> by_feature(Tensor indices, int64_t n_features) {
   return {offsets, order};
 }
 
-Tensor gather_dot(Tensor rows, Tensor w, Tensor indices) {
-  check(rows.dim() == 2 && w.dim() == 2 && indices.dim() == 2, "gather_dot: expected 2-D tensors");
-  check(rows.scalar_type() == w.scalar_type() && rows.size(1) == w.size(1) &&
-            rows.size(0) == indices.size(0),
-        "gather_dot: expected rows [N, d], w [F, d] of one dtype and indices [N, k]");
+Tensor gather_dot(Tensor rows, Tensor w, Tensor indices, OptionalTensor row_offsets) {
+  check(rows.dim() == 2 && w.dim() == 2, "gather_dot: rows and w must be 2-D");
+  check_rows("gather_dot", indices, row_offsets);
+  const int64_t n = rows.size(0), d = rows.size(1), slots = indices.numel();
+  check(rows.scalar_type() == w.scalar_type() && w.size(1) == d &&
+            n == (row_offsets.has_value() ? row_offsets->size(0) - 1 : indices.size(0)),
+        "gather_dot: expected rows [N, d] and w [F, d] of one dtype, N tokens of slots");
   rows = dense_rows(rows);
   w = dense_rows(w);
-  indices = torch::stable::contiguous(indices);
-  const int64_t n = rows.size(0), d = rows.size(1), k = indices.size(1);
-  check_indices("gather_dot", indices, n * k, w.size(0));
-  Tensor out = empty(rows, {n, k});
+  check_indices("gather_dot", indices, slots, w.size(0));
+  Tensor out = row_offsets.has_value() ? empty(rows, {slots}) : empty(rows, {n, indices.size(1)});
   MIK_DISPATCH_FLOATING(rows, [&] {
     using A = accumulator_t<scalar_t>;
-    parallel(n, 16, [&](int64_t begin, int64_t end) {
-      MIK_AT_LEVEL(dot_tokens<scalar_t, A>)(begin, end, k, d, data<scalar_t>(rows), rows.stride(0),
-                                            data<scalar_t>(w), w.stride(0), data<int64_t>(indices),
-                                            mutable_data<scalar_t>(out));
-    });
+    parallel_rows(n, indices.size(-1), slots, row_offsets,
+                  [&](auto owned, int64_t begin, int64_t end) {
+                    MIK_AT_LEVEL(dot_tokens<scalar_t, A, decltype(owned)>)(
+                        begin, end, owned, d, data<scalar_t>(rows), rows.stride(0),
+                        data<scalar_t>(w), w.stride(0), data<int64_t>(indices),
+                        mutable_data<scalar_t>(out));
+                  });
   });
   return out;
 }
 
 void check_slots(const char* op, const Tensor& offsets, const Tensor& order, int64_t slots) {
-  check(offsets.dim() == 1 && offsets.scalar_type() == ScalarType::Long &&
-            offsets.is_contiguous() && order.is_contiguous() && order.dim() == 1 &&
-            order.numel() == slots,
+  check(offsets.dim() == 1 && offsets.size(0) >= 1 && order.dim() == 1 && order.numel() == slots,
         "expected offsets [F + 1] and order [N k] as by_feature returns them");
-  const int64_t *offset = data<int64_t>(offsets), n_features = offsets.size(0) - 1;
-  bool ascending = n_features >= 0 && offset[0] == 0 && offset[n_features] == slots;
-  for (int64_t f = 0; f < n_features; ++f) ascending &= offset[f] <= offset[f + 1];
-  check(ascending, "offsets must ascend from 0 to N k, as by_feature returns them");
+  check_bounds(op, offsets, offsets.size(0) - 1, slots, true);
   check_indices(op, order, slots, slots);
 }
 
-// f(begin, end) over feature ranges of about equal work (slots plus one for the row that is
-// written), so that hot features do not leave one thread behind; a feature is never split, so sums
-// stay ordered
+// f(token_of) with the form that the slots have
 template <class F>
-void parallel_features(const Tensor& offsets, const F& f) {
-  const int64_t* offset = data<int64_t>(offsets);
-  const int64_t n_features = offsets.size(0) - 1;
-  const int64_t work = offset[n_features] + n_features;
-  const int64_t pieces = std::min<int64_t>(n_features, 64);
-  const auto boundary = [&](int64_t piece) {
-    const int64_t target = work * piece / pieces;
-    int64_t low = 0, high = n_features;
-    while (low < high) {
-      const int64_t middle = (low + high) / 2;
-      if (offset[middle] + middle < target)
-        low = middle + 1;
-      else
-        high = middle;
-    }
-    return low;
-  };
-  parallel(pieces, 1, [&](int64_t begin, int64_t end) {
-    f(begin == 0 ? 0 : boundary(begin), end == pieces ? n_features : boundary(end));
-  });
+void with_tokens(const Tensor& values, const OptionalTensor& tokens, const F& f) {
+  if (tokens.has_value())
+    f(GivenTokens{data<int64_t>(*tokens)});
+  else
+    f(EqualTokens{values.size(1)});
 }
 
 std::tuple<Tensor, Tensor> feature_sum(Tensor coefficients, Tensor rows, Tensor offsets,
-                                       Tensor order) {
-  check(coefficients.dim() == 2 && rows.dim() == 2 && coefficients.size(0) == rows.size(0) &&
-            coefficients.scalar_type() == rows.scalar_type(),
-        "feature_sum: expected coefficients [N, k] and rows [N, d] of one dtype");
+                                       Tensor order, OptionalTensor tokens) {
+  check(rows.dim() == 2 && coefficients.scalar_type() == rows.scalar_type(),
+        "feature_sum: expected coefficients and rows [N, d] of one dtype");
+  check_tokens("feature_sum", coefficients, tokens, rows.size(0));
+  check(tokens.has_value() || coefficients.size(0) == rows.size(0),
+        "feature_sum: coefficients must be [N, k]");
   coefficients = torch::stable::contiguous(coefficients);
   rows = dense_rows(rows);
   offsets = torch::stable::contiguous(offsets);
   order = torch::stable::contiguous(order);
-  const int64_t k = coefficients.size(1), d = rows.size(1), n_features = offsets.size(0) - 1;
   check_slots("feature_sum", offsets, order, coefficients.numel());
+  const int64_t d = rows.size(1), n_features = offsets.size(0) - 1;
   Tensor dw = empty(rows, {n_features, d}), db = empty(rows, {n_features});
   MIK_DISPATCH_FLOATING(rows, [&] {
     using A = accumulator_t<scalar_t>;
-    parallel_features(offsets, [&](int64_t begin, int64_t end) {
-      int64_t hottest = 0;
+    with_tokens(coefficients, tokens, [&](auto token) {
       const int64_t* offset = data<int64_t>(offsets);
-      for (int64_t f = begin; f < end; ++f) hottest = std::max(hottest, offset[f + 1] - offset[f]);
-      std::unique_ptr<A[]> sum(new A[d]), weights(new A[hottest + 1]);
-      std::unique_ptr<const scalar_t*[]> pointers(new const scalar_t*[hottest + 1]);
-      MIK_AT_LEVEL(sum_features<scalar_t, A>)(
-          begin, end, k, d, data<scalar_t>(coefficients), data<scalar_t>(rows), rows.stride(0),
-          offset, data<int64_t>(order), mutable_data<scalar_t>(dw), mutable_data<scalar_t>(db),
-          sum.get(), pointers.get(), weights.get());
+      parallel_owners(offset, n_features, [&](int64_t begin, int64_t end) {
+        int64_t hottest = 0;
+        for (int64_t f = begin; f < end; ++f)
+          hottest = std::max(hottest, offset[f + 1] - offset[f]);
+        std::unique_ptr<A[]> sum(new A[d]), weights(new A[hottest + 1]);
+        std::unique_ptr<const scalar_t*[]> pointers(new const scalar_t*[hottest + 1]);
+        MIK_AT_LEVEL(sum_features<scalar_t, A, decltype(token)>)(
+            begin, end, token, d, data<scalar_t>(coefficients), data<scalar_t>(rows),
+            rows.stride(0), offset, data<int64_t>(order), mutable_data<scalar_t>(dw),
+            mutable_data<scalar_t>(db), sum.get(), pointers.get(), weights.get());
+      });
     });
   });
   return {dw, db};
 }
 
-void sae_gradients(Tensor values, Tensor indices, Tensor offsets, Tensor order, Tensor dy, Tensor x,
-                   Tensor w_dec, Tensor dw_dec, Tensor dw_enc, Tensor db_enc, bool accumulate) {
-  check(values.dim() == 2 && dy.dim() == 2 && x.dim() == 2 && w_dec.dim() == 2 &&
-            dy.size(0) == values.size(0) && x.size(0) == values.size(0) &&
+void sae_gradients(Tensor values, Tensor indices, Tensor offsets, Tensor order,
+                   OptionalTensor tokens, Tensor dy, Tensor x, Tensor w_dec, Tensor dw_dec,
+                   Tensor dw_enc, Tensor db_enc, bool accumulate) {
+  check(dy.dim() == 2 && x.dim() == 2 && w_dec.dim() == 2 && x.size(0) == dy.size(0) &&
             dy.size(1) == w_dec.size(1) && x.size(1) == w_dec.size(1) &&
             values.scalar_type() == dy.scalar_type() && x.scalar_type() == dy.scalar_type(),
-        "sae_gradients_: expected values [N, k], dy and x [N, d] of one dtype, w_dec [F, d]");
-  check(indices.dim() == 2 && indices.size(0) == values.size(0) &&
-            indices.size(1) == values.size(1) && indices.scalar_type() == ScalarType::Long,
-        "sae_gradients_: indices must be [N, k] int64");
-  const int64_t k = values.size(1), d = w_dec.size(1), n_features = w_dec.size(0);
+        "sae_gradients_: expected values, dy and x [N, d] of one dtype, w_dec [F, d]");
+  check_tokens("sae_gradients_", values, tokens, dy.size(0));
+  check(tokens.has_value() || values.size(0) == dy.size(0),
+        "sae_gradients_: values must be [N, k]");
+  check(indices.dim() == values.dim() && indices.size(0) == values.size(0) &&
+            indices.size(-1) == values.size(-1) && indices.scalar_type() == ScalarType::Long,
+        "sae_gradients_: indices must be int64 of the shape of values");
+  const int64_t d = w_dec.size(1), n_features = w_dec.size(0);
   for (const Tensor* out : {&dw_dec, &dw_enc, &db_enc})
     check(out->is_contiguous() && out->scalar_type() == ScalarType::Float &&
               out->dim() == (out == &db_enc ? 1 : 2) && out->size(0) == n_features &&
@@ -145,12 +132,15 @@ void sae_gradients(Tensor values, Tensor indices, Tensor offsets, Tensor order, 
   check(offsets.numel() == n_features + 1, "sae_gradients_: offsets must be [F + 1]");
   check_slots("sae_gradients_", offsets, order, values.numel());
   const auto run = [&]<class T, class W>(T*, W*) {
-    parallel_features(offsets, [&](int64_t begin, int64_t end) {
-      MIK_AT_LEVEL(sae_features<T, W>)(begin, end, k, d, data<T>(values), data<T>(dy), dy.stride(0),
-                                       data<T>(x), x.stride(0), data<W>(w_dec), w_dec.stride(0),
-                                       data<int64_t>(offsets), data<int64_t>(order),
-                                       mutable_data<float>(dw_dec), mutable_data<float>(dw_enc),
-                                       mutable_data<float>(db_enc), accumulate);
+    with_tokens(values, tokens, [&](auto token) {
+      const int64_t* offset = data<int64_t>(offsets);
+      parallel_owners(offset, n_features, [&](int64_t begin, int64_t end) {
+        MIK_AT_LEVEL(sae_features<T, W, decltype(token)>)(
+            begin, end, token, d, data<T>(values), data<T>(dy), dy.stride(0), data<T>(x),
+            x.stride(0), data<W>(w_dec), w_dec.stride(0), offset, data<int64_t>(order),
+            mutable_data<float>(dw_dec), mutable_data<float>(dw_enc), mutable_data<float>(db_enc),
+            accumulate);
+      });
     });
   };
   MIK_DISPATCH_FLOATING(dy, [&] {

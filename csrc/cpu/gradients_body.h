@@ -4,20 +4,19 @@
 #include "cpu/dot_body.h"
 #include "cpu/rows_body.h"
 
-// out[n, j] = <rows[n], w[indices[n, j]]>
-template <class T, class A>
-static void dot_tokens(int64_t begin, int64_t end, int64_t k, int64_t d, const T* rows, int64_t ldr,
-                       const T* w, int64_t ldw, const int64_t* indices, T* out) {
+// out[s] = <rows[n], w[indices[s]]> for the slots s of token n
+template <class T, class A, class Owned>
+static void dot_tokens(int64_t begin, int64_t end, Owned owned, int64_t d, const T* rows,
+                       int64_t ldr, const T* w, int64_t ldw, const int64_t* indices, T* out) {
   for (int64_t n = begin; n < end; ++n)
-    for (int64_t j = 0; j < k; ++j)
-      out[n * k + j] =
-          static_cast<T>(dot<T, T, A>(rows + n * ldr, w + indices[n * k + j] * ldw, d));
+    for (int64_t s = owned.begin(n), last = owned.end(n); s < last; ++s)
+      out[s] = static_cast<T>(dot<T, T, A>(rows + n * ldr, w + indices[s] * ldw, d));
 }
 
 // dw[f] = sum over the slots of f of coefficient * rows[token], db[f] = sum of the coefficients;
 // `sum` is [d] scratch, `pointers` and `weights` hold the slots of the hottest feature
-template <class T, class A>
-static void sum_features(int64_t begin, int64_t end, int64_t k, int64_t d, const T* coefficients,
+template <class T, class A, class Token>
+static void sum_features(int64_t begin, int64_t end, Token token, int64_t d, const T* coefficients,
                          const T* rows, int64_t ldr, const int64_t* offsets, const int64_t* order,
                          T* dw, T* db, A* sum, const T** pointers, A* weights) {
   for (int64_t f = begin; f < end; ++f) {
@@ -26,7 +25,7 @@ static void sum_features(int64_t begin, int64_t end, int64_t k, int64_t d, const
     for (int64_t s = offsets[f]; s < offsets[f + 1]; ++s) {
       const A c = static_cast<A>(coefficients[order[s]]);
       weights[active] = c;
-      pointers[active] = rows + order[s] / k * ldr;
+      pointers[active] = rows + token(order[s]) * ldr;
       active += c != A(0);
       bias += c;
     }
@@ -60,8 +59,8 @@ static inline void add_pair(float* a, float alpha, const T* x, const T* next_x, 
 
 // one pass over features begin..end: w_dec[f] stays in L1 for all its tokens, and each token's dy
 // row serves the dot and the sum while it is there
-template <class T, class W>
-static void sae_features(int64_t begin, int64_t end, int64_t k, int64_t d, const T* values,
+template <class T, class W, class Token>
+static void sae_features(int64_t begin, int64_t end, Token token, int64_t d, const T* values,
                          const T* dy, int64_t ldy, const T* x, int64_t ldx, const W* w_dec,
                          int64_t ldw, const int64_t* offsets, const int64_t* order, float* dw_dec,
                          float* dw_enc, float* db_enc, bool accumulate) {
@@ -75,12 +74,12 @@ static void sae_features(int64_t begin, int64_t end, int64_t k, int64_t d, const
     float bias = 0;
     const W* row = w_dec + f * ldw;
     for (int64_t s = offsets[f]; s < offsets[f + 1]; ++s) {
-      const int64_t slot = order[s], n = slot / k;
+      const int64_t slot = order[s], n = token(slot);
       const float value = static_cast<float>(values[slot]);
       if (value == 0) continue;
       const T *gradient = dy + n * ldy, *input = x + n * ldx;
       // the next slot's token, also across features
-      const int64_t next = s + 1 < offsets[end] ? order[s + 1] / k : n;
+      const int64_t next = s + 1 < offsets[end] ? token(order[s + 1]) : n;
       const float dvalue = dot<T, W, float>(gradient, row, d);
       add_pair(to_dec, value, gradient, dy + next * ldy, to_enc, dvalue, input, x + next * ldx, d);
       bias += dvalue;

@@ -33,6 +33,8 @@ at most 64 MB in row_topk.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from mikernels._autocast import in_own_dtype
@@ -52,7 +54,13 @@ from mikernels.ops.row_topk import reference as row_topk_reference
 from mikernels.ops.row_topk import row_topk_op
 
 
-def _scores(x, w_enc, b_enc, b_dec):
+def scores(
+    x: torch.Tensor,
+    w_enc: torch.Tensor,
+    b_enc: torch.Tensor | None,
+    b_dec: torch.Tensor | None,
+) -> torch.Tensor:
+    """h [N, F] in the accumulation dtype."""
     acc = accumulate_dtype(x.dtype)
     centred = x.to(acc) if b_dec is None else x.to(acc) - b_dec.to(acc)
     h = centred @ w_enc.to(acc).T
@@ -69,7 +77,7 @@ def reference(
     relu: bool,
     top_k=row_topk_reference,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    h = _scores(x, w_enc, b_enc, b_dec)
+    h = scores(x, w_enc, b_enc, b_dec)
     ranked = h if scale is None else h * scale.to(h.dtype)
     _, indices = top_k(ranked, k, False)
     values = h.gather(-1, indices)
@@ -98,6 +106,55 @@ encode_op = Op(
 )
 
 
+def encode_gradients(
+    dvalues: torch.Tensor,
+    x: torch.Tensor,
+    w_enc: torch.Tensor,
+    b_dec: torch.Tensor | None,
+    values: torch.Tensor,
+    indices: torch.Tensor,
+    row_offsets: torch.Tensor | None,
+    relu: bool,
+    need: Sequence[bool],
+    impl: str,
+) -> tuple[torch.Tensor | None, ...]:
+    """Gradients of x, w_enc, b_enc and b_dec, as far as needed, from those of the codes' values."""
+    if relu:
+        # NaN passes, so that a diverged run shows it
+        dvalues = dvalues.masked_fill(values == 0, 0)
+    dx = dw = db_enc = db_dec = None
+    if need[1] or need[2] or need[3]:
+        centred = x if b_dec is None else x - b_dec
+        dw, db_enc = feature_sums(dvalues, centred, indices, row_offsets, w_enc.shape[0], impl)
+        if need[3]:
+            db_dec = -weighted_row_sum(db_enc, w_enc).to(x.dtype)
+    if need[0]:
+        dx = decoded(dvalues, indices, row_offsets, w_enc, impl)
+    return dx, dw if need[1] else None, db_enc if need[2] else None, db_dec
+
+
+def check_operands(
+    op: str,
+    x: torch.Tensor,
+    w_enc: torch.Tensor,
+    b_enc: torch.Tensor | None,
+    b_dec: torch.Tensor | None,
+    scale: torch.Tensor | None,
+) -> torch.Size:
+    """The operands of an encoder fit each other; returns (F, d)."""
+    check_floating(op, x=x, w_enc=w_enc, b_enc=b_enc, b_dec=b_dec, scale=scale)
+    if w_enc.dim() != 2 or x.dim() < 1 or x.shape[-1] != w_enc.shape[1]:
+        raise ValueError(
+            f"{op}: expected x [..., d] and w_enc [F, d], got {list(x.shape)} and "
+            f"{list(w_enc.shape)}; pass w_enc.T if it is stored as [d, F]"
+        )
+    n_features, d = w_enc.shape
+    check_shape(op, "b_enc", b_enc, (n_features,))
+    check_shape(op, "scale", scale, (n_features,))
+    check_shape(op, "b_dec", b_dec, (d,))
+    return w_enc.shape
+
+
 class _Encode(torch.autograd.Function):
     @staticmethod
     def forward(x, w_enc, b_enc, b_dec, scale, k, relu, impl):
@@ -117,20 +174,9 @@ class _Encode(torch.autograd.Function):
     @in_own_dtype
     def backward(ctx, dvalues, _):
         x, w_enc, b_dec, values, indices = ctx.saved_tensors
-        need = ctx.needs_input_grad
-        if ctx.relu:
-            # NaN passes, so that a diverged run shows it
-            dvalues = dvalues.masked_fill(values == 0, 0)
-        dx = dw = db_enc = db_dec = None
-        if need[1] or need[2] or need[3]:
-            centred = x if b_dec is None else x - b_dec
-            dw, db_enc = feature_sums(dvalues, centred, indices, w_enc.shape[0], ctx.impl)
-            if need[3]:
-                db_dec = -weighted_row_sum(db_enc, w_enc).to(x.dtype)
-        if need[0]:
-            dx = decoded(dvalues, indices, w_enc, ctx.impl)
-        keep = (dx, dw if need[1] else None, db_enc if need[2] else None, db_dec)
-        return *keep, None, None, None, None
+        saved = x, w_enc, b_dec, values, indices, None
+        found = encode_gradients(dvalues, *saved, ctx.relu, ctx.needs_input_grad, ctx.impl)
+        return *found, None, None, None, None
 
 
 @in_own_dtype
@@ -172,16 +218,7 @@ def topk_encode(
     Raises:
         TypeError, ValueError: for dtypes, devices, shapes or k other than the above.
     """
-    check_floating("topk_encode", x=x, w_enc=w_enc, b_enc=b_enc, b_dec=b_dec, scale=scale)
-    if w_enc.dim() != 2 or x.dim() < 1 or x.shape[-1] != w_enc.shape[1]:
-        raise ValueError(
-            f"topk_encode: expected x [..., d] and w_enc [F, d], got {list(x.shape)} and "
-            f"{list(w_enc.shape)}; pass w_enc.T if it is stored as [d, F]"
-        )
-    n_features, d = w_enc.shape
-    check_shape("topk_encode", "b_enc", b_enc, (n_features,))
-    check_shape("topk_encode", "scale", scale, (n_features,))
-    check_shape("topk_encode", "b_dec", b_dec, (d,))
+    n_features, d = check_operands("topk_encode", x, w_enc, b_enc, b_dec, scale)
     check_k("topk_encode", k, n_features, "rows of w_enc")
     impl = resolve_impl(encode_op, impl, x.device)
     out_dtype = x.dtype

@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """By-feature gradients: everything that a sparse layer's backward needs, from k slots a token.
 
-With `slots(f)` the (token n, slot j) pairs whose index is f, in token order:
+With `slots(f)` the slots s, of tokens n, whose index is f, in token order:
 
-    gather_dot   out[n, j] = <rows[n], w[indices[n, j]]>                  SDDMM, k dots a token
-    feature_sum  dw[f] = sum_{slots(f)} coefficients[n, j] rows[n]    and db[f], of coefficients
+    gather_dot   out[s] = <rows[n], w[indices[s]]>                        SDDMM, k dots a token
+    feature_sum  dw[f] = sum_{slots(f)} coefficients[s] rows[n]       and db[f], of coefficients
     sae_gradients_  all of an SAE's weight gradients in one pass over the features:
                  dv = <dy[n], w_dec[f]> where the value is not 0,  dw_dec[f] += value dy[n],
                  dw_enc[f] += dv x[n],  db_enc[f] += dv
     by_feature   offsets, order: a stable counting sort of the indices, O(N k + F)
+
+Slots are padded, `[N, k]`, or ragged, `[S]`: then `row_offsets`, or the `tokens` of the slots, say
+which token is which slot's (mikernels/_ragged.py).
 
 Where gradients of gradients are wanted, `gather_dots` and `feature_sums` record the operators:
 values, w and dy of `sum values <w[index], dy>` meet in one trilinear form, so the derivative of
@@ -25,6 +28,7 @@ import torch
 from mikernels._autocast import in_own_dtype
 from mikernels._dispatch import Op, accumulate_dtype, resolve_impl
 from mikernels._indices import check_indices, check_size
+from mikernels._ragged import tokens_of
 
 
 def by_feature_reference(
@@ -52,6 +56,10 @@ by_feature_op = Op(
 )
 
 
+# slots whose rows the references gather at a time from ragged codes
+SLOTS = 4096
+
+
 @in_own_dtype
 def by_feature(indices: torch.Tensor, n_features: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Stable counting sort of flat feature indices.
@@ -77,31 +85,54 @@ def by_feature(indices: torch.Tensor, n_features: int) -> tuple[torch.Tensor, to
     return by_feature_op(indices, n_features, impl=impl)
 
 
-def gather_dot_reference(
-    rows: torch.Tensor, w: torch.Tensor, indices: torch.Tensor
+def _dots_reference(
+    rows: torch.Tensor, w: torch.Tensor, indices: torch.Tensor, tokens: torch.Tensor | None
 ) -> torch.Tensor:
     acc = accumulate_dtype(rows.dtype)
     out = rows.new_empty(indices.shape)
-    for j in range(indices.shape[1]):  # one slot at a time: the temporary is [N, d], not [N k, d]
-        out[:, j] = (rows.to(acc) * w.index_select(0, indices[:, j]).to(acc)).sum(-1).to(rows.dtype)
+
+    def dots(r: torch.Tensor, i: torch.Tensor) -> torch.Tensor:
+        return (r.to(acc) * w.index_select(0, i).to(acc)).sum(-1).to(rows.dtype)
+
+    if tokens is None:
+        for j in range(indices.shape[1]):  # a slot at a time: the temporary is [N, d], not [N k, d]
+            out[:, j] = dots(rows, indices[:, j])
+    else:
+        for o, n, i in zip(*(t.split(SLOTS) for t in (out, tokens, indices)), strict=True):
+            o.copy_(dots(rows.index_select(0, n), i))
     return out
 
 
+def gather_dot_reference(
+    rows: torch.Tensor, w: torch.Tensor, indices: torch.Tensor, row_offsets: torch.Tensor | None
+) -> torch.Tensor:
+    tokens = None if row_offsets is None else tokens_of("gather_dot", row_offsets, len(indices))
+    return _dots_reference(rows, w, indices, tokens)
+
+
 gather_dot_op = Op(
-    "gather_dot(Tensor rows, Tensor w, Tensor indices) -> Tensor",
+    "gather_dot(Tensor rows, Tensor w, Tensor indices, Tensor? row_offsets) -> Tensor",
     gather_dot_reference,
-    lambda rows, w, indices: rows.new_empty(indices.shape),
-    operands={"rows": "T[N,d]", "w": "T[F,d]", "indices": "i64[N,k]"},
+    lambda rows, w, indices, row_offsets: rows.new_empty(indices.shape),
+    operands={
+        "rows": "T[N,d]",
+        "w": "T[F,d]",
+        "indices": "i64[N,k] or i64[S] with row_offsets",
+        "row_offsets": "i64[N+1]",
+    },
     triton="gradients:gather_dot",
 )
 
 
 def feature_sum_reference(
-    coefficients: torch.Tensor, rows: torch.Tensor, offsets: torch.Tensor, order: torch.Tensor
+    coefficients: torch.Tensor,
+    rows: torch.Tensor,
+    offsets: torch.Tensor,
+    order: torch.Tensor,
+    tokens: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     acc = accumulate_dtype(rows.dtype)
     n_features = offsets.shape[0] - 1
-    k = coefficients.shape[1]
     features = torch.arange(n_features, device=rows.device).repeat_interleave(offsets.diff())
     if features.shape != order.shape:
         raise ValueError(
@@ -110,30 +141,39 @@ def feature_sum_reference(
         )
     flat = torch.empty_like(order).scatter_(0, order, features).reshape(coefficients.shape)
     dw = torch.zeros(n_features, rows.shape[1], dtype=acc, device=rows.device)
-    for j in range(k):
-        c = coefficients[:, j : j + 1].to(acc)
+
+    def add(f: torch.Tensor, c: torch.Tensor, r: torch.Tensor) -> None:
+        c = c[:, None].to(acc)
         # as the kernels do, which skip such rows: 0 times inf is not NaN
-        dw.index_add_(0, flat[:, j], torch.where(c != 0, rows.to(acc) * c, 0))
+        dw.index_add_(0, f, torch.where(c != 0, r.to(acc) * c, 0))
+
+    if tokens is None:
+        for j in range(coefficients.shape[1]):
+            add(flat[:, j], coefficients[:, j], rows)
+    else:
+        for f, c, n in zip(*(t.split(SLOTS) for t in (flat, coefficients, tokens)), strict=True):
+            add(f, c, rows.index_select(0, n))
     db = torch.zeros(n_features, dtype=acc, device=rows.device)
     db.index_add_(0, flat.reshape(-1), coefficients.reshape(-1).to(acc))
     return dw.to(rows.dtype), db.to(rows.dtype)
 
 
-def _feature_sum_fake(coefficients, rows, offsets, order):
+def _feature_sum_fake(coefficients, rows, offsets, order, tokens):
     n_features = offsets.shape[0] - 1
     return rows.new_empty(n_features, rows.shape[1]), rows.new_empty(n_features)
 
 
 feature_sum_op = Op(
-    "feature_sum(Tensor coefficients, Tensor rows, Tensor offsets, Tensor order)"
+    "feature_sum(Tensor coefficients, Tensor rows, Tensor offsets, Tensor order, Tensor? tokens)"
     " -> (Tensor dw, Tensor db)",
     feature_sum_reference,
     _feature_sum_fake,
     operands={
-        "coefficients": "T[N,k]",
+        "coefficients": "T[N,k] or T[S] with tokens",
         "rows": "T[N,d]",
         "offsets": "i64[F+1]",
-        "order": "i64[N*k]",
+        "order": "i64[N*k] or i64[S] with tokens",
+        "tokens": "i64[S]",
     },
     triton="gradients_sum:feature_sum",
 )
@@ -141,74 +181,81 @@ feature_sum_op = Op(
 
 class _GatherDot(torch.autograd.Function):
     @staticmethod
-    def forward(rows, w, indices, impl):
-        return gather_dot_op(rows, w, indices, impl=impl)
+    def forward(rows, w, indices, row_offsets, impl):
+        return gather_dot_op(rows, w, indices, row_offsets, impl=impl)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        rows, w, indices, ctx.impl = inputs
-        ctx.save_for_backward(rows, w, indices)
+        *saved, ctx.impl = inputs
+        ctx.save_for_backward(*saved)
 
     @staticmethod
     @in_own_dtype
     def backward(ctx, d_out):
         from mikernels.ops.decode import decoded
 
-        rows, w, indices = ctx.saved_tensors
+        rows, w, indices, row_offsets = ctx.saved_tensors
         d_rows = d_w = None
         if ctx.needs_input_grad[0]:
-            d_rows = decoded(d_out, indices, w, ctx.impl)
+            d_rows = decoded(d_out, indices, row_offsets, w, ctx.impl)
         if ctx.needs_input_grad[1]:
-            d_w, _ = feature_sums(d_out, rows, indices, w.shape[0], ctx.impl)
-        return d_rows, d_w, None, None
+            d_w, _ = feature_sums(d_out, rows, indices, row_offsets, w.shape[0], ctx.impl)
+        return d_rows, d_w, None, None, None
 
 
 def gather_dots(
-    rows: torch.Tensor, w: torch.Tensor, indices: torch.Tensor, impl: str
+    rows: torch.Tensor,
+    w: torch.Tensor,
+    indices: torch.Tensor,
+    row_offsets: torch.Tensor | None,
+    impl: str,
 ) -> torch.Tensor:
     """`gather_dot`, recorded for gradients if they are enabled."""
     if torch.is_grad_enabled():
-        return _GatherDot.apply(rows, w, indices, impl)
-    return gather_dot_op(rows, w, indices, impl=impl)
+        return _GatherDot.apply(rows, w, indices, row_offsets, impl)
+    return gather_dot_op(rows, w, indices, row_offsets, impl=impl)
 
 
 class _FeatureSum(torch.autograd.Function):
     @staticmethod
-    def forward(coefficients, rows, indices, n_features, impl):
+    def forward(coefficients, rows, indices, row_offsets, n_features, impl):
         slots = by_feature_op(indices.reshape(-1), n_features, impl=impl)
-        return feature_sum_op(coefficients, rows, *slots, impl=impl)
+        tokens = None
+        if row_offsets is not None:
+            tokens = tokens_of("feature_sum", row_offsets, indices.shape[0])
+        return feature_sum_op(coefficients, rows, *slots, tokens, impl=impl)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        coefficients, rows, indices, _, ctx.impl = inputs
-        ctx.save_for_backward(coefficients, rows, indices)
+        coefficients, rows, indices, row_offsets, _, ctx.impl = inputs
+        ctx.save_for_backward(coefficients, rows, indices, row_offsets)
 
     @staticmethod
     @in_own_dtype
     def backward(ctx, d_dw, d_db):
         from mikernels.ops.decode import decoded
 
-        coefficients, rows, indices = ctx.saved_tensors
+        coefficients, rows, indices, row_offsets = ctx.saved_tensors
         d_coefficients = d_rows = None
         if ctx.needs_input_grad[0]:
-            d_coefficients = gather_dots(rows, d_dw, indices, ctx.impl)
+            d_coefficients = gather_dots(rows, d_dw, indices, row_offsets, ctx.impl)
             d_coefficients = d_coefficients + d_db.gather(0, indices.reshape(-1)).view_as(indices)
         if ctx.needs_input_grad[1]:
-            d_rows = decoded(coefficients, indices, d_dw, ctx.impl)
-        return d_coefficients, d_rows, None, None, None
+            d_rows = decoded(coefficients, indices, row_offsets, d_dw, ctx.impl)
+        return d_coefficients, d_rows, None, None, None, None
 
 
 def feature_sums(
     coefficients: torch.Tensor,
     rows: torch.Tensor,
     indices: torch.Tensor,
+    row_offsets: torch.Tensor | None,
     n_features: int,
     impl: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`feature_sum` by indices, recorded for gradients if they are enabled."""
-    if torch.is_grad_enabled():
-        return _FeatureSum.apply(coefficients, rows, indices, n_features, impl)
-    return _FeatureSum.forward(coefficients, rows, indices, n_features, impl)
+    run = _FeatureSum.apply if torch.is_grad_enabled() else _FeatureSum.forward
+    return run(coefficients, rows, indices, row_offsets, n_features, impl)
 
 
 def sae_gradients_reference(
@@ -216,6 +263,7 @@ def sae_gradients_reference(
     indices: torch.Tensor,
     offsets: torch.Tensor,
     order: torch.Tensor,
+    tokens: torch.Tensor | None,
     dy: torch.Tensor,
     x: torch.Tensor,
     w_dec: torch.Tensor,
@@ -225,9 +273,9 @@ def sae_gradients_reference(
     accumulate: bool,
 ) -> None:
     values, dy, x, w_dec = (t.to(dw_dec.dtype) for t in (values, dy, x, w_dec))
-    dvalues = gather_dot_reference(dy, w_dec, indices).masked_fill(values == 0, 0)
-    from_dec, _ = feature_sum_reference(values, dy, offsets, order)
-    from_enc, from_bias = feature_sum_reference(dvalues, x, offsets, order)
+    dvalues = _dots_reference(dy, w_dec, indices, tokens).masked_fill(values == 0, 0)
+    from_dec, _ = feature_sum_reference(values, dy, offsets, order, tokens)
+    from_enc, from_bias = feature_sum_reference(dvalues, x, offsets, order, tokens)
     pairs = ((dw_dec, from_dec), (dw_enc, from_enc), (db_enc, from_bias))
     for out, term in pairs:
         if accumulate:
@@ -236,18 +284,23 @@ def sae_gradients_reference(
             out.copy_(term)
 
 
+BY_FEATURE = {
+    "values": "T[N,k] or T[S] with tokens",
+    "indices": "i64[N,k] or i64[S] with tokens",
+    "offsets": "i64[F+1]",
+    "order": "i64[N*k] or i64[S] with tokens",
+    "tokens": "i64[S]",
+}
+
 # mutates caller-owned fp32 gradient buffers: fresh pages cost more than the arithmetic
 sae_gradients_op = Op(
-    "sae_gradients_(Tensor values, Tensor indices, Tensor offsets, Tensor order, Tensor dy,"
-    " Tensor x, Tensor w_dec, Tensor(a!) dw_dec, Tensor(b!) dw_enc, Tensor(c!) db_enc,"
+    "sae_gradients_(Tensor values, Tensor indices, Tensor offsets, Tensor order, Tensor? tokens,"
+    " Tensor dy, Tensor x, Tensor w_dec, Tensor(a!) dw_dec, Tensor(b!) dw_enc, Tensor(c!) db_enc,"
     " bool accumulate) -> ()",
     sae_gradients_reference,
     lambda *args: None,
     operands={
-        "values": "T[N,k]",
-        "indices": "i64[N,k]",
-        "offsets": "i64[F+1]",
-        "order": "i64[N*k]",
+        **BY_FEATURE,
         "dy": "T[N,d]",
         "x": "T[N,d]",
         "w_dec": "float[F,d]",

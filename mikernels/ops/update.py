@@ -25,7 +25,12 @@ from mikernels import _ext
 from mikernels._autocast import in_own_dtype
 from mikernels._dispatch import LIBRARY, Op, accumulate_dtype
 from mikernels.ops import adam
-from mikernels.ops.gradients import sae_gradients_op, sae_gradients_reference, weighted_row_sum
+from mikernels.ops.gradients import (
+    BY_FEATURE,
+    sae_gradients_op,
+    sae_gradients_reference,
+    weighted_row_sum,
+)
 
 
 def _compose(
@@ -36,6 +41,7 @@ def _compose(
         indices: torch.Tensor,
         offsets: torch.Tensor,
         order: torch.Tensor,
+        tokens: torch.Tensor | None,
         dy: torch.Tensor,
         x: torch.Tensor,
         w_dec: torch.Tensor,
@@ -58,7 +64,7 @@ def _compose(
         acc = accumulate_dtype(w_dec.dtype)
         dw_dec, dw_enc = (w_dec.new_empty(w_dec.shape, dtype=acc) for _ in range(2))
         db_enc = w_dec.new_empty(w_dec.shape[0], dtype=acc)
-        slots = values, indices, offsets, order
+        slots = values, indices, offsets, order, tokens
         sae_gradients(*slots, dy, x, w_dec, dw_dec, dw_enc, db_enc, False)
         d_input = weighted_row_sum(db_enc, w_enc)
         settings = lr, beta1, beta2, eps, step, clip
@@ -80,29 +86,26 @@ _by_operators = _compose(sae_gradients_op, adam.adam_rows_op)
 def _on_cpu(*args):
     sae_update_op.operands.check(args)
     # the extension's gradients are float32
-    return (reference if args[6].dtype == torch.float64 else _by_operators)(*args)
+    return (reference if args[7].dtype == torch.float64 else _by_operators)(*args)
 
 
 def _fake(*args):
-    w_dec = args[6]
+    w_dec = args[7]
     acc = accumulate_dtype(w_dec.dtype)
     return w_dec.new_empty(w_dec.shape[0], dtype=acc), w_dec.new_empty(w_dec.shape[1], dtype=acc)
 
 
 # weights and moments are contiguous, moments float32 (float64 for float64 weights)
 sae_update_op = Op(
-    "sae_update_(Tensor values, Tensor indices, Tensor offsets, Tensor order, Tensor dy, Tensor x,"
-    " Tensor(a!) w_dec, Tensor(b!) w_enc, Tensor(c!) m_dec, Tensor(d!) v_dec, Tensor(e!) m_enc,"
-    " Tensor(f!) v_enc, Tensor(g!)? shadow_dec, Tensor(h!)? shadow_enc, Tensor lr, float beta1,"
-    " float beta2, float eps, Tensor step, Tensor clip, bool project, bool unit_norm)"
-    " -> (Tensor db_enc, Tensor d_input)",
+    "sae_update_(Tensor values, Tensor indices, Tensor offsets, Tensor order, Tensor? tokens,"
+    " Tensor dy, Tensor x, Tensor(a!) w_dec, Tensor(b!) w_enc, Tensor(c!) m_dec, Tensor(d!) v_dec,"
+    " Tensor(e!) m_enc, Tensor(f!) v_enc, Tensor(g!)? shadow_dec, Tensor(h!)? shadow_enc,"
+    " Tensor lr, float beta1, float beta2, float eps, Tensor step, Tensor clip, bool project,"
+    " bool unit_norm) -> (Tensor db_enc, Tensor d_input)",
     reference,
     _fake,
     operands={
-        "values": "T[N,k]",
-        "indices": "i64[N,k]",
-        "offsets": "i64[F+1]",
-        "order": "i64[N*k]",
+        **BY_FEATURE,
         "dy": "T[N,d]",
         "x": "T[N,d]",
         "w_dec": "U[F,d]",

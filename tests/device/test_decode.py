@@ -60,8 +60,8 @@ def test_decode_beyond_2_to_the_31_elements(device):
     values, indices, w, bias = operands(device, torch.float16, 3, 20, 2, 2)
     x = randn(3, 20, seed=5).to(device)
     for operator, more in ((decode_op, ()), (decode_error_op, (x,))):
-        near = operator(values, indices, w, bias, *more, impl="triton")
-        far = operator(values, indices, far_apart(w), bias, *more, impl="triton")
+        near = operator(values, indices, None, w, bias, *more, impl="triton")
+        far = operator(values, indices, None, far_apart(w), bias, *more, impl="triton")
         for a, b in zip(near, far, strict=True):
             assert identical(a, b)
 
@@ -79,7 +79,7 @@ def test_decode_prefixes(device):
 def test_decode_error(device, dtype, n, d, f, k):
     values, indices, w, bias = operands(device, dtype, n, d, f, k)
     x = randn(n, d, seed=5).to(device)
-    error, squares = decode_error_op(values, indices, w, bias, x, impl="triton")
+    error, squares = decode_error_op(values, indices, None, w, bias, x, impl="triton")
     exact = oracle(values.double(), indices, w.double(), bias.double()) - x.double()
     eager = oracle(values.float(), indices, w.float(), bias.float()) - x
     assert_accurate(error, exact, eager, scale=float(k))

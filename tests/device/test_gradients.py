@@ -28,7 +28,7 @@ def widest(request, monkeypatch):
 
 def on(device, *tensors):
     """Copies on the device that keep their strides."""
-    return [t.to(device) for t in tensors]
+    return [t if t is None else t.to(device) for t in tensors]
 
 
 @pytest.mark.parametrize(
@@ -78,14 +78,14 @@ def test_gather_dot(device, dtype, n, d, n_features, k):
     indices = random_indices(n, k, n_features)
     given = on(device, rows, w, indices)
     with unchanged(*given):
-        out = gather_dot_op(*given, impl="triton")
+        out = gather_dot_op(*given, None, impl="triton")
     oracle = gather_dot(rows.double(), w.double(), indices)
     assert_accurate(out.cpu(), oracle, gather_dot(rows, w, indices))
     for layout in LAYOUTS.values() if d < 500 else ():
-        assert identical(gather_dot_op(*map(layout, given), impl="triton"), out)
+        assert identical(gather_dot_op(*map(layout, given), None, impl="triton"), out)
     expanded = given[0][:, :1].expand(n, d)
-    actual = gather_dot_op(expanded, *given[1:], impl="triton")
-    assert identical(actual, gather_dot_op(expanded.contiguous(), *given[1:], impl="triton"))
+    actual = gather_dot_op(expanded, *given[1:], None, impl="triton")
+    assert identical(actual, gather_dot_op(expanded.contiguous(), *given[1:], None, impl="triton"))
 
 
 def hot_indices(n, k, n_features):
@@ -102,13 +102,13 @@ def test_feature_sum(device, dtype, chunk, n, d, n_features, k):
     slots = by_feature_reference(indices.reshape(-1), n_features)
     given = on(device, coefficients, rows, *slots)
     with unchanged(*given):
-        actual = feature_sum_op(*given, impl="triton")
+        actual = feature_sum_op(*given, None, impl="triton")
     oracle = feature_sum(coefficients.double(), rows.double(), indices, n_features)
     eager = feature_sum(coefficients, rows, indices, n_features)
     for result, exact, in_eager in zip(actual, oracle, eager, strict=True):
         assert_accurate(result.cpu(), exact, in_eager)
     for layout in LAYOUTS.values() if n < 12 and d < 500 else ():
-        strided = feature_sum_op(*map(layout, given[:2]), *given[2:], impl="triton")
+        strided = feature_sum_op(*map(layout, given[:2]), *given[2:], None, impl="triton")
         assert all(map(identical, strided, actual))
 
 
@@ -118,7 +118,7 @@ def test_feature_sum_leaves_out_rows_of_zero_coefficients(device, chunk):
     expected = feature_sum(coefficients, rows, indices, 11)
     rows[5] = float("nan")
     given = on(device, coefficients, rows, *by_feature_reference(indices.reshape(-1), 11))
-    for a, e in zip(feature_sum_op(*given, impl="triton"), expected, strict=True):
+    for a, e in zip(feature_sum_op(*given, None, impl="triton"), expected, strict=True):
         assert identical(a.cpu(), e)
 
 
@@ -127,7 +127,15 @@ def sae_operands(n, d, n_features, k, dtype, data=randn):
     dy, x, w_dec = (
         data(rows, d, dtype=dtype, seed=seed) for seed, rows in enumerate((n, n, n_features), 1)
     )
-    return values, indices, *by_feature_reference(indices.reshape(-1), n_features), dy, x, w_dec
+    return (
+        values,
+        indices,
+        *by_feature_reference(indices.reshape(-1), n_features),
+        None,
+        dy,
+        x,
+        w_dec,
+    )
 
 
 def run(device, operands, start=None, impl="triton"):
@@ -155,7 +163,7 @@ def plain(values, indices, dy, x, w_dec, start):
 def test_sae_gradients(device, dtype, chunk, n, d, n_features, k, accumulate):
     operands = sae_operands(n, d, n_features, k, dtype)
     start = [randn(n_features, d), randn(n_features, d, seed=1), randn(n_features, seed=2)]
-    values, indices, _, _, dy, x, w_dec = operands
+    values, indices, _, _, _, dy, x, w_dec = operands
     # sums are kept in fp32 buffers: eager's fp32 is the yardstick, whatever the operands' dtype
     oracle, eager = (
         plain(
@@ -178,7 +186,7 @@ def test_sae_gradients_layouts(device, chunk, widest, layout):
     n_features, d = 5, 8
     operands = sae_operands(6, d, n_features, 2, torch.float16, randint)
     dense = run(device, operands)
-    strided = [t if t.dim() < 2 else LAYOUTS[layout](t) for t in operands]
+    strided = [t if t is None or t.dim() < 2 else LAYOUTS[layout](t) for t in operands]
     assert all(map(identical, run(device, strided), dense))
     shapes = (n_features, d), (n_features, d), (n_features, 1)
     out = [LAYOUTS[layout](torch.empty(shape)).to(device) for shape in shapes]
@@ -189,14 +197,14 @@ def test_sae_gradients_layouts(device, chunk, widest, layout):
 
 def test_sae_gradients_of_an_expanded_gradient(device):
     operands = list(sae_operands(12, 8, 13, 5, torch.float32, randint))
-    operands[4] = operands[4][:1, :1].expand(12, 8)
-    operands[5] = operands[5][:1].expand(12, 8)
-    expected = run(device, [t.contiguous() for t in operands])
-    given = [t.to(device) for t in operands[:4]]
-    given += [t[:1, :1].to(device).expand(12, 8) for t in operands[4:5]]
-    given += [t[:1].to(device).expand(12, 8) for t in operands[5:6]]
+    operands[5] = operands[5][:1, :1].expand(12, 8)
+    operands[6] = operands[6][:1].expand(12, 8)
+    expected = run(device, [t if t is None else t.contiguous() for t in operands])
+    given = on(device, *operands[:5])
+    given += [t[:1, :1].to(device).expand(12, 8) for t in operands[5:6]]
+    given += [t[:1].to(device).expand(12, 8) for t in operands[6:7]]
     out = [torch.empty(t.shape, device=device) for t in expected]
-    sae_gradients_op(*given, operands[6].to(device), *out, False, impl="triton")
+    sae_gradients_op(*given, operands[7].to(device), *out, False, impl="triton")
     assert all(map(identical, (t.cpu() for t in out), expected))
 
 
@@ -211,7 +219,7 @@ def test_sae_gradients_with_a_low_precision_shadow_of_the_decoder(device, low):
 def test_sae_gradients_of_slots_whose_value_is_zero(device, chunk, widest):
     """NaN and inf in rows that no value selects stay out; a NaN value is in its feature's rows."""
     operands = sae_operands(10, 8, 7, 3, torch.float32, randint)
-    values, indices, _, _, dy, x, w_dec = operands
+    values, indices, _, _, _, dy, x, w_dec = operands
     values[7] = 0
     values[3, 1] = 1
     values[indices == 4] = 0
@@ -246,14 +254,14 @@ def test_rows_beyond_2_to_the_31_elements(device):
         view[n].copy_(near[n])
     values = torch.tensor([[1.0, 2.0], [3.0, -1.0]], dtype=torch.float16)
     indices = torch.tensor([[0, 1], [1, 0]])
-    given = on(device, values, indices, *by_feature_reference(indices.reshape(-1), 2))
+    given = on(device, values, indices, *by_feature_reference(indices.reshape(-1), 2), None)
     bias = torch.empty(2, device=device)
     for operands in (view, near):
         rows = (operands[n] for n in names)
         sae_gradients_op(*given, *rows, bias, False, impl="triton")
     assert all(identical(view[n], near[n]) for n in names)
     for operands in (view, near):
-        dots = gather_dot_op(operands["dy"], operands["w_dec"], given[1], impl="triton")
+        dots = gather_dot_op(operands["dy"], operands["w_dec"], given[1], None, impl="triton")
         sums, _ = feature_sum_op(given[0], operands["dy"], *given[2:], impl="triton")
         assert identical(dots.cpu(), gather_dot(near["dy"].cpu(), near["w_dec"].cpu(), indices))
         assert identical(sums, near["dw_dec"])
