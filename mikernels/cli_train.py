@@ -63,7 +63,8 @@ def train(
         int | None, option("F, the number of features.", SAE, show_default="expansion x d")
     ] = None,
     expansion: Annotated[int, option("F / d, if --features is not given.", SAE)] = 16,
-    k: Annotated[int, option("Active features a token.", SAE)] = 32,
+    arch: Annotated[str, option("topk or batch_topk.", SAE)] = "topk",
+    k: Annotated[float, option("Active features per token; with batch_topk on average.", SAE)] = 32,
     k_aux: Annotated[
         int | None, option("Dead features a token revived by AuxK.", SAE, show_default="d / 2")
     ] = None,
@@ -160,9 +161,11 @@ def train(
     """
     import torch
 
-    from mikernels.nn import TopKSAE
+    from mikernels.nn import ARCHITECTURES
     from mikernels.training import TrainConfig, Trainer
 
+    if arch not in ARCHITECTURES:
+        raise ValueError(f"train: --arch must be one of {sorted(ARCHITECTURES)}, got {arch!r}")
     if optimizer is not None and step == "fused":
         raise ValueError(
             f"train: --optimizer needs --step autograd or dense, got --optimizer {optimizer} with "
@@ -198,16 +201,18 @@ def train(
         cuda_graph=cuda_graph,
         seed=seed,
     )
-    sae = TopKSAE(
+    variant = ARCHITECTURES[arch]
+    settings = variant.config_type(
         source.d,
         features or expansion * source.d,
-        k,
-        k_aux=k_aux,
-        aux_coefficient=aux_coefficient,
-        dead_after=dead_after,
-        loss=loss,
-        encoder_scale=encoder_scale,
-        generator=torch.Generator().manual_seed(seed),
+        k_aux,
+        aux_coefficient,
+        dead_after,
+        loss,
+        k=int(k) if arch == "topk" and k.is_integer() else k,
+    )
+    sae = variant.of(
+        settings, generator=torch.Generator().manual_seed(seed), encoder_scale=encoder_scale
     ).to(target)
     chosen = None
     if make_optimizer is not None:
@@ -217,8 +222,8 @@ def train(
     if resume:
         print(f"resumed at step {trainer.resume():,} of {config.total_steps:,}")
     print(
-        f"TopK SAE: d {source.d:,}, F {sae.config.n_features:,}, k {k}; {tokens:,} tokens to {out}"
-        f"\nlr {trainer.config.lr:.1e}, warm-up {config.warmup:,} and decay "
+        f"{sae.name}: d {source.d:,}, F {sae.config.n_features:,}, k {k:g}; {tokens:,} "
+        f"tokens to {out}\nlr {trainer.config.lr:.1e}, warm-up {config.warmup:,} and decay "
         f"{config.decay_length:,} of {config.total_steps:,} steps"
     )
     history = trainer.run()

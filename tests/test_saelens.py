@@ -183,9 +183,9 @@ def test_saelens_load_reads_version_5(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"architecture": "jumprelu"}, r"must be 'topk', got 'jumprelu'"),
-        ({"architecture": "batchtopk"}, r"must be 'topk', got 'batchtopk'"),
-        ({"architecture": None}, r"must be 'topk', got None"),
+        ({"architecture": "gated"}, r"must be 'topk' or .*, got 'gated'"),
+        ({"architecture": "batchtopk"}, r"must be 'topk' or .*, got 'batchtopk'"),
+        ({"architecture": None}, r"must be 'topk' or .*, got None"),
         ({"normalize_activations": "layer_norm"}, r"must be 'none', got 'layer_norm'; fold"),
         ({"finetuning_scaling_factor": True}, r"must be false, got true"),
         ({"k": 0}, r"k in .* must be a positive integer, got 0"),
@@ -354,7 +354,9 @@ def test_saelens_export_goes_on_where_one_was_stopped(tmp_path):
 
 
 def test_saelens_export_rejects_bad_arguments(tmp_path):
-    with pytest.raises(TypeError, match=r"export_sae: sae must be a TopKSAE, got Linear"):
+    with pytest.raises(
+        TypeError, match=r"export_sae: sae must be a TopKSAE or a BatchTopKSAE, got Linear"
+    ):
         export_sae(torch.nn.Linear(3, 3), tmp_path)
     with pytest.raises(TypeError, match=r"export_sae: metadata must be JSON-able"):
         export_sae(make_sae(), tmp_path / "new", metadata={"x": torch.zeros(1)})
@@ -442,7 +444,7 @@ def test_saelens_version_5_means_the_same_there(tmp_path, sae_lens):
 def test_saelens_batchtopk_is_rejected_by_name(tmp_path, sae_lens, how, name):
     config = sae_lens.BatchTopKTrainingSAEConfig(d_in=D, d_sae=F, k=K)
     getattr(sae_lens.BatchTopKTrainingSAE(config), how)(tmp_path)
-    with pytest.raises(ValueError, match=rf"cfg.json must be 'topk', got '{name}'"):
+    with pytest.raises(ValueError, match=rf"cfg.json must be 'topk' or .*, got '{name}'"):
         load_sae(tmp_path)
 
 

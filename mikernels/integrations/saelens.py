@@ -1,14 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SAELens' on-disk format for TopK SAEs: a folder with `cfg.json` and `sae_weights.safetensors`.
+"""SAELens' on-disk format: a folder with `cfg.json` and `sae_weights.safetensors`.
 
 The format is that of sae-lens 6 (checked against 6.54.12); sae-lens itself is not needed. It stores
-`W_enc [d, F]`, `b_enc [F]`, `W_dec [F, d]`, `b_dec [d]` and computes, with `c = 1` when
-`apply_b_dec_to_input` and `s = |W_dec|` (row norms) when `rescale_acts_by_decoder_norm`, else 1,
+`W_enc [d, F]`, `b_enc [F]`, `W_dec [F, d]`, `b_dec [d]`. A TopKSAE is of architecture "topk", which
+computes, with `c = 1` when `apply_b_dec_to_input` and `s = |W_dec|` (row norms) when
+`rescale_acts_by_decoder_norm`, else 1,
 
     h = s ((x - c b_dec) W_enc + b_enc);  codes = relu(top_k(h));  x^ = (codes / s) W_dec + b_dec.
 
 A TopKSAE is the case c = 1, s = 1. Other files are folded into it on loading:
 `w_enc = s W_enc^T`, `w_dec = W_dec / s`, `b_enc = s (b_enc + (1 - c) b_dec W_enc)`.
+
+A BatchTopKSAE is of architecture "jumprelu" there, as SAELens saves its own: `codes = relu(h)`
+where `h > threshold [F]`, one number for all features.
 """
 
 from __future__ import annotations
@@ -23,7 +27,7 @@ import torch
 
 from mikernels._version import __version__
 from mikernels.files import check_json, explained, read_json, replacing, write_all
-from mikernels.nn import TopKSAE
+from mikernels.nn import SAE, BatchTopKSAE, TopKSAE
 from mikernels.owning import owned
 from mikernels.tensor_files import dump_tensors, open_tensors, read_tensors
 
@@ -39,7 +43,7 @@ DTYPES = {
 
 
 def export_sae(
-    sae: TopKSAE,
+    sae: SAE,
     folder: str | Path,
     *,
     model_name: str | None = None,
@@ -63,33 +67,41 @@ def export_sae(
         The folder.
 
     Raises:
-        TypeError: sae is not a TopKSAE, or metadata is not JSON-able.
+        TypeError: sae is of a variant that SAELens has not, or metadata is not JSON-able.
+        ValueError: a BatchTopKSAE has no threshold yet.
         FileExistsError: the folder holds an SAE of another's.
         BlockingIOError: another process exports to it.
         OSError: a file cannot be written, e.g. on a full disk; the earlier export stays.
     """
-    if not isinstance(sae, TopKSAE):
-        raise TypeError(f"export_sae: sae must be a TopKSAE, got {type(sae).__name__}")
+    if not isinstance(sae, TopKSAE | BatchTopKSAE):
+        raise TypeError(
+            f"export_sae: sae must be a TopKSAE or a BatchTopKSAE, got {type(sae).__name__}"
+        )
+    by_threshold = isinstance(sae, BatchTopKSAE)
+    if isinstance(sae, BatchTopKSAE) and not float(sae.threshold) > 0:
+        raise ValueError(
+            f"export_sae: threshold must be above 0, got {float(sae.threshold)}; train the SAE"
+        )
     n_features, d = sae.w_dec.shape
     config = {
         "d_in": d,
         "d_sae": n_features,
-        "k": sae.config.k,
+        **({} if by_threshold else {"k": sae.k, "rescale_acts_by_decoder_norm": False}),
         "dtype": str(sae.w_dec.dtype).removeprefix("torch."),
         "device": "cpu",
         "apply_b_dec_to_input": True,
-        "rescale_acts_by_decoder_norm": False,
         "normalize_activations": "none",
         "reshape_activations": "none",
         "metadata": {
             "sae_lens_version": FORMAT_VERSION,
             "sae_lens_training_version": None,
             "mikernels_version": __version__,
+            **({"batch_topk_k": sae.k} if by_threshold else {}),
             "model_name": model_name,
             "hook_name": hook_name,
             **(metadata or {}),
         },
-        "architecture": "topk",
+        "architecture": "jumprelu" if by_threshold else "topk",
     }
     try:
         check_json(config["metadata"], "metadata")
@@ -102,13 +114,15 @@ def export_sae(
         "W_dec": sae.w_dec.detach().contiguous().cpu(),
         "b_dec": sae.b_dec.detach().contiguous().cpu(),
     }
+    if isinstance(sae, BatchTopKSAE):
+        weights["threshold"] = sae.threshold.to(sae.w_dec.dtype).expand(n_features).clone().cpu()
     folder = Path(folder)
     _write(folder, text, weights)
     return folder
 
 
-def load_sae(folder: str | Path) -> TopKSAE:
-    """Read a TopK SAE that SAELens or `export_sae` wrote.
+def load_sae(folder: str | Path, *, k: float | None = None) -> TopKSAE | BatchTopKSAE:
+    """Read a TopK or BatchTopK SAE that SAELens or `export_sae` wrote.
 
     Its codes and reconstructions are those of the SAE in SAELens, to rounding: the function is
     kept, not the parameters. What SAELens keeps beside the weights is folded into them (see above),
@@ -119,6 +133,8 @@ def load_sae(folder: str | Path) -> TopKSAE:
 
     Args:
         folder: holds `cfg.json` and `sae_weights.safetensors`.
+        k: of a BatchTopKSAE in further training; None is that of `export_sae`. SAELens keeps the
+            threshold alone, and needs it.
 
     Returns:
         The SAE on the CPU, with default training settings; the decoder is kept at unit norm in
@@ -126,17 +142,25 @@ def load_sae(folder: str | Path) -> TopKSAE:
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: a file is truncated or foreign, a weight not finite, or the SAE is no TopKSAE:
-            another architecture, an input normalisation, an output scaling. The format has no
-            checksums: a bit that flipped on the disk is seen only where it makes such a fault.
+        ValueError: a file is truncated or foreign, a weight not finite, or the SAE is none of
+            these: another architecture, a threshold for every feature, an input normalisation,
+            an output scaling. The format has no checksums: a bit that flipped on the disk is seen
+            only where it makes such a fault.
     """
     folder = Path(folder)
     path = folder / CONFIG
     config = _read_config(path)
     _check_representable(config, path)
-    d, n_features, k = (_positive_int(config, key, path) for key in ("d_in", "d_sae", "k"))
-    if k > n_features:
-        raise ValueError(f"load_sae: k in {path} must be in 1..{n_features} (d_sae), got {k}")
+    by_threshold = config["architecture"] == "jumprelu"
+    d, n_features = (_positive_int(config, key, path) for key in ("d_in", "d_sae"))
+    if by_threshold:
+        k = _mean_k(config, k, n_features, path)
+    else:
+        if k is not None:
+            raise ValueError(f"load_sae: k must be None for the TopK SAE of {path}, got {k}")
+        k = _positive_int(config, "k", path)
+        if k > n_features:
+            raise ValueError(f"load_sae: k in {path} must be in 1..{n_features} (d_sae), got {k}")
     dtype = DTYPES.get(str(config.get("dtype", "float32")).removeprefix("torch."))
     if dtype is None:
         raise ValueError(
@@ -148,11 +172,36 @@ def load_sae(folder: str | Path) -> TopKSAE:
         "W_dec": [n_features, d],
         "b_dec": [d],
     }
+    if by_threshold:
+        shapes["threshold"] = [n_features]
     weights = _read_weights(folder / WEIGHTS, shapes)
-    return _build(config, k, {name: tensor.to(dtype) for name, tensor in weights.items()})
+    threshold = weights.pop("threshold", None)
+    sae = _build(config, k, {name: tensor.to(dtype) for name, tensor in weights.items()})
+    if threshold is not None and isinstance(sae, BatchTopKSAE):
+        if not bool((threshold == threshold[0]).all()) or float(threshold[0]) < 0:
+            raise ValueError(
+                f"load_sae: threshold in {folder / WEIGHTS} must be one number of at least 0 for "
+                f"all features, got {float(threshold.min())} to {float(threshold.max())}; a "
+                f"BatchTopKSAE has no other: load it with sae_lens.SAE.load_from_disk"
+            )
+        sae.threshold.copy_(threshold[0])
+    return sae
 
 
-def _build(config: dict[str, Any], k: int, weights: dict[str, torch.Tensor]) -> TopKSAE:
+def _mean_k(config: dict[str, Any], given: float | None, n_features: int, path: Path) -> float:
+    metadata = config.get("metadata")
+    k = metadata.get("batch_topk_k") if isinstance(metadata, dict) and given is None else given
+    if isinstance(k, bool) or not isinstance(k, int | float) or not 0 < k <= n_features:
+        raise ValueError(
+            f"load_sae: k must be above 0 and at most {n_features} for the BatchTopK SAE of "
+            f"{path}, got {k!r}; pass the k that it was trained with"
+        )
+    return float(k)
+
+
+def _build(
+    config: dict[str, Any], k: Any, weights: dict[str, torch.Tensor]
+) -> TopKSAE | BatchTopKSAE:
     rescale = config.get("rescale_acts_by_decoder_norm", False)
     centre = config.get("apply_b_dec_to_input", True)
     dtype = weights["W_dec"].dtype
@@ -161,7 +210,7 @@ def _build(config: dict[str, Any], k: int, weights: dict[str, torch.Tensor]) -> 
     w_enc, b_enc, w_dec, b_dec = (
         weights[name].to(dtype) for name in ("W_enc", "b_enc", "W_dec", "b_dec")
     )
-    if not centre:
+    if not centre:  # h is the same
         b_enc = (b_enc.double() + b_dec.double() @ w_enc.double()).to(dtype)
     norms = torch.linalg.vector_norm(w_dec, dim=1, dtype=torch.float64)
     if rescale:
@@ -172,7 +221,8 @@ def _build(config: dict[str, Any], k: int, weights: dict[str, torch.Tensor]) -> 
     unit = rescale or bool(((norms - 1).abs() < 0.01).all())
     n_features, d = w_dec.shape
     # its own generator: loading leaves the caller's random numbers alone
-    sae = TopKSAE(
+    variant = BatchTopKSAE if config["architecture"] == "jumprelu" else TopKSAE
+    sae = variant(
         d, n_features, k, normalize_decoder=unit, dtype=dtype, generator=torch.Generator()
     )
     with torch.no_grad():
@@ -217,11 +267,13 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 def _check_representable(config: dict[str, Any], path: Path) -> None:
     architecture = config.get("architecture")
-    if architecture != "topk":
+    if architecture not in ("topk", "jumprelu"):
         raise ValueError(
-            f"load_sae: architecture in {path} must be 'topk', got {architecture!r}; a TopKSAE "
-            f"cannot represent it: load it with sae_lens.SAE.load_from_disk"
+            f"load_sae: architecture in {path} must be 'topk' or 'jumprelu' (BatchTopK), got "
+            f"{architecture!r}; load it with sae_lens.SAE.load_from_disk"
         )
+    if architecture == "jumprelu" and config.get("rescale_acts_by_decoder_norm"):
+        raise _damaged(path, "without rescale_acts_by_decoder_norm", "it with 'jumprelu'")
     normalize = config.get("normalize_activations") or "none"
     if normalize != "none":
         raise ValueError(

@@ -186,8 +186,8 @@ class SAE(nn.Module):
     """
 
     architecture: ClassVar[str]
-    config_type: ClassVar[type[SAEConfig]]
-    config: SAEConfig
+    config_type: ClassVar[Any]
+    config: Any
     tokens_since_fired: torch.Tensor
 
     def __init__(

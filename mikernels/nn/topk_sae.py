@@ -50,7 +50,7 @@ class TopKSAE(SAE):
     """
 
     architecture: ClassVar[str] = "topk"
-    config_type: ClassVar[type[SAEConfig]] = TopKConfig
+    config_type: ClassVar[Any] = TopKConfig
     config: TopKConfig
 
     def __init__(self, d: int, n_features: int, k: int, **settings: Any):

@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The BatchTopK sparse autoencoder (Bussmann et al., arXiv 2412.06410).
+
+    h = (x - b_dec) w_enc^T + b_enc
+    in training:   codes = relu(the int(k N) largest entries of h [N, F])
+    in use:        codes = h where h > threshold, else 0
+
+k is an average: a token has as many features as it needs. The threshold of use is the running mean
+of the smallest activation that a training batch keeps, so tokens do not depend on their batch.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+
+from mikernels.codes import SparseCodes
+from mikernels.nn.sae import SAE, SAEConfig, split_settings
+from mikernels.ops.batch_topk_encode import batch_topk_encode
+from mikernels.ops.encode import topk_encode
+
+
+@dataclass(frozen=True)
+class BatchTopKConfig(SAEConfig):
+    """The settings of a BatchTopKSAE; see there."""
+
+    k: float = field(kw_only=True)
+    threshold_rate: float = field(default=0.01, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, most in (("k", self.n_features), ("threshold_rate", 1)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise TypeError(f"{self.owner}: {name} must be a number, got {value!r}")
+            if not 0 < value <= most:
+                raise ValueError(
+                    f"{self.owner}: {name} must be above 0, at most {most}, got {value}"
+                )
+        object.__setattr__(self, "k", float(self.k))
+
+
+class BatchTopKSAE(SAE):
+    """A sparse autoencoder with k active features per token on average over a batch.
+
+    Args:
+        d, n_features: width of the activations, number of features.
+        k: mean number of active features per token, above 0, at most F; it may be fractional.
+        threshold_rate: weight of a batch in the running threshold, as in SAELens.
+        settings: as in SAE.
+
+    Attributes:
+        threshold: 0-dim float32 buffer; 0 before the first training batch: every positive
+            activation is then kept in use.
+
+    Raises:
+        TypeError, ValueError: for settings outside those of SAE, by name.
+
+    Example:
+        >>> sae = BatchTopKSAE(768, 24_576, 32)
+        >>> sae.select(torch.randn(100, 768)).l0().sum()  # at most 3200
+    """
+
+    architecture: ClassVar[str] = "batch_topk"
+    config_type: ClassVar[Any] = BatchTopKConfig
+    config: BatchTopKConfig
+    threshold: torch.Tensor
+
+    def __init__(self, d: int, n_features: int, k: float, **settings: Any):
+        config, more = split_settings(BatchTopKConfig, settings)
+        super().__init__(BatchTopKConfig(d, n_features, k=k, **config), **more)
+        self.register_buffer("threshold", torch.zeros((), dtype=torch.float32))
+
+    @classmethod
+    def tensors(cls, config: Any) -> dict[str, tuple[tuple[int, ...], torch.dtype | None]]:
+        return {**super().tensors(config), "threshold": ((), torch.float32)}
+
+    def _apply(self, fn: Any, recurse: bool = True) -> BatchTopKSAE:
+        # in the weights' bfloat16 a running mean would stand still
+        exact = self.threshold
+        super()._apply(fn, recurse)
+        self.threshold = exact.to(self.threshold.device)
+        return self
+
+    def encode(self, x: torch.Tensor, k: float | None = None) -> SparseCodes:
+        """The features of every token of x `[..., d]` whose activation is above the threshold.
+
+        Slots are padded with zeros to the longest token; tokens are encoded again with twice the
+        slots while one may have more (one sync each time). k is not used.
+
+        Raises:
+            TypeError, ValueError: for an x that is not floating `[..., d]`.
+        """
+        self._check(x)
+        slots = min(self.config.n_features, 2 * math.ceil(self.config.k))
+        while True:
+            codes = topk_encode(
+                x.to(self.w_enc.dtype), self.w_enc, self.b_enc, k=slots, b_dec=self.b_dec
+            )
+            kept = codes.values > self.threshold
+            if slots == self.config.n_features or not kept.detach().all(-1).any():
+                values = codes.values.masked_fill(~kept, 0)
+                return SparseCodes._trusted(values, codes.indices, codes.n_features)
+            slots = min(self.config.n_features, 2 * slots)
+
+    def select(self, x: torch.Tensor, k: float | None = None) -> SparseCodes:
+        """The int(k N) strongest features of all N tokens of x `[..., d]` together, ragged."""
+        self._check(x)
+        codes, _ = batch_topk_encode(
+            x.reshape(-1, self.config.d).to(self.w_enc.dtype),
+            self.w_enc,
+            self.b_enc,
+            k=self.config.k if k is None else float(k),
+            b_dec=self.b_dec,
+        )
+        return codes
+
+    def dense_acts(self, h: torch.Tensor, k: float) -> tuple[torch.Tensor, SparseCodes]:
+        """`relu(h)`, `torch.topk` of all its entries and a scatter, as SAE libraries do it."""
+        n, f = h.shape
+        values, places = h.relu().flatten().topk(int(k * n), sorted=False)
+        acts = torch.zeros(n * f, dtype=h.dtype, device=h.device).scatter(0, places, values)
+        places, order = places.sort()
+        offsets = torch.zeros(n + 1, dtype=torch.int64, device=h.device)
+        offsets[1:] = torch.bincount(places // f, minlength=n).cumsum(0)
+        return acts.view(n, f), SparseCodes._trusted(values[order], places % f, f, offsets)
+
+    @torch.no_grad()
+    def track_(self, codes: SparseCodes) -> None:
+        """Count what fired, and average the smallest activation into the threshold."""
+        super().track_(codes)
+        values = codes.values.detach().float()
+        if not values.numel():
+            return
+        smallest = values.masked_fill(~(values > 0), torch.inf).amin()
+        new = torch.where(
+            self.threshold > 0, self.threshold.lerp(smallest, self.config.threshold_rate), smallest
+        )
+        # a batch without an active feature says nothing
+        self.threshold.copy_(torch.where(smallest.isfinite(), new, self.threshold))
+
+    @torch.no_grad()
+    def rescale_(self, scale: float) -> None:
+        super().rescale_(scale)
+        self.threshold.mul_(scale)
