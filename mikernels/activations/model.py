@@ -39,7 +39,8 @@ class ModelSource(Source):
         model: a Hugging Face model (Llama, GPT-2, GPT-NeoX, Gemma, ... style).
         tokenizer: its tokeniser.
         layer: 0..n_layers-1, the residual stream after that decoder layer
-            (`hidden_states[layer + 1]`); or a submodule's name.
+            (`hidden_states[layer + 1]`; after the last one, what the final norm reads); or a
+            submodule's name.
         texts: documents. A list, or any object that can be iterated again, is repeated for ever; an
             iterator is read once.
         batch_size: rows of a batch.
