@@ -369,7 +369,9 @@ def test_model_source_drops_tokens_that_are_not_finite_singly(value, outlier_nor
     options = {"outlier_norm": outlier_norm, "texts": [TEXTS[0] * 2]}
     expected = rows_of(model_source(**options))
     source = model_source(broken(value), max_nonfinite=0.1, **options)
-    with pytest.warns(RuntimeWarning, match=r"in \d+ of \d+ tokens \(first in window 0, .*counts") as seen:
+    with pytest.warns(
+        RuntimeWarning, match=r"in \d+ of \d+ tokens \(first in window 0, .*counts"
+    ) as seen:
         found = rows_of(source)
     assert len(seen) == 1
     kept = expected["token_ids"] != Q
@@ -410,7 +412,9 @@ def test_model_source_judges_a_share_on_more_than_the_first_windows(per_forward)
         buffer_rows=1000,
         skip_first=0,
     )
-    with pytest.warns(RuntimeWarning, match=r"in 1 of \d+ tokens \(first in window 0, position [01],"):
+    with pytest.warns(
+        RuntimeWarning, match=r"in 1 of \d+ tokens \(first in window 0, position [01],"
+    ):
         found = rows_of(source)
     assert source.dropped["nonfinite"] == 1 and len(found["positions"]) > 2400
     # and what is at fault altogether is known before the block is full
@@ -421,7 +425,10 @@ def test_model_source_judges_a_share_on_more_than_the_first_windows(per_forward)
         bad, texts=["q" * 5000], context=16, windows_per_forward=1, buffer_rows=1600, skip_first=0
     )
     forwards.clear()
-    with pytest.warns(RuntimeWarning, match="in 16 of 16"), pytest.raises(ValueError, match="32 of 32"):
+    with (
+        pytest.warns(RuntimeWarning, match="in 16 of 16"),
+        pytest.raises(ValueError, match="32 of 32"),
+    ):
         source.next_batch()
     assert len(forwards) == 2  # 16 of 1,600 are 1 %
 
