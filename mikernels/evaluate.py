@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from mikernels.nn import SAE
@@ -18,7 +20,8 @@ def variance_unexplained(sae: SAE, x: torch.Tensor, batch_size: int = 4096) -> f
         batch_size: rows encoded at a time.
 
     Raises:
-        ValueError: for another shape, or rows without variance.
+        ValueError: for another shape, rows without variance, or rows or reconstructions that are
+            not finite.
     """
     if x.dim() != 2 or x.shape[0] < 2:
         raise ValueError(
@@ -32,4 +35,10 @@ def variance_unexplained(sae: SAE, x: torch.Tensor, batch_size: int = 4096) -> f
         spread += float((part - mean).square().sum())
     if spread == 0:
         raise ValueError("variance_unexplained: rows of x must differ, got equal ones")
+    if not (math.isfinite(squares) and math.isfinite(spread)):
+        what = "x" if not math.isfinite(spread) else "the reconstructions of sae"
+        raise ValueError(
+            f"variance_unexplained: {what} must be finite, got NaN or inf; drop the rows that are "
+            f"not, or load other weights"
+        )
     return squares / spread

@@ -14,6 +14,7 @@ import json
 import math
 import os
 import stat
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -168,6 +169,7 @@ def parse_json(data: bytes) -> Any:
             object_pairs_hook=_once,
             parse_constant=_no_constant,
             parse_float=_finite,
+            parse_int=_within_a_double,
         )
         _check_depth(value)
     except RecursionError as error:
@@ -194,6 +196,11 @@ def _finite(digits: str) -> float:
     if not math.isfinite(value):
         raise ValueError(f"{digits[:40]}, which is beyond a double")
     return value
+
+
+def _within_a_double(digits: str) -> int:
+    _finite(digits)  # what is used as a number with a fraction would overflow there
+    return int(digits)
 
 
 def _check_depth(value: Any) -> None:
@@ -233,7 +240,10 @@ def check_json(value: Any, name: str, room: int = DEEPEST_JSON - 4) -> None:
     elif isinstance(value, float):
         if not math.isfinite(value):
             raise ValueError(f"{name} must be finite, got {value}")
-    elif value is not None and not isinstance(value, str | int):
+    elif isinstance(value, int):
+        if abs(value) > sys.float_info.max:
+            raise ValueError(f"{name} must be within a double, got {value.bit_length()} bits")
+    elif value is not None and not isinstance(value, str):
         raise TypeError(f"{name} must be JSON-able, got {type(value).__name__}")
 
 

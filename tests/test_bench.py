@@ -332,6 +332,11 @@ def test_gate_keeps_a_nan_wherever_it_comes() -> None:
         for theirs in ({"a": good, "b": good}, outputs):
             verdict = gate.values_gate(outputs, theirs, exact)
             assert not verdict.ok and verdict.error != verdict.error
+    # where eager overflows, nothing is measured by it
+    over = torch.tensor([1.0, float("inf"), 1.0])
+    for ours in (good, 3 * good, over):
+        verdict = gate.values_gate({"a": ours}, {"a": over}, {"a": good.double()})
+        assert not verdict.ok and "allowed inf" in verdict.detail
     with pytest.raises(ValueError, match="scores to select by must be finite, got NaN or inf"):
         gate.truths(lambda part: (bad[None].double(), good[None]), 1, 3, 1)
 

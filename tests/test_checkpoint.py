@@ -442,6 +442,7 @@ MUTATIONS = {
     "inf": float("inf"),
     "string": "1",
     "huge": 10**18,
+    "beyond a double": 10**400,
     "list": [1],
     "dict": {"x": 1},
     "bool": True,

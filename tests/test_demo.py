@@ -19,6 +19,7 @@ from mikernels.demo.examples import choose_features, encode_all, token_card
 from mikernels.demo.options import DemoOptions
 from mikernels.demo.run import clear_run, run_demo
 from mikernels.demo.worker import read_spec, reset_peak, resident_bytes
+from mikernels.evaluate import variance_unexplained
 from mikernels.models.load import load_model
 from mikernels.nn import TopKSAE
 from mikernels.owning import owned
@@ -49,6 +50,8 @@ def history(losses):
         ([2.0] * 6, [2.0] * 5 + [2.0 * (1 + 3e-2)], False),
         ([2.0] * 6, [2.0] * 5 + [math.nan], False),
         ([math.nan], [math.nan], False),
+        ([0.0, 2.0], [0.0, 2.0], True),
+        ([0.0, 2.0], [1e-9, 2.0], False),
     ],
 )
 def test_compare_limits_the_first_steps_and_every_step(dense, fused, agree):
@@ -56,6 +59,17 @@ def test_compare_limits_the_first_steps_and_every_step(dense, fused, agree):
     assert result["agree"] is agree
     assert result["steps"] == len(dense)
     assert ("DISAGREE" in result["message"]) is not agree
+
+
+def test_compare_shows_a_nan_wherever_it_is_and_needs_a_common_step():
+    for at in range(8):
+        losses = [2.0 * (1 + 1e-6)] * 8
+        losses[at] = math.nan
+        said = compare(history([2.0] * 8), history(losses))["message"]
+        assert said.startswith("losses DISAGREE") and "nan in all" in said
+        assert ("most nan in the first 5" in said) is (at < 5)
+    with pytest.raises(ValueError, match="demo: the two runs must have steps in common, got none"):
+        compare(history([2.0]), [])
 
 
 def test_summary_compares_the_common_step_and_names_the_last():
@@ -136,6 +150,21 @@ def test_encode_all_finds_where_each_feature_fires():
         assert torch.equal(rows["activations"][where].amax(-1), values.detach())
         assert firing.counts[feature] == mine.numel()
         assert firing.maxima[feature] == values[0]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_rows_that_are_not_finite_are_refused(value):
+    sae, rows, _ = token_data()
+    x = rows["activations"].clone()
+    x[[3, 500], 4] = value
+    with pytest.raises(ValueError, match="x must give finite codes, got NaN or inf in 2 of 600"):
+        encode_all(sae, x)
+    with pytest.raises(ValueError, match="variance_unexplained: x must be finite"):
+        variance_unexplained(sae, x)
+    with torch.no_grad():
+        sae.b_dec[2] = value
+    with pytest.raises(ValueError, match="the reconstructions of sae must be finite"):
+        variance_unexplained(sae, rows["activations"])
 
 
 def test_choose_features_keeps_to_the_shares_and_one_label_each():
@@ -377,6 +406,18 @@ def test_a_report_that_cannot_be_written_is_an_error(tmp_path, monkeypatch):
     with largest_file(1000), pytest.raises(OSError, match="demo: the report must be written to"):
         report.write(tmp_path / "report.html", {})
     assert not list(tmp_path.iterdir())
+
+
+@needs_mnist
+def test_a_run_that_is_not_ours_to_clear_is_told_as_it_is(tmp_path):
+    out, options = tmp_path / "mnist", DemoOptions.for_data("mnist")
+    (out / "dense").mkdir(parents=True)
+    with owned(out / "dense", "another"), pytest.raises(BlockingIOError, match="beside another of"):
+        run_demo(options, tmp_path, Console(quiet=True))
+    (out / "dense" / "notes.txt").write_text("mine")
+    told = rf"^demo: {out / 'dense'} must hold a former demo's run and nothing else, got .*notes"
+    with pytest.raises(FileExistsError, match=told):
+        run_demo(options, tmp_path, Console(quiet=True))
 
 
 def test_two_demos_in_one_folder(tmp_path):

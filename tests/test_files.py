@@ -62,7 +62,8 @@ def test_a_write_follows_no_link_and_spares_other_names_of_a_file(tmp_path) -> N
         (b"\0\0\0", "no JSON"),
         (b'{"a": 1', "no JSON"),
         (b"{} {}", "no JSON"),
-        (b"1" * 5000, "xceeds the limit"),
+        (b"1" * 5000, "1, which is beyond a double"),
+        (b"[-1" + b"0" * 309 + b"]", "0, which is beyond a double"),
     ],
 )
 def test_json_is_read_strictly(text, reason, tmp_path) -> None:
@@ -94,12 +95,13 @@ def test_what_is_read_must_be_a_regular_file_of_a_bounded_size(tmp_path, monkeyp
 
 
 def test_what_json_would_change_is_refused() -> None:
-    check_json({"a": [1, 2.5, None, True, "x", (1, 2)]}, "state")
+    check_json({"a": [1, 10**308, 2.5, None, True, "x", (1, 2)]}, "state")
     cyclic: list = []
     cyclic.append(cyclic)
     for value, error, said in (
         ({"a": {1: 2}}, TypeError, "state.a must have names that are strings, got 1"),
         ({"a": [0.0, float("nan")]}, ValueError, "state.a.1 must be finite, got nan"),
+        ({"a": -(10**309)}, ValueError, "state.a must be within a double, got 1027 bits"),
         ({"a": torch.zeros(1)}, TypeError, "state.a must be JSON-able, got Tensor"),
         ({"a": {1, 2}}, TypeError, "state.a must be JSON-able, got set"),
         (cyclic, ValueError, "must be nested at most 60 deep"),

@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import math
 from statistics import median
 from typing import Any
 
+import torch
 from rich.table import Table
 
 # Both runs compute one function in fp32 and round differently. In the first steps nothing else
@@ -19,22 +21,32 @@ NAMES = {"dense": "plain PyTorch", "fused": "mikernels, fused"}
 
 
 def compare(dense: list[dict[str, Any]], fused: list[dict[str, Any]]) -> dict[str, Any]:
-    """The verdict on the losses of the common steps: agree, steps, message."""
+    """The verdict on the losses of the common steps: agree, steps, message.
+
+    Raises:
+        ValueError: no step is common.
+    """
     by_step = {row["step"]: row["loss"] for row in fused}
-    gaps = [
-        abs(by_step[row["step"]] - row["loss"]) / abs(row["loss"])
-        for row in dense
-        if row["step"] in by_step
-    ]
-    early = gaps[:EARLY_STEPS]
-    # a NaN compares false and disagrees
-    agree = all(gap <= EARLY_LIMIT for gap in early) and all(gap <= ANY_LIMIT for gap in gaps)
+    gaps = torch.tensor(
+        [_gap(by_step[row["step"]], row["loss"]) for row in dense if row["step"] in by_step],
+        dtype=torch.float64,
+    )
+    if not len(gaps):
+        raise ValueError("demo: the two runs must have steps in common, got none; run it again")
+    # torch's max keeps a NaN, which compares false and disagrees; Python's would not
+    early, every = float(gaps[:EARLY_STEPS].max()), float(gaps.max())
+    agree = early <= EARLY_LIMIT and every <= ANY_LIMIT
     message = (
         f"losses {'agree' if agree else 'DISAGREE'} over {len(gaps)} common steps: relative "
-        f"difference at most {_short(max(early))} in the first {len(early)} (limit "
-        f"{_short(EARLY_LIMIT)}), {_short(max(gaps))} in all (limit {_short(ANY_LIMIT)})"
+        f"difference at most {_short(early)} in the first {len(gaps[:EARLY_STEPS])} (limit "
+        f"{_short(EARLY_LIMIT)}), {_short(every)} in all (limit {_short(ANY_LIMIT)})"
     )
     return {"agree": agree, "steps": len(gaps), "message": message}
+
+
+def _gap(loss: float, expected: float) -> float:
+    difference = abs(loss - expected)
+    return difference / abs(expected) if expected else math.inf if difference else 0.0
 
 
 def _short(gap: float) -> str:

@@ -46,9 +46,18 @@ class Firing:
 
 @torch.no_grad()
 def encode_all(sae: SAE, x: torch.Tensor, batch: int = 4096) -> Firing:
-    """Encode all rows of x `[n, d]`."""
+    """Encode all rows of x `[n, d]`.
+
+    Raises:
+        ValueError: a code is not finite, which no comparison below would count.
+    """
     parts = [sae.encode(x[start : start + batch]) for start in range(0, x.shape[0], batch)]
     values = torch.cat([part.values for part in parts])
+    if bad := int((~values.isfinite()).any(-1).sum()):
+        raise ValueError(
+            f"encode_all: x must give finite codes, got NaN or inf in {bad:,} of {x.shape[0]:,} "
+            f"rows; drop those rows"
+        )
     indices = torch.cat([part.indices for part in parts])
     codes = SparseCodes(values, indices, sae.config.n_features)
     offsets, order = codes.by_feature()

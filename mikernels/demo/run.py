@@ -94,8 +94,8 @@ def _train(
     run_dir = out / step
     with explained("demo", "a training run", run_dir, "choose another --out"):
         run_dir.mkdir(exist_ok=True)
-        with owned(run_dir, "demo"):
-            clear_run(run_dir)
+    with owned(run_dir, "demo"):
+        clear_run(run_dir)
     spec = {
         "activations": str(folder),
         "seed": options.seed,
