@@ -15,13 +15,13 @@ from collections.abc import Callable
 
 import torch
 
-from mikernels.batch import Batch
 from mikernels.nn import TopKSAE
-from mikernels.training.autograd import AutogradStep, dense_forward, sparse_forward
 from mikernels.training.config import TrainConfig
-from mikernels.training.fused import FusedStep
-from mikernels.training.graph import GraphedStep
-from mikernels.training.metrics import PARTS, Clock, Means
+from mikernels.training.state.metrics import PARTS, Clock, Means
+from mikernels.training.steps.autograd import AutogradStep, dense_forward, sparse_forward
+from mikernels.training.steps.fused import FusedStep
+from mikernels.training.steps.graph import GraphedStep
+from mikernels.values.batch import Batch
 
 from . import peers
 from .declare import CUDA, Benchmark, Outputs, Provider, Runner, Shape, Target, Verdict, compiled

@@ -3,8 +3,6 @@
 
 from mikernels._ext import cpu_level, force_level, supported_levels
 from mikernels._version import __version__
-from mikernels.codes import SparseCodes
-from mikernels.interactions import Interactions
 from mikernels.ops.batch_topk_encode import batch_topk_encode
 from mikernels.ops.block_norms import block_norms
 from mikernels.ops.decode import sparse_decode
@@ -20,6 +18,8 @@ from mikernels.ops.pairwise_topk import pairwise_topk
 from mikernels.ops.positional_dot import positional_dot
 from mikernels.ops.row_topk import row_topk
 from mikernels.ops.second_moment import second_moment
+from mikernels.values.codes import SparseCodes
+from mikernels.values.interactions import Interactions
 
 __all__ = [
     "Interactions",

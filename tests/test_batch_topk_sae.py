@@ -8,12 +8,12 @@ import torch
 from oracle import num_threads, randn
 
 from mikernels.activations import TensorSource
-from mikernels.batch import Batch
 from mikernels.integrations.saelens import export_sae
 from mikernels.integrations.saelens import load_sae as load_saelens
 from mikernels.nn import BatchTopKSAE
 from mikernels.training import TrainConfig, Trainer, load_sae
-from mikernels.training.fused import Scratch
+from mikernels.training.steps.fused import Scratch
+from mikernels.values.batch import Batch
 
 D, F, K, BATCH = 16, 96, 4.5, 64
 

@@ -26,7 +26,7 @@ from mikernels.nn import TopKSAE
 from mikernels.owning import owned
 from mikernels.tensor_files import write_tensors
 from mikernels.training import TrainConfig, Trainer, load_sae
-from mikernels.training.checkpoint import checkpoints
+from mikernels.training.state.checkpoint import checkpoints
 
 D, F, K, BATCH, STEPS = 16, 64, 4, 32, 14
 CONFIG = {

@@ -12,7 +12,7 @@ import mikernels
 from mikernels import _ext, cli
 from mikernels._dispatch import OPS
 from mikernels.activations import write_shards
-from mikernels.cli_train import count
+from mikernels.cli.train import count
 from mikernels.training import load_sae
 
 

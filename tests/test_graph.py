@@ -10,14 +10,15 @@ from oracle import identical, num_threads, randn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mikernels.activations import TensorSource
-from mikernels.batch import Batch
 from mikernels.nn import TopKSAE
 from mikernels.optim import RowAdam
-from mikernels.training import TrainConfig, Trainer, graph
-from mikernels.training.fused import FusedStep
-from mikernels.training.graph import GraphedStep
-from mikernels.training.metrics import Clock, History, Means
+from mikernels.training import TrainConfig, Trainer
 from mikernels.training.optimizer import set_rate
+from mikernels.training.state.metrics import Clock, History, Means
+from mikernels.training.steps import graph
+from mikernels.training.steps.fused import FusedStep
+from mikernels.training.steps.graph import GraphedStep
+from mikernels.values.batch import Batch
 
 D, F, K, BATCH = 16, 96, 4, 32
 NONE = torch.empty(0, dtype=torch.int64)

@@ -20,14 +20,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mikernels.activations import TensorSource
-from mikernels.batch import Batch
 from mikernels.nn import TopKSAE
 from mikernels.optim import RowAdam
 from mikernels.training import TrainConfig, Trainer
-from mikernels.training.autograd import AutogradStep, dense_forward, sparse_forward
-from mikernels.training.fused import FusedStep, Scratch
-from mikernels.training.metrics import PARTS, Clock, History, Means
 from mikernels.training.progress import Reporter
+from mikernels.training.state.metrics import PARTS, Clock, History, Means
+from mikernels.training.steps.autograd import AutogradStep, dense_forward, sparse_forward
+from mikernels.training.steps.fused import FusedStep, Scratch
+from mikernels.values.batch import Batch
 
 D, F, K, BATCH = 16, 96, 4, 64
 STEPS = 20
@@ -101,8 +101,8 @@ def test_the_three_steps_agree(loss, accumulation) -> None:
         for name in ("tokens", "lr", "k"):
             assert fused.column(name) == other.column(name)
         for name in ("loss", "mse", "fvu", "aux_loss", "l0", "dead_fraction"):
-            # rounding at first; later a token may select another feature (training/autograd.py),
-            # which is 1e-3 of so small a batch
+            # rounding at first; later a token may select another feature, which is 1e-3 of so small
+            # a batch (training/steps/autograd.py)
             for steps, rel in ((1, 5e-7), (5, 5e-6), (STEPS, 5e-3)):
                 expected = pytest.approx(other.column(name)[:steps], rel=rel, abs=1e-7)
                 assert fused.column(name)[:steps] == expected, (name, steps)

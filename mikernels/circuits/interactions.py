@@ -19,9 +19,9 @@ from typing import Any
 import torch
 
 from mikernels._dispatch import FLOATS, accumulate_dtype
-from mikernels.interactions import Interactions
 from mikernels.ops.pair_products import pairwise_products
 from mikernels.ops.pairwise_topk import check_selection, strongest
+from mikernels.values.interactions import Interactions
 
 NAME = "compute_gradient_interactions"
 # numbers that lie side by side at a time

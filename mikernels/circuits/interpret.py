@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mikernels.circuits.interactions import NamedInteractions
-from mikernels.interactions import Interactions
+from mikernels.values.interactions import Interactions
 
 # L3.h7 and L3H7; a3.h7 and m3; model.layers.3.mlp, blocks.3.attn, transformer.h.3.attn
 LAYER = re.compile(r"^L(\d+)(?:\D|$)|^a(\d+)\.h\d+|^m(\d+)$|(?:^|\.)(?:layers?|blocks?|h)\.(\d+)")

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from mikernels.activations import Rows
-from mikernels.codes import SparseCodes
 from mikernels.nn import SAE
+from mikernels.values.codes import SparseCodes
 
 # tokens shown on either side of the strongest one
 BEFORE, AFTER = 14, 8

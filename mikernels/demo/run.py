@@ -26,7 +26,7 @@ from mikernels.files import explained, partial_of, read_json, write_json
 from mikernels.owning import LOCK, owned
 from mikernels.schema import Result, check
 from mikernels.training import load_sae
-from mikernels.training.checkpoint import own_folders, remove_checkpoints
+from mikernels.training.state.checkpoint import own_folders, remove_checkpoints
 from mikernels.training.trainer import METRICS
 
 SPEC, RESULT = "run.json", "run.result.json"

@@ -17,10 +17,10 @@ from typing import Any, ClassVar
 
 import torch
 
-from mikernels.codes import SparseCodes
 from mikernels.nn.sae import SAE, SAEConfig, split_settings
 from mikernels.ops.batch_topk_encode import batch_topk_encode
 from mikernels.ops.encode import topk_encode
+from mikernels.values.codes import SparseCodes
 
 
 @dataclass(frozen=True)

@@ -29,12 +29,12 @@ import torch
 from torch import nn
 
 from mikernels._dispatch import FLOATS, accumulate_dtype
-from mikernels.batch import Batch, as_batch
-from mikernels.codes import SparseCodes
 from mikernels.nn import losses
 from mikernels.nn.geometric_median import geometric_median
 from mikernels.ops.decode import decode_error, sparse_decode
 from mikernels.ops.encode import topk_encode
+from mikernels.values.batch import Batch, as_batch
+from mikernels.values.codes import SparseCodes
 
 # of an SAE that no Trainer has met: OpenAI's (arXiv 2406.04093)
 DEAD_AFTER = 10_000_000

@@ -11,9 +11,9 @@ from typing import Any, ClassVar
 
 import torch
 
-from mikernels.codes import SparseCodes
 from mikernels.nn.sae import SAE, SAEConfig, split_settings
 from mikernels.ops.encode import topk_encode
+from mikernels.values.codes import SparseCodes
 
 
 @dataclass(frozen=True)

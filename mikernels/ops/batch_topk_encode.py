@@ -20,9 +20,9 @@ import torch
 
 from mikernels._autocast import in_own_dtype
 from mikernels._dispatch import Op, accumulate_dtype, resolve_impl
-from mikernels.codes import SparseCodes
 from mikernels.ops.encode import check_operands, encode_gradients, scores
 from mikernels.ops.row_topk import reference as row_topk_reference
+from mikernels.values.codes import SparseCodes
 
 
 def reference(

@@ -25,7 +25,7 @@ from mikernels._ragged import tokens_of
 from mikernels.ops.gradients import SLOTS, feature_sums, gather_dots
 
 if TYPE_CHECKING:
-    from mikernels.codes import SparseCodes
+    from mikernels.values.codes import SparseCodes
 
 
 def reference(

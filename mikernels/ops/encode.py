@@ -47,11 +47,11 @@ from mikernels._dispatch import (
     check_shape,
     resolve_impl,
 )
-from mikernels.codes import SparseCodes
 from mikernels.ops.decode import decoded
 from mikernels.ops.gradients import feature_sums, weighted_row_sum
 from mikernels.ops.row_topk import reference as row_topk_reference
 from mikernels.ops.row_topk import row_topk_op
+from mikernels.values.codes import SparseCodes
 
 
 def scores(

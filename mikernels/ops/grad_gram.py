@@ -18,8 +18,8 @@ import torch
 
 from mikernels._autocast import in_own_dtype
 from mikernels._dispatch import Op, accumulate_dtype, check_floating, resolve_impl
-from mikernels.interactions import Interactions
 from mikernels.ops.pairwise_topk import check_selection, merged, nothing_found
+from mikernels.values.interactions import Interactions
 
 # rows of the Gram matrix that exist at a time when only the k best are kept
 BLOCK = 1024

@@ -28,7 +28,7 @@ import torch
 
 from mikernels._autocast import in_own_dtype
 from mikernels._dispatch import Op, accumulate_dtype, check_floating, resolve_impl
-from mikernels.interactions import Interactions
+from mikernels.values.interactions import Interactions
 
 BY = ("abs", "value")
 # scores of the reference at a time

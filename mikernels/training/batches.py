@@ -9,8 +9,8 @@ from typing import Any, Protocol
 import torch
 
 from mikernels._dispatch import accumulate_dtype
-from mikernels.batch import Batch, as_batch
 from mikernels.nn import SAE
+from mikernels.values.batch import Batch, as_batch
 
 
 class BatchSource(Protocol):

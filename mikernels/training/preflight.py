@@ -19,10 +19,10 @@ from mikernels.nn import SAE
 from mikernels.optim import RowAdam
 from mikernels.tensor_files import check_writable, overlap
 from mikernels.training.batches import BatchSource
-from mikernels.training.checkpoint import TRAINING, checkpoints, in_the_way, remove_leftovers
 from mikernels.training.config import TrainConfig
 from mikernels.training.optimizer import group_of
-from mikernels.training.optimizer_state import unpack_optimizer
+from mikernels.training.state.checkpoint import TRAINING, checkpoints, in_the_way, remove_leftovers
+from mikernels.training.state.optimizer_state import unpack_optimizer
 
 # what the fused and the dense step compute in their own way
 METHODS = (

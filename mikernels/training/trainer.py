@@ -13,19 +13,13 @@ from pathlib import Path
 import torch
 
 from mikernels._autocast import in_own_dtype
-from mikernels.batch import Batch
 from mikernels.files import explained
 from mikernels.nn import SAE
 from mikernels.nn.sae import DEAD_AFTER
 from mikernels.owning import owned
-from mikernels.training.autograd import AutogradStep, dense_forward, sparse_forward
 from mikernels.training.batches import BatchSource, power_of_two_scale, take_batches
-from mikernels.training.checkpoint import checkpoints, save_checkpoint
 from mikernels.training.config import TrainConfig
-from mikernels.training.fused import FusedStep
-from mikernels.training.graph import GraphedStep
 from mikernels.training.interrupts import Interrupts
-from mikernels.training.metrics import Clock, History, JsonLines, Means
 from mikernels.training.optimizer import set_rate
 from mikernels.training.preflight import (
     check_fit,
@@ -34,7 +28,13 @@ from mikernels.training.preflight import (
     prepare_out_dir,
 )
 from mikernels.training.progress import Reporter
-from mikernels.training.snapshot import restore, take_snapshot
+from mikernels.training.state.checkpoint import checkpoints, save_checkpoint
+from mikernels.training.state.metrics import Clock, History, JsonLines, Means
+from mikernels.training.state.snapshot import restore, take_snapshot
+from mikernels.training.steps.autograd import AutogradStep, dense_forward, sparse_forward
+from mikernels.training.steps.fused import FusedStep
+from mikernels.training.steps.graph import GraphedStep
+from mikernels.values.batch import Batch
 
 METRICS = "metrics.jsonl"
 

@@ -10,15 +10,15 @@ from oracle import assert_accurate, identical, randn
 
 from mikernels import _triton
 from mikernels.activations import TensorSource
-from mikernels.batch import Batch
 from mikernels.nn import TopKSAE
 from mikernels.optim import RowAdam
 from mikernels.training import TrainConfig, Trainer
-from mikernels.training.autograd import AutogradStep, dense_forward
-from mikernels.training.fused import FusedStep
-from mikernels.training.graph import GraphedStep
-from mikernels.training.metrics import MEANS, Clock, History, Means
 from mikernels.training.optimizer import set_rate
+from mikernels.training.state.metrics import MEANS, Clock, History, Means
+from mikernels.training.steps.autograd import AutogradStep, dense_forward
+from mikernels.training.steps.fused import FusedStep
+from mikernels.training.steps.graph import GraphedStep
+from mikernels.values.batch import Batch
 
 # a program takes the interpreter 0.5 ms and more, and a step has one a token and one a feature
 D, F, K, BATCH = 12, 40, 3, 6

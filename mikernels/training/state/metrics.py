@@ -14,10 +14,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from mikernels.batch import Batch
-from mikernels.codes import SparseCodes
 from mikernels.files import explained, finite, irregular, parse_json, write_all, write_atomic
 from mikernels.nn.losses import weighted
+from mikernels.values.batch import Batch
+from mikernels.values.codes import SparseCodes
 
 PARTS = ("encode", "decode", "gradients", "optimizer", "other")
 MEANS = ("loss", "mse", "fvu", "aux_loss", "l0")

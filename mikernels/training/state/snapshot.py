@@ -11,11 +11,14 @@ import math
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from mikernels.training.checkpoint import (
+from mikernels.nn import SAE
+from mikernels.training.batches import BatchSource
+from mikernels.training.config import TrainConfig
+from mikernels.training.state.checkpoint import (
     FIRST_CONFIG,
     STATE,
     TRAINING,
@@ -27,13 +30,11 @@ from mikernels.training.checkpoint import (
     modern_sums,
     read_config,
 )
-from mikernels.training.config import TrainConfig
-from mikernels.training.metrics import Means
-from mikernels.training.optimizer_state import pack_optimizer, unpack_optimizer
+from mikernels.training.state.metrics import History, Means
+from mikernels.training.state.optimizer_state import pack_optimizer, unpack_optimizer
 
 if TYPE_CHECKING:
     from mikernels.schema import State, Sums
-    from mikernels.training.trainer import Trainer
 
 # what may differ between a run and its continuation. Another total_tokens gives the rest of the run
 # the schedule of that length
@@ -41,7 +42,21 @@ FREE = ("total_tokens", "log_every", "checkpoint_every", "keep_checkpoints", "cu
 GENERATOR = "torch_generator"
 
 
-def take_snapshot(trainer: Trainer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+class Run(Protocol):
+    """What a snapshot is of: a Trainer."""
+
+    sae: SAE
+    source: BatchSource
+    config: TrainConfig
+    optimizer: torch.optim.Optimizer
+    history: History
+    means: Means
+    step: int
+    tokens: int
+    open: dict[str, bool]
+
+
+def take_snapshot(trainer: Run) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """The tensors beside the weights, and the JSON-able rest."""
     tensors, optimizer = pack_optimizer(trainer.optimizer)
     tensors[GENERATOR] = torch.get_rng_state()
@@ -58,7 +73,7 @@ def take_snapshot(trainer: Trainer) -> tuple[dict[str, torch.Tensor], dict[str, 
     return tensors, state
 
 
-def restore(trainer: Trainer, folder: Path) -> None:
+def restore(trainer: Run, folder: Path) -> None:
     """Put a checkpoint's state into a fresh trainer; it is all checked before any of it is used.
 
     Raises:
@@ -134,7 +149,7 @@ def restore(trainer: Trainer, folder: Path) -> None:
 
 
 def _check_counters(
-    path: Path, state: State, means: Sums, config: TrainConfig, trainer: Trainer, fix: str
+    path: Path, state: State, means: Sums, config: TrainConfig, trainer: Run, fix: str
 ) -> None:
     if math.frexp(state.scale)[0] != 0.5:
         raise ValueError(
@@ -178,7 +193,7 @@ def _generator(path: Path, tensors: dict[str, torch.Tensor], fix: str) -> torch.
 
 
 def _load_source_and_optimizer(
-    trainer: Trainer, path: Path, state: State, optimizer: dict[str, Any]
+    trainer: Run, path: Path, state: State, optimizer: dict[str, Any]
 ) -> None:
     """Both or neither: their `load_state_dict` may be anybody's, and fail half-way."""
     source, former = trainer.source, trainer.source.state_dict()

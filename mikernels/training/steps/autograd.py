@@ -18,12 +18,12 @@ from typing import Any, Protocol
 
 import torch
 
-from mikernels.batch import Batch
 from mikernels.nn import SAE, SAEOutput, losses
 from mikernels.training.batches import shares
 from mikernels.training.config import TrainConfig
-from mikernels.training.metrics import Clock, Means
 from mikernels.training.optimizer import row_adam
+from mikernels.training.state.metrics import Clock, Means
+from mikernels.values.batch import Batch
 
 
 class Forward(Protocol):

@@ -15,8 +15,8 @@ A parameter whose requires_grad is False is neither moved nor part of the norm t
 Gradients are fp32 also for bfloat16 weights, where autograd rounds them to bfloat16.
 
 A step without AuxK never reads a device back and keeps its shapes and addresses, so it can be
-recorded in a CUDA graph (`mikernels.training.graph`). AuxK cannot: the number of dead features, a
-result of the steps before, decides the shapes of its pass.
+recorded in a CUDA graph (mikernels/training/steps/graph.py). AuxK cannot: the number of dead
+features, a result of the steps before, decides the shapes of its pass.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ from typing import Any
 import torch
 
 from mikernels._dispatch import resolve_impl
-from mikernels.batch import Batch
 from mikernels.nn import SAE
 from mikernels.nn.sae import Term
 from mikernels.ops.gradients import sae_gradients_op, weighted_row_sum
@@ -36,8 +35,9 @@ from mikernels.ops.update import sae_update_op
 from mikernels.optim import RowAdam
 from mikernels.training.batches import shares
 from mikernels.training.config import TrainConfig
-from mikernels.training.metrics import Clock, History, Means
 from mikernels.training.optimizer import group_of, row_adam, same_settings
+from mikernels.training.state.metrics import Clock, History, Means
+from mikernels.values.batch import Batch
 
 
 class Scratch:

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 from mikernels import _triton
-from mikernels.batch import Batch
-from mikernels.training.fused import FusedStep
-from mikernels.training.metrics import Clock, Means
+from mikernels.training.state.metrics import Clock, Means
+from mikernels.training.steps.fused import FusedStep
+from mikernels.values.batch import Batch
 
 
 class GraphedStep:

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from mikernels._version import __version__
-from mikernels.cli_train import train
+from mikernels.cli.train import train
 
 app = typer.Typer(
     help="Fast, exact sparse-autoencoder training for mechanistic interpretability.",
