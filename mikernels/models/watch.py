@@ -138,12 +138,14 @@ class Watch:
 
         def norm(module, args, kwargs, output):
             read = _tensors(args, kwargs)[0]
+            # a norm that adds what it reads to the stream returns both, and writes nothing
+            alone = isinstance(output, torch.Tensor)
             for part, writer in (("attn", "attention_writer"), ("mlp", "mlp_writer")):
-                if part in raw and _same(read, raw[part]):
+                if alone and part in raw and _same(read, raw[part]):
                     site[part] = output
                     setattr(flow, writer, module)
                     return
-            normed.append((module, read, output))
+            normed.append((module, read, returned(output)))
 
         def project(module, args, kwargs, output):
             z = args[0] if args else next(iter(kwargs.values()))
