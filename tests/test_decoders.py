@@ -246,6 +246,32 @@ def test_rounding_of_no_kind_is_refused(name, dtype):
     assert {part.dtype for part in found.values()} == {dtype}
 
 
+def added(block, x, **rest):
+    """A block whose second norm adds what attention returned to the stream, and returns both."""
+    given, x = block.post_attention_layernorm(
+        block.self_attn(hidden_states=block.input_layernorm(x), **rest)[0], x
+    )
+    return x + block.mlp(given)
+
+
+class AddingNorm(torch.nn.Module):
+    def __init__(self, norm):
+        super().__init__()
+        self.weight, self.norm = norm.weight, norm.forward
+
+    def forward(self, x, stream):
+        return self.norm(x + stream), x + stream
+
+
+def test_norms_that_add_to_the_stream_are_not_writers():
+    expected, model = gradient_components(made("llama"), IDS, heads=True), made("llama")
+    for block in model.model.layers:
+        block.post_attention_layernorm = AddingNorm(block.post_attention_layernorm)
+        block.forward = lambda hidden_states, b=block, **rest: added(b, hidden_states, **rest)
+    for name, part in gradient_components(model, IDS, heads=True).items():
+        torch.testing.assert_close(part, expected[name])
+
+
 def test_query_heads_that_share_no_whole_number_of_values_are_refused():
     model = made("llama")
     attention = model.model.layers[1].self_attn

@@ -54,11 +54,6 @@ def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor
     return [x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)]
 
 
-def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether both are the same numbers in memory, reshaped perhaps (as OPT does)."""
-    return a is b or (a.numel() == b.numel() and a.data_ptr() == b.data_ptr())
-
-
 class Watch:
     """Hooks that record one forward pass, and claims about what they see.
 
@@ -125,7 +120,7 @@ class Watch:
             """The norm that made an input, and what it read; else None and the input."""
             given = _tensors(args, kwargs)
             for norm, read, made in reversed(normed):
-                if any(_same(x, made) for x in given):
+                if any(x is made for x in given):
                     return norm, read
             return None, given[0] if given else None
 
@@ -134,16 +129,18 @@ class Watch:
 
         def before_mlp(module, args, kwargs):
             flow.mlp_norm, read = source(args, kwargs)
-            flow.parallel = read is not None and "x" in site and _same(read, site["x"])
+            flow.parallel = read is not None and read is site.get("x")
 
         def norm(module, args, kwargs, output):
             read = _tensors(args, kwargs)[0]
+            # a norm that adds what it reads to the stream returns both, and writes nothing
+            alone = isinstance(output, torch.Tensor)
             for part, writer in (("attn", "attention_writer"), ("mlp", "mlp_writer")):
-                if part in raw and _same(read, raw[part]):
+                if alone and read is raw.get(part):
                     site[part] = output
                     setattr(flow, writer, module)
                     return
-            normed.append((module, read, output))
+            normed.append((module, read, returned(output)))
 
         def project(module, args, kwargs, output):
             z = args[0] if args else next(iter(kwargs.values()))
