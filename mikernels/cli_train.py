@@ -170,6 +170,8 @@ def train(
         )
     make_optimizer = None if optimizer is None else _optimizer_class(optimizer)
     if threads is not None:
+        if threads < 1:
+            raise ValueError(f"train: --threads must be at least 1, got {threads}")
         torch.set_num_threads(threads)
     target = _device(device)
     source = _source(
@@ -200,7 +202,7 @@ def train(
     )
     sae = TopKSAE(
         source.d,
-        features or expansion * source.d,
+        expansion * source.d if features is None else features,
         k,
         k_aux=k_aux,
         aux_coefficient=aux_coefficient,
