@@ -182,6 +182,8 @@ def test_train_exports_for_saelens(command, acts, tmp_path):
             "torch.optim",
         ),
         (("--activations", "{acts}", "--optimizer", "LBFGS", "--step", "dense"), "needs a closure"),
+        (("--activations", "{acts}", "--features", "0"), "n_features must be at least 1, got 0"),
+        (("--activations", "{acts}", "--threads", "0"), "--threads must be at least 1, got 0"),
         (("--activations", "{acts}", "--device", "gpu"), "--device must be cpu, cuda or cuda:N"),
         (
             ("--activations", "{acts}", "--device", "cuda:99"),

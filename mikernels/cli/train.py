@@ -173,6 +173,8 @@ def train(
         )
     make_optimizer = None if optimizer is None else _optimizer_class(optimizer)
     if threads is not None:
+        if threads < 1:
+            raise ValueError(f"train: --threads must be at least 1, got {threads}")
         torch.set_num_threads(threads)
     target = _device(device)
     source = _source(
@@ -204,6 +206,7 @@ def train(
     variant = ARCHITECTURES[arch]
     settings = variant.config_type(
         source.d,
+<<<<<<< HEAD:mikernels/cli/train.py
         features or expansion * source.d,
         k_aux,
         aux_coefficient,
@@ -213,6 +216,16 @@ def train(
     )
     sae = variant.of(
         settings, generator=torch.Generator().manual_seed(seed), encoder_scale=encoder_scale
+=======
+        expansion * source.d if features is None else features,
+        k,
+        k_aux=k_aux,
+        aux_coefficient=aux_coefficient,
+        dead_after=dead_after,
+        loss=loss,
+        encoder_scale=encoder_scale,
+        generator=torch.Generator().manual_seed(seed),
+>>>>>>> attack-ops:mikernels/cli_train.py
     ).to(target)
     chosen = None
     if make_optimizer is not None:
