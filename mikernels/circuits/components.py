@@ -22,7 +22,14 @@ from typing import Any
 
 import torch
 
-from mikernels.circuits.decoder import NAME, Watch, decoder_blocks, frozen, head_matrices
+from mikernels.circuits.decoder import (
+    NAME,
+    Watch,
+    decoder_blocks,
+    frozen,
+    head_matrices,
+    unrecognised,
+)
 from mikernels.models.hooks import eager, original
 from mikernels.models.padding import with_positions
 
@@ -84,6 +91,22 @@ def _run(model: torch.nn.Module, inputs: Mapping[str, Any]) -> torch.Tensor:
     return logits
 
 
+def _gradients(
+    model: torch.nn.Module, score: torch.Tensor, wanted: Mapping[str, torch.Tensor]
+) -> list[torch.Tensor]:
+    """Of the score at each; a ValueError names the first that it does not depend on."""
+    cut = [name for name, tensor in wanted.items() if not tensor.requires_grad]
+    found: tuple[torch.Tensor | None, ...] = ()
+    if not cut and score.requires_grad:
+        found = torch.autograd.grad(score, list(wanted.values()), allow_unused=True)
+        cut = [name for name, g in zip(wanted, found, strict=True) if g is None]
+    grads = [g for g in found if g is not None]
+    if len(grads) < len(wanted):
+        place = cut[0] if cut else "the logits"
+        raise unrecognised(model, f"no gradient reaches {place}: something detaches it")
+    return grads
+
+
 def gradient_components(
     model: torch.nn.Module,
     inputs: torch.Tensor | Mapping[str, Any],
@@ -143,7 +166,10 @@ def gradient_components(
         score = logits.gather(1, _target(target, logits.detach())[:, None]).sum()
         sites = watch.sites
         at = "z" if heads and not attribution else "attn"
-        grads = torch.autograd.grad(score, [site[name] for site in sites for name in (at, "mlp")])
+        wanted = {
+            f"L{i}.{name}": site[name] for i, site in enumerate(sites) for name in (at, "mlp")
+        }
+        grads = _gradients(model, score, wanted)
     found: dict[str, torch.Tensor] = {}
     for layer, site in enumerate(sites):
         g, g_mlp = grads[2 * layer : 2 * layer + 2]

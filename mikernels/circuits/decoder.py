@@ -93,6 +93,19 @@ def _first(output: Any) -> torch.Tensor:
     return output[0] if isinstance(output, tuple | list) else output
 
 
+class Seen:
+    """A tensor as a hook saw it: what changes it in place afterwards changes every reference."""
+
+    def __init__(self, tensor: torch.Tensor):
+        self.tensor, self._version = tensor, tensor._version
+
+    def read(self, model: torch.nn.Module, claim: str) -> torch.Tensor:
+        """The tensor, unchanged; ValueError else."""
+        if self.tensor._version != self._version:
+            raise unrecognised(model, f"{claim}: got it changed in place")
+        return self.tensor
+
+
 class Watch:
     """Hooks that record one forward pass, and claims about what they see.
 
@@ -119,7 +132,7 @@ class Watch:
         self._w_o, self._stack = w_o, stack
         self._claims = Claims(kept)
         # what the last block that ran returned, until somebody reads it
-        self._stream: torch.Tensor | None = None
+        self._stream: Seen | None = None
         for layer in range(len(blocks)):
             self._hook(layer)
         parent = next(m for m in model.modules() if blocks[0].block in _listed(m))
@@ -131,6 +144,7 @@ class Watch:
     def _hook(self, layer: int) -> None:
         parts, site = self._blocks[layer], self.sites[layer]
         claims = self._claims
+        projected: list[Seen] = []
 
         def keep(name: str, tensor: Any) -> None:
             if name in site:
@@ -145,16 +159,15 @@ class Watch:
             elif self._stream is None:
                 raise unrecognised(self._model, f"block {layer} does not follow block {layer - 1}")
             else:
-                claims.equal(
-                    f"block {layer} must get what block {layer - 1} returned", x, self._stream
-                )
+                claim = f"block {layer} must get what block {layer - 1} returned"
+                claims.equal(claim, x, self._stream.read(self._model, claim))
             keep("x", x)
             return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": x})
 
         def project(module, args, kwargs, output):
             z = args[0] if args else next(iter(kwargs.values()))
             keep("z", z)
-            keep("projected", output)
+            projected.append(Seen(output))
             if self._w_o:
                 w = self._w_o[layer].flatten(0, 1)
                 bias = getattr(module, "bias", None)
@@ -186,12 +199,12 @@ class Watch:
             claim = f"block {layer} must return input + attention + mlp"
             claims.equal(claim, y, x + attn + mlp, sum_limit(parts, y))
             claim = f"attention of block {layer} must return what its projection does"
-            projected = site.pop("projected")
-            if projected.shape != site["attn"].shape:
-                shapes = f"{list(site['attn'].shape)} for {list(projected.shape)}"
+            written = projected.pop().read(self._model, claim)
+            if written.shape != site["attn"].shape:
+                shapes = f"{list(site['attn'].shape)} for {list(written.shape)}"
                 raise unrecognised(self._model, f"{claim}: got {shapes}")
-            claims.equal(claim, site["attn"], projected)
-            self._stream = y
+            claims.equal(claim, site["attn"], written)
+            self._stream = Seen(y)
 
         add = self._stack.callback
         add(parts.block.register_forward_pre_hook(enter, with_kwargs=True).remove)
@@ -204,7 +217,7 @@ class Watch:
         if "mlp" in self.sites[-1] and self._stream is not None:
             x = args[0] if args else next(iter(kwargs.values()))
             claim = f"{type(module).__name__} must get what the last block returned"
-            self._claims.equal(claim, x, self._stream)
+            self._claims.equal(claim, x, self._stream.read(self._model, claim))
             self._stream = None
 
     def check(self) -> None:

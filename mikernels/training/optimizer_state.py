@@ -62,14 +62,14 @@ def unpack_optimizer(
     for index, p in enumerate(params):
         if p.requires_grad:
             entries.setdefault(p.dim(), {})[index] = sorted(state.get(index, ()))
-    for dim, found in entries.items():
+    for dim, alike in entries.items():
         # Adafactor keeps rows and columns of a matrix, and has neither for a bias
-        if len({tuple(names) for names in found.values()}) > 1:
+        if len({tuple(names) for names in alike.values()}) > 1:
             raise ValueError(
                 f"optimizer.state must have the same entries for every parameter of {dim} "
-                f"dimensions, got {found}"
+                f"dimensions, got {alike}"
             )
-    if len({bool(names) for found in entries.values() for names in found.values()}) > 1:
+    if len({bool(names) for alike in entries.values() for names in alike.values()}) > 1:
         raise ValueError(
             f"optimizer.state must have entries for every parameter or for none, got {entries}"
         )
