@@ -561,6 +561,21 @@ def test_version_1_loads_with_a_warning_and_is_checked_as_far_as_it_goes(uninter
     assert json.loads((whole / "checkpoint-20" / "state.json").read_text())["version"] == 2
 
 
+@pytest.mark.parametrize("uninterrupted", [FIRST | {"decay": "linear"}], indirect=True)
+def test_settings_of_version_1_are_told_as_they_mean_today(uninterrupted) -> None:
+    """Its linear decay began where the warm-up ended: the same words are another schedule now."""
+    whole, _ = uninterrupted
+    as_version_1(whole / "checkpoint-14")
+    said = (
+        r"decay_steps = None, got 9; its .* mean today \{.*'decay_steps': 9.*'scale_activations': F"
+    )
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match=said):
+        make(whole, **FIRST | {"decay": "linear"}).resume()
+    with pytest.warns(UserWarning):
+        same = make(whole, **FIRST | {"decay": "linear", "decay_steps": STEPS - 5})
+        assert same.resume() == STEPS
+
+
 def _nan(t: torch.Tensor) -> torch.Tensor:
     t = t.clone()
     t.view(-1)[3] = float("nan")
