@@ -85,14 +85,14 @@ def restore(trainer: Trainer, folder: Path) -> None:
     if trainer.open["dead_after"]:
         my_sae = replace(my_sae, dead_after=sae_config.dead_after)
     check_equal(path, asdict(sae_config), asdict(my_sae))
-    fixed = [
+    saved, own = (
         {name: value for name, value in settings.to_dict().items() if name not in FREE}
         for settings in (config, mine)
-    ]
+    )
     if state.version == 1:
-        check_equal(path, *fixed, fix=f"its version-1 settings mean today {fixed[0]}: take these")
+        check_equal(path, saved, own, f"its version-1 settings mean today {saved}: take these")
     else:
-        check_equal(path, *fixed)
+        check_equal(path, saved, own)
     means = state.means if isinstance(state.means, Sums) else modern_sums(state.means, config)
     _check_counters(path, state, means, config, trainer, fix)
     check_equal(
