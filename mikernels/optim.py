@@ -177,6 +177,13 @@ class RowAdam(torch.optim.Optimizer):
             state["step"] = _scalar(0, torch.int64, p.device) if self.capturable else 0
             for name in STATE:
                 state[name] = torch.zeros_like(p, dtype=accumulate_dtype(p.dtype))
+        held = state[STATE[0]]
+        if held.dtype != accumulate_dtype(p.dtype) or held.device != p.device:
+            raise ValueError(
+                f"RowAdam: a parameter must stay what it was when its state was made, got "
+                f"{p.dtype} on {p.device} for moments of {held.dtype} on {held.device}; convert "
+                f"them with optimizer.load_state_dict(optimizer.state_dict())"
+            )
         state["step"] += 1
         lr = _scalar(group["lr"], torch.float64, p.device, made)
         step = _scalar(state["step"], torch.int64, p.device, made)

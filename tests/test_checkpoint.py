@@ -498,7 +498,7 @@ def test_every_field_of_a_state_is_checked_before_any_is_used(mutation, settings
             except ValueError as error:
                 assert str(path.parent) in str(error)
                 named = [str(name) for name in place if isinstance(name, str)]
-                hint = {"sha256", "NaN", "Infinity"}
+                hint = {"sha256", "NaN", "Infinity", "beyond a double"}
                 assert any(name in str(error) for name in {*named[-2:], *hint}), (place, str(error))
             else:
                 assert again, f"{place} is covered by no checksum"
@@ -560,6 +560,21 @@ def test_version_1_loads_with_a_warning_and_is_checked_as_far_as_it_goes(uninter
     assert longer.means.read() == trainer.means.read()
     assert longer.run().rows[-1]["step"] == 20
     assert json.loads((whole / "checkpoint-20" / "state.json").read_text())["version"] == 2
+
+
+@pytest.mark.parametrize("uninterrupted", [FIRST | {"decay": "linear"}], indirect=True)
+def test_settings_of_version_1_are_told_as_they_mean_today(uninterrupted) -> None:
+    """Its linear decay began where the warm-up ended: the same words are another schedule now."""
+    whole, _ = uninterrupted
+    as_version_1(whole / "checkpoint-14")
+    said = (
+        r"decay_steps = None, got 9; its .* mean today \{.*'decay_steps': 9.*'scale_activations': F"
+    )
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match=said):
+        make(whole, **FIRST | {"decay": "linear"}).resume()
+    with pytest.warns(UserWarning):
+        same = make(whole, **FIRST | {"decay": "linear", "decay_steps": STEPS - 5})
+        assert same.resume() == STEPS
 
 
 def _nan(t: torch.Tensor) -> torch.Tensor:

@@ -157,6 +157,90 @@ def test_streams_that_writers_do_not_add_up_to(kind, dtype, change, where, heads
     assert hooks_of(model) == before
 
 
+def stream_of(args, kwargs):
+    return args[0] if args else kwargs["hidden_states"]
+
+
+def attention_in_place(model):
+    def hook(module, args, out):
+        out[0].mul_(1.01)
+
+    parts(model, 1)[0].register_forward_hook(hook)
+    return model
+
+
+def steering_in_place(model):
+    block = next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList))[2]
+
+    def hook(module, args, kwargs):
+        stream_of(args, kwargs).add_(1e-5)
+
+    block.register_forward_pre_hook(hook, with_kwargs=True)
+    return model
+
+
+def final_norm_in_place(model):
+    norm = {"llama": "model.norm", "gpt2": "transformer.ln_f"}
+    norm = norm.get(model.config.model_type, "gpt_neox.final_layer_norm")
+
+    def hook(module, args):
+        args[0].mul_(1.001)
+
+    model.get_submodule(norm).register_forward_pre_hook(hook)
+    return model
+
+
+@pytest.mark.parametrize("heads", [False, True])
+@pytest.mark.parametrize(
+    ("change", "where"),
+    [
+        (attention_in_place, "attention of block 1 must return what its projection does"),
+        (steering_in_place, "block 2 must get what block 1 returned"),
+        (final_norm_in_place, r"\w*Norm must get what the last block returned"),
+    ],
+)
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_changed_in_place_is_not_what_it_was(kind, change, where, heads):
+    """The changed number and the one to compare it with lie in one memory."""
+    model = change(tiny(kind, torch.float64))
+    with pytest.raises(ValueError, match=f"{where}: got it changed in place"):
+        gradient_components(model, IDS, heads=heads)
+
+
+def detached_attention(model):
+    parts(model, 2)[0].register_forward_hook(lambda m, args, out: (out[0].detach(), *out[1:]))
+    return model
+
+
+def detached_mlp(model):
+    block = next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList))[1]
+    block.mlp.register_forward_hook(lambda m, args, out: out.detach())
+    return model
+
+
+def detached_logits(model):
+    model.get_output_embeddings().register_forward_hook(lambda m, args, out: out.detach())
+    return model
+
+
+@pytest.mark.parametrize("heads", [False, True])
+@pytest.mark.parametrize(
+    ("change", "where"),
+    [
+        (detached_attention, r"L2\.(attn|z)"),
+        (detached_mlp, r"L1\.mlp"),
+        (detached_logits, "the logits"),
+    ],
+)
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_no_gradient_reaches_is_named(kind, change, where, heads):
+    model = change(tiny(kind, torch.float64))
+    before = hooks_of(model)
+    with pytest.raises(ValueError, match=f"no gradient reaches {where}: something detaches it"):
+        gradient_components(model, IDS, heads=heads)
+    assert hooks_of(model) == before
+
+
 def test_what_changes_padding_only_changes_nothing():
     batch = {"input_ids": IDS, "attention_mask": torch.tensor([[1, 1, 0, 0, 0], [1, 1, 1, 1, 1]])}
     model = block_hook(tiny("gpt2"))

@@ -216,6 +216,20 @@ def test_it_is_a_torch_optimizer() -> None:
     assert torch.equal(idle, torch.ones(4)) and idle not in optimizer.state
 
 
+def test_a_converted_parameter_is_refused_before_anything_moves() -> None:
+    p = nn.Parameter(randn(4, 3))
+    optimizer = RowAdam([p])
+    optimizer.apply_gradients({p: torch.ones(4, 3)})
+    p.data = p.data.double()
+    before = p.detach().clone()
+    with pytest.raises(ValueError, match="torch.float64 on cpu for moments of torch.float32"):
+        optimizer.apply_gradients({p: torch.ones(4, 3, dtype=torch.float64)})
+    assert torch.equal(p, before) and optimizer.state[p]["step"] == 1
+    optimizer.load_state_dict(optimizer.state_dict())
+    optimizer.apply_gradients({p: torch.ones(4, 3, dtype=torch.float64)})
+    assert optimizer.state[p]["step"] == 2 and not torch.equal(p, before)
+
+
 def test_bad_settings_parameters_and_gradients_are_refused() -> None:
     p = nn.Parameter(torch.ones(4, 3))
     for settings, message in (

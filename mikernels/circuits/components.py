@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from mikernels.models.decoder import find_decoder
+from mikernels.models.decoder import Decoder, find_decoder
 from mikernels.models.hooks import check_eval, eager, original
 from mikernels.models.padding import with_positions
 from mikernels.models.watch import Watch
@@ -100,6 +100,22 @@ def _frozen(model: torch.nn.Module) -> Iterator[None]:
             p.requires_grad_(True)
 
 
+def _gradients(
+    decoder: Decoder, score: torch.Tensor, wanted: Mapping[str, torch.Tensor]
+) -> list[torch.Tensor]:
+    """Of the score at each; a ValueError names the first that it does not depend on."""
+    cut = [name for name, tensor in wanted.items() if not tensor.requires_grad]
+    found: tuple[torch.Tensor | None, ...] = ()
+    if not cut and score.requires_grad:
+        found = torch.autograd.grad(score, list(wanted.values()), allow_unused=True)
+        cut = [name for name, g in zip(wanted, found, strict=True) if g is None]
+    grads = [g for g in found if g is not None]
+    if len(grads) < len(wanted):
+        place = cut[0] if cut else "the logits"
+        raise decoder.refusal(f"no gradient reaches {place}: something detaches it")
+    return grads
+
+
 def gradient_components(
     model: torch.nn.Module,
     inputs: torch.Tensor | Mapping[str, Any],
@@ -171,7 +187,10 @@ def gradient_components(
         score = logits.gather(1, _target(target, logits.detach())[:, None]).sum()
         sites = watch.sites
         at = "z" if heads and not attribution else "attn"
-        grads = torch.autograd.grad(score, [site[name] for site in sites for name in (at, "mlp")])
+        wanted = {
+            f"L{i}.{name}": site[name] for i, site in enumerate(sites) for name in (at, "mlp")
+        }
+        grads = _gradients(decoder, score, wanted)
     found: dict[str, torch.Tensor] = {}
     for layer, site in enumerate(sites):
         g, g_mlp = grads[2 * layer : 2 * layer + 2]

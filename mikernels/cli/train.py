@@ -206,8 +206,7 @@ def train(
     variant = ARCHITECTURES[arch]
     settings = variant.config_type(
         source.d,
-<<<<<<< HEAD:mikernels/cli/train.py
-        features or expansion * source.d,
+        expansion * source.d if features is None else features,
         k_aux,
         aux_coefficient,
         dead_after,
@@ -216,16 +215,6 @@ def train(
     )
     sae = variant.of(
         settings, generator=torch.Generator().manual_seed(seed), encoder_scale=encoder_scale
-=======
-        expansion * source.d if features is None else features,
-        k,
-        k_aux=k_aux,
-        aux_coefficient=aux_coefficient,
-        dead_after=dead_after,
-        loss=loss,
-        encoder_scale=encoder_scale,
-        generator=torch.Generator().manual_seed(seed),
->>>>>>> attack-ops:mikernels/cli_train.py
     ).to(target)
     chosen = None
     if make_optimizer is not None:

@@ -54,6 +54,19 @@ def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor
     return [x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)]
 
 
+class Seen:
+    """A tensor as a hook saw it: what changes it in place afterwards changes every reference."""
+
+    def __init__(self, tensor: torch.Tensor):
+        self.tensor, self._version = tensor, tensor._version
+
+    def read(self, decoder: Decoder, claim: str) -> torch.Tensor:
+        """The tensor, unchanged; ValueError else."""
+        if self.tensor._version != self._version:
+            raise decoder.refusal(f"{claim}: got it changed in place")
+        return self.tensor
+
+
 class Watch:
     """Hooks that record one forward pass, and claims about what they see.
 
@@ -83,7 +96,7 @@ class Watch:
         self._decoder, self._w_o, self._stack = decoder, w_o, stack
         self._claims = Claims(kept)
         # what the last block that ran returned, until somebody reads it
-        self._stream: torch.Tensor | None = None
+        self._stream: Seen | None = None
         for block in decoder.blocks:
             self._hook(block)
         for module in decoder.beside:
@@ -96,6 +109,7 @@ class Watch:
         # until the block returns: (norm, what it read, what it made), and what the parts returned
         normed: list[tuple[torch.nn.Module, torch.Tensor, torch.Tensor]] = []
         raw: dict[str, torch.Tensor] = {}
+        seen: list[Seen] = []
 
         def keep(name: str, tensor: Any) -> None:
             if name in site:
@@ -110,9 +124,8 @@ class Watch:
             elif self._stream is None:
                 raise refusal(f"block {layer} does not follow block {layer - 1}")
             else:
-                claims.equal(
-                    f"block {layer} must get what block {layer - 1} returned", x, self._stream
-                )
+                claim = f"block {layer} must get what block {layer - 1} returned"
+                claims.equal(claim, x, self._stream.read(self._decoder, claim))
             keep("x", x)
             return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": x})
 
@@ -145,7 +158,7 @@ class Watch:
         def project(module, args, kwargs, output):
             z = args[0] if args else next(iter(kwargs.values()))
             keep("z", z)
-            keep("projected", output)
+            seen.append(Seen(output))
             if self._w_o:
                 w = self._w_o[layer].flatten(0, 1)
                 bias = getattr(module, "bias", None)
@@ -177,12 +190,12 @@ class Watch:
             claim = f"block {layer} must return input + attention + mlp"
             claims.equal(claim, y, x + attn + mlp, sum_limit(parts, y))
             claim = f"attention of block {layer} must return what its projection does"
-            projected, attended = site.pop("projected"), raw["attn"]
+            projected, attended = seen.pop().read(self._decoder, claim), raw["attn"]
             if projected.shape != attended.shape:
                 shapes = f"{list(attended.shape)} for {list(projected.shape)}"
                 raise refusal(f"{claim}: got {shapes}")
             claims.equal(claim, attended, projected)
-            self._stream = y
+            self._stream = Seen(y)
             normed.clear()
             raw.clear()
 
@@ -202,7 +215,7 @@ class Watch:
         if "mlp" in self.sites[-1] and self._stream is not None:
             x = args[0] if args else next(iter(kwargs.values()))
             claim = f"{type(module).__name__} must get what the last block returned"
-            self._claims.equal(claim, x, self._stream)
+            self._claims.equal(claim, x, self._stream.read(self._decoder, claim))
             self._stream, self.reader = None, module
 
     def check(self) -> None:

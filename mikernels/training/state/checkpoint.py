@@ -325,15 +325,17 @@ def check_finite(path: Path, name: str, t: torch.Tensor) -> None:
         )
 
 
-def check_equal(path: Path, got: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+def check_equal(
+    path: Path,
+    got: Mapping[str, Any],
+    expected: Mapping[str, Any],
+    fix: str = "resume with the SAE and settings of the first run",
+) -> None:
     """Same entries, or a ValueError that names the file and the first that differs."""
     for name in sorted(got.keys() | expected.keys()):
         have, want = got.get(name, "none"), expected.get(name, "none")
         if have != want:
-            raise ValueError(
-                f"resume: {path} must hold {name} = {want}, got {have}; resume with the SAE and "
-                f"settings of the first run"
-            )
+            raise ValueError(f"resume: {path} must hold {name} = {want}, got {have}; {fix}")
 
 
 def describe(t: torch.Tensor) -> str:

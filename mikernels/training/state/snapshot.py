@@ -104,11 +104,14 @@ def restore(trainer: Run, folder: Path) -> None:
         {"architecture": state.sae["architecture"], **asdict(sae_config)},
         {"architecture": trainer.sae.architecture, **asdict(my_sae)},
     )
-    fixed = [
+    saved, own = (
         {name: value for name, value in settings.to_dict().items() if name not in FREE}
         for settings in (config, mine)
-    ]
-    check_equal(path, *fixed)
+    )
+    if state.version == 1:
+        check_equal(path, saved, own, f"its version-1 settings mean today {saved}: take these")
+    else:
+        check_equal(path, saved, own)
     means = state.means if isinstance(state.means, Sums) else modern_sums(state.means, config)
     _check_counters(path, state, means, config, trainer, fix)
     check_equal(
