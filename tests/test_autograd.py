@@ -9,6 +9,7 @@ from oracle import DTYPES, assert_accurate, randn, random_indices, unchanged
 
 from mikernels import (
     SparseCodes,
+    batch_topk_encode,
     edge_mix,
     edge_scores,
     pairwise_products,
@@ -25,6 +26,8 @@ def leaves(*shapes, dtype=torch.float64):
 
 
 INDICES = random_indices(N, K, F)
+# tokens of 3, 0 and 2 slots, and two that are not in use: the gradients count them as the last's
+RAGGED = torch.tensor([1, 4, 8, 0, 4, 18, 4]), torch.tensor([0, 3, 3, 5])
 SCALE = randn(F, dtype=torch.float64, seed=9)
 PREFIX, COUNTS = torch.tensor([0, 1, 9, 2]), torch.tensor([[1, 1], [0, 2], [2, 0]])
 
@@ -47,6 +50,30 @@ FUNCTIONS = {
     "topk_encode transposed": (
         lambda impl, x, w: topk_encode(x, w.T, k=K, impl=impl).values,
         [(N, D), (D, F)],
+    ),
+    "batch_topk_encode": (
+        lambda impl, x, w, b, c: batch_topk_encode(x, w, b, k=2.5, b_dec=c, impl=impl)[0].values,
+        [(N, D), (F, D), (F,), (D,)],
+    ),
+    "batch_topk_encode scale": (
+        lambda impl, x, w, b: (
+            batch_topk_encode(x, w.T, b, k=K, scale=SCALE, relu=False, impl=impl)[0].values
+        ),
+        [(1, N, D), (D, F), (F,)],
+    ),
+    "ragged to_dense": (
+        lambda impl, v: SparseCodes.ragged(v, *RAGGED, F).to_dense(),
+        [(7,)],
+    ),
+    "sparse_decode ragged": (
+        lambda impl, v, w, b: sparse_decode(SparseCodes.ragged(v, *RAGGED, F), w, b, impl=impl),
+        [(7,), (F, D), (D,)],
+    ),
+    "sparse_decode ragged prefixes": (
+        lambda impl, v, w: sparse_decode(
+            SparseCodes.ragged(v, *RAGGED, F), w, prefixes=[3, 9, F], impl=impl
+        ),
+        [(7,), (F, D)],
     ),
     "sparse_decode": (
         lambda impl, v, w, b: sparse_decode(SparseCodes(v, INDICES, F), w, b, impl=impl),
@@ -137,7 +164,7 @@ def test_autograd_of_expanded_and_strided_output_gradients(impl, name):
     # .sum() hands back one number expanded to the output's shape
     dense = torch.autograd.grad(output, inputs, ones, retain_graph=True)
     expanded = torch.autograd.grad(output.sum(), inputs, retain_graph=True)
-    strided = torch.autograd.grad(output, inputs, ones.mT.contiguous().mT)
+    strided = torch.autograd.grad(output, inputs, torch.stack([ones, ones], -1)[..., 0])
     for a, b, c in zip(dense, expanded, strided, strict=True):
         assert torch.equal(a, b) and torch.equal(a, c)
 

@@ -84,6 +84,7 @@ PUBLIC = {
     "second_moment": lambda: mk.second_moment(X, mask=X[:, 0] > 0),
     "sparse_decode": lambda: mk.sparse_decode(CODES, ROWS, X[0], prefixes=[4, F]),
     "topk_encode": lambda: mk.topk_encode(X, ROWS, ROWS[:, 0], k=3, b_dec=X[0]),
+    "batch_topk_encode": lambda: mk.batch_topk_encode(X, ROWS, ROWS[:, 0], k=2.5),
     "codes": lambda: (CODES.l0(), CODES.fired(), CODES.to_dense()),
 }
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // encode: exact top-k of (x - b_dec) w^T + b_enc without the matrix; the method and its proof are
 // in mikernels/ops/encode.py. encode_panels.h packs and deals out the work, encode_body.h screens,
-// candidates.h selects.
+// encode_lists.h keeps the candidates, candidates.h selects.
 #include "cpu/encode.h"
 
 #include "common.h"
@@ -11,7 +11,7 @@
 #define MIK_BODY "cpu/encode_body.h"
 #include "cpu/each_screen_level.h"
 
-#include "cpu/encode_panels.h"
+#include "cpu/encode_lists.h"
 
 namespace mik {
 namespace {
@@ -44,23 +44,8 @@ void encode_double(const Tensor& x, const Tensor& w, const double* b_enc, const 
 
 std::tuple<Tensor, Tensor> encode(Tensor x, Tensor w, OptionalTensor b_enc, OptionalTensor b_dec,
                                   OptionalTensor scale, int64_t k, bool relu) {
-  check(
-      x.dim() == 2 && w.dim() == 2 && x.size(1) == w.size(1) && x.scalar_type() == w.scalar_type(),
-      "encode: expected x [N, d] and w_enc [F, d] of one dtype");
+  x = check_encoder("encode", x, w, b_enc, b_dec, scale);
   check(k >= 1 && k <= w.size(0), "encode: k must be in 1..F");
-  check(w.size(0) < INT32_MAX, "encode: at most 2^31 - 2 features");
-  x = dense_rows(x);
-  const int64_t sizes[] = {w.size(0), x.size(1), w.size(0)};
-  int at = 0;
-  for (OptionalTensor* term : {&b_enc, &b_dec, &scale}) {
-    if (term->has_value()) {
-      check((*term)->dim() == 1 && (*term)->size(0) == sizes[at] &&
-                (*term)->scalar_type() == x.scalar_type(),
-            "encode: b_enc [F], b_dec [d] and scale [F] must have the dtype of x");
-      *term = torch::stable::contiguous(**term);
-    }
-    ++at;
-  }
   const int64_t n = x.size(0);
   Tensor values = empty(x, {n, k}), indices = empty(x, {n, k}, ScalarType::Long);
   if (n == 0) return {values, indices};

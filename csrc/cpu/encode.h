@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the screen (encode_body.h, per level) and its driver (encode.cpp) share.
+// What the screen (encode_body.h, per level) and its drivers share.
 #pragma once
 
 #include <cstdint>
@@ -52,6 +52,12 @@ struct Lists {
   int64_t capacity;
   void* context;
   void (*make_room)(void* context, int64_t token);
+
+  void add(int64_t token, int64_t feature, float score, float slack) {
+    Candidate* list = candidates + token * capacity;
+    list[sizes[token]++] = {score, slack, 0.f, static_cast<int32_t>(feature)};
+    if (sizes[token] == capacity) make_room(context, token);
+  }
 };
 
 }  // namespace mik

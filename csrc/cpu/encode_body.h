@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // The screen of encode: 16-bit products of a feature block and a token tile, then the bound;
-// compiled per level.
+// compiled per level. Found.add(token, feature, score, slack) takes what may be selected.
 
 #include "cpu/screen_tile_body.h"
 
-// appends to the lists what one feature may contribute to tokens first..first + 16
+// what one feature may contribute to tokens first..first + 16
+template <class Found>
 static inline void screen_tokens(const Panel& panel, int64_t row, const Tokens& tokens,
-                                 const float* products, int64_t first, const Lists& lists) {
+                                 const float* products, int64_t first, Found& found) {
   const float_vector scale = set(panel.scale[row]), bias = set(panel.bias[row]),
                      rank = set(panel.rank[row]), p = set(panel.p[row]), q = set(panel.q[row]),
                      r = set(panel.r[row]);
@@ -26,18 +27,16 @@ static inline void screen_tokens(const Panel& panel, int64_t row, const Tokens& 
       const int lane = __builtin_ctz(mask);
       const int64_t token = n + lane;
       if (token >= tokens.count) break;
-      Candidate* list = lists.candidates + token * lists.capacity;
-      list[lists.sizes[token]++] = {scores[lane], slacks[lane], 0.f,
-                                    static_cast<int32_t>(panel.first_feature + row)};
-      if (lists.sizes[token] == lists.capacity) lists.make_room(lists.context, token);
+      found.add(token, panel.first_feature + row, scores[lane], slacks[lane]);
     }
   }
 }
 
 // one panel against token tiles first_tile..last_tile. The token block stays in L2 while features
 // stream; a block of feature rows stays in L1 while the tiles pass over it
+template <class Found>
 static void screen(const Panel& panel, const Tokens& tokens, int64_t first_tile, int64_t last_tile,
-                   const Lists& lists) {
+                   Found& found) {
   alignas(64) float products[kBlockRows * kBlockTokens];
 #if defined(MIK_AMX_TILES)
   configure_tiles();
@@ -51,7 +50,7 @@ static void screen(const Panel& panel, const Tokens& tokens, int64_t first_tile,
       for (int64_t r = 0; r < rows; ++r)
         for (int b = 0; b < kBlockTiles; ++b)
           screen_tokens(panel, row + r, tokens, products + r * kBlockTokens + b * kTileTokens,
-                        (tile + b) * kTileTokens, lists);
+                        (tile + b) * kTileTokens, found);
     }
   }
 #if defined(MIK_AMX_TILES)

@@ -11,7 +11,7 @@ import torch
 
 from mikernels._dispatch import resolve_impl
 from mikernels._indices import check_indices, check_size
-from mikernels._ragged import tokens_of
+from mikernels._ragged import check_row_offsets, tokens_of
 from mikernels.ops.gradients import by_feature_op
 
 T = TypeVar("T")
@@ -199,6 +199,7 @@ class SparseCodes:
 
     def _rows(self, row_offsets: torch.Tensor, index) -> SparseCodes:
         n = row_offsets.shape[0] - 1
+        check_row_offsets("SparseCodes", row_offsets, self.values.shape[0])
         wanted = None if index is ... else torch.arange(n, device=row_offsets.device)[index]
         if wanted is None or wanted.dim() > 1:
             raise IndexError(
