@@ -65,7 +65,8 @@ class Op:
         self.written = tuple(
             i for i, a in enumerate(arguments) if a.alias_info and a.alias_info.is_write
         )
-        self.operands = Operands(self.name, self._names, operands)
+        optional = {a.name for a in arguments if isinstance(a.type, torch.OptionalType)}
+        self.operands = Operands(self.name, self._names, operands, optional)
         self.reference = self._checked(reference)
         self._triton = None if triton is None else self._checked(_triton.launcher(triton))
         LIBRARY.impl(self.name, self.reference, "CompositeExplicitAutograd")

@@ -12,15 +12,15 @@ The C++ kernels check their own; launchers of Triton kernels and references are 
     1..F      an int, 0.. without a limit, 0..N*F up to a product
     n==m      a flag that goes with equal sizes only
 
-Optional tensors may be None. An operand whose shape depends on whether another one is given has two
-rules, `"T[N,k] or T[S] with row_offsets"`. Some 2 us for each tensor.
+Tensors that the schema calls optional may be None. An operand whose shape depends on whether
+another one is given has two rules, `"T[N,k] or T[S] with row_offsets"`. Some 2 us for each tensor.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -40,7 +40,13 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 class Operands:
     """The rules of one operator, in the order of its arguments."""
 
-    def __init__(self, op: str, names: Sequence[str], rules: Mapping[str, str]):
+    def __init__(
+        self,
+        op: str,
+        names: Sequence[str],
+        rules: Mapping[str, str],
+        optional: Collection[str] = (),
+    ):
         unknown = set(rules) - set(names)
         if unknown:
             raise ValueError(f"{op}: operands must name its arguments, got {sorted(unknown)}")
@@ -52,8 +58,11 @@ class Operands:
         if either:
             (decider,) = {found[3] for found in either.values()}
             self.decider = names.index(decider)
-            self.otherwise = Operands(op, names, {**rules, **{n: m[2] for n, m in either.items()}})
+            self.otherwise = Operands(
+                op, names, {**rules, **{n: m[2] for n, m in either.items()}}, optional
+            )
             rules = {**rules, **{n: m[1] for n, m in either.items()}}
+        self.optional = optional
         self.tensors: list[tuple[int, str, str, str, tuple[str, ...]]] = []
         self.ints: list[tuple[int, str, int, str]] = []
         self.flags: list[tuple[int, str, str, str]] = []
@@ -73,7 +82,12 @@ class Operands:
         """Raises TypeError or ValueError for arguments against the rules."""
         if self.otherwise is not None and args[self.decider] is not None:
             return self.otherwise.check(args)
-        given = [(*rest, args[place]) for place, *rest in self.tensors if args[place] is not None]
+        given = []
+        for place, *rest in self.tensors:
+            if args[place] is not None:
+                given.append((*rest, args[place]))
+            elif rest[0] not in self.optional:
+                raise TypeError(f"{self.op}: {rest[0]} must be a tensor, got None")
         sizes: dict[str, int] = {}
         dtypes: dict[str, torch.dtype] = {}
         # a size or dtype is what the first tensor with its letter has

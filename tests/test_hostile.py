@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from op_samples import HOSTILE
+from op_samples import HOSTILE, LAYOUTS, SAMPLES, copies
+from oracle import identical
 
 import mikernels as mk
 from mikernels._dispatch import OPS
@@ -42,6 +43,32 @@ def test_references_refuse_what_kernels_refuse(name):
         OPS[op](*arguments, impl="reference")
 
 
+@pytest.mark.parametrize("name", sorted(OPS))
+def test_a_missing_tensor_is_refused_before_anything_is_written(name):
+    arguments = OPS[name].default._schema.arguments
+    for sample in SAMPLES[name](LAYOUTS["dense"], 5, torch.float64):
+        for place, argument in enumerate(arguments):
+            if str(argument.type) != "Tensor":
+                continue
+            args = list(copies(sample))
+            args[place] = None
+            before = copies(args)
+            with pytest.raises(TypeError, match=f"{name}: {argument.name} must be a tensor"):
+                OPS[name](*args, impl="reference")
+            for a, b in zip(args, before, strict=True):
+                assert not isinstance(a, torch.Tensor) or identical(a, b)
+
+
+@pytest.mark.parametrize("size", [2**20, 2**40])
+def test_references_make_no_room_for_what_an_index_says(size):
+    """Of 2^31 that would be 16 GB, before the index is found to be none."""
+    with pytest.raises(RuntimeError, match=f"index {size} is out of bounds"):
+        OPS["by_feature"](torch.tensor([0, size]), 4, impl="reference")
+    slots = torch.tensor([0, 1, size]), torch.tensor([0, 1])
+    with pytest.raises(ValueError, match=f"offsets must ascend from 0 to 2, got ones .* {size}"):
+        OPS["feature_sum"](torch.ones(2, 1), torch.ones(2, 3), *slots, impl="reference")
+
+
 def test_every_tensor_of_every_operator_has_a_rule():
     for op in OPS.values():
         tensors = {a.name for a in op.default._schema.arguments if "Tensor" in str(a.type)}
@@ -54,7 +81,9 @@ def test_operands_say_what_they_must_be():
     good = torch.ones(2, 3), torch.ones(6), torch.zeros(3, dtype=torch.int64), 2
     operands.check(good)
     operands.check((good[0].half(), *good[1:]))
+    Operands("op", ("a", "b", "c", "k"), rules, {"b"}).check((good[0], None, *good[2:]))
     for place, bad, message in (
+        (1, None, "op: b must be a tensor, got None"),
         (0, [1.0], "op: a must be a tensor, got list"),
         (0, torch.ones(2, 3).int(), r"op: a must be T\[N,k\] .* got torch.int32 \[2, 3\]"),
         (1, torch.ones(5), r"op: b must be acc\[N\*k\] .* got torch.float32 \[5\]"),

@@ -36,8 +36,9 @@ def by_feature_reference(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     order = indices.argsort(stable=True)
     offsets = torch.zeros(n_features + 1, dtype=torch.int64, device=indices.device)
-    offsets[1:] = torch.bincount(indices, minlength=n_features).cumsum(0)
-    return offsets, order
+    # unlike bincount it refuses an index beyond F, for which that would make room
+    offsets[1:].scatter_add_(0, indices, torch.ones_like(indices))
+    return offsets.cumsum_(0), order
 
 
 def _by_feature_fake(indices, n_features):
@@ -133,12 +134,15 @@ def feature_sum_reference(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     acc = accumulate_dtype(rows.dtype)
     n_features = offsets.shape[0] - 1
-    features = torch.arange(n_features, device=rows.device).repeat_interleave(offsets.diff())
-    if features.shape != order.shape:
+    counts = offsets.diff()
+    ends = int(offsets[0]), int(offsets[-1])
+    # before the repetition, which would make room for as many slots as there are said to be
+    if ends != (0, order.shape[0]) or bool((counts < 0).any()):
         raise ValueError(
-            f"feature_sum: offsets must ascend from 0 to {order.shape[0]}, got {features.shape[0]} "
-            f"slots"
+            f"feature_sum: offsets must ascend from 0 to {order.shape[0]}, got ones from {ends[0]} "
+            f"to {ends[1]}"
         )
+    features = torch.arange(n_features, device=rows.device).repeat_interleave(counts)
     flat = torch.empty_like(order).scatter_(0, order, features).reshape(coefficients.shape)
     dw = torch.zeros(n_features, rows.shape[1], dtype=acc, device=rows.device)
 
