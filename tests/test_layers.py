@@ -34,7 +34,7 @@ LAYERS = (
     ("cli_train",),
     ("cli",),
 )
-BASE = ("files", "owning", "schema", "tensor_files")
+BASE = ("files", "machine", "owning", "schema", "tensor_files")
 # import -> why it stands although it points up, or closes a circle
 EXCEPTIONS = {
     ("mikernels.codes", "mikernels.ops.gradients"): "by_feature() keeps what an operator gave",

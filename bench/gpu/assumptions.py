@@ -15,8 +15,8 @@ import torch
 
 import mikernels
 
+from ..harness.spec import GPU_SHAPES
 from . import gpu
-from .declare import GPU_SHAPES
 from .device import Cpu, Cuda
 
 

@@ -25,27 +25,29 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 RECORDS = ROOT / "out" / "gpu_check"
 MERGED, LOGS = "gpu_check.json", "gpu_check_logs.tar.gz"
 TAIL = 4000
 # a part that is stopped gets this long to end by itself
 GRACE = 5.0
-OPS = ("row_topk", "encode", "decode", "gradients", "adam", "step")
-OPS += ("edge_scores", "edge_mix", "edge_heads", "pairwise_products", "pairwise_topk")
-OPS += ("positional_dot", "grad_gram", "block_norms", "second_moment")
+
+
+def alone(path: str) -> ModuleType:
+    """A file of the package, loaded by itself: the package is what is yet to be built."""
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def write_json(path: Path, value: Any) -> None:
-    """By `mikernels.files`, loaded as a file alone: the package is what is yet to be built."""
-    spec = importlib.util.spec_from_file_location("files", ROOT / "mikernels" / "files.py")
-    assert spec is not None and spec.loader is not None
-    files = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(files)
     # a NaN among the findings must not cost the others
-    files.write_atomic(path, json.dumps(value, indent=1) + "\n")
+    alone("mikernels/files.py").write_atomic(path, json.dumps(value, indent=1) + "\n")
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ def parts(python: str = sys.executable) -> list[Part]:
 
     def check(name: str, seconds: float) -> Part:
         result = f"{name}.result.json"
-        words = (python, "-m", "mikernels.bench.gpu_parts", name, f"{{out}}/{result}")
+        words = (python, "-m", "mikernels.bench.gpu.gpu_parts", name, f"{{out}}/{result}")
         return Part(name, words, seconds, result)
 
     def cli(name: str, seconds: float, words: str, result: str = "") -> Part:
@@ -82,7 +84,13 @@ def parts(python: str = sys.executable) -> list[Part]:
         return Part(name, command, seconds, result, env={"XDG_CACHE_HOME": "{out}/cache"})
 
     def sanitizer(tool: str) -> Part:
-        tiny = (python, "-m", "mikernels.bench.gpu_parts", "tiny", f"{{out}}/{tool}.result.json")
+        tiny = (
+            python,
+            "-m",
+            "mikernels.bench.gpu.gpu_parts",
+            "tiny",
+            f"{{out}}/{tool}.result.json",
+        )
         words = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *tiny)
         # cached blocks would hide an access beyond a tensor's end
         env = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
@@ -91,6 +99,7 @@ def parts(python: str = sys.executable) -> list[Part]:
     workers = ["-n", "8"] if importlib.util.find_spec("xdist") else []
     pytest = (python, "-m", "pytest", "-q", "--maxfail", "30", *workers)
     install = "-m pip install --no-build-isolation --no-deps --disable-pip-version-check -e ."
+    ops = alone("bench/ops/__init__.py").names(gpu=True)
     save = "--device cuda --budget 2 --resume --json {out}/"
     # Inductor takes half a minute an operator, so it is measured at one shape
     compiled = (
@@ -104,7 +113,7 @@ def parts(python: str = sys.executable) -> list[Part]:
         Part("tests", (*pytest, "tests/device"), 240),
         check("determinism", 90),
         check("falsify", 60),
-        *(cli(f"bench_{op}", 120, f"bench {op} {quick}", "bench.json") for op in OPS),
+        *(cli(f"bench_{op}", 120, f"bench {op} {quick}", "bench.json") for op in ops),
         check("graph", 60),
         check("compile", 120),
         cli("tune", 60, "tune --device cuda", "cache/mikernels/tuned.json"),
@@ -294,5 +303,6 @@ def main(words: Sequence[str] | None = None) -> int:
 
 if __name__ == "__main__":
     # this folder's modules belong to a package: none of them may be found as a top-level one
-    sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != ROOT / "bench"]
+    here = Path(__file__).resolve().parent
+    sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != here]
     sys.exit(main())

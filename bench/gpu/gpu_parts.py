@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What gpu_check runs in processes of their own: `python -m mikernels.bench.gpu_parts PART FILE`.
+"""What gpu_check runs in processes of their own: `-m mikernels.bench.gpu.gpu_parts PART FILE`.
 
 Every part writes its findings as JSON and exits with 1 if one of them is bad. The operators are the
 benchmarks' own providers at a small shape, so that one list serves all.
@@ -18,17 +18,21 @@ import torch
 
 import mikernels
 from mikernels.files import finite, write_atomic
+from mikernels.ops import registered
 
+from .. import load, names
+from ..harness import machine
+from ..harness.spec import DTYPES, Outputs, Provider, Shape, Unavailable, cast
+from . import assumptions
 from . import device as devices
-from . import falsify, load, machine
-from .declare import DTYPES, Outputs, Provider, Shape, Unavailable, cast
 from .device import Cpu
 
 # odd sizes: no tile divides them
 SMALL = Shape("small", 67, 200, 9001, 12)
 RUNS = 20
+SAE = names("sae", gpu=True)
 # what a graph can hold: step waits for its losses
-GRAPHED = ("row_topk", "encode", "decode", "gradients", "adam")
+GRAPHED = tuple(op for op in SAE if op != "step")
 
 Findings = dict[str, Any]
 
@@ -85,7 +89,7 @@ def _each(
 
 def facts(device: Cpu) -> Findings:
     """The machine, its ceilings, and what every operator has there."""
-    backends = {name: op.backends() for name, op in sorted(mikernels._dispatch.OPS.items())}
+    backends = {name: op.backends() for name, op in registered().items()}
     found = machine.facts(device)
     wrong = {} if found["build"].get("extension") else {"extension": "it is not built"}
     return {
@@ -96,7 +100,7 @@ def facts(device: Cpu) -> Findings:
     }
 
 
-def once(device: Cpu, ops: tuple[str, ...] = (*GRAPHED, "step"), shape: Shape = SMALL) -> Findings:
+def once(device: Cpu, ops: tuple[str, ...] = SAE, shape: Shape = SMALL) -> Findings:
     """Every operator once, to see that it runs at all."""
 
     def judge(provider: Provider, inputs: Any, mode: str) -> str:
@@ -125,7 +129,7 @@ def determinism(device: Cpu) -> Findings:
                 return f"run {number} differs in {', '.join(other)}"
         return ""
 
-    return _each(device, (*GRAPHED, "step"), judge)
+    return _each(device, SAE, judge)
 
 
 def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -202,7 +206,7 @@ PARTS: dict[str, Callable[[Cpu], Findings]] = {
     "determinism": determinism,
     "graph": graph,
     "compile": compile,
-    "falsify": falsify.run,
+    "falsify": assumptions.run,
 }
 
 

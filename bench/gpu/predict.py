@@ -13,10 +13,10 @@ import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from . import load
-from .declare import GPU_SHAPES, Shape
+from .. import load
+from ..harness.rates import DEVICES, Rates, row_cycles
+from ..harness.spec import GPU_SHAPES, Shape
 from .predict_pairs import pair_cases
-from .rates import DEVICES, Rates, row_cycles
 
 Part = tuple[str, float, str]
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from . import NAMES, load
-from .rates import Rates
+from .. import load, names
+from ..harness.rates import Rates
+from ..harness.spec import FAMILIES
 
 # shares of the rates that a first Triton product is expected to reach
 TILES, PLAIN, LIBRARY = 0.7, 0.6, 0.85
@@ -43,16 +44,13 @@ def _eager(r: Rates, op: str, s: Any, dtype: str) -> float:
 
 def pair_cases(r: Rates) -> list[dict[str, Any]]:
     """The predictions of one device, as predict.predictions writes them."""
-    from .declare import FAMILIES
 
     def ms(seconds: float) -> float:
         return float(f"{seconds * 1e3:.4g}")
 
     cases = []
-    for op in NAMES:
+    for op in names("pairs"):
         benchmark = load(op)
-        if benchmark.family != "pairs":
-            continue
         for name in benchmark.gpu_shapes.get("fwd", ()):
             s = FAMILIES["pairs"][name]
             for dtype in ("bf16", "fp32"):

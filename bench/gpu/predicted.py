@@ -8,9 +8,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .rates import DEVICES
+from ..harness.rates import DEVICES
 
-FOLDER = Path(__file__).parent / "results"
+FOLDER = Path(__file__).parent.parent / "results"
 
 
 def path(device: str) -> Path:

@@ -25,7 +25,7 @@ from mikernels.ops.encode import encode_op
 from mikernels.ops.row_topk import row_topk_op
 from mikernels.owning import owned
 
-from .declare import DTYPES
+from ..harness.spec import DTYPES
 from .device import Cpu
 
 # tokens: enough to fill the device; and what is tried of F / k

@@ -11,14 +11,14 @@ from typing import Any
 
 import mikernels
 
-from .declare import Benchmark, Outputs, Provider, Runner
-from .device import Cpu, Meter
+from ..gpu.device import Cpu, Meter
+from .spec import Benchmark, Outputs, Provider, Runner
 
 EAGER = "eager"
 
 
 @dataclass
-class Entrant:
+class Contender:
     """A provider in one case, at one level."""
 
     name: str
@@ -59,20 +59,20 @@ class Entrant:
         self.seconds = device.seconds(self.span)
 
 
-def entrants(
+def contenders(
     benchmark: Benchmark, patterns: tuple[str, ...] = ("*",), kind: str = "cpu"
-) -> list[Entrant]:
+) -> list[Contender]:
     """The providers that match a pattern and none with a leading "!", and the yardstick; on a CPU
     ours at lower levels too."""
     everyone = []
     for provider in benchmark.providers:
         if kind not in provider.devices:
             continue
-        everyone.append(Entrant(provider.name, provider))
+        everyone.append(Contender(provider.name, provider))
         if provider.ours and kind == "cpu":
             for level in mikernels.supported_levels():
                 if level != mikernels.cpu_level():
-                    everyone.append(Entrant(f"{provider.name}:{level}", provider, level))
+                    everyone.append(Contender(f"{provider.name}:{level}", provider, level))
     unwanted = [p[1:] for p in patterns if p.startswith("!")]
     wanted = [*(p for p in patterns if not p.startswith("!")), EAGER]
 

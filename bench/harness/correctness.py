@@ -15,7 +15,7 @@ from functools import reduce
 
 import torch
 
-from .declare import Outputs, Verdict
+from .spec import Outputs, Verdict
 
 # fp64 scores that are kept at a time; above it a sample of the tokens is judged
 SCORE_BYTES = 2 << 30

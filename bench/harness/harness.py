@@ -19,11 +19,11 @@ import torch
 
 import mikernels
 
+from ..gpu.device import Cpu, Meter
 from . import machine, stats
-from .declare import DTYPES, Benchmark, Outputs, Shape, Unavailable, cast
-from .device import Cpu, Meter
-from .entrant import EAGER, Entrant, entrants
+from .contender import EAGER, Contender, contenders
 from .memory import peak_extra
+from .spec import DTYPES, Benchmark, Outputs, Shape, Unavailable, cast
 
 MOST_ROUNDS = 101
 
@@ -57,7 +57,7 @@ class Options:
 def measure(benchmark: Benchmark, shape: Shape, mode: str, options: Options) -> dict[str, Any]:
     """One case, as the dictionary that goes into the JSON file."""
     device, dtype = options.device, DTYPES[options.dtype]
-    everyone = entrants(benchmark, options.providers, device.kind)
+    everyone = contenders(benchmark, options.providers, device.kind)
     started = machine.facts()
     options.notify(f"{benchmark.name} {shape.name} {mode}: inputs")
     with device.making():
@@ -76,8 +76,8 @@ def measure(benchmark: Benchmark, shape: Shape, mode: str, options: Options) -> 
         if options.memory and device.kind == "cpu":
             # after the race, and without its inputs and optimiser states in this process
             del inputs
-            for entrant in everyone:
-                entrant.runner = None
+            for contender in everyone:
+                contender.runner = None
             gc.collect()
             _memory(benchmark, shape, mode, racing, options)
     return {
@@ -94,51 +94,51 @@ def measure(benchmark: Benchmark, shape: Shape, mode: str, options: Options) -> 
         "facts": {
             key: started[key] for key in ("date", "load", "git", "level", "torch", "torch_threads")
         },
-        "providers": [_record(entrant, device) for entrant in everyone],
+        "providers": [_record(contender, device) for contender in everyone],
     }
 
 
 def _gate(
-    benchmark: Benchmark, inputs: Any, mode: str, everyone: list[Entrant], options: Options
+    benchmark: Benchmark, inputs: Any, mode: str, everyone: list[Contender], options: Options
 ) -> None:
     """Builds and calls each provider once, the yardstick first, and judges its outputs."""
     device = options.device
     yardstick: Outputs | None = None
-    for entrant in sorted(everyone, key=lambda e: e.name != EAGER):
-        options.notify(f"{benchmark.name} {mode}: gate, {entrant.name}")
+    for contender in sorted(everyone, key=lambda e: e.name != EAGER):
+        options.notify(f"{benchmark.name} {mode}: gate, {contender.name}")
         meter = Meter(device)
         outputs: Outputs = {}
         try:
-            with entrant.at_level(), device.making():
-                entrant.runner = entrant.provider.build(inputs, mode)
+            with contender.at_level(), device.making():
+                contender.runner = contender.provider.build(inputs, mode)
             device.poison()
-            outputs = entrant.call(device)
-            entrant.settle(device)
+            outputs = contender.call(device)
+            contender.settle(device)
             with meter.ignoring():
                 if yardstick is None:
                     yardstick = _own_copy(outputs, device)
                 verdict = benchmark.check(inputs, mode, outputs, yardstick)
             outputs = {}
             if device.kind != "cpu" and options.memory and verdict.ok:
-                _device_memory(entrant, device, meter)
+                _device_memory(contender, device, meter)
         except Unavailable as error:
-            entrant.record.update(status="absent", reason=str(error))
+            contender.record.update(status="absent", reason=str(error))
         except Exception as error:
             # a broken peer must not end the run of the others; the table shows why it is out
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            entrant.record.update(status="failed", reason=reason)
+            contender.record.update(status="failed", reason=reason)
             no_memory = isinstance(error, device.OutOfMemory)
-            if entrant.name == EAGER and (benchmark.yardstick is None or not no_memory):
+            if contender.name == EAGER and (benchmark.yardstick is None or not no_memory):
                 raise
         else:
-            entrant.record.update(
+            contender.record.update(
                 status="ok" if verdict.ok else "wrong",
                 reason=verdict.detail,
                 error=verdict.error,
                 eager_error=verdict.eager_error,
             )
-        if entrant.record["status"] != "ok":
-            entrant.runner = None
+        if contender.record["status"] != "ok":
+            contender.runner = None
             outputs = {}
             device.release()
         if yardstick is None:
@@ -153,28 +153,28 @@ def _own_copy(outputs: Outputs, device: Cpu) -> Outputs:
     return {name: tensor.clone() for name, tensor in outputs.items()}
 
 
-def _device_memory(entrant: Entrant, device: Cpu, meter: Meter) -> None:
+def _device_memory(contender: Contender, device: Cpu, meter: Meter) -> None:
     meter.built()
     meter.watch()
-    entrant.call(device, meter)
-    entrant.settle(device)
-    entrant.record["extra_bytes"] = max(0, meter.extra())
+    contender.call(device, meter)
+    contender.settle(device)
+    contender.record["extra_bytes"] = max(0, meter.extra())
 
 
-def _race(racing: list[Entrant], options: Options) -> None:
+def _race(racing: list[Contender], options: Options) -> None:
     device = options.device
     share = options.budget / max(1, len(racing))
     # the gate's call has compiled and touched everything; quick ones still warm up caches
-    for entrant in racing:
-        if entrant.seconds < 0.5:
+    for contender in racing:
+        if contender.seconds < 0.5:
             for _ in range(2):
-                if entrant.runner is not None:
-                    _call_or_drop(entrant, device)
+                if contender.runner is not None:
+                    _call_or_drop(contender, device)
     device.settle()
-    racing[:] = [entrant for entrant in racing if entrant.runner is not None]
-    for entrant in racing:
-        entrant.seconds = device.seconds(entrant.span)
-        entrant.lead = 1.5 * entrant.host_ms / 1e3
+    racing[:] = [contender for contender in racing if contender.runner is not None]
+    for contender in racing:
+        contender.seconds = device.seconds(contender.span)
+        contender.lead = 1.5 * contender.host_ms / 1e3
     # lower levels of ours are for information: a slow one takes no more than its share
     wanted = {
         e.name: max(1, min(options.rounds, int(share / max(e.seconds, 1e-9))))
@@ -193,50 +193,52 @@ def _race(racing: list[Entrant], options: Options) -> None:
             running = [
                 e for e in racing if done < wanted[e.name] or wanted[e.name] >= options.rounds
             ]
-            for entrant in running:
-                _call_or_drop(entrant, device)
+            for contender in running:
+                _call_or_drop(contender, device)
             device.settle()
-            for entrant in running:
-                if entrant.runner is not None:
-                    entrant.times.append(device.seconds(entrant.span) * 1e3)
-            racing[:] = [entrant for entrant in racing if entrant.runner is not None]
+            for contender in running:
+                if contender.runner is not None:
+                    contender.times.append(device.seconds(contender.span) * 1e3)
+            racing[:] = [contender for contender in racing if contender.runner is not None]
     finally:
         gc.enable()
 
 
-def _call_or_drop(entrant: Entrant, device: Cpu) -> None:
+def _call_or_drop(contender: Contender, device: Cpu) -> None:
     """A provider that finds no memory beside what all the others keep leaves the race."""
     try:
-        entrant.call(device)
+        contender.call(device)
     except device.OutOfMemory as error:
         reason = f"in the race, {type(error).__name__}: {error}".splitlines()[0]
-        entrant.record.update(status="failed", reason=reason)
-        entrant.runner, entrant.times = None, []
-    if entrant.runner is None:
+        contender.record.update(status="failed", reason=reason)
+        contender.runner, contender.times = None, []
+    if contender.runner is None:
         device.release()
 
 
 def _memory(
-    benchmark: Benchmark, shape: Shape, mode: str, racing: list[Entrant], options: Options
+    benchmark: Benchmark, shape: Shape, mode: str, racing: list[Contender], options: Options
 ) -> None:
-    for entrant in racing:
-        if entrant.level:
+    for contender in racing:
+        if contender.level:
             continue
-        options.notify(f"{benchmark.name} {shape.name} {mode}: memory, {entrant.name}")
-        answer = peak_extra(benchmark.name, shape.name, mode, entrant.name, torch.get_num_threads())
-        entrant.record["extra_bytes"] = answer.get("bytes")
+        options.notify(f"{benchmark.name} {shape.name} {mode}: memory, {contender.name}")
+        answer = peak_extra(
+            benchmark.name, shape.name, mode, contender.name, torch.get_num_threads()
+        )
+        contender.record["extra_bytes"] = answer.get("bytes")
         if "reason" in answer:
-            entrant.record["extra_reason"] = answer["reason"]
+            contender.record["extra_reason"] = answer["reason"]
 
 
-def _record(entrant: Entrant, device: Cpu) -> dict[str, Any]:
-    record = {"name": entrant.name, "screens": entrant.provider.screens, **entrant.record}
-    ours = entrant.name.startswith("ours") and device.kind == "cpu"
-    record["level"] = entrant.level or (mikernels.cpu_level() if ours else None)
-    record["times_ms"] = [round(t, 6) for t in entrant.times]
-    if entrant.times and device.kind != "cpu":
+def _record(contender: Contender, device: Cpu) -> dict[str, Any]:
+    record = {"name": contender.name, "screens": contender.provider.screens, **contender.record}
+    ours = contender.name.startswith("ours") and device.kind == "cpu"
+    record["level"] = contender.level or (mikernels.cpu_level() if ours else None)
+    record["times_ms"] = [round(t, 6) for t in contender.times]
+    if contender.times and device.kind != "cpu":
         # what the host spends on a call; above ms, the launches are the bottleneck
-        record["host_ms"] = round(entrant.host_ms, 6)
-    if entrant.times:
-        record["ms"] = stats.summary(entrant.times)
+        record["host_ms"] = round(contender.host_ms, 6)
+    if contender.times:
+        record["ms"] = stats.summary(contender.times)
     return record

@@ -17,9 +17,10 @@ import torch
 
 import mikernels
 from mikernels import _ext
+from mikernels.machine import cpu_flags, cpu_name
 
-from . import gpu
-from .device import Cpu, Cuda
+from ..gpu import gpu
+from ..gpu.device import Cpu, Cuda
 
 # of the processor's flags, those that decide speed here
 FLAGS = re.compile(r"^(avx|fma|f16c|amx|bmi2|sve|asimd|neon|avx512.*|avx_vnni|avx2)")
@@ -27,10 +28,9 @@ FLAGS = re.compile(r"^(avx|fma|f16c|amx|bmi2|sve|asimd|neon|avx512.*|avx_vnni|av
 
 def facts(device: Cpu | None = None) -> dict[str, Any]:
     """Everything that a number needs beside it; no host names and no paths."""
-    cpu = _cpuinfo()
     found = {
-        "cpu": cpu.get("model name") or platform.processor() or platform.machine(),
-        "flags": sorted(flag for flag in cpu.get("flags", "").split() if FLAGS.match(flag)),
+        "cpu": cpu_name(),
+        "flags": sorted(flag for flag in cpu_flags() if FLAGS.match(flag)),
         "cores": os.cpu_count(),
         "memory_gb": _memory_gb(),
         "system": f"{platform.system()} {platform.machine()}",
@@ -45,15 +45,6 @@ def facts(device: Cpu | None = None) -> dict[str, Any]:
         "load": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
     }
     return found | {"gpu": gpu.facts(device)} if isinstance(device, Cuda) else found
-
-
-def _cpuinfo() -> dict[str, str]:
-    path = Path("/proc/cpuinfo")
-    if not path.exists():
-        return {}
-    first = path.read_text().split("\n\n", 1)[0]
-    pairs = (line.split(":", 1) for line in first.splitlines() if ":" in line)
-    return {name.strip(): value.strip() for name, value in pairs}
 
 
 def _memory_gb() -> float | None:

@@ -26,8 +26,8 @@ import torch
 
 from mikernels import force_level
 
-from . import load
-from .declare import FAMILIES, Runner
+from .. import load
+from .spec import FAMILIES, Runner
 
 LIMIT_SECONDS = 300
 STATUS = Path("/proc/self/status")
@@ -39,7 +39,7 @@ def peak_extra(op: str, shape: str, mode: str, provider: str, threads: int) -> d
     if not CLEAR.exists():
         return {"reason": "needs Linux's /proc"}
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "mikernels.bench.harness"])
+    context.set_forkserver_preload(["torch", "mikernels.bench.harness.harness"])
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_child, args=(theirs, op, shape, mode, provider, threads))
     process.start()

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from .declare import Outputs, PairShape, Provider, Runner, Verdict, generator
-from .gate import values_gate
+from .correctness import values_gate
+from .spec import Outputs, PairShape, Provider, Runner, Verdict, generator
 
 Compute = Callable[[Any], torch.Tensor]
 

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from .declare import Unavailable
+from .spec import Unavailable
 from .synthetic import Weights
 
 # settings that keep libraries from talking to a network; a user's own settings win

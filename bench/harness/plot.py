@@ -10,7 +10,7 @@ from typing import Any
 from mikernels.files import explained, write_atomic
 
 from . import report
-from .declare import sizes_of
+from .spec import sizes_of
 
 FORMATS = (".svg", ".png")
 OURS, OTHERS, INK = "#0b7285", "#adb5bd", "#343a40"

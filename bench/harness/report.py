@@ -10,9 +10,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from . import gpu, load, predicted, stats
-from .declare import DTYPES, sizes_of
+from .. import load
+from ..gpu import gpu, predicted
+from . import stats
 from .machine import screen_gflops
+from .spec import DTYPES, sizes_of
 
 COLUMNS = ("ms", "p20 - p80", "rounds", "ratio", "95 % CI", "extra MB", "GB/s", "GFLOP/s")
 GATE = {

@@ -18,7 +18,7 @@ import torch
 from mikernels.files import explained, finite, read_json, write_json
 from mikernels.owning import owned
 
-from .declare import DTYPES
+from .spec import DTYPES
 
 SCHEMA = 1
 

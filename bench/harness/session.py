@@ -12,12 +12,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.status import Status
 
-from . import harness, machine, predicted, report, results
-from .declare import Benchmark, Shape
+from ..gpu import predicted
+from . import harness, machine, report, results
+from .spec import Benchmark, Shape
 
 
 class Case(NamedTuple):
-    """What is measured; dtype is a name of declare.DTYPES."""
+    """What is measured; dtype is a name of spec.DTYPES."""
 
     bench: Benchmark
     shape: Shape

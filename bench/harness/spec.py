@@ -158,6 +158,8 @@ class Benchmark:
     """One operator's benchmark.
 
     Attributes:
+        ops: the registered operators whose speed it answers for; each belongs to one benchmark, and
+            what is built on others' operators, such as a whole layer, has none.
         modes: the first is the default; "fwd", "bwd" (backward alone) or "step".
         shapes: what `all` measures, per mode. gpu_shapes: the same with --device cuda.
         gpu_dtypes: what it is measured in there; on a CPU everything is fp32. fp32_modes: modes
@@ -173,6 +175,7 @@ class Benchmark:
 
     name: str
     summary: str
+    ops: tuple[str, ...]
     modes: tuple[str, ...]
     shapes: dict[str, tuple[str, ...]]
     inputs: Callable[[Any, str, int], Any]

@@ -9,7 +9,7 @@ import torch
 
 from mikernels.ops.gradients import by_feature_reference, sae_gradients_reference
 
-from .declare import Outputs, Shape, generator
+from .spec import Outputs, Shape, generator
 
 # a gap below which two fp32 evaluations of a score may disagree about the k-th feature
 CLEAR_GAP = 2e-5

@@ -7,8 +7,8 @@ import torch
 
 from mikernels.ops.adam import adam_rows_op, grad_sumsq_op
 
-from .declare import Benchmark, Outputs, Provider, Runner, Shape, Verdict, compiled, generator
-from .gate import values_gate
+from ..harness.correctness import values_gate
+from ..harness.spec import Benchmark, Outputs, Provider, Runner, Shape, Verdict, compiled, generator
 
 LR, BETA1, BETA2, EPS = 3e-4, 0.9, 0.999, 1e-8
 CLIP = 1.0
@@ -102,6 +102,7 @@ def _check(inputs: _Inputs, mode: str, outputs: Outputs, eager: Outputs) -> Verd
 BENCHMARK = Benchmark(
     name="adam",
     summary="the decoder's update with its constraint",
+    ops=("adam_rows_", "grad_sumsq"),
     modes=("step",),
     shapes={"step": ("S1",)},
     inputs=_Inputs,

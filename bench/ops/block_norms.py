@@ -7,8 +7,8 @@ import torch
 
 import mikernels
 
-from .declare import Benchmark
-from .pairs import against, operands, runs
+from ..harness.pairs import against, operands, runs
+from ..harness.spec import Benchmark
 
 
 def _make(s, randn):
@@ -26,6 +26,7 @@ def _exact(x):
 BENCHMARK = Benchmark(
     name="block_norms",
     summary="|a_i b_j| for every pair of heads",
+    ops=("block_norms",),
     modes=("fwd",),
     shapes={"fwd": ("composition",)},
     gpu_shapes={"fwd": ("composition",)},

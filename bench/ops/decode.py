@@ -11,8 +11,9 @@ import torch
 import mikernels
 from mikernels.ops.decode import decode_op, reference
 
-from . import peers
-from .declare import (
+from ..harness import peers
+from ..harness.correctness import values_gate
+from ..harness.spec import (
     CUDA,
     Benchmark,
     Outputs,
@@ -26,8 +27,7 @@ from .declare import (
     generator,
     need,
 )
-from .gate import values_gate
-from .synthetic import Weights
+from ..harness.synthetic import Weights
 
 GRADIENTS = ("values", "w_dec", "b_dec")
 
@@ -164,6 +164,7 @@ def _exact(inputs: _Inputs, mode: str) -> Outputs:
 BENCHMARK = Benchmark(
     name="decode",
     summary="reconstructions from k features a token; eager is embedding_bag",
+    ops=("decode", "gather_dot", "feature_sum"),
     modes=("fwd", "bwd"),
     shapes={"fwd": ("S1",)},
     inputs=_Inputs,

@@ -7,8 +7,8 @@ import torch
 
 import mikernels
 
-from .declare import Benchmark
-from .pairs import against, operands, runs
+from ..harness.pairs import against, operands, runs
+from ..harness.spec import Benchmark
 
 
 def _make(s, randn):
@@ -39,6 +39,7 @@ def _bytes(s, mode, size):
 BENCHMARK = Benchmark(
     name="edge_heads",
     summary="edge scores whose writers are heads, given by z",
+    ops=("edge_heads_",),
     modes=("fwd",),
     shapes={"fwd": ("gpt2", "llama")},
     gpu_shapes={"fwd": ("gpt2", "llama")},

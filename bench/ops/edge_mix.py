@@ -7,8 +7,8 @@ import torch
 
 import mikernels
 
-from .declare import Benchmark
-from .pairs import against, operands, runs
+from ..harness.pairs import against, operands, runs
+from ..harness.spec import Benchmark
 
 
 def _make(s, randn):
@@ -30,6 +30,7 @@ def _matmul(x):
 BENCHMARK = Benchmark(
     name="edge_mix",
     summary="base + mask^T delta for every reader",
+    ops=("edge_mix",),
     modes=("fwd",),
     shapes={"fwd": ("gpt2-layer", "llama")},
     gpu_shapes={"fwd": ("gpt2-layer", "llama")},

@@ -7,8 +7,8 @@ import torch
 
 import mikernels
 
-from .declare import Benchmark, Target
-from .pairs import against, operands, runs
+from ..harness.pairs import against, operands, runs
+from ..harness.spec import Benchmark, Target
 
 
 def _make(s, randn):
@@ -37,6 +37,7 @@ def _exact(x):
 BENCHMARK = Benchmark(
     name="edge_scores",
     summary="scores of the edges from every earlier writer to the readers of one hook",
+    ops=(),
     modes=("fwd",),
     shapes={"fwd": ("gpt2", "gpt2-layer", "llama")},
     gpu_shapes={"fwd": ("gpt2", "gpt2-layer", "llama")},

@@ -11,8 +11,9 @@ import torch
 import mikernels
 from mikernels.ops.encode import encode_op
 
-from . import peers
-from .declare import (
+from ..harness import peers
+from ..harness.correctness import Truth, selection_gate, truths, values_gate
+from ..harness.spec import (
     CUDA,
     Benchmark,
     Outputs,
@@ -26,8 +27,7 @@ from .declare import (
     generator,
     need,
 )
-from .gate import Truth, selection_gate, truths, values_gate
-from .synthetic import Weights
+from ..harness.synthetic import Weights
 
 GRADIENTS = ("x", "w_enc", "b_enc", "b_dec")
 
@@ -191,6 +191,7 @@ def _exact_gradients(inputs: Inputs) -> Outputs:
 BENCHMARK = Benchmark(
     name="encode",
     summary="the k best features of every token, exactly",
+    ops=("encode",),
     modes=("fwd", "bwd"),
     shapes={"fwd": ("S1", "S2")},
     inputs=Inputs,

@@ -7,8 +7,8 @@ import torch
 
 import mikernels
 
-from .declare import Benchmark
-from .pairs import against, operands, runs
+from ..harness.pairs import against, operands, runs
+from ..harness.spec import Benchmark
 
 
 def _make(s, randn):
@@ -27,6 +27,7 @@ def _products(x):
 BENCHMARK = Benchmark(
     name="grad_gram",
     summary="<grad_i, grad_j> from activations and output gradients",
+    ops=("gram_products_",),
     modes=("fwd",),
     shapes={"fwd": ("samples",)},
     gpu_shapes={"fwd": ("samples",)},

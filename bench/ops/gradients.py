@@ -14,10 +14,10 @@ import torch
 import mikernels
 from mikernels.ops.gradients import sae_gradients_op, weighted_row_sum
 
-from . import peers
-from .declare import Benchmark, Outputs, Provider, Runner, Shape, Target, Unavailable, Verdict
-from .gate import values_gate
-from .synthetic import WEIGHTS, SAEBatch, exact_gradients
+from ..harness import peers
+from ..harness.correctness import values_gate
+from ..harness.spec import Benchmark, Outputs, Provider, Runner, Shape, Target, Unavailable, Verdict
+from ..harness.synthetic import WEIGHTS, SAEBatch, exact_gradients
 
 ACC = torch.float32
 
@@ -132,6 +132,7 @@ def _bytes(s: Shape, mode: str, size: int) -> float:
 BENCHMARK = Benchmark(
     name="gradients",
     summary="every weight gradient of an SAE, from its codes",
+    ops=("by_feature", "sae_gradients_"),
     modes=("bwd",),
     shapes={"bwd": ("S1",)},
     inputs=SAEBatch,

@@ -11,7 +11,9 @@ import torch
 
 from mikernels.integrations.transformer_lens import fast_heads
 
-from .declare import (
+from ..harness.correctness import values_gate
+from ..harness.pairs import Operands, operands
+from ..harness.spec import (
     CPU,
     Benchmark,
     Outputs,
@@ -22,8 +24,6 @@ from .declare import (
     Unavailable,
     Verdict,
 )
-from .gate import values_gate
-from .pairs import Operands, operands
 
 
 def _make(s: PairShape, randn):
@@ -80,6 +80,7 @@ def _check(inputs: Operands, mode: str, outputs: Outputs, eager: Outputs) -> Ver
 BENCHMARK = Benchmark(
     name="head_result",
     summary="an attention layer of TransformerLens with use_attn_result",
+    ops=(),
     modes=("bwd", "fwd"),
     shapes={"bwd": ("gpt2",), "fwd": ("gpt2",)},
     inputs=operands(_make),

@@ -7,8 +7,8 @@ import torch
 
 import mikernels
 
-from .declare import Benchmark
-from .pairs import against, operands, runs
+from ..harness.pairs import against, operands, runs
+from ..harness.spec import Benchmark
 
 FRACTION = 0.98
 
@@ -32,6 +32,7 @@ def _exact(x):
 BENCHMARK = Benchmark(
     name="mass_threshold",
     summary="threshold above which 98 % of the mass lies",
+    ops=("mass_threshold",),
     modes=("fwd",),
     shapes={"fwd": ("scores",)},
     inputs=operands(_make),

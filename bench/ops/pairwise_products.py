@@ -7,8 +7,8 @@ import torch
 
 import mikernels
 
-from .declare import Benchmark
-from .pairs import against, operands, runs
+from ..harness.pairs import against, operands, runs
+from ..harness.spec import Benchmark
 
 
 def _make(s, randn):
@@ -27,6 +27,7 @@ def _long(x):
 BENCHMARK = Benchmark(
     name="pairwise_products",
     summary="Gram matrix of gradients, summed over a batch",
+    ops=("pair_products_",),
     modes=("fwd",),
     shapes={"fwd": ("gradients",)},
     gpu_shapes={"fwd": ("gradients",)},

@@ -7,8 +7,8 @@ import torch
 
 import mikernels
 
-from .declare import Benchmark, Outputs, Provider, Runner, Target, Verdict
-from .pairs import Operands, operands
+from ..harness.pairs import Operands, operands
+from ..harness.spec import Benchmark, Outputs, Provider, Runner, Target, Verdict
 
 
 def _make(s, randn):
@@ -66,6 +66,7 @@ def _provider(name: str, run, **kind) -> Provider:
 BENCHMARK = Benchmark(
     name="pairwise_topk",
     summary="the k strongest of n x m inner products",
+    ops=("pairwise_topk",),
     modes=("fwd",),
     shapes={"fwd": ("features",)},
     gpu_shapes={"fwd": ("features", "features-64k")},

@@ -7,8 +7,8 @@ import torch
 
 import mikernels
 
-from .declare import Benchmark, Target
-from .pairs import against, operands, runs
+from ..harness.pairs import against, operands, runs
+from ..harness.spec import Benchmark, Target
 
 
 def _make(s, randn):
@@ -30,6 +30,7 @@ def _exact(x):
 BENCHMARK = Benchmark(
     name="positional_dot",
     summary="<grads[b, position], vector> for every active feature",
+    ops=("positional_dot_",),
     modes=("fwd",),
     shapes={"fwd": ("graph",)},
     gpu_shapes={"fwd": ("graph",)},

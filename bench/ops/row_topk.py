@@ -10,7 +10,8 @@ import torch
 import mikernels
 from mikernels.ops.row_topk import row_topk_op
 
-from .declare import (
+from ..harness.correctness import Truth, selection_gate, truths, values_gate
+from ..harness.spec import (
     CUDA,
     Benchmark,
     Outputs,
@@ -23,7 +24,6 @@ from .declare import (
     generator,
     need,
 )
-from .gate import Truth, selection_gate, truths, values_gate
 
 
 class _Inputs:
@@ -90,6 +90,7 @@ def _check(inputs: _Inputs, mode: str, outputs: Outputs, eager: Outputs) -> Verd
 BENCHMARK = Benchmark(
     name="row_topk",
     summary="the k largest of every row, with indices",
+    ops=("row_topk",),
     modes=("fwd", "bwd"),
     shapes={"fwd": ("S1",)},
     inputs=_Inputs,

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import mikernels
 
-from .declare import Benchmark
-from .pairs import against, operands, runs
+from ..harness.pairs import against, operands, runs
+from ..harness.spec import Benchmark
 
 
 def _make(s, randn):
@@ -16,6 +16,7 @@ def _make(s, randn):
 BENCHMARK = Benchmark(
     name="second_moment",
     summary="sum of x x^T over tokens",
+    ops=(),
     modes=("fwd",),
     shapes={"fwd": ("tokens",)},
     gpu_shapes={"fwd": ("tokens",)},

@@ -23,9 +23,19 @@ from mikernels.training.fused import FusedStep
 from mikernels.training.graph import GraphedStep
 from mikernels.training.metrics import PARTS, Clock, Means
 
-from . import peers
-from .declare import CUDA, Benchmark, Outputs, Provider, Runner, Shape, Target, Verdict, compiled
-from .synthetic import WEIGHTS, SAEBatch, exact_codes, exact_gradients
+from ..harness import peers
+from ..harness.spec import (
+    CUDA,
+    Benchmark,
+    Outputs,
+    Provider,
+    Runner,
+    Shape,
+    Target,
+    Verdict,
+    compiled,
+)
+from ..harness.synthetic import WEIGHTS, SAEBatch, exact_codes, exact_gradients
 
 LR, EPS, CLIP = 1e-4, 1e-8, 1.0
 
@@ -217,6 +227,7 @@ def _flops(s: Shape, mode: str) -> float:
 BENCHMARK = Benchmark(
     name="step",
     summary="a whole training step, ours against the libraries' own",
+    ops=("decode_error", "sae_update_"),
     modes=("step",),
     shapes={"step": ("S1",)},
     inputs=SAEBatch,
