@@ -14,9 +14,10 @@ from rich.console import Console
 from rich.markup import escape
 from typer.core import TyperGroup
 
-from . import NAMES, harness, load, results, session
-from . import device as devices
-from .declare import DTYPES, FAMILIES, GPU_SHAPES, PAIR_SHAPES, SHAPES, Benchmark, sizes_of
+from . import load, names
+from .gpu import device as devices
+from .harness import harness, results, session
+from .harness.spec import DTYPES, FAMILIES, GPU_SHAPES, PAIR_SHAPES, SHAPES, Benchmark, sizes_of
 
 
 class _RunByDefault(TyperGroup):
@@ -95,7 +96,7 @@ def run(
         where = devices.get(device)
         if check and json_file is not None:
             raise ValueError("bench: --check measures nothing to save; leave out it or --json")
-        chosen = [load(name) for name in (NAMES if ops == ["all"] else ops)]
+        chosen = [load(name) for name in (names() if ops == ["all"] else ops)]
         cases = _cases(chosen, shape, mode, dtype, device)
         options = harness.Options(
             providers=tuple(providers.split(",")),
@@ -126,9 +127,9 @@ def predict(
     ] = None,
 ) -> None:
     """Write down the times expected on a GPU, from bytes, arithmetic and machine code."""
-    from . import predicted
-    from .predict import predictions
-    from .rates import DEVICES
+    from .gpu import predicted
+    from .gpu.predict import predictions
+    from .harness.rates import DEVICES
 
     for name in devices_named or DEVICES:
         if name not in DEVICES:
@@ -144,7 +145,7 @@ def crossover(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
 ) -> None:
     """Check that `auto` is at most 5 % slower than the better of sparse and dense."""
-    from . import tune
+    from .gpu import tune
 
     try:
         slow = tune.slow_choices(devices.get(device))
@@ -161,7 +162,7 @@ def plot(
     out: Annotated[Path, typer.Option(help="Picture to write: .svg or .png.")],
 ) -> None:
     """Draw a results file."""
-    from .plot import draw
+    from .harness.plot import draw
 
     try:
         draw(results.load(file), out)
@@ -171,16 +172,16 @@ def plot(
 
 
 def _list(console: Console) -> None:
-    for name in NAMES:
+    for name in names():
         bench = load(name)
         entries = ", ".join(provider.name for provider in bench.providers)
-        cases = ", ".join(f"{mode}: {' '.join(names)}" for mode, names in bench.shapes.items())
+        cases = ", ".join(f"{mode}: {' '.join(s)}" for mode, s in bench.shapes.items())
         console.print(f"[bold]{name}[/]  {bench.summary}")
         console.print(f"  modes {', '.join(bench.modes)}; `all` measures {cases}")
         console.print(f"  providers {entries}; baseline {bench.baseline}")
-        for m, names in bench.gpu_shapes.items():
+        for m, shapes in bench.gpu_shapes.items():
             dtypes = ", ".join(bench.gpu_dtypes)
-            console.print(f"  cuda, {m}: {' '.join(names)} in {dtypes}", highlight=False)
+            console.print(f"  cuda, {m}: {' '.join(shapes)} in {dtypes}", highlight=False)
     for s in (*SHAPES.values(), *PAIR_SHAPES.values(), *GPU_SHAPES.values()):
         console.print(f"{s.name}: {sizes_of(vars(s))}", highlight=False)
 
@@ -234,14 +235,14 @@ def _known(option: str, words: str | None, choices: Iterable[str]) -> None:
 def _check_providers(
     chosen: list[Benchmark], patterns: tuple[str, ...], baseline: str | None, device: str
 ) -> None:
-    names = {e.name: None for bench in chosen for e in harness.entrants(bench, kind=device)}
+    here = {e.name: None for bench in chosen for e in harness.contenders(bench, kind=device)}
     # what is left out need not be there, but must have a name that some operator knows
-    every = {e.name for name in NAMES for e in harness.entrants(load(name), kind=device)}
+    every = {e.name for name in names() for e in harness.contenders(load(name), kind=device)}
     for pattern in patterns:
-        known = every if pattern.startswith("!") else names
+        known = every if pattern.startswith("!") else here
         if not fnmatch.filter(known, pattern.removeprefix("!")):
             raise ValueError(
-                f"bench: --providers must match some of {', '.join(names)}, got {pattern!r}"
+                f"bench: --providers must match some of {', '.join(here)}, got {pattern!r}"
             )
     for bench in chosen if baseline else ():
         own = [provider.name for provider in bench.providers if device in provider.devices]

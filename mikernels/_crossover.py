@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import platform
 import warnings
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from typing import Any
 import torch
 
 from mikernels.files import read_json
+from mikernels.machine import cpu_name
 
 SCHEMA = 1
 PACKAGED = Path(__file__).with_name("_tuned.json")
@@ -62,17 +62,6 @@ def _load_user_table() -> dict[str, list[Entry]]:
     except ValueError as error:
         warnings.warn(f"{error}; until then the packaged table counts", stacklevel=2)
         return {}
-
-
-def cpu_name() -> str:
-    """The processor's model, as /proc/cpuinfo gives it."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 def device_name(device: torch.device) -> str:

@@ -5,15 +5,15 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
-import pkgutil
 import platform
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
+
+from mikernels.machine import cpu_flags, cpu_name
 
 if TYPE_CHECKING:
     from mikernels._dispatch import Op
@@ -49,21 +49,12 @@ def _absence(package: str) -> str:
 
 
 def _cpu() -> dict[str, Any]:
-    model, flags = platform.processor() or platform.machine(), set()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            name, _, value = line.partition(":")
-            if name.strip() == "model name":
-                model = value.strip()
-            elif name.strip() in ("flags", "Features"):
-                flags = set(value.split())
-                break
+    flags = cpu_flags()
     count = os.cpu_count()
     if hasattr(os, "sched_getaffinity"):
         count = len(os.sched_getaffinity(0))
     features = [flag for flag in CPU_FLAGS.split() if flag in flags]
-    return {"model": model, "cores": count, "features": features}
+    return {"model": cpu_name(), "cores": count, "features": features}
 
 
 def collect(peaks: bool = False) -> dict[str, Any]:
@@ -75,12 +66,8 @@ def collect(peaks: bool = False) -> dict[str, Any]:
     import torch
 
     import mikernels
-    from mikernels import _ext, ops
-    from mikernels._dispatch import OPS
-
-    # an operator registers itself when its module is imported
-    for module in pkgutil.iter_modules(ops.__path__):
-        importlib.import_module(f"mikernels.ops.{module.name}")
+    from mikernels import _ext
+    from mikernels.ops import registered
 
     facts: dict[str, Any] = {
         "mikernels": mikernels.__version__,
@@ -95,7 +82,7 @@ def collect(peaks: bool = False) -> dict[str, Any]:
         "extension": {"loaded": _ext.C is not None, "reason": _ext.MISSING},
         "build": _ext.build_facts(),
         "environment": {name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
-        "operators": {name: _states(op) for name, op in sorted(OPS.items())},
+        "operators": {name: _states(op) for name, op in registered().items()},
     }
     if peaks:
         facts["peaks"] = _ext.C.measure_peaks() if _ext.C is not None else None

@@ -13,9 +13,10 @@ from full_disk import largest_file
 from typer.testing import CliRunner
 
 import mikernels
-from mikernels.bench import NAMES, gate, harness, load, memory, peers, report, results, stats
+from mikernels.bench import load, names
 from mikernels.bench.cli import app
-from mikernels.bench.declare import SHAPES, Provider, Runner, Unavailable
+from mikernels.bench.harness import correctness, harness, memory, peers, report, results, stats
+from mikernels.bench.harness.spec import SHAPES, Provider, Runner, Unavailable
 
 SMOKE = SHAPES["smoke"]
 QUICK = harness.Options(rounds=2, budget=0.0, memory=False)
@@ -31,8 +32,8 @@ def invoke(*words: object) -> tuple[int, str]:
 
 def without_compile(*ops: str) -> str:
     """Inductor takes seconds a kernel; one test of its own is enough."""
-    names = {entrant.name for op in ops for entrant in harness.entrants(load(op))}
-    return ",".join(sorted(names - {"compile"}))
+    known = {contender.name for op in ops for contender in harness.contenders(load(op))}
+    return ",".join(sorted(known - {"compile"}))
 
 
 @pytest.fixture(scope="module")
@@ -40,12 +41,12 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A results file with every op at the smoke shape, two rounds."""
     path = tmp_path_factory.mktemp("bench") / "new" / "smoke.json"
     words = ["--shape", "smoke", "--rounds", 2, "--budget", 0, "--no-memory", "--json", path]
-    code, output = invoke("all", *words, "--providers", without_compile(*NAMES))
+    code, output = invoke("all", *words, "--providers", without_compile(*names()))
     assert code == 0, output
     return path
 
 
-@pytest.mark.parametrize("op", NAMES)
+@pytest.mark.parametrize("op", names())
 def test_bench_check(op: str) -> None:
     code, output = invoke(op, "--shape", "smoke", "--check", "--providers", without_compile(op))
     assert code == 0, output
@@ -63,14 +64,14 @@ def test_bench_json_holds_everything(measured: Path) -> None:
     )
     assert file["peaks"]["all"]["fma_gflops"] > 0
     cases = {(case["op"], case["mode"]): case for case in file["cases"]}
-    assert set(cases) == {(op, mode) for op in NAMES for mode in load(op).modes}
+    assert set(cases) == {(op, mode) for op in names() for mode in load(op).modes}
     for case in cases.values():
-        names = [p["name"] for p in case["providers"]]
-        assert {"ours", "eager"} <= set(names)
+        shown = [p["name"] for p in case["providers"]]
+        assert {"ours", "eager"} <= set(shown)
         # a layer of another library, with our product in it, has no levels
         levels = mikernels.supported_levels() if case["op"] != "head_result" else ()
         for level in levels:
-            assert level == mikernels.cpu_level() or f"ours:{level}" in names
+            assert level == mikernels.cpu_level() or f"ours:{level}" in shown
         for p in case["providers"]:
             assert p["status"] in ("ok", "absent") and (p["status"] == "ok" or p["reason"])
             # levels below the one in use may stop at their share of the time
@@ -154,7 +155,7 @@ def test_bench_gate_fails_a_wrong_provider(
     kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     wrong = swapped("row_topk", broken=top_k_with(WRONG[kind]))
-    monkeypatch.setattr("mikernels.bench.row_topk.BENCHMARK", wrong)
+    monkeypatch.setattr("mikernels.bench.ops.row_topk.BENCHMARK", wrong)
     path = tmp_path / "out.json"
     words = ["--shape", "smoke", "--mode", "fwd", "--rounds", 2, "--budget", 0, "--no-memory"]
     code, output = invoke("row_topk", *words, "--json", path)
@@ -201,7 +202,7 @@ def test_bench_shows_failing_and_absent_providers(
         raise RuntimeError("its own bug")
 
     monkeypatch.setattr(
-        "mikernels.bench.row_topk.BENCHMARK", swapped("row_topk", gone=absent, buggy=breaks)
+        "mikernels.bench.ops.row_topk.BENCHMARK", swapped("row_topk", gone=absent, buggy=breaks)
     )
     code, output = invoke("row_topk", "--shape", "smoke", "--check")
     # a peer's failure is reported and is not ours
@@ -292,8 +293,8 @@ def test_peers_leave_torch_as_it_is(tmp_path: Path, run_python) -> None:
         import sys
         sys.path.insert(0, {str(tmp_path)!r})
         import torch
-        from mikernels.bench import peers
-        from mikernels.bench.declare import compiled
+        from mikernels.bench.harness import peers
+        from mikernels.bench.harness.spec import compiled
         library = peers._module("dictionary_learning", "dictionary-learning")
         assert "nnsight" not in sys.modules
         print(library.LanguageModel.__name__)
@@ -330,15 +331,15 @@ def test_gate_keeps_a_nan_wherever_it_comes() -> None:
     exact = {"a": good.double(), "b": good.double()}
     for outputs in ({"a": good, "b": bad}, {"a": bad, "b": good}):
         for theirs in ({"a": good, "b": good}, outputs):
-            verdict = gate.values_gate(outputs, theirs, exact)
+            verdict = correctness.values_gate(outputs, theirs, exact)
             assert not verdict.ok and verdict.error != verdict.error
     # where eager overflows, nothing is measured by it
     over = torch.tensor([1.0, float("inf"), 1.0])
     for ours in (good, 3 * good, over):
-        verdict = gate.values_gate({"a": ours}, {"a": over}, {"a": good.double()})
+        verdict = correctness.values_gate({"a": ours}, {"a": over}, {"a": good.double()})
         assert not verdict.ok and "allowed inf" in verdict.detail
     with pytest.raises(ValueError, match="scores to select by must be finite, got NaN or inf"):
-        gate.truths(lambda part: (bad[None].double(), good[None]), 1, 3, 1)
+        correctness.truths(lambda part: (bad[None].double(), good[None]), 1, 3, 1)
 
 
 @pytest.mark.parametrize(

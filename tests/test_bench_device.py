@@ -11,11 +11,13 @@ import torch
 from fake_cuda import FakeCuda
 from typer.testing import CliRunner
 
-from mikernels.bench import NAMES, declare, gate, gpu, harness, load, predicted, report, results
-from mikernels.bench import device as devices
+from mikernels.bench import load, names
 from mikernels.bench.cli import app
-from mikernels.bench.declare import GPU_SHAPES, SHAPES
-from mikernels.bench.device import Cpu, Cuda, Meter
+from mikernels.bench.gpu import device as devices
+from mikernels.bench.gpu import gpu, predicted
+from mikernels.bench.gpu.device import Cpu, Cuda, Meter
+from mikernels.bench.harness import correctness, harness, report, results, spec
+from mikernels.bench.harness.spec import GPU_SHAPES, SHAPES
 
 SMOKE = SHAPES["smoke"]
 
@@ -37,8 +39,8 @@ def cuda(api: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> Cuda:
 
 def providers(op: str) -> str:
     """What runs on CPU tensors, without what is slow or 16-bit only on a GPU."""
-    names = {e.name for e in harness.entrants(load(op), kind="cuda")}
-    return ",".join(sorted(n for n in names - {"compile", "csr"} if ":" not in n))
+    known = {e.name for e in harness.contenders(load(op), kind="cuda")}
+    return ",".join(sorted(n for n in known - {"compile", "csr"} if ":" not in n))
 
 
 def invoke(*words: object) -> tuple[int, str]:
@@ -49,7 +51,7 @@ def invoke(*words: object) -> tuple[int, str]:
 
 
 # heads' results and mass_threshold have no GPU kernel of ours
-@pytest.mark.parametrize("op", [op for op in NAMES if load(op).gpu_shapes])
+@pytest.mark.parametrize("op", names(gpu=True))
 def test_bench_cuda_runs_and_reports(op: str, cuda: Cuda, tmp_path: Path) -> None:
     path = tmp_path / "gpu.json"
     words = [op, "--device", "cuda", "--shape", "smoke", "--rounds", 2, "--budget", 0]
@@ -93,9 +95,9 @@ def test_bench_eager_out_of_memory_is_a_result(cuda: Cuda, monkeypatch: pytest.M
         def run():
             raise torch.OutOfMemoryError("CUDA out of memory")
 
-        return declare.Runner(run)
+        return spec.Runner(run)
 
-    eager = declare.Provider("eager", fails)
+    eager = spec.Provider("eager", fails)
     ours = benchmark.provider("ours")
     starved = replace(benchmark, providers=(ours, eager))
     options = harness.Options(rounds=2, budget=0.0, device=cuda)
@@ -113,8 +115,8 @@ def test_bench_cuda_goes_on_after_a_broken_case(
     def fails(inputs, mode):
         raise RuntimeError("eager [cannot] do this")
 
-    broken = replace(load("row_topk"), providers=(declare.Provider("eager", fails),))
-    monkeypatch.setattr("mikernels.bench.row_topk.BENCHMARK", broken)
+    broken = replace(load("row_topk"), providers=(spec.Provider("eager", fails),))
+    monkeypatch.setattr("mikernels.bench.ops.row_topk.BENCHMARK", broken)
     words = ["row_topk", "adam", "--device", "cuda", "--shape", "smoke", "--mode", "fwd,step"]
     code, output = invoke(*words, "--providers", "eager", "--check", "--dtype", "fp32")
     assert code == 1 and "adam step smoke" in output
@@ -135,9 +137,9 @@ def test_bench_out_of_memory_in_the_race(cuda: Cuda) -> None:
             return inner.run()
 
         inner = benchmark.provider("eager").build(inputs, mode)
-        return declare.Runner(run)
+        return spec.Runner(run)
 
-    hungry = declare.Provider("hungry", build)
+    hungry = spec.Provider("hungry", build)
     some = replace(benchmark, providers=(hungry, benchmark.provider("eager")))
     options = harness.Options(rounds=3, budget=0.0, device=cuda)
     records = {p["name"]: p for p in harness.measure(some, SMOKE, "fwd", options)["providers"]}
@@ -147,15 +149,15 @@ def test_bench_out_of_memory_in_the_race(cuda: Cuda) -> None:
 
 
 def test_provider_patterns() -> None:
-    names = [e.name for e in harness.entrants(load("encode"), ("*", "!compile", "!s*"), "cuda")]
-    assert "compile" not in names and "sparsify" not in names
-    assert {"ours", "eager", "mm_row_topk"} <= set(names)
+    shown = [e.name for e in harness.contenders(load("encode"), ("*", "!compile", "!s*"), "cuda")]
+    assert "compile" not in shown and "sparsify" not in shown
+    assert {"ours", "eager", "mm_row_topk"} <= set(shown)
 
 
 @pytest.mark.parametrize("op", ["row_topk", "encode"])
 def test_bench_gate_judges_a_sample(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # room for 7 tokens of fp64 scores
-    monkeypatch.setattr(gate, "SCORE_BYTES", 7 * 8 * SMOKE.f)
+    monkeypatch.setattr(correctness, "SCORE_BYTES", 7 * 8 * SMOKE.f)
     benchmark = load(op)
     inputs = benchmark.inputs(SMOKE, "fwd", 0)
     outputs = benchmark.provider("ours").build(inputs, "fwd").run()
@@ -168,13 +170,13 @@ def test_bench_gate_judges_a_sample(op: str, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_bench_gate_compares_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gate, "PIECE", 7)
+    monkeypatch.setattr(correctness, "PIECE", 7)
     exact = torch.randn(5, 5, dtype=torch.float64)
     off = exact.clone()
     off[3, 3] += 0.25
-    assert gate._worst(off, exact) == pytest.approx(0.25)
+    assert correctness._worst(off, exact) == pytest.approx(0.25)
     off[1, 1] = torch.nan
-    assert not gate._worst(off, exact) <= 1
+    assert not correctness._worst(off, exact) <= 1
 
 
 def test_meter_subtracts_what_the_gate_holds(api: FakeCuda) -> None:
@@ -216,16 +218,16 @@ def test_bench_cuda_options(cuda: Cuda) -> None:
 
 def test_every_gpu_case_is_predicted() -> None:
     for key in ("h100", "h200"):
-        for op in NAMES:
+        for op in names():
             benchmark = load(op)
-            for mode, names in benchmark.gpu_shapes.items():
-                for name in names:
+            for mode, shapes in benchmark.gpu_shapes.items():
+                for name in shapes:
                     for dtype in set(benchmark.gpu_dtypes) - {"fp16"}:
                         case = {
                             "op": op,
                             "mode": mode,
-                            "shape": vars((GPU_SHAPES | declare.PAIR_SHAPES)[name]),
-                            "dtype": str(declare.DTYPES[dtype]).removeprefix("torch."),
+                            "shape": vars((GPU_SHAPES | spec.PAIR_SHAPES)[name]),
+                            "dtype": str(spec.DTYPES[dtype]).removeprefix("torch."),
                         }
                         found = predicted.find(case, f"NVIDIA {key.upper()} 80GB HBM3")
                         assert found is not None and 0 < found["floor_ms"] <= found["ms"]

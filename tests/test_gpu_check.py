@@ -11,10 +11,11 @@ import pytest
 import torch
 from fake_cuda import FakeCuda
 
-from mikernels.bench import NAMES, cli, falsify, gpu, gpu_check, gpu_parts, load
-from mikernels.bench.declare import Provider, Runner
-from mikernels.bench.device import Cuda
-from mikernels.bench.gpu_check import Part, check, merge
+from mikernels.bench import cli, load, names
+from mikernels.bench.gpu import assumptions, gpu, gpu_check, gpu_parts
+from mikernels.bench.gpu.device import Cuda
+from mikernels.bench.gpu.gpu_check import Part, check, merge
+from mikernels.bench.harness.spec import Provider, Runner
 
 
 def python(name: str, code: str, seconds: float = 60.0, **more) -> Part:
@@ -144,13 +145,15 @@ def test_the_real_parts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
     found = gpu_check.parts("python")
     assert len({part.name for part in found}) == len(found)
     assert found[0].env["MIKERNELS_ARCHS"] == "9.0"
-    modules = {part.command[3] for part in found if "mikernels.bench.gpu_parts" in part.command[:3]}
+    modules = {
+        part.command[3] for part in found if "mikernels.bench.gpu.gpu_parts" in part.command[:3]
+    }
     modules |= {part.command[-2] for part in found if part.tool == "compute-sanitizer"}
     assert modules == set(gpu_parts.PARTS)
     for part in found:
         if part.name.startswith("bench_"):
             ops, patterns = part.command[4], part.command[part.command.index("--providers") + 1]
-            chosen = [load(name) for name in (NAMES if ops == "all" else [ops])]
+            chosen = [load(name) for name in (names() if ops == "all" else [ops])]
             cli._check_providers(chosen, tuple(patterns.split(",")), None, "cuda")
         if part.name == "tests":
             paths = [word for word in part.command if word.startswith("tests/")]
@@ -216,17 +219,17 @@ def test_graph_part(device: Cuda, monkeypatch: pytest.MonkeyPatch) -> None:
     assert device.api.captured > 0
 
 
-def test_falsify_items(device: Cuda) -> None:
-    found = falsify.run(device, 0.004)
+def test_assumptions_items(device: Cuda) -> None:
+    found = assumptions.run(device, 0.004)
     assert len(found["items"]) == 14
     # Triton's kernels need a GPU
     absent = {item["statement"] for item in found["items"] if item["verdict"] == "not measured"}
     assert absent == set(found["wrong"]) and all("group maxima" in name for name in absent)
 
 
-def test_falsify_records_what_cannot_run(device: Cuda) -> None:
-    ground = falsify.Ground(device)
-    item = falsify.Item("statement", 1.0, 0.5, 1.5, "ms", "a plan")
+def test_assumptions_records_what_cannot_run(device: Cuda) -> None:
+    ground = assumptions.Ground(device)
+    item = assumptions.Item("statement", 1.0, 0.5, 1.5, "ms", "a plan")
     ground.judge(item, lambda: 1.2)
     ground.judge(item, lambda: 2.0)
     ground.judge(item, lambda: 1 / 0)

@@ -3,6 +3,7 @@
 file, in a function, for types only, or as a module's name."""
 
 import ast
+import re
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -33,7 +34,7 @@ LAYERS = (
     ("demo", "bench"),
     ("cli",),
 )
-BASE = ("files", "owning", "schema", "tensor_files")
+BASE = ("files", "machine", "owning", "schema", "tensor_files")
 # import -> why it stands although it points up, or closes a circle
 EXCEPTIONS = {
     ("mikernels.values.codes", "mikernels.ops.gradients"): "by_feature() keeps what one gave",
@@ -132,6 +133,13 @@ def test_the_reading_sees_imports_of_every_kind():
     assert "mikernels._C" in GRAPH["mikernels._ext"]
     assert "mikernels.kernels.order" in GRAPH["mikernels.kernels.row_topk"]
     assert "mikernels.activations" in GRAPH["mikernels.cli.train"]
+
+
+def test_every_package_is_installed():
+    packages = {module for module, path in modules().items() if path.name == "__init__.py"}
+    text = (HERE / "pyproject.toml").read_text(encoding="utf-8")
+    listed = text.split("packages = [\n")[1].split("]")[0]
+    assert sorted(re.findall(r'"([\w.]+)"', listed)) == sorted(packages)
 
 
 def test_device_code_imports_nothing_of_the_package():

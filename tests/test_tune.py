@@ -9,9 +9,9 @@ import torch
 
 from mikernels import _crossover
 from mikernels._crossover import sparse_wins
-from mikernels.bench import tune
-from mikernels.bench.device import Cpu
-from mikernels.bench.tune import Point, threshold
+from mikernels.bench.gpu import tune
+from mikernels.bench.gpu.device import Cpu
+from mikernels.bench.gpu.tune import Point, threshold
 from mikernels.owning import owned
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)

@@ -168,8 +168,8 @@ def tune(
         mikernels tune --device cuda
     """
     from mikernels import _crossover
-    from mikernels.bench import device as devices
-    from mikernels.bench import tune as tuning
+    from mikernels.bench.gpu import device as devices
+    from mikernels.bench.gpu import tune as tuning
 
     where = devices.get(device)
     path = out or _crossover.user_table()

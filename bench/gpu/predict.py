@@ -1,0 +1,275 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Times predicted before they are measured: bytes, arithmetic and instructions over the rates.
+
+Each function below returns parts, (name, seconds, reason), that run one after another. The floor is
+the larger of least traffic and arithmetic at full rate. Rivals are models of what they read and
+write, so that the ratios of the targets are predicted too. What a measurement then refutes is as
+useful as what it confirms.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from .. import load
+from ..harness.rates import DEVICES, Rates, row_cycles
+from ..harness.spec import GPU_SHAPES, Shape
+from .predict_pairs import pair_cases
+
+Part = tuple[str, float, str]
+BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
+# torch.topk is bound by its SMs: seconds an element on 132 of them (a B200-class and an L20 timing,
+# scaled by SMs and clock)
+TORCH_TOPK = {"bf16": 8e-12, "fp16": 8e-12, "fp32": 13.6e-12}
+# gathers of whole rows reach this share of a copy's rate
+GATHER = 0.87
+
+
+def gemm(r: Rates, n: float, m: float, d: float, dtype: str) -> float:
+    """cuBLAS: a short inner dimension pays for filling its pipeline and writing its tiles."""
+    rate = r.fp32 if dtype == "fp32" else r.bf16
+    return 2 * n * m * d / rate / (1 - 80 / (80 + d) if dtype != "fp32" else 1)
+
+
+def select(r: Rates, n: float, f: int, k: int, dtype: str) -> tuple[float, str]:
+    """row_topk: the longer of one read and the schedulers' work."""
+    cycles, source = row_cycles(f, k, dtype)
+    read, work = n * f * BYTES[dtype] / r.copy, n * cycles / r.issue
+    bound = "one read of the scores" if read > work else f"{cycles:.0f} cycles a row, {source}"
+    return max(read, work) + r.launch, bound
+
+
+def row_topk(r: Rates, s: Shape, dtype: str) -> list[Part]:
+    return [("select", *select(r, s.n, s.f, s.k, dtype))]
+
+
+def plan(s: Shape) -> tuple[int, Any]:
+    """The candidates and the sizes that kernels.encode screens with."""
+    from mikernels.kernels import encode, encode_screen
+
+    c = encode.candidates(s.k, s.d, s.f, True)
+    return c, encode.plan(s.n, s.f, encode_screen.packed_width(s.d), c, encode.SCRATCH)
+
+
+def encode_plain(r: Rates, s: Shape, dtype: str) -> list[Part]:
+    from mikernels.kernels import encode_panels, encode_plain
+
+    tokens, rows, features = encode_plain.plan(s.n, s.f, s.k, encode_panels.SCRATCH)
+    panels = math.ceil(s.f / features)
+    products = math.ceil(s.n / tokens) * math.ceil(tokens / rows)
+    chosen, why = select(r, rows, features, s.k, dtype)
+    waiting = encode_panels.WAITING
+    merge = select(r, s.n, (waiting + 1) * s.k, s.k, dtype)[0] + s.n * s.k * 32 / r.copy
+    return [
+        (
+            "product",
+            gemm(r, s.n, s.f, s.d, dtype) + products * panels * r.launch,
+            f"{dtype} cuBLAS, {products} x {panels} products of {rows} x {features}",
+        ),
+        ("select", products * panels * chosen, why),
+        (
+            "merge",
+            math.ceil(panels / waiting) * (merge + 4 * r.launch),
+            f"{waiting + 1} k winners, every {waiting} panels",
+        ),
+    ]
+
+
+def encode(r: Rates, s: Shape, dtype: str) -> list[Part]:
+    from mikernels.kernels.encode_panels import WAITING
+
+    if dtype != "fp32":
+        return encode_plain(r, s, dtype)
+    b, (c, sizes) = BYTES[dtype], plan(s)
+    chunks, panels = math.ceil(s.n / sizes.tokens), math.ceil(s.f / sizes.features)
+    products = math.ceil(sizes.tokens / sizes.rows) * chunks
+    chosen, why = select(r, sizes.rows, sizes.features, c, "bf16")
+    merge = select(r, s.n, (WAITING + 1) * c, c, "bf16")[0] + s.n * c * 32 / r.copy + 4 * r.launch
+    dots = float(s.n * c * s.d)
+    gather, turn = dots * b / r.copy / GATHER, dots / r.convert64
+    return [
+        (
+            "pack",
+            (s.f * chunks + s.n) * s.d * (b + 2) / r.copy + chunks * (panels + 1) * r.launch,
+            f"{b} B in, 2 B out a weight, for each of {chunks} chunks of tokens",
+        ),
+        (
+            "product",
+            gemm(r, s.n, s.f, s.d, "bf16") + products * panels * r.launch,
+            f"bf16 cuBLAS, {products} x {panels} products of {sizes.rows} x {sizes.features}",
+        ),
+        ("select", products * panels * chosen, why),
+        ("merge", panels / WAITING * merge, f"{WAITING + 1} C candidates, every {WAITING} panels"),
+        (
+            "rescore",
+            max(gather, turn) + r.launch,
+            f"C = {c} rows a token: {'gathered bytes' if gather > turn else 'conversions to fp64'}",
+        ),
+        ("final", s.n * c * 16 / r.copy + 2 * r.launch, "k of C"),
+    ]
+
+
+def encode_groups(r: Rates, s: Shape, dtype: str) -> float:
+    """The way by group maxima: no scores in memory, c groups of every token multiplied again."""
+    (c, _), group = plan(s), 64 if s.f >= 65536 else 32
+    # Triton against cuBLAS; fp32 weights pass through registers to become bf16
+    share = 0.85 if dtype != "fp32" else 0.55
+    again = 2.0 * s.n * c * group * s.d / (0.4 * r.bf16)
+    choose = select(r, s.n, s.f // group, c, "fp32")[0] + select(r, s.n, c * group, c, "bf16")[0]
+    same = {name: seconds for name, seconds, _ in encode(r, s, "fp32")}
+    keep = same["pack"] / 2 + same["rescore"] + same["final"]
+    sort = s.n * c / r.sort + 12 * r.launch
+    return gemm(r, s.n, s.f, s.d, "bf16") / share + again + choose + keep + sort
+
+
+def gathered(r: Rates, rows: float, s: Shape, b: int) -> tuple[float, str]:
+    """Rows of a matrix of `rows` of d, one for every slot."""
+    cached = rows * s.d * b <= r.l2_bytes
+    return s.n * s.k * s.d * b / ((r.l2 if cached else r.copy) * GATHER), (
+        "rows from L2" if cached else "rows from memory"
+    )
+
+
+def decode(r: Rates, s: Shape, dtype: str) -> list[Part]:
+    b = BYTES[dtype]
+    seconds, why = gathered(r, s.f, s, b)
+    return [
+        ("gather", seconds, f"N k d elements, {why}"),
+        ("write", s.n * s.d * b / r.copy + r.launch, "N d"),
+    ]
+
+
+def gradients(r: Rates, s: Shape, dtype: str) -> list[Part]:
+    b, fd = BYTES[dtype], s.f * s.d
+    once, why = gathered(r, 2 * s.n, s, 4)
+    return [
+        ("sort", s.n * s.k / r.sort + 6 * r.launch, "stable radix sort of N k keys, then offsets"),
+        ("gathers", 2 * once, f"dy and x of every slot, fp32, {why}"),
+        ("rows", fd * (b + 8) / r.copy + 2 * r.launch, "w_dec in, two fp32 gradients out"),
+        (
+            "b_dec",
+            (fd * b + 3 * s.n * s.d * 4) / r.copy + 12 * r.launch,
+            "w_enc^T db_enc; x - b_dec",
+        ),
+    ]
+
+
+def adam(r: Rates, s: Shape, dtype: str) -> list[Part]:
+    return [
+        ("norm", 8 * s.f * s.d / r.copy + 2 * r.launch, "gradient and parameter once"),
+        ("update", 28 * s.f * s.d / r.copy / 0.92 + 2 * r.launch, "28 B a parameter in one sweep"),
+    ]
+
+
+def step(r: Rates, s: Shape, dtype: str) -> list[Part]:
+    whole = {"encode": encode, "decode": decode, "gradients": gradients}
+    parts = [(name, _total(f(r, s, dtype)), "as predicted alone") for name, f in whole.items()]
+    rest = 12 * s.n * s.d * 4 / r.copy + 25 * r.launch
+    twice = 2 * _total(adam(r, s, dtype))
+    return [*parts, ("loss", rest, "12 passes over N d"), ("adam", twice, "both matrices")]
+
+
+def floor(r: Rates, op: str, s: Shape, dtype: str) -> float:
+    """Least traffic or arithmetic, whichever takes longer."""
+    b, fd, slots = BYTES[dtype], s.f * s.d, s.n * s.k * s.d
+    sizes = {
+        "row_topk": s.n * s.f * b / r.copy,
+        "encode": max(2 * s.n * fd / r.bf16, (fd + s.n * s.d) * b / r.copy),
+        "decode": slots * b / (r.l2 if fd * b <= r.l2_bytes else r.copy),
+        "gradients": max(2 * slots * b / r.l2, (b + 8) * fd / r.copy),
+        "adam": 28 * fd / r.copy,
+    }
+    if op == "step":
+        return sum(sizes[o] for o in ("encode", "decode", "gradients")) + 2 * sizes["adam"]
+    return sizes[op]
+
+
+def rivals(r: Rates, op: str, s: Shape, dtype: str) -> dict[str, float]:
+    """Seconds of other ways, by provider."""
+    b, nf, fd, slots = BYTES[dtype], s.n * s.f, s.f * s.d, s.n * s.k * s.d
+    product, passes = gemm(r, s.n, s.f, s.d, dtype), nf * b / r.copy
+    topk = nf * TORCH_TOPK[dtype]
+    eager = product + 2 * passes + topk
+    if op == "row_topk":
+        # packed maxima, two elements an instruction: the memory is the limit
+        return {"eager": topk, "ours:cuda": passes / 0.9 + r.launch}
+    if op == "encode":
+        one, _ = select(r, s.n, s.f, s.k, dtype)
+        groups = encode_groups(r, s, dtype)
+        return {"eager": eager, "mm_row_topk": product + one, "ours:groups": groups}
+    if op == "decode":
+        rows, _ = gathered(r, s.f, s, b)
+        # zeros, a scatter that touches a sector each, and the product's read
+        return {"eager": rows / 0.6, "dense": passes + s.n * s.k * 64 / r.copy + product}
+    # zeroed gradients, the decoder's two gathers, and N k d contributions written, read and added
+    peer = 4 * 2 * fd / r.copy + 2 * slots * b / r.copy + 4 * slots * 4 / r.copy
+    peer += 2 * s.n * s.k / r.sort
+    if op == "gradients":
+        dense = 3 * product + 8 * passes
+        return {"sparsify": peer, "dense": dense}
+    if op == "adam":
+        return {"eager": (28 + 12 + 20 + 70) * fd / r.copy, "fused_adam": (60 + 28) * fd / r.copy}
+    update = 2 * (60 + 14) * fd / r.copy
+    low = gemm(r, s.n, s.f, s.d, "bf16")
+    ours = {name: seconds for name, seconds, _ in step(r, s, dtype)}
+    apart = ours.pop("gradients") + ours.pop("adam")
+    gathers = {name: seconds for name, seconds, _ in gradients(r, s, dtype)}
+    # one pass: rows in and out once, gradients never in memory, no norm
+    at_once = gathers["sort"] + gathers["gathers"] + 2 * 24 * fd / r.copy / 0.92
+    assert at_once < apart
+    return {
+        "ours:unclipped": sum(ours.values()) + at_once,
+        "eager": 5 * product + 15 * passes + topk + update,
+        "eager_bf16": 5 * low + 30 * nf / r.copy + nf * TORCH_TOPK["bf16"] + update,
+        "sparsify": eager + slots * b / r.copy / GATHER + peer + update,
+    }
+
+
+OPS: dict[str, Callable[[Rates, Shape, str], list[Part]]] = {
+    "row_topk": row_topk,
+    "encode": encode,
+    "decode": decode,
+    "gradients": gradients,
+    "adam": adam,
+    "step": step,
+}
+MODES = {"gradients": "bwd", "adam": "step", "step": "step"}
+
+
+def _total(parts: Iterable[Part]) -> float:
+    return sum(seconds for _, seconds, _ in parts)
+
+
+def predictions(device: str) -> dict[str, Any]:
+    """Everything for one device of DEVICES, as the file that is committed."""
+    r = DEVICES[device]
+    cases = []
+    for op, parts_of in OPS.items():
+        for s in GPU_SHAPES.values():
+            for dtype in ("bf16", "fp32"):
+                if dtype not in load(op).gpu_dtypes:
+                    continue
+                parts = parts_of(r, s, dtype)
+                total = _total(parts)
+                others = rivals(r, op, s, dtype)
+                cases.append(
+                    {
+                        "op": op,
+                        "mode": MODES.get(op, "fwd"),
+                        "shape": s.name,
+                        "dtype": dtype,
+                        "ms": _ms(total),
+                        "floor_ms": _ms(floor(r, op, s, dtype)),
+                        "parts": [{"name": n, "ms": _ms(t), "why": w} for n, t, w in parts],
+                        "rivals_ms": {name: _ms(t) for name, t in others.items()},
+                        "ratios": {name: round(t / total, 2) for name, t in others.items()},
+                    }
+                )
+    cases += pair_cases(r)
+    return {"schema": 1, "device": r.name, "rates": vars(r), "cases": cases}
+
+
+def _ms(seconds: float) -> float:
+    return float(f"{seconds * 1e3:.4g}")

@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The public libraries that we are compared with: their own classes, loaded with our weights.
+
+Only public classes are called. `make bench-peers` installs the pinned versions; where one is not
+importable the provider is reported as absent with the reason.
+
+dictionary_learning names nnsight's LanguageModel in signatures. Importing nnsight 0.3 replaces
+torch's FakeTensor, after which nothing in the process can be compiled, so peers are imported with a
+stand-in of which nothing can be used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import os
+import sys
+import types
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from .spec import Unavailable
+from .synthetic import Weights
+
+# settings that keep libraries from talking to a network; a user's own settings win
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "WANDB_MODE": "disabled",
+}
+
+
+class _NotUsed(type):
+    def __call__(cls, *args: object, **kwargs: object) -> object:
+        raise RuntimeError(f"{cls.__name__} is a stand-in: peers must run without it")
+
+
+class _StandIn(types.ModuleType):
+    """A module any name of which is a class without instances."""
+
+    def __getattr__(self, name: str) -> type:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return _NotUsed(f"{self.__name__}.{name}", (), {})
+
+
+@contextlib.contextmanager
+def _without(name: str) -> Iterator[None]:
+    """While it is entered, importing `name` gives a stand-in, unless it has been imported."""
+    if name in sys.modules:
+        yield
+        return
+    sys.modules[name] = _StandIn(name)
+    try:
+        yield
+    finally:
+        del sys.modules[name]
+
+
+def _module(name: str, package: str) -> Any:
+    for key, value in ENVIRONMENT.items():
+        os.environ.setdefault(key, value)
+    if torch.get_default_device().type == "cpu":
+        # decided at its import: no Triton kernels for CPU tensors
+        os.environ.setdefault("SPARSIFY_DISABLE_TRITON", "1")
+    try:
+        # they print and warn while being imported
+        with (
+            contextlib.redirect_stdout(io.StringIO()),
+            warnings.catch_warnings(),
+            _without("nnsight"),
+        ):
+            warnings.simplefilter("ignore")
+            return importlib.import_module(name)
+    except ImportError as error:
+        raise Unavailable(
+            f"{package} is not importable ({error}); run `make bench-peers`"
+        ) from error
+
+
+def sparsify_sae(weights: Weights, k: int) -> Any:
+    """eai-sparsify's SparseCoder with these weights (copied), eager decoder."""
+    sparsify = _module("sparsify", "eai-sparsify")
+    f, d = weights.w_enc.shape
+    config = sparsify.SaeConfig(num_latents=f, k=k)
+    sae = sparsify.SparseCoder(d, config).to(weights.w_enc.device, weights.w_enc.dtype)
+    with torch.no_grad():
+        sae.encoder.weight.copy_(weights.w_enc)
+        sae.encoder.bias.copy_(weights.b_enc)
+        sae.W_dec.copy_(weights.w_dec)
+        sae.b_dec.copy_(weights.b_dec)
+    return sae
+
+
+def openai_decode() -> Any:
+    """openai/sparse_autoencoder's Triton product: (indices, values, w `[F, d]`) -> `[N, d]`."""
+    kernels = _module("sparse_autoencoder.kernels", "openai's sparse_autoencoder")
+    return kernels.triton_sparse_dense_matmul
+
+
+def dictionary_learning_trainer(weights: Weights, k: int, lr: float) -> Any:
+    """dictionary_learning's TopKTrainer with these weights (copied), constant learning rate."""
+    top_k = _module("dictionary_learning.trainers.top_k", "dictionary-learning")
+    f, d = weights.w_enc.shape
+    trainer = top_k.TopKTrainer(
+        steps=1_000_000,
+        activation_dim=d,
+        dict_size=f,
+        k=k,
+        layer=0,
+        lm_name="none",
+        lr=lr,
+        warmup_steps=0,
+        device=str(weights.w_enc.device),
+    )
+    trainer.ae.to(weights.w_enc.dtype)
+    with torch.no_grad():
+        trainer.ae.encoder.weight.copy_(weights.w_enc)
+        trainer.ae.encoder.bias.copy_(weights.b_enc)
+        trainer.ae.decoder.weight.copy_(weights.w_dec.T)
+        trainer.ae.b_dec.copy_(weights.b_dec)
+    return trainer
+
+
+def saelens_trainer(weights: Weights, k: int, lr: float, batch: int) -> Any:
+    """SAELens' SAETrainer over a TopKTrainingSAE with these weights (copied)."""
+    sae_lens = _module("sae_lens", "sae-lens")
+    config = _module("sae_lens.config", "sae-lens")
+    trainer = _module("sae_lens.training.sae_trainer", "sae-lens")
+    f, d = weights.w_enc.shape
+    where = str(weights.w_enc.device)
+    settings = sae_lens.TopKTrainingSAEConfig(d_in=d, d_sae=f, k=k, device=where)
+    sae = sae_lens.TopKTrainingSAE(settings)
+    with torch.no_grad():
+        sae.W_enc.copy_(weights.w_enc.T)
+        sae.b_enc.copy_(weights.b_enc)
+        sae.W_dec.copy_(weights.w_dec)
+        sae.b_dec.copy_(weights.b_dec)
+    schedule = config.SAETrainerConfig(
+        total_training_samples=1_000_000 * batch,
+        train_batch_size_samples=batch,
+        lr=lr,
+        lr_end=lr,
+        device=where,
+    )
+    return trainer.SAETrainer(schedule, sae, iter(()))
