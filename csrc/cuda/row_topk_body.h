@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// row_topk on the device, one block a row, free of torch: nvcc compiles it, and so do the tests for
+// row_topk on the device, one block per row, free of torch: nvcc compiles it, and so do the tests for
 // the CPU. The row is read once, for the maximum of each group of neighbours. The k groups with the
 // largest maxima, ties to the lowest index, hold the k best elements; only these are read again.
 //
@@ -14,7 +14,7 @@
 
 namespace mik::cuda {
 
-constexpr uint32_t LOADS = 4;  // vectors in flight a thread
+constexpr uint32_t LOADS = 4;  // vectors in flight per thread
 
 // A row as vectors of 16 aligned bytes: the first and the last may hold elements that are not its.
 template <class Format>

@@ -69,7 +69,7 @@ def with_odd_sizes(cases: list[Case]) -> list[Case]:
 
 @dataclass(frozen=True)
 class Report:
-    """What the compiler made of a case; spills in bytes of memory a thread."""
+    """What the compiler made of a case; spills in bytes of memory per thread."""
 
     registers: int
     spills: int

@@ -12,17 +12,15 @@ import torch
 import triton
 import triton.language as tl
 
-from .offline import Case
-from .products import WIDEN, is_even, multiply, product_case
+from ..common.offline import Case
+from ..common.products import WIDEN, is_even, multiply, product_case, tile_at
 
 LARGE = {"BLOCK_N": 128, "BLOCK_M": 128, "BLOCK_D": 32, "num_warps": 8, "num_stages": 3}
-# fp32 has no matrix unit on NVIDIA, and twice the bytes a number
+# fp32 has no matrix unit on NVIDIA, and twice the bytes per number
 NARROW = {"BLOCK_N": 64, "BLOCK_M": 64, "BLOCK_D": 16, "num_warps": 8, "num_stages": 3}
 # where 16 bytes cannot be read at a time, addresses take the registers of half a tile
 ODD = {"BLOCK_N": 64, "BLOCK_M": 64, "BLOCK_D": 32, "num_warps": 4, "num_stages": 3}
 ODD_NARROW = NARROW | {"num_stages": 1}
-# tiles of rows that share a tile of columns in the second-level cache
-SWIZZLE = tl.constexpr(8)
 
 
 # not what decides how wide a load can be
@@ -33,12 +31,8 @@ def _block_norms_kernel(
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """out[i, j] for BLOCK_N // R matrices of a and BLOCK_M // S of b."""
-    tiles_n = tl.cdiv(n, BLOCK_N // R)
-    per_band = SWIZZLE * tl.cdiv(m, BLOCK_M // S)
-    band = tl.program_id(0) // per_band
-    height = tl.minimum(tiles_n - band * SWIZZLE, SWIZZLE)
-    first_i = (band * SWIZZLE + tl.program_id(0) % per_band % height) * (BLOCK_N // R)
-    first_j = tl.program_id(0) % per_band // height * (BLOCK_M // S)
+    tile_n, tile_m = tile_at(tl.program_id(0), tl.cdiv(n, BLOCK_N // R), tl.cdiv(m, BLOCK_M // S))
+    first_i, first_j = tile_n * (BLOCK_N // R), tile_m * (BLOCK_M // S)
     row, col = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M)
     i, j = first_i + row // R, first_j + col // S
     total = tl.zeros([BLOCK_N // R, BLOCK_M // S], tl.float32)

@@ -12,9 +12,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .offline import Case
+from ..common.offline import Case
+from ..common.products import WIDEN, is_even, multiply, product_case
 from .pair_products import pair_products_
-from .products import WIDEN, is_even, multiply, product_case
 
 ROWS = {"BLOCK_N": 64, "num_warps": 4, "num_stages": 3}
 SCRATCH = 64 << 20
@@ -63,7 +63,7 @@ def _form(dz: torch.Tensor, w_o: torch.Tensor, rows: torch.Tensor) -> None:
 
 
 def tile_of(even: bool, full: bool) -> dict[str, int]:
-    """A pinned tile: registers are short for products in fp32, and for an address a number."""
+    """A pinned tile: registers are short for products in fp32, and for one address per number."""
     depth = (64 if even else 32) // (2 if full else 1)
     return ROWS | {"BLOCK_D": 128 if even and not full else 64, "BLOCK_E": depth}
 

@@ -12,8 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .offline import Case
-from .products import NVIDIA, WIDEN, is_even, multiply, product_case
+from ..common.offline import Case
+from ..common.products import NVIDIA, WIDEN, is_even, multiply, product_case
 
 SMALL = {"BLOCK_R": 64, "BLOCK_D": 64, "num_warps": 4, "num_stages": 3}
 # more readers: delta is read half as often
@@ -58,7 +58,7 @@ def _edge_mix_kernel(
 
 
 def tile_of(large: bool, even: bool, full: bool) -> dict[str, int]:
-    """A pinned tile: registers are short for products in fp32, and for an address a number."""
+    """A pinned tile: registers are short for products in fp32, and for one address per number."""
     depth = 16 if not even else 32 if full else 64
     return (LARGE if large else SMALL) | {"BLOCK_W": depth}
 

@@ -12,12 +12,12 @@ import torch
 import triton
 import triton.language as tl
 
-from .offline import Case
-from .products import WIDEN, is_even, multiply, product_case
+from ..common.offline import Case
+from ..common.products import WIDEN, is_even, multiply, product_case
 
-# three accumulators a tile
+# three accumulators per tile
 LARGE = {"BLOCK_N": 128, "BLOCK_M": 64, "BLOCK_D": 32, "num_warps": 8, "num_stages": 3}
-# fp32 has no matrix unit on NVIDIA, and twice the bytes a number
+# fp32 has no matrix unit on NVIDIA, and twice the bytes per number
 NARROW = {"BLOCK_N": 64, "BLOCK_M": 64, "BLOCK_D": 16, "num_warps": 8, "num_stages": 3}
 # where 16 bytes cannot be read at a time, addresses take the registers of half a tile
 ODD = {"BLOCK_N": 64, "BLOCK_M": 64, "BLOCK_D": 32, "num_warps": 8, "num_stages": 3}

@@ -17,9 +17,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .offline import Case
+from ..common.offline import Case
+from ..common.products import NVIDIA, WIDEN, halves, is_even, multiply, product_case, tile_at
 from .pair_products_sum import add_parts
-from .products import NVIDIA, WIDEN, halves, is_even, multiply, product_case, tile_at
 
 LARGE = {"BLOCK_N": 128, "BLOCK_M": 128, "num_warps": 8, "num_stages": 3}
 # for CDNA's 64 KB of shared memory, and where half of a large tile would be empty
@@ -141,7 +141,7 @@ def _pair_products_kernel(
 
 
 def tile_of(large: bool, even: bool, full: bool) -> dict[str, int]:
-    """A pinned tile: registers are short for numbers in fp32 (full), and for an address a number.
+    """A pinned tile: registers are short for fp32 numbers (full), and for one address per number.
 
     With columns 32 at a time, fp32 and symmetric spilled 24 bytes on sm_90 (Triton 3.6).
     """

@@ -7,8 +7,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .offline import Case
-from .products import product_case
+from ..common.offline import Case
+from ..common.products import product_case
 
 # parts are read PARTS at a time; a program weights them for BLOCK_Q replicates
 SUM = {"PARTS": 16, "BLOCK": 128, "num_warps": 4, "num_stages": 2}

@@ -9,8 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .offline import Case, with_odd_sizes
-from .order import NOTHING, order_key
+from ..common.offline import Case, with_odd_sizes
+from ..select.order import NOTHING, order_key
 
 # columns of a group: one upper bound, or as many exact scores
 GROUP = 64

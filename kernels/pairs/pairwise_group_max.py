@@ -15,10 +15,10 @@ chunks of C added up. Nothing is assumed: norms are computed, and rounded up (`p
 import triton
 import triton.language as tl
 
-from .offline import Case, with_odd_sizes
-from .order import NOTHING, order_key
+from ..common.offline import Case, with_odd_sizes
+from ..common.products import product_case, tile_at
+from ..select.order import NOTHING, order_key
 from .pairwise_exact import GROUP
-from .products import product_case
 
 # the bounds of a 128 x 256 tile spill; Ampere and CDNA hold less in shared memory
 LARGE = {"BLOCK_N": 128, "BLOCK_M": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}
@@ -27,8 +27,6 @@ MAXIMA = {"ROWS": 16, "BLOCK_N": 128, "BLOCK_M": 128, "num_warps": 4}
 PACK = {"ROWS": 4, "BLOCK": 512, "num_warps": 4}
 # packed rows are a multiple of this, so that no tile needs a mask along them
 PADDING = tl.constexpr(64)
-# tiles of rows that share a tile of columns in the second-level cache
-SWIZZLE = tl.constexpr(8)
 # norms by fp32 sums of squares, in fp64 from chunk to chunk, and squares that underflow (|x^| is at
 # least 2^14)
 UP, TINY = 1 + 2.0**-6, 2.0**-40
@@ -137,12 +135,7 @@ def _pairwise_product_kernel(
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Maxima where rows are packed WHOLE; where in chunks, their products add up in sums_ptr."""
-    tiles_n = tl.cdiv(n, BLOCK_N)
-    per_band = SWIZZLE * tl.cdiv(m, BLOCK_M)
-    band = tl.program_id(0) // per_band
-    height = tl.minimum(tiles_n - band * SWIZZLE, SWIZZLE)
-    tile_n = band * SWIZZLE + (tl.program_id(0) % per_band) % height
-    tile_m = (tl.program_id(0) % per_band) // height
+    tile_n, tile_m = tile_at(tl.program_id(0), tl.cdiv(n, BLOCK_N), tl.cdiv(m, BLOCK_M))
     row = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     col = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     end = width

@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 import torch
 import triton
 
-from .order import NOTHING
+from ..select.order import NOTHING
 from .pairwise_exact import (
     FIRST,
     GROUP,

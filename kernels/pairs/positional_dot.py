@@ -13,9 +13,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .gradients import by_feature
-from .offline import Case
-from .products import WIDEN, is_even, multiply, product_case
+from ..common.offline import Case
+from ..common.products import WIDEN, is_even, multiply, product_case
+from ..sae.gradients import by_feature
 
 # with 64 vectors the addresses in `out` would spill; a position often has fewer
 TILE = {"BLOCK_N": 32, "BLOCK_B": 64, "num_warps": 4, "num_stages": 3}
@@ -60,7 +60,7 @@ def _positional_dot_kernel(
 
 
 def tile_of(even: bool, full: bool) -> dict[str, int]:
-    """The pinned tile: registers are short for products in fp32, and for an address a number."""
+    """The pinned tile: registers are short for products in fp32, and for one address per number."""
     return TILE | {"BLOCK_D": (64 if even else 32) // (2 if full else 1)}
 
 

@@ -20,8 +20,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ..common.offline import Case
 from .adam_sumsq import TILE, WHOLE, check_operands, product_sum, warps_of
-from .offline import Case
 
 # block of a flat matrix: 8 elements a thread, two 16-byte loads of fp32
 FLAT, FLAT_WARPS = 1024, 4

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .offline import Case
+from ..common.offline import Case
 
 # a row of at most this many elements is held in registers; a wider one is swept in tiles
 WHOLE, TILE = 8192, 4096
@@ -20,7 +20,7 @@ FLAT = 4096
 
 
 def warps_of(block: int) -> int:
-    """16 elements a thread: a row and its moments take about 100 registers."""
+    """16 elements per thread: a row and its moments take about 100 registers."""
     return max(1, min(16, block // 512))
 
 

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .offline import Case
+from ..common.offline import Case
 
 UNROLL = 4
 # elements of d a program: 16-byte loads of bf16 for a warp's 32 threads, twice

@@ -22,16 +22,8 @@ from dataclasses import dataclass
 import torch
 import triton
 
+from ..select.row_topk import TILE, select_into, warps
 from .encode_exact import EXACT, EXACT_WARPS, _encode_exact_kernel
-from .encode_panels import (
-    MOST_FEATURES,
-    MOST_TOKENS,
-    SCRATCH,
-    Winners,
-    full_sums,
-    part,
-    within_memory,
-)
 from .encode_plain import encode_plain
 from .encode_screen import (
     EXTRA,
@@ -44,7 +36,15 @@ from .encode_screen import (
     _encode_settle_kernel,
     packed_width,
 )
-from .row_topk import TILE, select_into, warps
+from .encode_winners import (
+    MOST_FEATURES,
+    MOST_TOKENS,
+    SCRATCH,
+    Winners,
+    full_sums,
+    part,
+    within_memory,
+)
 
 # scores in these dtypes are rounded by 2^-9 or 2^-12, as eager's are: to settle the order below
 # that costs more (at G2 some 3 of 11 ms, predicted) than it tells
@@ -132,7 +132,7 @@ class Buffers:
 def screen(x, w_enc, b_enc, b_dec, scale, sizes: Plan, b: Buffers) -> tuple[int, torch.Tensor]:
     """Fills b.winners with the features of highest bound.
 
-    Returns their number a token and the largest norm of the weights.
+    Returns their number per token and the largest norm of the weights.
     """
     n, f = x.shape[0], w_enc.shape[0]
     extra = b.x.shape[1] - EXTRA.value
@@ -159,7 +159,7 @@ def _bounds(n: int, weights, rows: int, b: Buffers) -> Iterator[tuple[int, torch
 
 
 def settle(x, w_enc, b_enc, b_dec, scale, k, relu, c, left_out, largest, b: Buffers, out) -> None:
-    """Exact scores of the c candidates a token, the selection, and whether it is certain."""
+    """Exact scores of the c candidates per token, the selection, and whether it is certain."""
     n, d = x.shape
     f = w_enc.shape[0]
     values, indices = out

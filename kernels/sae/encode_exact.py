@@ -4,9 +4,9 @@
 import triton
 import triton.language as tl
 
+from ..common.offline import Case, with_odd_sizes
+from ..select.row_topk_passes import select_by_passes
 from .encode_screen import exact_scores, relu_of
-from .offline import Case, with_odd_sizes
-from .row_topk_passes import select_by_passes
 
 EXACT = {"FEATURES": 32, "BLOCK": 128, "PASS": 2048}
 EXACT_WARPS = 8
@@ -19,7 +19,7 @@ def _encode_exact_kernel(
     stride_xn, stride_xd, stride_wf, stride_wd, stride_be, stride_bd, stride_s,
     RELU: tl.constexpr, FEATURES: tl.constexpr, BLOCK: tl.constexpr, PASS: tl.constexpr,
 ):  # fmt: skip
-    """All scores of an uncertain token in fp64, and its k best; one program a token.
+    """All scores of an uncertain token in fp64, and its k best; one program per token.
 
     The host does not know how many tokens are uncertain (usually none), so a fixed number of
     programs share all tokens, and a program's scratch [2, f] serves one after the other.

@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Device code of `encode_groups`: the product that keeps maxima, and parts of it again."""
 
-import os
-
 import triton
 import triton.language as tl
 
+from ..common.offline import Case
+from ..common.products import multiply, tile_at
 from .encode_screen import EXTRA
-from .offline import Case
 
 # Hopper's and Blackwell's shared memory holds three stages of a 128 x 256 tile; Ampere's registers
 # and CDNA's 64 KB hold half of it
@@ -19,10 +18,6 @@ ODD_AGAIN = {"BLOCK_N": 64, "BLOCK_D": 32}
 LAUNCH = {"num_warps": 8, "num_stages": 3}
 SMALL_LAUNCH = {"num_warps": 8, "num_stages": 2}
 AGAIN_LAUNCH = {"num_warps": 4, "num_stages": 2}
-# Triton's interpreter multiplies the bit patterns of bf16 numbers
-WIDEN = os.environ.get("TRITON_INTERPRET") == "1"
-# tiles of tokens that share a tile of features in the second-level cache
-SWIZZLE = tl.constexpr(8)
 
 
 @triton.jit
@@ -35,13 +30,6 @@ def _weights(w_ptr, scale_ptr, feature, column, inside, stride_wf, stride_wd, st
         factor = tl.load(scale_ptr + feature * stride_s, mask=feature < f, other=0.0)
         w = w.to(tl.float32) * factor.to(tl.float32)[None, :]
     return w.to(tl.bfloat16)
-
-
-@triton.jit
-def _product(x, w, total, WIDEN: tl.constexpr):
-    if WIDEN:
-        return tl.dot(x.to(tl.float32), w.to(tl.float32), total, input_precision="ieee")
-    return tl.dot(x, w, total)
 
 
 @triton.jit
@@ -59,13 +47,13 @@ def _bounds(
         w = _weights(
             w_ptr, scale_ptr, feature, column, column < d, stride_wf, stride_wd, stride_s, f
         )
-        total = _product(x, w, total, WIDEN)
+        total = multiply(x, w, total, WIDEN)
     column = tl.arange(0, EXTRA)
     address = extra_x_ptr + token[:, None].to(tl.int64) * EXTRA + column[None, :]
     x = tl.load(address, mask=valid[:, None], other=0.0)
     address = extra_w_ptr + feature[None, :].to(tl.int64) * EXTRA + column[:, None]
     w = tl.load(address, mask=(feature < f)[None, :], other=0.0)
-    total = _product(x, w, total, WIDEN)
+    total = multiply(x, w, total, WIDEN)
     total = tl.where(total == total, total, float("inf"))
     return tl.where((feature < f)[None, :], total, float("-inf"))
 
@@ -77,13 +65,7 @@ def _encode_group_max_kernel(
     GROUP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr,
     WIDEN: tl.constexpr,
 ):  # fmt: skip
-    tiles_n = tl.cdiv(n, BLOCK_N)
-    tiles_f = tl.cdiv(f, BLOCK_F)
-    per_band = SWIZZLE * tiles_f
-    band = tl.program_id(0) // per_band
-    height = tl.minimum(tiles_n - band * SWIZZLE, SWIZZLE)
-    tile_n = band * SWIZZLE + (tl.program_id(0) % per_band) % height
-    tile_f = (tl.program_id(0) % per_band) // height
+    tile_n, tile_f = tile_at(tl.program_id(0), tl.cdiv(n, BLOCK_N), tl.cdiv(f, BLOCK_F))
     token = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     feature = tile_f * BLOCK_F + tl.arange(0, BLOCK_F)
     bounds = _bounds(

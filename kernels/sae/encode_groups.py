@@ -13,6 +13,8 @@ from __future__ import annotations
 import torch
 import triton
 
+from ..common.products import WIDEN
+from ..select.row_topk import select_into
 from . import encode
 from .encode_group_max import (
     AGAIN,
@@ -22,13 +24,11 @@ from .encode_group_max import (
     ODD_AGAIN,
     SMALL,
     SMALL_LAUNCH,
-    WIDEN,
     _encode_group_max_kernel,
     _encode_groups_again_kernel,
 )
 from .encode_screen import EXTRA
 from .gradients import by_feature
-from .row_topk import select_into
 
 
 def is_even(w_enc: torch.Tensor) -> bool:

@@ -20,9 +20,9 @@ that underflow). Operands that are not finite give NaN or +inf, which rank first
 import triton
 import triton.language as tl
 
-from .offline import Case, with_odd_sizes
-from .order import NOTHING, kth_key, least_key, order_key, places
-from .row_topk import warps
+from ..common.offline import Case, with_odd_sizes
+from ..select.order import NOTHING, kth_key, least_key, order_key, places
+from ..select.row_topk import warps
 
 PACK = {"ROWS": 4, "BLOCK": 512}
 PACK_WARPS = 4

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import torch
 
-from .row_topk import select_into
+from ..select.row_topk import select_into
 
 T = TypeVar("T")
 

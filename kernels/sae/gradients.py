@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import offline
+from ..common import offline
 
 
 def by_feature(indices: torch.Tensor, n_features: int) -> tuple[torch.Tensor, torch.Tensor]:

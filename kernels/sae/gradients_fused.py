@@ -4,7 +4,7 @@
 A program is a feature with its row of w_dec in registers. Each token's dy row serves the dot that
 gives dv and the sum for dw_dec, then dv serves x's row, so N k d is read twice and dv is never in
 memory. Slots are taken in tiles, so that several rows are in flight; hot features as in
-`gradients_slots`. Rows whose value is 0 are not read, so that a NaN in them does not come out as
+`gradients_hot`. Rows whose value is 0 are not read, so that a NaN in them does not come out as
 0 * NaN. Rows wider than 4096 go through dv in memory instead.
 """
 
@@ -14,9 +14,10 @@ import torch
 import triton
 import triton.language as tl
 
-from . import gradients_slots, offline
+from ..common import offline
+from . import gradients_hot
 from .gradients import gather_dots
-from .gradients_slots import feature_work, hot_share, share_of, token_of
+from .gradients_hot import feature_work, hot_share, share_of, token_of
 from .gradients_sum import sum_by_feature
 
 
@@ -139,7 +140,7 @@ def row_tile(
 ) -> dict[str, int | bool]:
     block_d = max(64, triton.next_power_of_2(d))
     entries, warps = tiles[block_d]
-    short = gradients_slots.is_short(slots)
+    short = gradients_hot.is_short(slots)
     return {"SHORT": short, "E": entries, "BLOCK_D": block_d, "num_warps": warps}
 
 
@@ -169,9 +170,9 @@ def sae_gradients_(
         sum_by_feature(dvalues, values, x, offsets, order, dw_enc, db_enc, accumulate)
         return
     values = values.contiguous()
-    offsets, order = gradients_slots.inside(offsets, order, slots)
-    bits = gradients_slots.chunk_bits(slots)
-    shares = gradients_slots.shares(slots, bits)
+    offsets, order = gradients_hot.inside(offsets, order, slots)
+    bits = gradients_hot.chunk_bits(slots)
+    shares = gradients_hot.shares(slots, bits)
     partial = dy.new_empty(shares, 2, d, dtype=torch.float32)
     partial_bias = dy.new_empty(shares, dtype=torch.float32)
     operands = values, order, offsets, dy, x, w_dec, partial, partial_bias

@@ -2,7 +2,7 @@
 """Hot features: sums over many slots, cut into shares that several programs take.
 
 A feature with more than a chunk of slots would leave one program behind: one of all 8192 tokens
-takes an SM about 1 ms. The sorted slots are cut at multiples of the chunk, whatever the features
+takes one SM about 1 ms. The sorted slots are cut at multiples of the chunk, whatever the features
 are. A block meets at most two hot features: the one of its first slot and the one of its last. So
 2 ceil(M / chunk) programs, a number the host knows, cover every hot feature: share 2 b is the part
 of block b that belongs to the feature of its first slot, share 2 b + 1 the part of a feature that
@@ -42,8 +42,8 @@ def inside(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What kernels may follow: offsets and order of anyone's making, held within the M slots.
 
-    Two small kernels (1 MB of order at 4096 x 32) rather than two comparisons a slot in loops that
-    have no register left. by_feature's own come out as they are.
+    Two small kernels (1 MB of order at 4096 x 32) rather than two comparisons per slot in loops
+    that have no register left. by_feature's own come out as they are.
     """
     return offsets.contiguous().clamp(0, slots), order.contiguous().clamp(0, max(slots - 1, 0))
 

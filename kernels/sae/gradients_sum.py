@@ -2,7 +2,7 @@
 """feature_sum: see mikernels/ops/gradients.py.
 
 A program is a feature and a block of columns; slots are taken in tiles, so that several rows are in
-flight, and hot features as in `gradients_slots`. Rows whose coefficient is 0 are not read, so that
+flight, and hot features as in `gradients_hot`. Rows whose coefficient is 0 are not read, so that
 a NaN in them does not come out as 0 * NaN.
 """
 
@@ -12,9 +12,9 @@ import torch
 import triton
 import triton.language as tl
 
-from . import gradients_slots as slot_work
-from . import offline
-from .gradients_slots import feature_work, hot_share, share_of, token_of
+from ..common import offline
+from . import gradients_hot
+from .gradients_hot import feature_work, hot_share, share_of, token_of
 
 
 @triton.jit
@@ -106,14 +106,14 @@ def sum_by_feature(
     if n_features == 0:
         return
     coefficients, gates = coefficients.contiguous(), gates.contiguous()
-    offsets, order = slot_work.inside(offsets, order, slots)
+    offsets, order = gradients_hot.inside(offsets, order, slots)
     block_d = min(max(64, triton.next_power_of_2(d)), 1024)
     entries, warps = SUM_TILES[block_d]
-    short = slot_work.is_short(slots)
+    short = gradients_hot.is_short(slots)
     tile = {"SHORT": short, "E": entries, "BLOCK_D": block_d, "num_warps": warps}
     blocks_d = max(triton.cdiv(d, block_d), 1)
-    bits = slot_work.chunk_bits(slots)
-    shares = slot_work.shares(slots, bits)
+    bits = gradients_hot.chunk_bits(slots)
+    shares = gradients_hot.shares(slots, bits)
     partial = rows.new_empty(shares, d, dtype=torch.float32)
     partial_bias = rows.new_empty(shares, dtype=torch.float32)
     operands = coefficients, gates, rows, offsets, order, partial, partial_bias

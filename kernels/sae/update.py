@@ -13,11 +13,11 @@ import torch
 import triton
 import triton.language as tl
 
-from . import gradients_slots
+from ..common.offline import Case
+from . import gradients_hot
 from .adam import _coefficients_kernel, halves, moved, next_moments, shrinkage
 from .adam_sumsq import product_sum
 from .gradients_fused import WIDEST, _sae_shares_kernel, row_tile, sae_feature
-from .offline import Case
 from .update_wide import update_by_pieces
 
 # BLOCK_D -> (slots of a tile, warps): 4 columns a thread, 8 in the widest, keep ten rows within 128
@@ -154,9 +154,9 @@ def sae_update_(
                 shadow.copy_(weight)
         return db_enc, d_input
     slots, k = values.numel(), values.shape[1]
-    offsets, order = gradients_slots.inside(offsets, order, slots)
-    bits = gradients_slots.chunk_bits(slots)
-    shares = gradients_slots.shares(slots, bits)
+    offsets, order = gradients_hot.inside(offsets, order, slots)
+    bits = gradients_hot.chunk_bits(slots)
+    shares = gradients_hot.shares(slots, bits)
     partial = dy.new_empty(shares, 2, d, dtype=torch.float32)
     partial_bias = dy.new_empty(shares, dtype=torch.float32)
     operands = values, order, offsets, dy, x, w_dec, partial, partial_bias

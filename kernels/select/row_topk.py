@@ -17,8 +17,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ..common.offline import Case
 from . import order
-from .offline import Case
 from .order import NOTHING, kth_key, largest_key, least_key, order_key, places
 from .row_topk_passes import PASS, _row_topk_passes_kernel
 
@@ -120,7 +120,7 @@ def group_size(n: int, k: int) -> int | None:
 
 
 def warps(elements: int) -> int:
-    """16 elements a thread; at 32, fp32 rows spill on sm_90."""
+    """16 elements per thread; at 32, fp32 rows spill on sm_90."""
     return min(16, max(1, elements // 512))
 
 
@@ -132,7 +132,7 @@ def grouped_shape(n: int, k: int) -> dict[str, int] | None:
     kept, groups = (triton.next_power_of_2(c) for c in (k, triton.cdiv(n, group)))
     return {
         "GROUP": group,
-        # 16 KB of loads in flight a program
+        # 16 KB of loads in flight per program
         "STEP": 4096 // group,
         "GROUPS": groups,
         "KEPT": kept,
@@ -211,7 +211,7 @@ def cases() -> list[Case]:
         fixed = {"UNUSED": order.UNUSED_BITS[dtype]}
 
         def add(kernel, title, n, constants, num_warps, more=None, typed=typed, fixed=fixed):
-            # rows that also lie at odd strides may spill, up to 88 bytes a thread
+            # rows that also lie at odd strides may spill, up to 88 bytes per thread
             aligned = ("stride_row", "n") if n % 16 == 0 else ("stride_row",)
             types, constants = typed | (more or {}), fixed | constants
             case = Case(title, kernel, types, constants, num_warps, divisible=aligned)

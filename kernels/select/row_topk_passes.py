@@ -5,8 +5,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ..common.offline import Case
 from . import order
-from .offline import Case
 from .order import NOTHING, order_key, places
 
 # scores of one step

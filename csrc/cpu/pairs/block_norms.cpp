@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // block_norms: out[i, j] = |a[i] b[j]|_F; a block of columns of b, as rows, meets every row of a.
 #include "common.h"
-#include "cpu/pair_tile.h"
+#include "cpu/pairs/row_products.h"
 
 #include <cmath>
 

@@ -5,13 +5,13 @@
 // the part of w_o that makes them, stay in the second-level cache until they have met the
 // gradients.
 #include "common.h"
-#include "cpu/mix_tile.h"
-#include "cpu/pair_scores.h"
+#include "cpu/pairs/weighted_rows.h"
+#include "cpu/pairs/pair_scores.h"
 
 namespace mik {
 namespace {
 
-constexpr int64_t kHeads = 8, kPositions = 4 * kMixRows, kWidth = 8 * kMixCols;
+constexpr int64_t kHeads = 8, kPositions = 4 * kSumRows, kWidth = 8 * kSumCols;
 
 template <class T>
 class EdgeHeads {
@@ -55,17 +55,17 @@ class EdgeHeads {
     z_.assign(kPositions * depth, A(0));
     for (int64_t t = 0; t < here; ++t)
       for (int64_t e = 0; e < depth; ++e)
-        z_[(t / kMixRows * depth + e) * kMixRows + t % kMixRows] =
+        z_[(t / kSumRows * depth + e) * kSumRows + t % kSumRows] =
             static_cast<A>(z[(p + t) * dz_.stride(1) + e * dz_.stride(3)]);
     const Rows<T> w{data<T>(w_o_) + head * w_o_.stride(0), w_o_.stride(1), w_o_.stride(2)};
-    A tile[kMixRows * kMixCols];
-    for (int64_t first = 0; first < wide; first += kMixCols) {
-      const int64_t cols = std::min<int64_t>(kMixCols, wide - first);
+    A tile[kSumRows * kSumCols];
+    for (int64_t first = 0; first < wide; first += kSumCols) {
+      const int64_t cols = std::min<int64_t>(kSumCols, wide - first);
       columns_.take(w, depth, k + first, cols);
-      for (int64_t t = 0; t < here; t += kMixRows) {
-        mix_tile(z_.data() + t * depth, columns_.at, columns_.ld, depth, tile);
-        for (int64_t r = 0; r < std::min<int64_t>(kMixRows, here - t); ++r)
-          std::copy_n(tile + r * kMixCols, cols,
+      for (int64_t t = 0; t < here; t += kSumRows) {
+        weighted_rows(z_.data() + t * depth, columns_.at, columns_.ld, depth, tile);
+        for (int64_t r = 0; r < std::min<int64_t>(kSumRows, here - t); ++r)
+          std::copy_n(tile + r * kSumCols, cols,
                       rows_.data() + (slot * kPositions + t + r) * kWidth + first);
       }
     }

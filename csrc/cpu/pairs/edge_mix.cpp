@@ -1,23 +1,23 @@
 // SPDX-License-Identifier: Apache-2.0
 // edge_mix: y[b, p, r] = base[b, p, r] + sum_w mask[w, r] delta[b, p, w].
 #include "common.h"
-#include "cpu/mix_tile.h"
+#include "cpu/pairs/weighted_rows.h"
 
 namespace mik {
 namespace {
 
 // columns of one task: enough tasks where there are few positions
-constexpr int64_t kTaskCols = 8 * kMixCols;
+constexpr int64_t kTaskCols = 8 * kSumCols;
 
-// the mask in tiles: [R / kMixRows][W][kMixRows], zeros beyond R
+// the mask in tiles: [R / kSumRows][W][kSumRows], zeros beyond R
 template <class T>
 std::vector<accumulator_t<T>> in_tiles(const Tensor& mask) {
   const int64_t writers = mask.size(0), readers = mask.size(1);
-  const int64_t tiles = (readers + kMixRows - 1) / kMixRows;
-  std::vector<accumulator_t<T>> packed(tiles * writers * kMixRows);
+  const int64_t tiles = (readers + kSumRows - 1) / kSumRows;
+  std::vector<accumulator_t<T>> packed(tiles * writers * kSumRows);
   for (int64_t w = 0; w < writers; ++w)
     for (int64_t r = 0; r < readers; ++r)
-      packed[(r / kMixRows * writers + w) * kMixRows + r % kMixRows] =
+      packed[(r / kSumRows * writers + w) * kSumRows + r % kSumRows] =
           static_cast<accumulator_t<T>>(data<T>(mask)[w * mask.stride(0) + r * mask.stride(1)]);
   return packed;
 }
@@ -30,19 +30,19 @@ void mix(const OptionalTensor& base, const Tensor& delta, const Tensor& mask, co
   const std::vector<A> masks = in_tiles<T>(mask);
   parallel(delta.size(0) * positions * parts, 1, [&](int64_t begin, int64_t end) {
     Columns<T> columns;
-    A sums[kMixRows * kMixCols];
+    A sums[kSumRows * kSumCols];
     for (int64_t task = begin; task < end; ++task) {
       const int64_t place = task / parts, b = place / positions, p = place % positions;
       const Rows<T> rows{data<T>(delta) + b * delta.stride(0) + p * delta.stride(1),
                          delta.stride(2), delta.stride(3)};
       const int64_t last = std::min(d, (task % parts + 1) * kTaskCols);
-      for (int64_t first = task % parts * kTaskCols; first < last; first += kMixCols) {
-        const int64_t cols = std::min<int64_t>(kMixCols, last - first);
+      for (int64_t first = task % parts * kTaskCols; first < last; first += kSumCols) {
+        const int64_t cols = std::min<int64_t>(kSumCols, last - first);
         columns.take(rows, writers, first, cols);
-        for (int64_t r0 = 0; r0 < readers; r0 += kMixRows) {
-          mix_tile(masks.data() + r0 * writers, columns.at, columns.ld, writers, sums);
-          for (int64_t r = r0; r < std::min<int64_t>(readers, r0 + kMixRows); ++r) {
-            const A* sum = sums + (r - r0) * kMixCols;
+        for (int64_t r0 = 0; r0 < readers; r0 += kSumRows) {
+          weighted_rows(masks.data() + r0 * writers, columns.at, columns.ld, writers, sums);
+          for (int64_t r = r0; r < std::min<int64_t>(readers, r0 + kSumRows); ++r) {
+            const A* sum = sums + (r - r0) * kSumCols;
             T* to = mutable_data<T>(out) + (place * readers + r) * d + first;
             if (!base.has_value()) {
               for (int64_t c = 0; c < cols; ++c) to[c] = static_cast<T>(sum[c]);

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // gram_products_: out[i, j] += sum_{t, s} <acts[i, t], acts2[j, s]> <grads[i, t], grads2[j, s]>.
 #include "common.h"
-#include "cpu/pair_scores.h"
+#include "cpu/pairs/pair_scores.h"
 
 namespace mik {
 namespace {

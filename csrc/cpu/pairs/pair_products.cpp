@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // pair_products_: out[q, i, j] += sum_s weights[q, s] sum_p <a[s, p, i] * scale, b[s, p, j]>.
 #include "common.h"
-#include "cpu/pair_scores.h"
+#include "cpu/pairs/pair_scores.h"
 
 namespace mik {
 namespace {

@@ -2,7 +2,7 @@
 // Where sums of products over examples and positions go: scores[q, row, col].
 #pragma once
 
-#include "cpu/pair_tile.h"
+#include "cpu/pairs/row_products.h"
 
 namespace mik {
 
@@ -69,7 +69,7 @@ class PairScores {
   A* out_;
   const int64_t q_, row_, col_, replicates_;
   const bool symmetric_;
-  // not told by pointers: those of empty tensors are null
+  // flags, since null pointers do not tell: those of empty tensors are null too
   bool limited_ = false, weighted_ = false;
   const A* weights_ = nullptr;
   int64_t weights_q_ = 0, weights_s_ = 0;

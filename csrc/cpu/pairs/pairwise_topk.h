@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "cpu/order.h"
+#include "cpu/select/order.h"
 
 namespace mik {
 

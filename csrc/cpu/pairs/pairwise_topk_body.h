@@ -2,7 +2,7 @@
 // The screen of pairs: 16-bit products of a block of columns and tiles of rows, then the bound;
 // compiled once per level.
 
-#include "cpu/screen_tile_body.h"
+#include "cpu/screen/screen_tile_body.h"
 
 // appends what one column may form with the rows at..at + 16 of the tiles
 static inline void screen_column(const ScreenSide& rows, int64_t at, const ScreenSide& cols,

@@ -2,10 +2,10 @@
 // Pairs found by 16-bit products: quantises rows of both sides in panels and deals out the tiles.
 #pragma once
 
-#include "cpu/pairwise_topk_select.h"
+#include "cpu/pairs/pairwise_topk_select.h"
 
-#define MIK_BODY "cpu/pairwise_topk_body.h"
-#include "cpu/each_screen_level.h"
+#define MIK_BODY "cpu/pairs/pairwise_topk_body.h"
+#include "cpu/simd/each_screen_level.h"
 
 namespace mik {
 

@@ -7,10 +7,10 @@
 #include <vector>
 
 #include "common.h"
-#include "cpu/candidates.h"
-#include "cpu/pair_tile.h"
-#include "cpu/pairwise_topk.h"
-#include "cpu/screen.h"
+#include "cpu/screen/candidates.h"
+#include "cpu/pairs/row_products.h"
+#include "cpu/pairs/pairwise_topk.h"
+#include "cpu/screen/screen.h"
 
 namespace mik {
 

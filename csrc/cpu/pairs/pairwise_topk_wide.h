@@ -3,7 +3,7 @@
 // block, each score within a bound (fp64: exact).
 #pragma once
 
-#include "cpu/pairwise_topk_select.h"
+#include "cpu/pairs/pairwise_topk_select.h"
 
 namespace mik {
 

@@ -2,7 +2,7 @@
 // positional_dot_: out[i, b] += scale[i] <grads[b, positions[i]], vectors[i]>, position by
 // position.
 #include "common.h"
-#include "cpu/pair_tile.h"
+#include "cpu/pairs/row_products.h"
 
 namespace mik {
 namespace {

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "cpu/pair_tile.h"
+#include "cpu/pairs/row_products.h"
 
-#include "cpu/levels.h"
+#include "cpu/simd/levels.h"
 
-#define MIK_BODY "cpu/pair_tile_body.h"
-#include "cpu/each_level.h"
+#define MIK_BODY "cpu/pairs/row_products_body.h"
+#include "cpu/simd/each_level.h"
 
 namespace mik {
 

@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "common.h"
-#include "cpu/scalar.h"
+#include "cpu/simd/scalar.h"
 
 namespace mik {
 

@@ -4,7 +4,7 @@
 // Both operands run along the contraction, so neither is packed or transposed: a tile of rows is
 // loaded as it lies, and the lanes of its sums are added up once at the end.
 
-#include "cpu/wide_body.h"
+#include "cpu/simd/wide_body.h"
 
 #if MIK_VECTOR_BYTES == 64
 constexpr int kTileRows = 4, kTileCols = 6;  // 24 sums, 4 rows, 1 column of 32 registers
@@ -98,7 +98,7 @@ static void block_products(const A* const* a, int64_t rows, const A* const* b, i
         if (!any) continue;
       }
       double* out = acc + i * ld + j;
-      // once a tile of rows is enough
+      // one fetch per tile of rows is enough
       if (j == 0)
         some_columns<A, true>(row, ahead, b, across, d, here, out, ld);
       else

@@ -5,15 +5,15 @@
 #include <cstdint>
 #include <vector>
 
-#include "cpu/pair_tile.h"
+#include "cpu/pairs/row_products.h"
 
 namespace mik {
 
-constexpr int kMixRows = 6, kMixCols = 64;
+constexpr int kSumRows = 6, kSumCols = 64;
 
-// out[kMixRows][kMixCols] = weights[depth][kMixRows]^T b[depth][kMixCols]
-void mix_tile(const float* weights, const float* b, int64_t ldb, int64_t depth, float* out);
-void mix_tile(const double* weights, const double* b, int64_t ldb, int64_t depth, double* out);
+// out[kSumRows][kSumCols] = weights[depth][kSumRows]^T b[depth][kSumCols]
+void weighted_rows(const float* weights, const float* b, int64_t ldb, int64_t depth, float* out);
+void weighted_rows(const double* weights, const double* b, int64_t ldb, int64_t depth, double* out);
 
 // columns first..first + cols of `depth` rows, in place where that is possible
 template <class T>
@@ -23,18 +23,18 @@ class Columns {
 
   void take(const Rows<T>& from, int64_t depth, int64_t first, int64_t cols) {
     if constexpr (std::is_same_v<T, A>) {
-      if (from.in_place() && cols == kMixCols) {
+      if (from.in_place() && cols == kSumCols) {
         at = from.base + first;
         ld = from.row;
         return;
       }
     }
-    copy_.assign(depth * kMixCols, A(0));
+    copy_.assign(depth * kSumCols, A(0));
     for (int64_t k = 0; k < depth; ++k)
       copy_row(from.base + k * from.row + first * from.inner, from.inner,
-               static_cast<const T*>(nullptr), 0, cols, copy_.data() + k * kMixCols);
+               static_cast<const T*>(nullptr), 0, cols, copy_.data() + k * kSumCols);
     at = copy_.data();
-    ld = kMixCols;
+    ld = kSumCols;
   }
 
   const A* at = nullptr;

@@ -1,18 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0
 // adam_rows_, grad_sumsq: see mikernels/ops/adam.py.
+#include "cpu/sae/adam.h"
+
 #include "common.h"
-#include "cpu/levels.h"
-#include "cpu/scalar.h"
+#include "cpu/simd/levels.h"
+#include "cpu/simd/scalar.h"
 
 #include <cmath>
 
-#define MIK_BODY "cpu/adam_body.h"
-#include "cpu/each_level.h"
+#define MIK_BODY "cpu/sae/adam_body.h"
+#include "cpu/simd/each_level.h"
 
 namespace mik {
 namespace {
 
-constexpr int64_t kRowsAPiece = 64;
+// rows of one task, and of one partial sum of squares
+constexpr int64_t kPieceRows = 64;
 
 // P, G over the pairs that occur: one dtype, or fp32 gradients of a low-precision parameter
 template <class F>
@@ -32,7 +35,7 @@ void dispatch_pair(const Tensor& param, const Tensor& grad, const F& f) {
   });
 }
 
-// lr, step and clip are tensors for the sake of CUDA graphs; here they are read once a call
+// lr, step and clip are tensors for the sake of CUDA graphs; here they are read once per call
 double number(const Tensor& t, bool whole, const char* message) {
   check(t.dim() == 0 && (whole || t.scalar_type() != ScalarType::Long), message);
   switch (t.scalar_type()) {
@@ -65,15 +68,25 @@ void adam_rows(Tensor param, Tensor grad, Tensor exp_avg, Tensor exp_avg_sq, Ten
             "adam_rows_: exp_avg and exp_avg_sq must be contiguous, of the parameter's shape, in "
             "its accumulation dtype");
     const int64_t rows = param.size(0), d = param.size(1);
-    const A step_size = static_cast<A>(lr / (1 - std::pow(beta1, step)));
-    const A correction = static_cast<A>(1 / std::sqrt(1 - std::pow(beta2, step)));
-    parallel(rows, kRowsAPiece, [&](int64_t begin, int64_t end) {
+    const AdamRows<P, G, A> all{
+        .d = d,
+        .param = mutable_data<P>(param),
+        .grad = data<G>(grad),
+        .exp_avg = mutable_data<A>(exp_avg),
+        .exp_avg_sq = mutable_data<A>(exp_avg_sq),
+        .rest1 = static_cast<A>(1 - beta1),
+        .beta2 = static_cast<A>(beta2),
+        .rest2 = static_cast<A>(1 - beta2),
+        .step_size = static_cast<A>(lr / (1 - std::pow(beta1, step))),
+        .inverse_correction = static_cast<A>(1 / std::sqrt(1 - std::pow(beta2, step))),
+        .eps = static_cast<A>(eps),
+        .clip = static_cast<A>(factor),
+        .project = project,
+        .unit_norm = unit_norm,
+    };
+    parallel(rows, kPieceRows, [&](int64_t begin, int64_t end) {
       std::unique_ptr<A[]> next(new A[d]);
-      MIK_AT_LEVEL(adam_range<P, G, A>)(
-          begin, end, d, mutable_data<P>(param), data<G>(grad), mutable_data<A>(exp_avg),
-          mutable_data<A>(exp_avg_sq), static_cast<A>(1 - beta1), static_cast<A>(beta2),
-          static_cast<A>(1 - beta2), step_size, correction, static_cast<A>(eps),
-          static_cast<A>(factor), project, unit_norm, next.get());
+      MIK_AT_LEVEL(adam_range<P, G, A>)(begin, end, all, next.get());
     });
   });
 }
@@ -83,13 +96,13 @@ Tensor grad_sumsq(Tensor grad, Tensor param, bool project) {
   Tensor out = empty(grad, {}, ScalarType::Double);
   dispatch_pair(param, grad, [&]<class P, class G, class A>(P*, G*, A) {
     const int64_t rows = param.size(0), d = param.size(1);
-    const int64_t pieces = (rows + kRowsAPiece - 1) / kRowsAPiece;
-    // one partial sum a fixed piece, added in order: the same bits for any thread count
+    const int64_t pieces = (rows + kPieceRows - 1) / kPieceRows;
+    // one partial sum per fixed piece, added in order: the same bits for any thread count
     std::unique_ptr<double[]> partial(new double[pieces]);
     parallel(pieces, 1, [&](int64_t begin, int64_t end) {
       for (int64_t piece = begin; piece < end; ++piece)
         partial[piece] = MIK_AT_LEVEL(sumsq_range<P, G, A>)(
-            piece * kRowsAPiece, std::min(rows, (piece + 1) * kRowsAPiece), d, data<P>(param),
+            piece * kPieceRows, std::min(rows, (piece + 1) * kPieceRows), d, data<P>(param),
             data<G>(grad), project);
     });
     double total = 0;

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // decode: y[n] = sum of values[s] w[indices[s]] over the slots s of token n, + bias; by token.
 #include "common.h"
-#include "cpu/indices.h"
-#include "cpu/levels.h"
-#include "cpu/scalar.h"
-#include "cpu/slots.h"
+#include "cpu/sae/indices.h"
+#include "cpu/simd/levels.h"
+#include "cpu/simd/scalar.h"
+#include "cpu/sae/slots.h"
 
-#define MIK_BODY "cpu/decode_body.h"
-#include "cpu/each_level.h"
+#define MIK_BODY "cpu/sae/decode_body.h"
+#include "cpu/simd/each_level.h"
 
 namespace mik {
 namespace {

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Weighted sums of gathered rows; compiled once per level.
 
-#include "cpu/rows_body.h"
+#include "cpu/simd/rows_body.h"
 
 // sum[i] = bias + sum_j values[j] w[indices[j]] over the slots of one token; `rows` and `weights`
 // are scratch for as many

@@ -2,16 +2,16 @@
 // encode: exact top-k of (x - b_dec) w^T + b_enc without the matrix; the method and its proof are
 // in mikernels/ops/encode.py. encode_panels.h packs and deals out the work, encode_body.h screens,
 // candidates.h selects.
-#include "cpu/encode.h"
+#include "cpu/sae/encode.h"
 
 #include "common.h"
-#include "cpu/candidates.h"
-#include "cpu/row_topk.h"
+#include "cpu/screen/candidates.h"
+#include "cpu/select/row_topk.h"
 
-#define MIK_BODY "cpu/encode_body.h"
-#include "cpu/each_screen_level.h"
+#define MIK_BODY "cpu/sae/encode_body.h"
+#include "cpu/simd/each_screen_level.h"
 
-#include "cpu/encode_panels.h"
+#include "cpu/sae/encode_panels.h"
 
 namespace mik {
 namespace {

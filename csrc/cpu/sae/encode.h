@@ -4,8 +4,8 @@
 
 #include <cstdint>
 
-#include "cpu/order.h"
-#include "cpu/screen.h"
+#include "cpu/select/order.h"
+#include "cpu/screen/screen.h"
 
 namespace mik {
 

@@ -2,7 +2,7 @@
 // The screen of encode: 16-bit products of a feature block and a token tile, then the bound;
 // compiled per level.
 
-#include "cpu/screen_tile_body.h"
+#include "cpu/screen/screen_tile_body.h"
 
 // appends to the lists what one feature may contribute to tokens first..first + 16
 static inline void screen_tokens(const Panel& panel, int64_t row, const Tokens& tokens,

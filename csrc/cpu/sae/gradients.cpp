@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // by_feature, gather_dot, feature_sum, sae_gradients_: see mikernels/ops/gradients.py.
 #include "common.h"
-#include "cpu/indices.h"
-#include "cpu/levels.h"
-#include "cpu/scalar.h"
-#include "cpu/slots.h"
+#include "cpu/sae/indices.h"
+#include "cpu/simd/levels.h"
+#include "cpu/simd/scalar.h"
+#include "cpu/sae/slots.h"
 
-#define MIK_BODY "cpu/gradients_body.h"
-#include "cpu/each_level.h"
+#define MIK_BODY "cpu/sae/gradients_body.h"
+#include "cpu/simd/each_level.h"
 
 namespace mik {
 namespace {

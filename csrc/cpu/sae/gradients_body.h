@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Dots and sums over the slots of a token or a feature; compiled once per level.
 
-#include "cpu/dot_body.h"
-#include "cpu/rows_body.h"
+#include "cpu/simd/dot_body.h"
+#include "cpu/simd/rows_body.h"
 
 // out[s] = <rows[n], w[indices[s]]> for the slots s of token n
 template <class T, class A, class Owned>

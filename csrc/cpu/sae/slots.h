@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// Which slots a token owns and which token a slot belongs to: k a token, or as row offsets say.
+// Which slots a token owns and which token a slot belongs to: k per token, or as row offsets say.
 #pragma once
 
 #include <algorithm>
 
 #include "common.h"
-#include "cpu/indices.h"
+#include "cpu/sae/indices.h"
 
 namespace mik {
 
@@ -81,7 +81,7 @@ void parallel_owners(const int64_t* offsets, int64_t owners, const F& f) {
   });
 }
 
-// f(rows, begin, end) over ranges of n tokens: `slots` k each, or as checked row offsets say
+// f(rows, begin, end) over ranges of n tokens: k slots each, or as checked row offsets say
 template <class F>
 void parallel_rows(int64_t n, int64_t k, int64_t slots, const OptionalTensor& row_offsets,
                    const F& f) {

@@ -8,7 +8,7 @@
 #include <limits>
 #include <vector>
 
-#include "cpu/order.h"
+#include "cpu/select/order.h"
 
 namespace mik {
 

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "cpu/screen.h"
+#include "cpu/screen/screen.h"
 
 #include <algorithm>
 #include <cstring>
 
-#define MIK_BODY "cpu/quantise_body.h"
-#include "cpu/each_screen_level.h"
+#define MIK_BODY "cpu/screen/quantise_body.h"
+#include "cpu/simd/each_screen_level.h"
 
 namespace mik {
 

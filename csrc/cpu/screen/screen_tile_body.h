@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // 16-bit products of a block of rows and tiles of 16 others; part of the bodies that screen.
 
-#include "cpu/vectors_body.h"
+#include "cpu/simd/vectors_body.h"
 
 // rows (features) and tiles (tokens / 16) of one register block
 #if defined(MIK_AMX_TILES)

@@ -5,7 +5,7 @@
 // up as integers: exactly, in any order. The second read counts the values of the one bin in which
 // the fraction is reached.
 #include "common.h"
-#include "cpu/scalar.h"
+#include "cpu/simd/scalar.h"
 
 #include <algorithm>
 #include <cmath>

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // row_topk: lane maxima bound the k-th value, one filter pass keeps what reaches the bound (about
 // k (1 + k / 2 lanes) elements), nth_element selects among those.
-#include "cpu/row_topk.h"
+#include "cpu/select/row_topk.h"
 
 #include "common.h"
-#include "cpu/levels.h"
-#include "cpu/order.h"
-#include "cpu/scalar.h"
+#include "cpu/simd/levels.h"
+#include "cpu/select/order.h"
+#include "cpu/simd/scalar.h"
 
 #include <algorithm>
 #include <vector>
@@ -15,8 +15,8 @@
 #include <immintrin.h>
 #endif
 
-#define MIK_BODY "cpu/row_topk_body.h"
-#include "cpu/each_level.h"
+#define MIK_BODY "cpu/select/row_topk_body.h"
+#include "cpu/simd/each_level.h"
 
 namespace mik {
 namespace {

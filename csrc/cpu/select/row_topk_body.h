@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Bound and filter of one row; compiled once per level.
 
-#include "cpu/vectors_body.h"
+#include "cpu/simd/vectors_body.h"
 
 // lane maxima: bound[l] = max of row[l], row[l + lanes], ... ignoring NaN. Every lane holds a
 // different element, so the k-th largest maximum is at most the k-th largest element

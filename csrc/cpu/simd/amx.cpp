@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "cpu/amx.h"
+#include "cpu/simd/amx.h"
 
-#include "cpu/levels.h"
+#include "cpu/simd/levels.h"
 
 #if MIK_X86_LEVELS
 #include <immintrin.h>

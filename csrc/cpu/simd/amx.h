@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// AMX tiles: configuration and the 32 x 32 bf16 product that encode screens with.
+// AMX tiles: configuration and the 32 x 32 bf16 product that the screens are made of.
 #pragma once
 
 #include <cstdint>

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // <a, b> in the accumulator type; part of a body, so no include guard.
 
-// four running sums hide the latency of the multiply-add (4 cycles, two a cycle)
+// four running sums hide the latency of the multiply-add (4 cycles, two per cycle)
 template <class T, class U, class A>
 static inline A dot(const T* a, const U* b, int64_t d) {
   constexpr int64_t lanes = MIK_VECTOR_BYTES / sizeof(A), step = 4 * lanes;

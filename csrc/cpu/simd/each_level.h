@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Includes MIK_BODY once per level, inside namespace mik::<level>. No include guard on purpose.
+// Includes MIK_BODY once per level, inside namespace mik::<level>: the one list of each level's
+// targets. With MIK_WITH_AMX also for AMX tiles (see each_screen_level.h). No include guard on
+// purpose.
 // Bodies use no std templates: one instantiated here could replace another file's portable copy.
 
 namespace mik::portable {
@@ -26,6 +28,16 @@ namespace mik::avx512 {
 #include MIK_BODY
 #undef MIK_VECTOR_BYTES
 }  // namespace mik::avx512
+#if defined(MIK_WITH_AMX)
+// tiles are used through amx.h, so this level needs no target of its own
+namespace mik::amx {
+#define MIK_VECTOR_BYTES 64
+#define MIK_AMX_TILES
+#include MIK_BODY
+#undef MIK_AMX_TILES
+#undef MIK_VECTOR_BYTES
+}  // namespace mik::amx
+#endif
 #pragma GCC pop_options
 #endif
 #undef MIK_BODY

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "cpu/levels.h"
+#include "cpu/simd/levels.h"
 
 #include <atomic>
 
@@ -13,7 +13,7 @@ namespace mik {
 namespace {
 
 #if MIK_X86_LEVELS
-// AMX tile registers are 8 KB a thread, so Linux grants them per process on request
+// AMX tile registers are 8 KB per thread, so Linux grants them per process on request
 bool amx_granted() {
   constexpr int kRequestPermission = 0x1023, kTileData = 18;
   unsigned a = 0, b = 0, c = 0, d = 0;

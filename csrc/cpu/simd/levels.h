@@ -18,7 +18,7 @@ const char* level_name(Level level);
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define MIK_X86_LEVELS 1
-// amx has no loops of its own outside the encode tiles: it runs the avx512 bodies
+// amx has bodies of its own for the screens only (MIK_SCREEN); elsewhere it runs the avx512 ones
 #define MIK_AT_LEVEL(...)                                              \
   (::mik::active_level() >= ::mik::Level::avx512 ? avx512::__VA_ARGS__ \
    : ::mik::active_level() == ::mik::Level::avx2 ? avx2::__VA_ARGS__   \

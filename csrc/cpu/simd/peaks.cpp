@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // The ceilings that benchmarks compare with: measured here and now, never taken from a datasheet.
-#include "cpu/peaks.h"
+#include "cpu/simd/peaks.h"
 
 #include "common.h"
-#include "cpu/amx.h"
-#include "cpu/levels.h"
+#include "cpu/simd/amx.h"
+#include "cpu/simd/levels.h"
 
 #include <algorithm>
 #include <chrono>
@@ -14,8 +14,8 @@
 #include <immintrin.h>
 #endif
 
-#define MIK_BODY "cpu/peaks_body.h"
-#include "cpu/each_level.h"
+#define MIK_BODY "cpu/simd/peaks_body.h"
+#include "cpu/simd/each_level.h"
 
 namespace mik {
 namespace {

@@ -3,7 +3,7 @@
 
 typedef float peak_vector __attribute__((vector_size(MIK_VECTOR_BYTES)));
 
-// multiply-adds of 12 independent vectors, enough to cover 4 cycles at 2 a cycle
+// multiply-adds of 12 independent vectors, enough to cover 4 cycles at 2 per cycle
 static double fma_flops(int64_t rounds, float* sink) {
   constexpr int lanes = MIK_VECTOR_BYTES / 4;
   peak_vector a[12], x, y;
@@ -19,8 +19,8 @@ static double fma_flops(int64_t rounds, float* sink) {
   return 2.0 * 12 * lanes * static_cast<double>(rounds);
 }
 
-// int16 pair products with int32 sums, as the encode screen does them; 0 where there is no such
-// unit
+// int16 pair products with int32 sums, as the screens do them; 0 at the portable level, whose
+// screen no benchmark compares with a ceiling
 static double madd16_ops(int64_t rounds, float* sink) {
 #if MIK_VECTOR_BYTES == 64
   __m512i a[12], x = _mm512_set1_epi16(3), y = _mm512_set1_epi16(5);

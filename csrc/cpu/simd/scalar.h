@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Element types: what they load to and how they are stored back (round to nearest even).
+// Element types, and the type that their sums run in.
 #pragma once
 
 #include <torch/headeronly/util/BFloat16.h>
@@ -7,7 +7,7 @@
 
 namespace mik {
 
-// sums run in the accumulator: fp32 for the low precisions, the type itself otherwise
+// fp32 for the low precisions, the type itself otherwise
 template <class T>
 struct accumulator {
   using type = float;
