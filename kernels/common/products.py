@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What kernels that multiply matrices share: the product, its tiles, their cases."""
+"""What kernels that multiply matrices share: the product, its tiles, their operands and cases."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def multiply(x, y, total, WIDEN: tl.constexpr):
 
 @triton.jit
 def tile_at(number, tiles_n, tiles_m):
-    """Tiles in bands of SWIZZLE rows."""
+    """Row and column of a tile, of tiles_n x tiles_m taken in bands of SWIZZLE rows."""
     per_band = SWIZZLE * tiles_m
     band = number // per_band
     height = tl.minimum(tiles_n - band * SWIZZLE, SWIZZLE)
@@ -41,6 +41,11 @@ def halves(tile):
     """The left and the right half of the columns."""
     both = tl.reshape(tile, [tile.shape[0], 2, tile.shape[1] // 2])
     return tl.split(tl.permute(both, [0, 2, 1]))
+
+
+def part(t: torch.Tensor | None, begin: int, end: int) -> torch.Tensor | None:
+    """Rows begin..end of an operand that may be absent."""
+    return None if t is None else t[begin:end]
 
 
 def is_even(*operands: torch.Tensor) -> bool:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch
 import triton
 
+from ..common.products import part
 from .pairwise_exact import GROUP, Pairs
 from .pairwise_group_max import (
     LARGE,
@@ -20,14 +21,10 @@ from .pairwise_group_max import (
     _pairwise_product_kernel,
 )
 
-# bytes of packed rows a side, of maxima, of sums of products whose rows are packed in chunks
+# bytes of packed rows per side, of maxima, of sums of products whose rows are packed in chunks
 PACKED, KEPT, SUMS = 64 << 20, 64 << 20, 64 << 20
 # columns of a chunk, a multiple of PADDING: C + K / C additions
 CHUNK = 4096
-
-
-def part(t: torch.Tensor | None, begin: int, end: int) -> torch.Tensor | None:
-    return None if t is None else t[begin:end]
 
 
 class Side:

@@ -10,7 +10,7 @@
 3. Where bounds cannot separate (duplicates, more than one group in SHARE to be scored), where k is
    that large or the problem small, products in fp64 do the work: the definition, in blocks.
 
-The host waits for counts, some three times a panel: this operator is no part of a training step.
+The host waits for counts, some three times per panel: this operator is no part of a training step.
 Scratch: 64 MB of packed rows of either operand, 64 MB of maxima, 64 MB of sums where rows are long,
 and some 100 MB for exact scores, whatever n, m and D.
 """

@@ -23,7 +23,7 @@ import triton.language as tl
 from ..common.offline import Case
 from .adam_sumsq import TILE, WHOLE, check_operands, product_sum, warps_of
 
-# block of a flat matrix: 8 elements a thread, two 16-byte loads of fp32
+# block of a flat matrix: 8 elements per thread, two 16-byte loads of fp32
 FLAT, FLAT_WARPS = 1024, 4
 
 

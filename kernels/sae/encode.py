@@ -22,6 +22,7 @@ from dataclasses import dataclass
 import torch
 import triton
 
+from ..common.products import part
 from ..select.row_topk import TILE, select_into, warps
 from .encode_exact import EXACT, EXACT_WARPS, _encode_exact_kernel
 from .encode_plain import encode_plain
@@ -42,14 +43,13 @@ from .encode_winners import (
     SCRATCH,
     Winners,
     full_sums,
-    part,
     within_memory,
 )
 
 # scores in these dtypes are rounded by 2^-9 or 2^-12, as eager's are: to settle the order below
 # that costs more (at G2 some 3 of 11 ms, predicted) than it tells
 PLAIN = (torch.bfloat16, torch.float16)
-# programs of encode_exact, each with a scratch of 8 bytes a feature
+# programs of encode_exact, each with a scratch of 8 bytes per feature
 EXACT_PROGRAMS = 128
 
 

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 
 import torch
 
-from .encode_winners import MOST_FEATURES, MOST_TOKENS, Winners, full_sums, part, within_memory
+from ..common.products import part
+from .encode_winners import MOST_FEATURES, MOST_TOKENS, Winners, full_sums, within_memory
 
 
 def plan(n: int, f: int, k: int, scratch: int) -> tuple[int, int, int]:

@@ -103,7 +103,3 @@ def full_sums() -> Iterator[None]:
     finally:
         for name, value in before.items():
             setattr(matmul, name, value)
-
-
-def part(t: torch.Tensor | None, begin: int, end: int) -> torch.Tensor | None:
-    return None if t is None else t[begin:end]

@@ -86,7 +86,7 @@ def _feature_sum_kernel(
         tl.store(to_bias, bias.to(db.dtype.element_ty), tl.program_id(1) == 0)
 
 
-# BLOCK_D -> (entries of a tile, warps): 4 to 8 rows in flight, at least 8 columns a thread
+# BLOCK_D -> (entries of a tile, warps): 4 to 8 rows in flight, at least 8 columns per thread
 SUM_TILES = {64: (16, 1), 128: (8, 1), 256: (8, 1), 512: (8, 2), 1024: (8, 4)}
 
 

@@ -20,7 +20,7 @@ from .adam_sumsq import product_sum
 from .gradients_fused import WIDEST, _sae_shares_kernel, row_tile, sae_feature
 from .update_wide import update_by_pieces
 
-# BLOCK_D -> (slots of a tile, warps): 4 columns a thread, 8 in the widest, keep ten rows within 128
+# BLOCK_D -> (slots of a tile, warps): 4 columns per thread, 8 in the widest, keep ten rows in 128
 # registers, so that 16 warps fit on an SM
 TILES = {
     64: (8, 1),

@@ -38,8 +38,8 @@ def _larger(a, b):
 def largest_key(x, UNUSED: tl.constexpr):
     """The largest key of each row of scores [n, m], whose padding is -inf.
 
-    One max.NaN a score and a key a row: 224 instructions where a key a score takes 512 (the whole
-    read of bf16 groups of 64, sm_90).
+    One max.NaN per score and a key per row: 224 instructions where a key per score takes 512 (the
+    whole read of bf16 groups of 64, sm_90).
     """
     if INTERPRETED:  # the interpreter would call `_larger` in Python, score by score
         return tl.max(order_key(x.to(tl.float32), UNUSED), 1)

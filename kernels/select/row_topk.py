@@ -22,7 +22,7 @@ from . import order
 from .order import NOTHING, kth_key, largest_key, least_key, order_key, places
 from .row_topk_passes import PASS, _row_topk_passes_kernel
 
-# elements that a program holds in registers: 32 a thread at 8 warps
+# elements that a program holds in registers: 32 per thread at 8 warps
 TILE = 8192
 MOST_GROUPS = 8192
 # bytes of group maxima; rows beyond it go to further launches

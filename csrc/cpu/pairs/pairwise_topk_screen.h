@@ -9,7 +9,8 @@
 
 namespace mik {
 
-// longer rows leave too few bits a number: at 2^14 the bound is 0.15 standard deviations of a score
+// longer rows leave too few bits per number: at 2^14 the bound is 0.15 standard deviations of the
+// scores
 constexpr int64_t kScreened = 1 << 14;
 
 template <class T>

@@ -13,13 +13,25 @@
 
 namespace mik {
 
-// acc[i, j] += <a[i], b[j]> over d numbers, acc of leading dimension ld. With `limits`, column j
-// wants the rows first_row + i < limits[j] only; what else acc receives is to be ignored
-void block_products(const float* const* a, int64_t rows, const float* const* b, int64_t cols,
-                    int64_t d, const int64_t* limits, int64_t first_row, double* acc, int64_t ld);
-void block_products(const double* const* a, int64_t rows, const double* const* b, int64_t cols,
-                    int64_t d, const int64_t* limits, int64_t first_row, double* acc, int64_t ld);
+// acc[i, j] += <a[i], b[j]> over d numbers for i < rows, j < cols; acc has the leading dimension ld.
+// With `limits`, column j wants the rows first_row + i < limits[j] only; what else acc receives is
+// to be ignored
+template <class A>
+struct RowProducts {
+  const A* const* a;
+  int64_t rows;
+  const A* const* b;
+  int64_t cols, d;
+  const int64_t* limits;
+  int64_t first_row;
+  double* acc;
+  int64_t ld;
+};
 
+void block_products(const RowProducts<float>& of);
+void block_products(const RowProducts<double>& of);
+
+// d numbers `stride` apart, times scale[0:d] if there is one, as a dense row
 void copy_row(const float* from, int64_t stride, const float* scale, int64_t scale_stride,
               int64_t d, float* to);
 void copy_row(const double* from, int64_t stride, const double* scale, int64_t scale_stride,
@@ -82,7 +94,15 @@ class BlockProduct {
       const bool copy = block.rows > kInPlaceRows;
       const A* const* right = dense(b, block.col, block.cols, k, here, copy, right_);
       const A* const* left = dense(a, block.row, block.rows, k, here, false, left_);
-      block_products(left, block.rows, right, block.cols, here, limits, block.row, acc, block.cols);
+      block_products(RowProducts<A>{.a = left,
+                                    .rows = block.rows,
+                                    .b = right,
+                                    .cols = block.cols,
+                                    .d = here,
+                                    .limits = limits,
+                                    .first_row = block.row,
+                                    .acc = acc,
+                                    .ld = block.cols});
     }
   }
 

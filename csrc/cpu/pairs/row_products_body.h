@@ -77,12 +77,10 @@ static inline void some_columns(const A* const* a, const A* const* ahead, const 
   dot_tile<A, N, Ahead>(a, ahead, b, d, rows, acc, ld);
 }
 
-// acc[i][j] += <a[i], b[j]>. With `limits`, column j wants the rows first_row + i < limits[j] only:
-// tiles without such a pair are passed over, others are filled whole
+// tiles without a pair below its limit are passed over, others are filled whole
 template <class A>
-static void block_products(const A* const* a, int64_t rows, const A* const* b, int64_t cols,
-                           int64_t d, const int64_t* limits, int64_t first_row, double* acc,
-                           int64_t ld) {
+static void block_products(const RowProducts<A>& of) {
+  const auto [a, rows, b, cols, d, limits, first_row, acc, ld] = of;
   for (int64_t i = 0; i < rows; i += kTileRows) {
     const int here = rows - i < kTileRows ? static_cast<int>(rows - i) : kTileRows;
     const A *row[kTileRows], *ahead[kTileRows];
@@ -107,7 +105,6 @@ static void block_products(const A* const* a, int64_t rows, const A* const* b, i
   }
 }
 
-// d numbers `stride` apart, times scale[0:d] if there is one, as a dense row
 template <class T, class A>
 static void copy_row(const T* from, int64_t stride, const T* scale, int64_t scale_stride, int64_t d,
                      A* to) {

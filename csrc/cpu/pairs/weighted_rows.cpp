@@ -12,7 +12,8 @@ void weighted_rows(const float* weights, const float* b, int64_t ldb, int64_t de
   MIK_AT_LEVEL(weighted_rows<float>)(weights, b, ldb, depth, out);
 }
 
-void weighted_rows(const double* weights, const double* b, int64_t ldb, int64_t depth, double* out) {
+void weighted_rows(const double* weights, const double* b, int64_t ldb, int64_t depth,
+                   double* out) {
   MIK_AT_LEVEL(weighted_rows<double>)(weights, b, ldb, depth, out);
 }
 

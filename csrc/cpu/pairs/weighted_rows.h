@@ -13,7 +13,8 @@ constexpr int kSumRows = 6, kSumCols = 64;
 
 // out[kSumRows][kSumCols] = weights[depth][kSumRows]^T b[depth][kSumCols]
 void weighted_rows(const float* weights, const float* b, int64_t ldb, int64_t depth, float* out);
-void weighted_rows(const double* weights, const double* b, int64_t ldb, int64_t depth, double* out);
+void weighted_rows(const double* weights, const double* b, int64_t ldb, int64_t depth,
+                   double* out);
 
 // columns first..first + cols of `depth` rows, in place where that is possible
 template <class T>

@@ -1,19 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0
 // Rounding of rows to 16 bits, and products that are not rounded; compiled once per level.
 
-typedef double doubles __attribute__((vector_size(MIK_VECTOR_BYTES)));
+#include "cpu/simd/wide_body.h"
+
 typedef float half_floats __attribute__((vector_size(MIK_VECTOR_BYTES / 2)));
 constexpr int kDoubles = MIK_VECTOR_BYTES / 8;
 
 template <class W>
-static inline doubles load_doubles(const W* at) {
+static inline wide_doubles load_doubles(const W* at) {
   half_floats narrow;
   if constexpr (sizeof(W) == sizeof(float)) {
     __builtin_memcpy(&narrow, at, sizeof(narrow));
   } else {
     for (int l = 0; l < kDoubles; ++l) narrow[l] = static_cast<float>(at[l]);
   }
-  return __builtin_convertvector(narrow, doubles);
+  return __builtin_convertvector(narrow, wide_doubles);
 }
 
 // <x, w> in fp64 with a fixed order of 16 sums: products of two fp32 numbers are exact in fp64, so
@@ -21,15 +22,12 @@ static inline doubles load_doubles(const W* at) {
 template <class W>
 static double exact_dot(const double* x, const W* w, int64_t d) {
   constexpr int vectors = 16 / kDoubles;
-  doubles sums[vectors] = {};
+  wide_doubles sums[vectors] = {};
   int64_t i = 0;
   for (; i + 16 <= d; i += 16) {
 #pragma GCC unroll 8
-    for (int v = 0; v < vectors; ++v) {
-      doubles a;
-      __builtin_memcpy(&a, x + i + v * kDoubles, sizeof(a));
-      sums[v] += a * load_doubles(w + i + v * kDoubles);
-    }
+    for (int v = 0; v < vectors; ++v)
+      sums[v] += load_wide<wide_doubles>(x + i + v * kDoubles) * load_doubles(w + i + v * kDoubles);
   }
   double lane_sums[16];
   __builtin_memcpy(lane_sums, sums, sizeof(lane_sums));

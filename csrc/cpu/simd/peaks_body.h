@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // Arithmetic ceilings of one core; compiled once per level.
 
-typedef float peak_vector __attribute__((vector_size(MIK_VECTOR_BYTES)));
+#include "cpu/simd/wide_body.h"
 
 // multiply-adds of 12 independent vectors, enough to cover 4 cycles at 2 per cycle
 static double fma_flops(int64_t rounds, float* sink) {
   constexpr int lanes = MIK_VECTOR_BYTES / 4;
-  peak_vector a[12], x, y;
+  wide_floats a[12], x, y;
   for (int l = 0; l < lanes; ++l) x[l] = 0.999f, y[l] = 1e-6f;
   for (int i = 0; i < 12; ++i)
     for (int l = 0; l < lanes; ++l) a[i][l] = static_cast<float>(i);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The few vector operations that loops cannot express, by vector width; part of a body, so no
-// include guard.
+// Vector operations in intrinsics, for screens and row_topk: pairs of 16-bit integers, masks. By
+// vector width; part of a body, so no include guard.
 
 #if MIK_VECTOR_BYTES == 64
 constexpr int kLanes = 16;
