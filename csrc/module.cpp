@@ -8,8 +8,8 @@
 #include <string>
 #include <vector>
 
-#include "cpu/levels.h"
-#include "cpu/peaks.h"
+#include "cpu/simd/levels.h"
+#include "cpu/simd/peaks.h"
 
 namespace py = pybind11;
 using mik::Level;

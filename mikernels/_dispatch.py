@@ -39,9 +39,9 @@ class Op:
 
     Args:
         schema, reference, fake: as for `torch.library`.
-        triton: launcher of mikernels.kernels ("module:function") with the schema's arguments. It
-            owns the CUDA dispatch key (ROCm's too) where Triton is installed; else the reference
-            runs there.
+        triton: launcher of mikernels.kernels ("room.module:function") with the schema's arguments.
+            It owns the CUDA dispatch key (ROCm's too) where Triton is installed; else the
+            reference runs there.
         operands: what its arguments have to be, by name (see mikernels/_operands.py).
         cuda: csrc/cuda/<name>.cu implements it, as the operator <name>_cuda.
     """

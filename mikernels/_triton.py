@@ -59,7 +59,7 @@ def unsupported(device: torch.device) -> str:
 
 
 def launcher(path: str) -> Callable[..., Any]:
-    """The launcher `module:function` of mikernels.kernels, imported at the first call."""
+    """The launcher `room.module:function` of mikernels.kernels, imported at the first call."""
     module, _, function = path.partition(":")
 
     @functools.cache

@@ -140,7 +140,13 @@ def test_isolated_wheel_has_the_extension_without_cuda_if_need_be(
     assert {f"mikernels/{name}" for name in names_in(ROOT, "bench/**/*.py")} <= set(names)
     assert {"mikernels/py.typed", "mikernels/_build.json"} <= set(names)
     assert any(name.startswith("mikernels/_C.") for name in names)
-    packages = (path.parent for path in (source / "mikernels").rglob("*.py"))
+    packages = {path.parent for path in (source / "mikernels").rglob("*.py")}
+    packages |= {
+        source / "mikernels" / path.parent.relative_to(source)
+        for room in ("kernels", "bench")
+        for path in (source / room).rglob("*.py")
+        if not path.is_relative_to(source / "bench/results")
+    }
     assert {str(p.relative_to(source)) for p in packages} <= {str(Path(n).parent) for n in names}
 
     environment.pip("install", wheel, cwd=tmp_path)

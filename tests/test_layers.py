@@ -131,7 +131,7 @@ def test_the_reading_sees_imports_of_every_kind():
     assert "mikernels.cli" in GRAPH and "mikernels.demo.run" in GRAPH["mikernels.cli.command"]
     assert "mikernels.kernels" in GRAPH["mikernels._triton"]
     assert "mikernels._C" in GRAPH["mikernels._ext"]
-    assert "mikernels.kernels.order" in GRAPH["mikernels.kernels.row_topk"]
+    assert "mikernels.kernels.select.order" in GRAPH["mikernels.kernels.select.row_topk"]
     assert "mikernels.activations" in GRAPH["mikernels.cli.train"]
 
 

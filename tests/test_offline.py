@@ -9,12 +9,12 @@ import pytest
 pytest.importorskip("triton")
 
 from mikernels import kernels
-from mikernels.kernels import offline
+from mikernels.kernels.common import offline
 
 
 def modules():
-    for info in pkgutil.iter_modules(kernels.__path__):
-        module = importlib.import_module(f"mikernels.kernels.{info.name}")
+    for info in pkgutil.walk_packages(kernels.__path__, f"{kernels.__name__}."):
+        module = importlib.import_module(info.name)
         if hasattr(module, "cases"):
             yield module
 

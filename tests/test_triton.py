@@ -64,7 +64,7 @@ def test_named_triton_refuses_fp64(monkeypatch):
 @pytest.mark.parametrize("before", [True, False])
 def test_sums_are_full_only_within(before):
     pytest.importorskip("triton")
-    from mikernels.kernels.encode_panels import full_sums
+    from mikernels.kernels.sae.encode_winners import full_sums
 
     matmul = torch.backends.cuda.matmul
     names = "allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction"

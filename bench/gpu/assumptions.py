@@ -145,7 +145,7 @@ def _group_maxima(ground: Ground) -> None:
         n, f = ground.size(s.n), ground.size(s.f)
 
         def measure(n: int = n, f: int = f, d: int = s.d, k: int = s.k) -> float:
-            from mikernels.kernels.encode_groups import encode_groups
+            from mikernels.kernels.sae.encode_groups import encode_groups
 
             x, w = ground.normal(n, d), ground.normal(f, d)
             product = ground.device.median(lambda: torch.mm(x, w.T))

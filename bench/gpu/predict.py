@@ -46,21 +46,21 @@ def row_topk(r: Rates, s: Shape, dtype: str) -> list[Part]:
 
 
 def plan(s: Shape) -> tuple[int, Any]:
-    """The candidates and the sizes that kernels.encode screens with."""
-    from mikernels.kernels import encode, encode_screen
+    """The candidates and the sizes that kernels/sae/encode.py screens with."""
+    from mikernels.kernels.sae import encode, encode_screen
 
     c = encode.candidates(s.k, s.d, s.f, True)
     return c, encode.plan(s.n, s.f, encode_screen.packed_width(s.d), c, encode.SCRATCH)
 
 
 def encode_plain(r: Rates, s: Shape, dtype: str) -> list[Part]:
-    from mikernels.kernels import encode_panels, encode_plain
+    from mikernels.kernels.sae import encode_plain, encode_winners
 
-    tokens, rows, features = encode_plain.plan(s.n, s.f, s.k, encode_panels.SCRATCH)
+    tokens, rows, features = encode_plain.plan(s.n, s.f, s.k, encode_winners.SCRATCH)
     panels = math.ceil(s.f / features)
     products = math.ceil(s.n / tokens) * math.ceil(tokens / rows)
     chosen, why = select(r, rows, features, s.k, dtype)
-    waiting = encode_panels.WAITING
+    waiting = encode_winners.WAITING
     merge = select(r, s.n, (waiting + 1) * s.k, s.k, dtype)[0] + s.n * s.k * 32 / r.copy
     return [
         (
@@ -78,7 +78,7 @@ def encode_plain(r: Rates, s: Shape, dtype: str) -> list[Part]:
 
 
 def encode(r: Rates, s: Shape, dtype: str) -> list[Part]:
-    from mikernels.kernels.encode_panels import WAITING
+    from mikernels.kernels.sae.encode_winners import WAITING
 
     if dtype != "fp32":
         return encode_plain(r, s, dtype)

@@ -58,7 +58,7 @@ DEVICES = {
 HALF_RATE = re.compile(r"^(ISETP|IADD3|LOP3|SEL|V?IMNMX|SHF|PRMT|PLOP3|LEA|FMNMX|FSETP|P2R|VOTE)")
 # instructions of the group-maximum loop a score, where the compiler is not at hand
 SCORE_INSTRUCTIONS = 5.0
-# rows, and (F, k), of kernels.row_topk.cases()
+# rows, and (F, k), of kernels/select/row_topk.py
 WHOLE = (512, 2048, 8192)
 PINNED = ((16384, 144), (24576, 32), (131072, 64), (131072, 256), (1 << 20, 64), (65536, 512))
 
@@ -100,8 +100,8 @@ def loops(sass: str) -> tuple[list[Loop], float]:
 
 
 def sass_of(case: Any, target: str = "sm_90") -> str:
-    """Machine code of a pinned case of kernels.offline."""
-    from mikernels.kernels import offline
+    """Machine code of a pinned case of a kernel (kernels/common/offline.py)."""
+    from mikernels.kernels.common import offline
 
     with warnings.catch_warnings():
         # Triton's, about a default that is to change
@@ -120,7 +120,7 @@ def row_cycles(n: int, k: int, dtype: str) -> tuple[float, str]:
     if importlib.util.find_spec("triton") is None:
         selection = 2 * 4096 * (9 if dtype != "fp32" else 25) * 4 / 32
         return n * 2 * SCORE_INSTRUCTIONS / 32 + selection, "estimated without Triton"
-    from mikernels.kernels import row_topk
+    from mikernels.kernels.select import row_topk
 
     # the pinned case of the launcher's kernel whose row is nearest in size
     size = {f"grouped {dtype} F={f} k={j}": (f, j) for f, j in PINNED}

@@ -88,7 +88,7 @@ def _groups(inputs: Inputs, mode: str) -> Runner:
     need(encode_op, "triton")
     if mode != "fwd" or inputs.x.device.type == "cpu":
         raise Unavailable("it is a forward pass on a GPU")
-    groups = importlib.import_module("mikernels.kernels.encode_groups").encode_groups
+    groups = importlib.import_module("mikernels.kernels.sae.encode_groups").encode_groups
     operands = inputs.x, inputs.w_enc, inputs.b_enc, inputs.b_dec, None, inputs.k, True
     return Runner(lambda: _named(*groups(*operands)))
 

@@ -2,13 +2,13 @@
 // row_topk in CUDA C++, as an operator of its own: the CUDA key of row_topk is Triton's.
 //
 // Predicted, not measured, for bf16, 8192 x 131072, k = 64:
-//   bytes: the matrix 2147 MB, 64 groups of 128 bytes a row again 67 MB, output 5 MB: 2.22 GB,
+//   bytes: the matrix 2147 MB, 64 groups of 128 bytes per row again 67 MB, output 5 MB: 2.22 GB,
 //     which is 0.52 ms at 4.3 TB/s (H200) and 0.74 ms at 3.0 TB/s (H100).
 //   instructions: the loop that reads has 107 in sm_90 code for 1024 elements of a warp (4 loads of
-//     16 bytes, 20 packed maxima, 12 shuffles), 13.7 k a row; the selection is about as many again.
+//     16 bytes, 20 packed maxima, 12 shuffles), 13.7 k per row; the selection has about as many.
 //     8192 x 27 k at 132 multiprocessors x 4 x 1.755 GHz is 0.24 ms, below half of the bytes' time.
-//   in flight: 5 blocks x 256 threads x 64 bytes = 80 kB a multiprocessor, of which a third selects
-//     at any time; 33 bytes/ns (H200) x 1 us need 33 kB.
+//   in flight: 5 blocks x 256 threads x 64 bytes = 80 kB per multiprocessor, of which a third
+//     selects at any time; 33 bytes/ns (H200) x 1 us need 33 kB.
 //   Hence 0.55 to 0.62 ms on an H200 and 0.78 to 0.87 ms on an H100: 5 % for the last wave (12
 //   waves of 660 blocks) and up to 12 % for what does not overlap.
 #include "cuda/device.h"

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// row_topk on the device, one block a row, free of torch: nvcc compiles it, and so do the tests for
-// the CPU. The row is read once, for the maximum of each group of neighbours. The k groups with the
-// largest maxima, ties to the lowest index, hold the k best elements; only these are read again.
+// row_topk on the device, one block per row, free of torch: nvcc compiles it, and so do the tests
+// for the CPU. The row is read once, for the maximum of each group of neighbours. The k groups with
+// the largest maxima, ties to the lowest index, hold the k best elements; only they are read again.
 //
 // Why they do: let tau be the k-th largest maximum. k groups hold an element >= tau each, so the
 // k-th best element t is >= tau. An element > tau is in a group whose maximum is > tau, which is
@@ -14,7 +14,7 @@
 
 namespace mik::cuda {
 
-constexpr uint32_t LOADS = 4;  // vectors in flight a thread
+constexpr uint32_t LOADS = 4;  // vectors in flight per thread
 
 // A row as vectors of 16 aligned bytes: the first and the last may hold elements that are not its.
 template <class Format>
@@ -178,7 +178,7 @@ __global__ void __launch_bounds__(MAX_THREADS, MIN_BLOCKS)
   }
 
   const Cut cut = find_cut<Format>(elements, k, floor, work);
-  // the maxima are no longer needed; without room there, 64 bits an index are what the output has
+  // the maxima are no longer needed; without room there, 64 bits per index are what the output has
   uint64_t* order =
       reinterpret_cast<uint64_t*>(plan.sort_shared ? static_cast<void*>(maxima) : indices);
   take<Format>(elements, cut, work, [&](uint32_t place, uint32_t slot, uint32_t j, uint32_t key) {

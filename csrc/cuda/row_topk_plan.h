@@ -7,7 +7,7 @@
 namespace mik::cuda {
 
 constexpr uint32_t MAX_THREADS = 256;
-// 48 registers a thread are enough; 5 blocks keep up to 80 kB of loads in flight
+// 48 registers per thread are enough; 5 blocks keep up to 80 kB of loads in flight
 constexpr uint32_t MIN_BLOCKS = 5;
 
 struct Plan {

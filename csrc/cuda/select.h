@@ -44,9 +44,9 @@ __device__ inline void find_digit(Workspace& work, uint32_t need) {
   work.count = work.bins[digit];
 }
 
-// The k largest keys >= floor, of which there are at least k, by radix from the top, 8 bits a pass.
-// No pass is made whose outcome is known: often all keys of the last digit are needed. The source
-// is loaded from behind a barrier.
+// The k largest keys >= floor, of which there are at least k, by radix from the top, 8 bits per
+// pass. No pass is made whose outcome is known: often all keys of the last digit are needed. The
+// source is loaded from behind a barrier.
 template <class Format, class Source>
 __device__ Cut find_cut(const Source& source, uint32_t k, uint32_t floor, Workspace& work) {
   constexpr uint32_t bits = 8 * sizeof(typename Format::Bits);

@@ -69,7 +69,7 @@ adam_rows_op = Op(
         "step": "number[]",
         "clip": "float[]",
     },
-    triton="adam:adam_rows_",
+    triton="sae.adam:adam_rows_",
 )
 
 
@@ -86,5 +86,5 @@ grad_sumsq_op = Op(
     sumsq_reference,
     lambda grad, param, project: grad.new_empty((), dtype=torch.float64),
     operands={"grad": "float[R,C]", "param": "T[R,C]"},
-    triton="adam_sumsq:grad_sumsq",
+    triton="sae.adam_sumsq:grad_sumsq",
 )

@@ -30,7 +30,7 @@ block_norms_op = Op(
     reference,
     lambda a, b: a.new_empty(a.shape[0], b.shape[0], dtype=accumulate_dtype(a.dtype)),
     operands={"a": "T[n,r,d]", "b": "T[m,d,s]"},
-    triton="block_norms:block_norms",
+    triton="pairs.block_norms:block_norms",
 )
 
 

@@ -69,7 +69,7 @@ decode_op = Op(
     reference,
     _fake,
     operands={**CODES, "w": "T[F,d]", "bias": "T[d]"},
-    triton="decode:decode",
+    triton="sae.decode:decode",
 )
 
 
@@ -97,7 +97,7 @@ decode_error_op = Op(
         x.new_empty(x.shape[0]),
     ),
     operands={**CODES, "w": "T[F,d]", "bias": "T[d]", "x": "acc[N,d]"},
-    triton="decode:decode_error",
+    triton="sae.decode:decode_error",
 )
 
 

@@ -46,7 +46,7 @@ edge_heads_op = Op(
         "prefix": "i64[R]",
         "out": "acc[Q,H,R]",
     },
-    triton="edge_heads:edge_heads_",
+    triton="pairs.edge_heads:edge_heads_",
 )
 
 

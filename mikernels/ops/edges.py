@@ -43,7 +43,7 @@ edge_mix_op = Op(
     mix_reference,
     _mix_fake,
     operands={"base": "T[B,P,R|1,d]", "delta": "T[B,P,W,d]", "mask": "T[W,R]"},
-    triton="edge_mix:edge_mix",
+    triton="pairs.edge_mix:edge_mix",
 )
 
 

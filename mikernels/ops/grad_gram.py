@@ -54,7 +54,7 @@ gram_op = Op(
         "symmetric": "n==m",
         "out": "acc[n,m]",
     },
-    triton="grad_gram:gram_products_",
+    triton="pairs.grad_gram:gram_products_",
 )
 
 Layers = torch.Tensor | Sequence[torch.Tensor]

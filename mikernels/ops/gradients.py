@@ -53,7 +53,7 @@ by_feature_op = Op(
     by_feature_reference,
     _by_feature_fake,
     operands={"indices": "i64[M]", "n_features": "0.."},
-    triton="gradients:by_feature",
+    triton="sae.gradients:by_feature",
 )
 
 
@@ -121,7 +121,7 @@ gather_dot_op = Op(
         "indices": "i64[N,k] or i64[S] with row_offsets",
         "row_offsets": "i64[N+1]",
     },
-    triton="gradients:gather_dot",
+    triton="sae.gradients:gather_dot",
 )
 
 
@@ -179,7 +179,7 @@ feature_sum_op = Op(
         "order": "i64[N*k] or i64[S] with tokens",
         "tokens": "i64[S]",
     },
-    triton="gradients_sum:feature_sum",
+    triton="sae.gradients_sum:feature_sum",
 )
 
 
@@ -312,7 +312,7 @@ sae_gradients_op = Op(
         "dw_enc": "float[F,d]",
         "db_enc": "float[F]",
     },
-    triton="gradients_fused:sae_gradients_",
+    triton="sae.gradients_fused:sae_gradients_",
 )
 
 

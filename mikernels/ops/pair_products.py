@@ -64,7 +64,7 @@ pair_products_op = Op(
         "symmetric": "n==m",
         "out": "acc[Q,n,m]",
     },
-    triton="pair_products:pair_products_",
+    triton="pairs.pair_products:pair_products_",
 )
 
 

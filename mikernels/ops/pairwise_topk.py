@@ -19,7 +19,8 @@ fp64 inputs: scores in fp64. Rows of more than 16,384 numbers are screened by fp
 
 On a GPU one fp16 product of rows scaled by powers of two keeps the largest upper bound of every 64
 columns; groups whose bound reaches the k-th exact strength are scored in fp64
-(mikernels/kernels/pairwise_topk.py). Scratch some 350 MB; the host waits for a few counts a panel.
+(mikernels/kernels/pairs/pairwise_topk.py). Scratch some 350 MB; the host waits for a few counts per
+panel.
 """
 
 from __future__ import annotations
@@ -127,7 +128,7 @@ pairwise_topk_op = Op(
         "symmetric": "n==m",
         "k": "1..",
     },
-    triton="pairwise_topk:pairwise_topk",
+    triton="pairs.pairwise_topk:pairwise_topk",
 )
 
 

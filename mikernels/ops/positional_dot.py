@@ -56,7 +56,7 @@ positional_dot_op = Op(
         "scale": "T[n]",
         "out": "acc[n,B]",
     },
-    triton="positional_dot:positional_dot_",
+    triton="pairs.positional_dot:positional_dot_",
 )
 
 

@@ -32,7 +32,7 @@ row_topk_op = Op(
     reference,
     _fake,
     operands={"scores": "T[N,F]", "k": "1..F"},
-    triton="row_topk:row_topk",
+    triton="select.row_topk:row_topk",
     cuda=True,
 )
 

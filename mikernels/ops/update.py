@@ -120,7 +120,7 @@ sae_update_op = Op(
         "step": "number[]",
         "clip": "float[]",
     },
-    triton="update:sae_update_",
+    triton="sae.update:sae_update_",
 )
 
 if _ext.C is not None:

@@ -6,7 +6,7 @@ import torch
 from oracle import assert_accurate, far_apart, identical, randint, randn, unchanged
 
 from mikernels import _triton, edge_scores, edge_scores_heads
-from mikernels.kernels import edge_heads, pair_products
+from mikernels.kernels.pairs import edge_heads, pair_products
 from mikernels.ops.edge_heads import edge_heads_op
 
 NAN, INF = float("nan"), float("inf")

@@ -5,7 +5,7 @@ from encode_cases import ADVERSARIAL, INF, NAN, NON_FINITE, check, scaled
 from oracle import far_apart, identical, randn, unchanged
 
 from mikernels import _triton, topk_encode
-from mikernels.kernels import encode, encode_exact, encode_groups, encode_plain, encode_screen
+from mikernels.kernels.sae import encode, encode_exact, encode_groups, encode_plain, encode_screen
 
 INTERPRETED = _triton.interpreting()
 

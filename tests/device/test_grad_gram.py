@@ -4,7 +4,7 @@ import torch
 from oracle import assert_accurate, far_apart, identical, randint, randn, unchanged
 
 from mikernels import _triton
-from mikernels.kernels import grad_gram as launcher
+from mikernels.kernels.pairs import grad_gram as launcher
 from mikernels.ops.grad_gram import grad_gram, gram_op, reference
 
 NAN = float("nan")

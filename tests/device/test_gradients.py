@@ -6,7 +6,7 @@ import pytest
 import torch
 from oracle import assert_accurate, identical, randint, randn, random_indices, unchanged
 
-from mikernels.kernels import gradients_fused, gradients_slots
+from mikernels.kernels.sae import gradients_fused, gradients_hot
 from mikernels.ops.gradients import (
     by_feature_op,
     by_feature_reference,
@@ -18,7 +18,7 @@ from mikernels.ops.gradients import (
 
 @pytest.fixture(params=[512, 4], ids=["", "chunks of 4"])
 def chunk(request, monkeypatch):
-    monkeypatch.setattr(gradients_slots, "CHUNK", request.param)
+    monkeypatch.setattr(gradients_hot, "CHUNK", request.param)
 
 
 @pytest.fixture(params=[4096, 4], ids=["", "wide"])

@@ -6,7 +6,7 @@ import torch
 from oracle import assert_accurate, far_apart, identical, randint, randn, unchanged
 
 from mikernels import _triton, edge_scores, pairwise_products, second_moment
-from mikernels.kernels import pair_products
+from mikernels.kernels.pairs import pair_products
 from mikernels.ops.pair_products import pair_products_op
 
 NAN, INF = float("nan"), float("inf")

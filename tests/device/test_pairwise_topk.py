@@ -4,8 +4,8 @@ import torch
 from oracle import far_apart, identical, randint, randn, unchanged
 
 from mikernels import _triton, pairwise_topk
-from mikernels.kernels import pairwise_exact, pairwise_group_max, pairwise_screen
-from mikernels.kernels import pairwise_topk as launcher
+from mikernels.kernels.pairs import pairwise_exact, pairwise_group_max, pairwise_screen
+from mikernels.kernels.pairs import pairwise_topk as launcher
 from mikernels.ops.pairwise_topk import pairwise_topk_op
 
 INTERPRETED = _triton.interpreting()

@@ -115,7 +115,7 @@ def test_row_topk_is_deterministic(device, impl):
 def test_row_topk_compiles_once_for_many_k(device):
     if _triton.interpreting():
         pytest.skip("nothing is compiled in the interpreter")
-    from mikernels.kernels.row_topk import _row_topk_grouped_kernel as kernel
+    from mikernels.kernels.select.row_topk import _row_topk_grouped_kernel as kernel
 
     scores = randn(4, 20000).to(device)
     row_topk(scores, 33, impl="triton")

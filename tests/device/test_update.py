@@ -6,7 +6,7 @@ import torch
 from oracle import assert_accurate, identical, unchanged
 from update_cases import OUTPUTS, changed, operands, plain, run, scale_of_sums
 
-from mikernels.kernels import gradients_slots, update, update_wide
+from mikernels.kernels.sae import gradients_hot, update, update_wide
 from mikernels.ops.update import sae_update_op
 
 
@@ -14,7 +14,7 @@ from mikernels.ops.update import sae_update_op
 def route(request, monkeypatch):
     """Small sizes made to take the routes of large ones."""
     if request.param == "chunks of 4":
-        monkeypatch.setattr(gradients_slots, "CHUNK", 4)
+        monkeypatch.setattr(gradients_hot, "CHUNK", 4)
     elif request.param == "3 programs":
         monkeypatch.setattr(update, "MOST_PROGRAMS", 3)
     elif request.param == "wide":

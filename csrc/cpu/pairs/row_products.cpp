@@ -1,0 +1,25 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cpu/pairs/row_products.h"
+
+#include "cpu/simd/levels.h"
+
+#define MIK_BODY "cpu/pairs/row_products_body.h"
+#include "cpu/simd/each_level.h"
+
+namespace mik {
+
+void block_products(const RowProducts<float>& of) { MIK_AT_LEVEL(block_products<float>)(of); }
+void block_products(const RowProducts<double>& of) { MIK_AT_LEVEL(block_products<double>)(of); }
+
+#define MIK_COPY_ROW(T)                                                                         \
+  void copy_row(const T* from, int64_t stride, const T* scale, int64_t scale_stride, int64_t d, \
+                accumulator_t<T>* to) {                                                         \
+    MIK_AT_LEVEL(copy_row<T, accumulator_t<T>>)(from, stride, scale, scale_stride, d, to);      \
+  }
+
+MIK_COPY_ROW(float)
+MIK_COPY_ROW(double)
+MIK_COPY_ROW(torch::headeronly::BFloat16)
+MIK_COPY_ROW(torch::headeronly::Half)
+
+}  // namespace mik

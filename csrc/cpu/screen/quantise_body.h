@@ -1,0 +1,92 @@
+// SPDX-License-Identifier: Apache-2.0
+// Rounding of rows to 16 bits, and products that are not rounded; compiled once per level.
+
+#include "cpu/simd/wide_body.h"
+
+typedef float half_floats __attribute__((vector_size(MIK_VECTOR_BYTES / 2)));
+constexpr int kDoubles = MIK_VECTOR_BYTES / 8;
+
+template <class W>
+static inline wide_doubles load_doubles(const W* at) {
+  half_floats narrow;
+  if constexpr (sizeof(W) == sizeof(float)) {
+    __builtin_memcpy(&narrow, at, sizeof(narrow));
+  } else {
+    for (int l = 0; l < kDoubles; ++l) narrow[l] = static_cast<float>(at[l]);
+  }
+  return __builtin_convertvector(narrow, wide_doubles);
+}
+
+// <x, w> in fp64 with a fixed order of 16 sums: products of two fp32 numbers are exact in fp64, so
+// every level returns the same bits
+template <class W>
+static double exact_dot(const double* x, const W* w, int64_t d) {
+  constexpr int vectors = 16 / kDoubles;
+  wide_doubles sums[vectors] = {};
+  int64_t i = 0;
+  for (; i + 16 <= d; i += 16) {
+#pragma GCC unroll 8
+    for (int v = 0; v < vectors; ++v)
+      sums[v] += load_wide<wide_doubles>(x + i + v * kDoubles) * load_doubles(w + i + v * kDoubles);
+  }
+  double lane_sums[16];
+  __builtin_memcpy(lane_sums, sums, sizeof(lane_sums));
+  for (int64_t j = 0; i < d; ++i, ++j)
+    lane_sums[j] += x[i] * static_cast<double>(static_cast<float>(w[i]));
+  for (int width = 8; width > 0; width /= 2)
+    for (int j = 0; j < width; ++j) lane_sums[j] += lane_sums[j + width];
+  return lane_sums[0];
+}
+
+// row = scale * q + error with 16-bit q; returns norms in fp64. bf16 keeps 8 bits of every element,
+// int16 keeps 15 bits of the largest possible row norm
+static QuantisedRow quantise_row(const float* row, int64_t d, uint16_t* out, int64_t padded) {
+  double squares = 0;
+#pragma omp simd reduction(+ : squares)
+  for (int64_t i = 0; i < d; ++i) squares += static_cast<double>(row[i]) * row[i];
+  const double norm = __builtin_sqrt(squares);
+  for (int64_t i = d; i < padded; ++i) out[i] = 0;
+  // outside this range (or NaN) the bound would meet fp32's limits: let everything pass instead
+  if (!(norm >= kSmallestNorm && norm <= kLargestNorm)) {
+    for (int64_t i = 0; i < d; ++i) out[i] = 0;
+    return {norm == 0 ? 0. : 1., norm, norm == 0 ? 0. : __builtin_inf()};
+  }
+  double errors = 0;
+#if defined(MIK_AMX_TILES)
+  // a power of two, so that scaling is exact: the norm comes to lie in 1..2
+  uint64_t exponent;
+  __builtin_memcpy(&exponent, &norm, 8);
+  exponent &= 0x7ff0000000000000u;
+  double scale;
+  __builtin_memcpy(&scale, &exponent, 8);
+  const float inverse = static_cast<float>(1. / scale);
+#pragma omp simd reduction(+ : errors)
+  for (int64_t i = 0; i < d; ++i) {
+    const float value = row[i] * inverse;
+    uint32_t bits;
+    __builtin_memcpy(&bits, &value, 4);
+    const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) & 0xffff0000u;
+    float kept;
+    __builtin_memcpy(&kept, &rounded, 4);
+    out[i] = static_cast<uint16_t>(rounded >> 16);
+    const double error = static_cast<double>(value) - kept;
+    errors += error * error;
+  }
+#else
+  const double scale = norm / 32000.;
+  const float inverse = static_cast<float>(1. / scale), step = static_cast<float>(scale);
+#pragma omp simd reduction(+ : errors)
+  for (int64_t i = 0; i < d; ++i) {
+    // adding 1.5 * 2^23 rounds to an integer in the low mantissa bits
+    const float shifted = row[i] * inverse + 12582912.f;
+    const float units = shifted - 12582912.f;
+    out[i] = static_cast<uint16_t>(static_cast<int16_t>(static_cast<int32_t>(units)));
+    const double error = static_cast<double>(row[i]) - static_cast<double>(step) * units;
+    errors += error * error;
+  }
+  return {static_cast<double>(step), norm, __builtin_sqrt(errors)};
+#endif
+#if defined(MIK_AMX_TILES)
+  return {scale, norm, __builtin_sqrt(errors) * scale};
+#endif
+}

@@ -1,0 +1,45 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cpu/screen/screen.h"
+
+#include <algorithm>
+#include <cstring>
+
+#define MIK_BODY "cpu/screen/quantise_body.h"
+#include "cpu/simd/each_screen_level.h"
+
+namespace mik {
+
+QuantisedRow quantise(const float* row, int64_t d, uint16_t* out, int64_t padded) {
+  return MIK_SCREEN(quantise_row)(row, d, out, padded);
+}
+
+void into_tile(const uint16_t* row, int64_t padded, int64_t n, uint16_t* tiles) {
+  uint16_t* tile = tiles + n / kTileTokens * kTileTokens * padded + n % kTileTokens * 2;
+  for (int64_t pair = 0; pair < padded / 2; ++pair)
+    std::memcpy(tile + pair * kTileTokens * 2, row + pair * 2, 4);
+}
+
+double screen_rounding(int64_t padded) {
+  // fp32 sums of 2 ceil(d / 2) products on AMX, exact integers elsewhere
+  return active_level() == Level::amx ? 2. * static_cast<double>(padded) * 0x1p-24 : 0.;
+}
+
+int64_t tiles_in_cache(int64_t padded) {
+  // half of the L2 for the tiles, the rest for what streams: 512 KB on Zen 3, 2 MB with AVX-512
+  const int64_t l2 = active_level() >= Level::avx512 ? 1 << 20 : 1 << 18;
+  return std::max<int64_t>(l2 / (kTileTokens * 2 * padded) / 2 * 2, 2);
+}
+
+double exact_dot(const double* x, const float* w, int64_t d) {
+  return MIK_AT_LEVEL(exact_dot<float>)(x, w, d);
+}
+
+double exact_dot(const double* x, const torch::headeronly::BFloat16* w, int64_t d) {
+  return MIK_AT_LEVEL(exact_dot<torch::headeronly::BFloat16>)(x, w, d);
+}
+
+double exact_dot(const double* x, const torch::headeronly::Half* w, int64_t d) {
+  return MIK_AT_LEVEL(exact_dot<torch::headeronly::Half>)(x, w, d);
+}
+
+}  // namespace mik

@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compiles kernels for GPUs that are not there, and reads what the compiler made of them.
+
+The machine code is the one a launch would run: same source, same specialisation on divisibility by
+16, same warps and stages. What can be told without a GPU: registers, spills, shared memory, the
+number of instructions, and whether the matrix unit is used.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+# bytes of shared memory that one block may use
+SHARED_LIMIT = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
+MATRIX = {
+    "sm_80": r"\bHMMA\.",
+    "sm_90": r"\bHGMMA\.|\bHMMA\.",
+    "sm_100": r"\bUTC\w*MMA\b|\bHMMA\.",
+    "gfx942": r"\bv_mfma_",
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel in one pinned configuration.
+
+    Attributes:
+        name: unique within the module, e.g. "grouped bf16 k=64".
+        kernel: the @triton.jit function.
+        types: run-time argument -> Triton type ("*fp32", "*bf16", "i32", "i64", "fp32").
+        constants: constexpr argument -> value.
+        divisible: run-time arguments divisible by 16 (pointers always are).
+        matrix: a matrix instruction is expected.
+        targets: where it is used.
+    """
+
+    name: str
+    kernel: Any
+    types: Mapping[str, str]
+    constants: Mapping[str, Any] = field(default_factory=dict)
+    num_warps: int = 4
+    num_stages: int = 3
+    divisible: tuple[str, ...] = ()
+    matrix: bool = False
+    targets: tuple[str, ...] = tuple(TARGETS)
+
+
+def with_odd_sizes(cases: list[Case]) -> list[Case]:
+    """The cases, and the fp32 ones again for sizes of which nothing is known."""
+    odd = [c for c in cases if "fp32" in c.name and c.divisible]
+    return cases + [replace(c, name=f"{c.name}, odd sizes", divisible=()) for c in odd]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the compiler made of a case; spills in bytes of memory per thread."""
+
+    registers: int
+    spills: int
+    shared: int
+    instructions: int
+    matrix_instructions: int
+
+
+def compiled(case: Case, target: str) -> Any:
+    """Triton's compiled kernel for a target of TARGETS; raises what the compiler raises."""
+    names = case.kernel.arg_names
+    aligned = {n for n, t in case.types.items() if t.startswith("*")} | set(case.divisible)
+    source = ASTSource(
+        fn=case.kernel,
+        signature={n: case.types.get(n, "constexpr") for n in names},
+        constexprs={(names.index(n),): value for n, value in case.constants.items()},
+        attrs={(names.index(n),): [["tt.divisibility", 16]] for n in aligned},
+    )
+    options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
+    return triton.compile(source, target=TARGETS[target], options=options)
+
+
+def compile_case(case: Case, target: str) -> Report:
+    """Compile for a target of TARGETS; raises what the compiler raises."""
+    kernel = compiled(case, target)
+    if target.startswith("gfx"):
+        return _report_amd(kernel, target)
+    return _report_nvidia(kernel, target)
+
+
+def _tool(name: str) -> str:
+    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
+
+
+def _report_nvidia(compiled: Any, target: str) -> Report:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        usage = _run(_tool("cuobjdump"), "--dump-resource-usage", cubin.name)
+        sass = _run(_tool("nvdisasm"), "-c", cubin.name)
+    registers = int(re.findall(r"REG:(\d+)", usage)[-1])
+    # the stack holds spilled registers and nothing else here
+    stack = int(re.findall(r"STACK:(\d+)", usage)[-1])
+    local = len(re.findall(r"\b(?:LDL|STL)\b", sass))
+    lines = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", sass, re.MULTILINE)
+    return Report(
+        registers,
+        max(stack, local),
+        compiled.metadata.shared,
+        len(lines),
+        len(re.findall(MATRIX[target], sass)),
+    )
+
+
+def _report_amd(compiled: Any, target: str) -> Report:
+    text = compiled.asm["amdgcn"]
+
+    def number(name: str) -> int:
+        return int(re.findall(rf"\.{name}:\s+(\d+)", text)[-1])
+
+    return Report(
+        number("vgpr_count"),
+        # scalar registers spill into vector lanes, which costs no memory
+        max(number("vgpr_spill_count"), number("private_segment_fixed_size")),
+        compiled.metadata.shared,
+        len(re.findall(r"^\s+[sv]_\w+", text, re.MULTILINE)),
+        len(re.findall(MATRIX[target], text)),
+    )
+
+
+def _run(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout

@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sparse decode: y[n] = sum_j values[n, j] w[indices[n, j]] + bias, by token.
+
+One program holds a block of one token's output and gathers that block of its k rows of w, four at
+a time so that as many loads are in flight. Sums run over the slots in stored order, in fp32: the
+same bits every time. Slots at 0 load nothing; an index outside 0..F-1 loads nothing and gives NaN.
+With `x`, the program goes on to the residual y - x and its square, which saves the three passes
+over [N, d] that eager code makes of them.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ..common.offline import Case
+
+UNROLL = 4
+# elements of d a program: 16-byte loads of bf16 for a warp's 32 threads, twice
+CONFIG = {"BLOCK": 512, "num_warps": 4}
+
+
+# not d: where 16 divides it, a thread reads four numbers of a row at a time, else one
+@triton.jit(do_not_specialize=["k", "n_features"])
+def _decode_kernel(
+    values_ptr, indices_ptr, w_ptr, bias_ptr, x_ptr, out_ptr, squares_ptr, k, d, n_features,
+    stride_vn, stride_vk, stride_in, stride_ik, stride_wf, stride_wd, stride_b, stride_xn,
+    stride_xd, UNROLL: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < d
+    offset = column.to(tl.int64) * stride_wd
+    total = tl.zeros([BLOCK], tl.float32)
+    for first in range(0, k, UNROLL):
+        for j in tl.static_range(UNROLL):
+            slot = first + j
+            valid = slot < k
+            value = tl.load(values_ptr + row * stride_vn + slot * stride_vk, mask=valid, other=0.0)
+            value = tl.broadcast_to(value.to(tl.float32), [BLOCK])
+            index = tl.load(indices_ptr + row * stride_in + slot * stride_ik, mask=valid, other=0)
+            # an inactive slot adds nothing, whatever its row holds
+            active = inside & (value != 0)
+            reach = tl.where((index >= 0) & (index < n_features), d, 0)
+            there = active & (column < reach)
+            w = tl.load(w_ptr + index * stride_wf + offset, mask=there, other=float("nan"))
+            total += tl.where(active, value * w.to(tl.float32), 0.0)
+    if bias_ptr is not None:
+        total += tl.load(bias_ptr + column * stride_b, mask=inside, other=0.0).to(tl.float32)
+    if x_ptr is not None:
+        address = x_ptr + row * stride_xn + column.to(tl.int64) * stride_xd
+        total -= tl.load(address, mask=inside, other=0.0).to(tl.float32)
+        square = tl.sum(tl.where(inside, total * total, 0.0))
+        tl.store(squares_ptr + row * tl.num_programs(1) + tl.program_id(1), square)
+    tl.store(out_ptr + row * d + column, total, mask=inside)
+
+
+def _launch(values, indices, w, bias, x, out, squares) -> None:
+    n, k = values.shape
+    d = w.shape[1]
+    if n == 0 or d == 0:
+        return
+    _decode_kernel[(n, triton.cdiv(d, CONFIG["BLOCK"]))](
+        values, indices, w, bias, x, out, squares, k, d, w.shape[0], *values.stride(),
+        *indices.stride(), *w.stride(), 0 if bias is None else bias.stride(0),
+        *((0, 0) if x is None else x.stride()), UNROLL=UNROLL, **CONFIG,
+    )  # fmt: skip
+
+
+def decode(
+    values: torch.Tensor,
+    indices: torch.Tensor,
+    row_offsets: torch.Tensor | None,
+    w: torch.Tensor,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    """`mikernels::decode` for values, indices [N, k] and w [F, d] of any strides."""
+    if row_offsets is not None:
+        raise RuntimeError("decode: impl='triton' takes padded codes; use 'reference'")
+    out = values.new_empty(values.shape[0], w.shape[1])
+    _launch(values, indices, w, bias, None, out, None)
+    return out
+
+
+def decode_error(
+    values: torch.Tensor,
+    indices: torch.Tensor,
+    row_offsets: torch.Tensor | None,
+    w: torch.Tensor,
+    bias: torch.Tensor | None,
+    x: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`mikernels::decode_error`: y - x [N, d] and |y - x|^2 [N], both fp32."""
+    if row_offsets is not None:
+        raise RuntimeError("decode_error: impl='triton' takes padded codes; use 'reference'")
+    n, d = x.shape
+    error = torch.empty(n, d, dtype=torch.float32, device=x.device)
+    blocks = max(1, triton.cdiv(d, CONFIG["BLOCK"]))
+    squares = torch.empty(n, blocks, dtype=torch.float32, device=x.device)
+    _launch(values, indices, w, bias, x, error, squares)
+    return error, squares.sum(1) if d else squares.new_zeros(n)
+
+
+def cases() -> list[Case]:
+    strides = ("stride_vn", "stride_in", "stride_wf")
+    types = dict.fromkeys(("k", "d", "n_features", *strides), "i32") | {"indices_ptr": "*i64"}
+    found = []
+    for name in ("fp32", "bf16", "fp16"):
+        pointers = dict.fromkeys(("values_ptr", "w_ptr", "bias_ptr", "out_ptr"), f"*{name}")
+        ones = dict.fromkeys(("stride_vk", "stride_ik", "stride_wd", "stride_b"), 1)
+        fixed = ones | {"UNROLL": UNROLL, "BLOCK": CONFIG["BLOCK"]}
+        plain = {"x_ptr": None, "squares_ptr": None, "stride_xn": 1, "stride_xd": 1}
+        residual = {"x_ptr": f"*{name}", "squares_ptr": "*fp32", "stride_xn": "i32"}
+        for kind, typed, constants in (
+            ("decode", {}, plain),
+            ("decode_error", residual | {"out_ptr": "*fp32"}, {"stride_xd": 1}),
+        ):
+            even = ("d", *strides, *(("stride_xn",) if typed else ()))
+            for title, divisible in ((f"{kind} {name}", even), (f"{kind} {name}, odd d", ())):
+                found.append(
+                    Case(
+                        title,
+                        _decode_kernel,
+                        types | pointers | typed,
+                        fixed | constants,
+                        num_warps=CONFIG["num_warps"],
+                        divisible=divisible,
+                    )
+                )
+    return found

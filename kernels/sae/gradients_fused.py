@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: Apache-2.0
+"""sae_gradients_: see mikernels/ops/gradients.py.
+
+A program is a feature with its row of w_dec in registers. Each token's dy row serves the dot that
+gives dv and the sum for dw_dec, then dv serves x's row, so N k d is read twice and dv is never in
+memory. Slots are taken in tiles, so that several rows are in flight; hot features as in
+`gradients_hot`. Rows whose value is 0 are not read, so that a NaN in them does not come out as
+0 * NaN. Rows wider than 4096 go through dv in memory instead.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ..common import offline
+from . import gradients_hot
+from .gradients import gather_dots
+from .gradients_hot import feature_work, hot_share, share_of, token_of
+from .gradients_sum import sum_by_feature
+
+
+@triton.jit
+def sae_rows(
+    begin, end, order, values, dy, x, w, k, dy_n, dy_d, x_n, x_d, columns, inside, SHORT:
+    tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Rows of dw_dec and dw_enc [BLOCK_D] and the sum of dv over slots begin..end; fp32."""
+    to_dec = tl.zeros([BLOCK_D], tl.float32)
+    to_enc = tl.zeros([BLOCK_D], tl.float32)
+    bias = tl.zeros([E], tl.float32)
+    # slots are known two tiles ahead and values one, so that a tile waits for its rows only
+    at = begin + tl.arange(0, E)
+    slot = tl.load(order + at, at < end, other=0)
+    value = tl.load(values + slot, at < end, other=0).to(tl.float32)
+    next_slot = tl.load(order + at + E, at + E < end, other=0)
+    for start in range(begin, end, E):
+        live = value != 0
+        read = live[:, None] & inside[None, :]
+        token = token_of(slot, k, SHORT)[:, None]
+        column = columns[None, :].to(tl.int64)
+        g = tl.load(dy + token * dy_n + column * dy_d, read, other=0).to(tl.float32)
+        h = tl.load(x + token * x_n + column * x_d, read, other=0).to(tl.float32)
+        at = start + E + tl.arange(0, E)
+        next_value = tl.load(values + next_slot, at < end, other=0).to(tl.float32)
+        last_slot = tl.load(order + at + E, at + E < end, other=0)
+        # a row of w with inf or NaN times rows that were not read would give NaN
+        dv = tl.where(live, tl.sum(g * w[None, :], 1), 0)
+        to_dec += tl.sum(g * value[:, None], 0)
+        to_enc += tl.sum(h * dv[:, None], 0)
+        bias += dv
+        value, slot, next_slot = next_value, next_slot, last_slot
+    return to_dec, to_enc, tl.sum(bias, 0)
+
+
+@triton.jit(do_not_specialize=["n_features", "slots", "bits", "k"])
+def _sae_shares_kernel(
+    values, order, offsets, dy, x, w_dec, partial, partial_bias, n_features, slots, bits, k, d,
+    dy_n, dy_d, x_n, x_d, w_f, w_d, SHORT: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    share = tl.program_id(0)
+    feature, begin, end = hot_share(share, offsets, n_features, slots, bits)
+    if begin < end:
+        columns = tl.arange(0, BLOCK_D)
+        inside = columns < d
+        w = tl.load(w_dec + feature * w_f + columns.to(tl.int64) * w_d, inside, other=0)
+        w = w.to(tl.float32)
+        to_dec, to_enc, bias = sae_rows(
+            begin, end, order, values, dy, x, w, k, dy_n, dy_d, x_n, x_d, columns, inside, SHORT,
+            E, BLOCK_D,
+        )  # fmt: skip
+        row = partial + share.to(tl.int64) * 2 * d
+        tl.store(row + columns, to_dec, inside)
+        tl.store(row + d + columns, to_enc, inside)
+        tl.store(partial_bias + share, bias)
+
+
+@triton.jit
+def sae_feature(
+    feature, values, order, offsets, dy, x, w, partial, partial_bias, bits, k, d, dy_n, dy_d, x_n,
+    x_d, columns, inside, SHORT: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """sae_rows over all slots of a feature, from the partial sums if it is hot."""
+    begin, end, block, last = feature_work(feature, offsets, bits)
+    to_dec, to_enc, bias = sae_rows(
+        begin, end, order, values, dy, x, w, k, dy_n, dy_d, x_n, x_d, columns, inside, SHORT, E,
+        BLOCK_D,
+    )  # fmt: skip
+    for b in range(block, last):
+        share = share_of(b, begin, bits)
+        row = partial + share * 2 * d
+        to_dec += tl.load(row + columns, inside, other=0)
+        to_enc += tl.load(row + d + columns, inside, other=0)
+        bias += tl.load(partial_bias + share)
+    return to_dec, to_enc, bias
+
+
+@triton.jit(do_not_specialize=["bits", "k"])
+def _sae_gradients_kernel(
+    values, order, offsets, dy, x, w_dec, partial, partial_bias, dw_dec, dw_enc, db_enc, bits, k,
+    d, dy_n, dy_d, x_n, x_d, w_f, w_d, dec_f, dec_d, enc_f, enc_d, db_f, ACCUMULATE: tl.constexpr,
+    SHORT: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    feature = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK_D)
+    inside = columns < d
+    w = tl.load(w_dec + feature * w_f + columns.to(tl.int64) * w_d, inside, other=0).to(tl.float32)
+    to_dec, to_enc, bias = sae_feature(
+        feature, values, order, offsets, dy, x, w, partial, partial_bias, bits, k, d, dy_n, dy_d,
+        x_n, x_d, columns, inside, SHORT, E, BLOCK_D,
+    )  # fmt: skip
+    at_dec = dw_dec + feature * dec_f + columns.to(tl.int64) * dec_d
+    at_enc = dw_enc + feature * enc_f + columns.to(tl.int64) * enc_d
+    at_bias = db_enc + feature * db_f
+    if ACCUMULATE:
+        to_dec += tl.load(at_dec, inside, other=0).to(tl.float32)
+        to_enc += tl.load(at_enc, inside, other=0).to(tl.float32)
+        bias += tl.load(at_bias).to(tl.float32)
+    tl.store(at_dec, to_dec.to(dw_dec.dtype.element_ty), inside)
+    tl.store(at_enc, to_enc.to(dw_enc.dtype.element_ty), inside)
+    tl.store(at_bias, bias.to(db_enc.dtype.element_ty))
+
+
+# BLOCK_D -> (slots of a tile, warps): as many slots as leave room for 16 warps on an SM
+ROW_TILES = {
+    64: (8, 1),
+    128: (2, 1),
+    256: (2, 1),
+    512: (2, 2),
+    1024: (2, 4),
+    2048: (2, 8),
+    4096: (1, 8),
+}
+WIDEST = 4096
+
+
+def row_tile(
+    d: int, slots: int, tiles: dict[int, tuple[int, int]] = ROW_TILES
+) -> dict[str, int | bool]:
+    block_d = max(64, triton.next_power_of_2(d))
+    entries, warps = tiles[block_d]
+    short = gradients_hot.is_short(slots)
+    return {"SHORT": short, "E": entries, "BLOCK_D": block_d, "num_warps": warps}
+
+
+def sae_gradients_(
+    values: torch.Tensor,
+    indices: torch.Tensor,
+    offsets: torch.Tensor,
+    order: torch.Tensor,
+    tokens: torch.Tensor | None,
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    w_dec: torch.Tensor,
+    dw_dec: torch.Tensor,
+    dw_enc: torch.Tensor,
+    db_enc: torch.Tensor,
+    accumulate: bool,
+) -> None:
+    if tokens is not None:
+        raise RuntimeError("sae_gradients_: impl='triton' takes padded codes; use 'reference'")
+    n_features, d = w_dec.shape
+    slots, k = values.numel(), values.shape[1]
+    if n_features == 0 or (accumulate and slots == 0):
+        return
+    if d > WIDEST:
+        dvalues = gather_dots(dy, w_dec, indices, torch.float32).masked_fill_(values == 0, 0)
+        sum_by_feature(values, values, dy, offsets, order, dw_dec, None, accumulate)
+        sum_by_feature(dvalues, values, x, offsets, order, dw_enc, db_enc, accumulate)
+        return
+    values = values.contiguous()
+    offsets, order = gradients_hot.inside(offsets, order, slots)
+    bits = gradients_hot.chunk_bits(slots)
+    shares = gradients_hot.shares(slots, bits)
+    partial = dy.new_empty(shares, 2, d, dtype=torch.float32)
+    partial_bias = dy.new_empty(shares, dtype=torch.float32)
+    operands = values, order, offsets, dy, x, w_dec, partial, partial_bias
+    sizes = k, d, *dy.stride(), *x.stride(), *w_dec.stride()
+    tile = row_tile(d, slots)
+    if shares:
+        _sae_shares_kernel[(shares,)](*operands, n_features, slots, bits, *sizes, **tile)
+    _sae_gradients_kernel[(n_features,)](
+        *operands, dw_dec, dw_enc, db_enc, bits, *sizes, *dw_dec.stride(), *dw_enc.stride(),
+        *db_enc.stride(), ACCUMULATE=accumulate, **tile,
+    )  # fmt: skip
+
+
+def cases() -> list[offline.Case]:
+    found = []
+    # a training step has fp32 activations and fp32 or bf16 weights; an operator call, one dtype
+    for dtype, weights in [("fp32", "fp32"), ("fp32", "bf16"), ("bf16", "bf16"), ("fp16", "fp16")]:
+        operands = dict.fromkeys(("values", "dy", "x"), f"*{dtype}") | {"w_dec": f"*{weights}"}
+        operands |= {
+            "offsets": "*i64",
+            "order": "*i64",
+            "partial": "*fp32",
+            "partial_bias": "*fp32",
+        }
+        strides = dict.fromkeys(("dy_n", "x_n", "w_f"), "i32")
+        sizes = {"bits": "i32", "k": "i32", "d": "i32", **strides}
+        for block_d, (entries, warps) in ROW_TILES.items():
+            if (dtype, weights) != ("fp32", "bf16") and block_d < WIDEST:
+                continue
+            tile = dict(dy_d=1, x_d=1, w_d=1, SHORT=True, E=entries, BLOCK_D=block_d)
+            name = f"{dtype} w={weights} BLOCK_D={block_d}"
+            found.append(
+                offline.Case(
+                    f"shares {name}",
+                    _sae_shares_kernel,
+                    {**operands, **sizes, "n_features": "i32", "slots": "i32"},
+                    tile,
+                    num_warps=warps,
+                    divisible=("d", *strides),
+                )
+            )
+            out = {name: "*fp32" for name in ("dw_dec", "dw_enc", "db_enc")}
+            out |= {"dec_f": "i32", "enc_f": "i32"}
+            found.append(
+                offline.Case(
+                    f"gradients {name}",
+                    _sae_gradients_kernel,
+                    {**operands, **sizes, **out},
+                    dict(dec_d=1, enc_d=1, db_f=1, ACCUMULATE=True, **tile),
+                    num_warps=warps,
+                    divisible=("d", *strides, "dec_f", "enc_f"),
+                )
+            )
+    return found

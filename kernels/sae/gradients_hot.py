@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hot features: sums over many slots, cut into shares that several programs take.
+
+A feature with more than a chunk of slots would leave one program behind: one of all 8192 tokens
+takes one SM about 1 ms. The sorted slots are cut at multiples of the chunk, whatever the features
+are. A block meets at most two hot features: the one of its first slot and the one of its last. So
+2 ceil(M / chunk) programs, a number the host knows, cover every hot feature: share 2 b is the part
+of block b that belongs to the feature of its first slot, share 2 b + 1 the part of a feature that
+begins inside the block and holds its last slot. Partial sums go to a workspace, and the feature's
+own program adds them in order of the blocks. No table, no atomics, no host sync, and the same bits
+whatever runs first.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+CHUNK = 512  # slots, a power of two: 100 times the mean of a feature at the reference shapes
+# blocks at most, so that the workspace of two sums is 2 x 1024 x 2 x d x 4 bytes: 38 MB at d = 2304
+MAX_BLOCKS = 1024
+
+
+def chunk_bits(slots: int) -> int:
+    """log2 of the slots of one block, for M slots in all."""
+    return (max(CHUNK, triton.cdiv(slots, MAX_BLOCKS)) - 1).bit_length()
+
+
+def shares(slots: int, bits: int) -> int:
+    """Programs that cover the hot features; 0 if no feature can be hot."""
+    chunk = 1 << bits
+    return 2 * triton.cdiv(slots, chunk) if slots > chunk else 0
+
+
+def is_short(slots: int) -> bool:
+    return slots < 2**31
+
+
+def inside(
+    offsets: torch.Tensor, order: torch.Tensor, slots: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What kernels may follow: offsets and order of anyone's making, held within the M slots.
+
+    Two small kernels (1 MB of order at 4096 x 32) rather than two comparisons per slot in loops
+    that have no register left. by_feature's own come out as they are.
+    """
+    return offsets.contiguous().clamp(0, slots), order.contiguous().clamp(0, max(slots - 1, 0))
+
+
+@triton.jit
+def token_of(slot, k, SHORT: tl.constexpr):
+    """slot // k; a 64-bit division takes 4 times the instructions of a 32-bit one."""
+    return (slot.to(tl.int32) // k).to(tl.int64) if SHORT else slot // k
+
+
+@triton.jit
+def feature_at(offsets, position, n_features):
+    """The largest feature that begins at or before this slot, by bisection."""
+    low = position * 0
+    high = low + n_features - 1
+    while low < high:
+        middle = (low + high + 1) // 2
+        begins = tl.load(offsets + middle) <= position
+        low = tl.where(begins, middle, low)
+        high = tl.where(begins, high, middle - 1)
+    return low
+
+
+@triton.jit
+def is_hot(begin, end, bits):
+    """end - begin > 2 ** bits"""
+    return ((end - begin - 1) >> bits) > 0
+
+
+@triton.jit
+def hot_share(share, offsets, n_features, slots, bits):
+    """A feature and its slots begin..end that this share sums; none if it is not hot."""
+    block_begin = (share // 2).to(tl.int64) << bits
+    block_end = tl.minimum((share // 2 + 1).to(tl.int64) << bits, slots.to(tl.int64))
+    odd = share % 2 == 1
+    feature = feature_at(offsets, tl.where(odd, block_end - 1, block_begin), n_features)
+    first = tl.load(offsets + feature)
+    last = tl.load(offsets + feature + 1)
+    # a feature that spans the block's start belongs to the even share alone
+    mine = is_hot(first, last, bits) & ((first > block_begin) | ~odd)
+    begin = tl.maximum(first, block_begin)
+    return feature, begin, tl.where(mine, tl.minimum(last, block_end), begin)
+
+
+@triton.jit
+def feature_work(feature, offsets, bits):
+    """Slots begin..end to sum here, blocks first..last whose partials to add; one is empty."""
+    begin = tl.load(offsets + feature)
+    end = tl.load(offsets + feature + 1)
+    hot = is_hot(begin, end, bits)
+    first = begin >> bits
+    last = tl.where(hot, ((end - 1) >> bits) + 1, first)
+    return begin, tl.where(hot, begin, end), first, last
+
+
+@triton.jit
+def share_of(block, begin, bits):
+    """The share of a block that holds the partial sum of the hot feature that begins at `begin`."""
+    return 2 * block + (begin > (block << bits)).to(tl.int64)
