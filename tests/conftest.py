@@ -15,9 +15,8 @@ import torch
 import mikernels
 from mikernels import _ext
 
-# importlib mode keeps the repository root, and so the folder `kernels`, off sys.path
-sys.path.append(str(Path(__file__).parent))
-pytest.register_assert_rewrite("oracle", "encode_cases")
+# what tests share is imported by name: pyproject.toml has the folder on sys.path
+pytest.register_assert_rewrite(*(p.stem for p in Path(__file__).parent.glob("support/*.py")))
 
 # without the extension there is one implementation; with it, a level is skipped only by processor
 LEVELS = _ext.LEVELS if mikernels.supported_levels() else ()

@@ -64,7 +64,7 @@ def extension(libraries: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_sanitizers_find_nothing(extension, libraries):
     done = subprocess.run(
-        [sys.executable, str(ROOT / "tests/sanitizer_driver.py"), str(extension)],
+        [sys.executable, str(ROOT / "tests/support/sanitizer_driver.py"), str(extension)],
         env={
             **os.environ,
             "LD_PRELOAD": libraries,

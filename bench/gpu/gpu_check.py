@@ -119,7 +119,9 @@ def parts(python: str = sys.executable) -> list[Part]:
         cli("tune", 60, "tune --device cuda", "cache/mikernels/tuned.json"),
         cli("crossover", 60, "bench crossover --device cuda"),
         cli("bench_compile", 180, compiled, "bench_compile.json"),
-        Part("cpu_tests", (*pytest, "tests/test_row_topk.py", "tests/test_dispatch.py"), 120),
+        Part(
+            "cpu_tests", (*pytest, "tests/ops/test_row_topk.py", "tests/ops/test_dispatch.py"), 120
+        ),
         sanitizer("memcheck"),
         sanitizer("racecheck"),
     ]

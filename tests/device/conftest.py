@@ -6,16 +6,12 @@ its own, because Triton reads the variable when a kernel is defined. The interpr
 bf16 arithmetic, so bf16 runs on a GPU only.
 """
 
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from mikernels import _triton
-
-sys.path.append(str(Path(__file__).parent.parent))
-pytest.register_assert_rewrite("oracle", "encode_cases")
 
 READY = _triton.interpreting() or torch.cuda.is_available()
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Edge scores of heads in Triton; tests/test_edge_heads.py has the same rules for the CPU."""
+"""Edge scores of heads in Triton; for the CPU: tests/ops/test_edge_heads.py."""
 
 import pytest
 import torch
-from oracle import assert_accurate, far_apart, identical, randint, randn, unchanged
+from oracle import assert_accurate, far_and_near, identical, randint, randn, unchanged
 
 from mikernels import _triton, edge_scores, edge_scores_heads
 from mikernels.kernels.pairs import edge_heads, pair_products
@@ -159,18 +159,6 @@ def test_nan_stays_with_its_pairs(device):
     check(dz, w_o, grad, prefix=prefix)
     found = run(dz, w_o, grad, prefix=prefix)[0]
     assert found[3].isnan().tolist() == [True, False, False, True, True, False, False]
-
-
-def far_and_near(device, axes, axis):
-    """[1, .., 3, .., 20] (or, of the last axis, [.., 20, 3]), of entries 2^30 + 4 elements apart.
-
-    The stride is below 2^31, and twice the stride is not.
-    """
-    near = randn(3, 20, dtype=torch.float16).to(device)
-    far = far_apart(near[:2]).as_strided((3, 20), (2**30 + 4, 1)).copy_(near)
-    if axis == axes:
-        return [t.T[(None,) * (axes - 1)] for t in (far, near)]
-    return [t[(None,) * axis + (slice(None),) + (None,) * (axes - 1 - axis)] for t in (far, near)]
 
 
 @pytest.mark.parametrize("axis", range(4))

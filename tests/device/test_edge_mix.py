@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mixing writers into readers in Triton; tests/test_edge_mix.py has the same rules for the CPU."""
+"""Mixing writers into readers in Triton; for the CPU: tests/ops/test_edge_mix.py."""
 
 import pytest
 import torch
-from oracle import assert_accurate, far_apart, identical, randint, randn, unchanged
+from oracle import assert_accurate, far_and_near, identical, randint, randn, unchanged
 
 from mikernels import _triton, edge_mix, edge_scores
 from mikernels.ops.edges import edge_mix_op
@@ -91,18 +91,6 @@ def test_nan_stays_at_its_position(device):
     bad = run(base, delta, mask).isfinite().logical_not()
     assert bad[0, 1, :, 3].all()
     assert bad.sum() == 70 + 70 + 1
-
-
-def far_and_near(device, axes, axis):
-    """[1, .., 3, .., 20] (or, of the last axis, [.., 20, 3]), of entries 2^30 + 4 elements apart.
-
-    The stride is below 2^31, and twice the stride is not.
-    """
-    near = randn(3, 20, dtype=torch.float16).to(device)
-    far = far_apart(near[:2]).as_strided((3, 20), (2**30 + 4, 1)).copy_(near)
-    if axis == axes:
-        return [t.T[(None,) * (axes - 1)] for t in (far, near)]
-    return [t[(None,) * axis + (slice(None),) + (None,) * (axes - 1 - axis)] for t in (far, near)]
 
 
 @pytest.mark.parametrize("axis", range(4))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The by-feature operators in Triton; tests/test_gradients.py has the same rules for the CPU."""
+"""The by-feature operators in Triton; for the CPU: tests/ops/test_gradients.py."""
 
 import numpy as np
 import pytest

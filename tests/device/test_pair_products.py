@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pairwise products in Triton; tests/test_pair_products.py has the same rules for the CPU."""
+"""Pairwise products in Triton; for the CPU: tests/ops/test_pair_products.py."""
 
 import pytest
 import torch
-from oracle import assert_accurate, far_apart, identical, randint, randn, unchanged
+from oracle import assert_accurate, far_and_near, identical, randint, randn, unchanged
 
 from mikernels import _triton, edge_scores, pairwise_products, second_moment
 from mikernels.kernels.pairs import pair_products
@@ -189,18 +189,6 @@ def test_nan_stays_with_its_pairs(device, plan):
     assert run(a, b, prefix=prefix)[0, 4].isnan().tolist() == [True, False, False] + 2 * [
         True
     ] + 2 * [False] + [True]
-
-
-def far_and_near(device, axes, axis):
-    """[1, .., 3, .., 20] (or, of the last axis, [.., 20, 3]), of entries 2^30 + 4 elements apart.
-
-    The stride is below 2^31, and twice the stride is not.
-    """
-    near = randn(3, 20, dtype=torch.float16).to(device)
-    far = far_apart(near[:2]).as_strided((3, 20), (2**30 + 4, 1)).copy_(near)
-    if axis == axes:
-        return [t.T[(None,) * (axes - 1)] for t in (far, near)]
-    return [t[(None,) * axis + (slice(None),) + (None,) * (axes - 1 - axis)] for t in (far, near)]
 
 
 @pytest.mark.parametrize("axis", range(4))

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Dot products at positions in Triton; tests/test_positional_dot.py has the rules for the CPU."""
+"""Dot products at positions in Triton; for the CPU: tests/ops/test_positional_dot.py."""
 
 import pytest
 import torch
-from oracle import assert_accurate, far_apart, identical, randint, randn, unchanged
+from oracle import assert_accurate, far_and_near, identical, randint, randn, unchanged
 
 from mikernels import _triton, positional_dot
 from mikernels.ops.positional_dot import positional_dot_op
@@ -117,18 +117,6 @@ def test_nan_stays_with_its_vectors_and_positions(device):
     expected[:, 1], expected[7] = positions == 2, True
     expected[5] = run(grads, vectors, positions, scale)[5].isnan()
     assert torch.equal(run(grads, vectors, positions, scale).isnan(), expected)
-
-
-def far_and_near(device, axes, axis):
-    """[1, .., 3, .., 20] (or, of the last axis, [.., 20, 3]), of entries 2^30 + 4 elements apart.
-
-    The stride is below 2^31, and twice the stride is not.
-    """
-    near = randn(3, 20, dtype=torch.float16).to(device)
-    far = far_apart(near[:2]).as_strided((3, 20), (2**30 + 4, 1)).copy_(near)
-    if axis == axes:
-        return [t.T[(None,) * (axes - 1)] for t in (far, near)]
-    return [t[(None,) * axis + (slice(None),) + (None,) * (axes - 1 - axis)] for t in (far, near)]
 
 
 @pytest.mark.parametrize("axis", range(3))

@@ -4,11 +4,10 @@ and the numbers, what does not is accepted, down to rounding."""
 
 import pytest
 import torch
-from test_circuits_components import IDS, hooks_of, parts, tiny
+from decoder_cases import IDS, KINDS, hooks_of, parts, tiny
 
 from mikernels.circuits import gradient_components
 
-KINDS = ("llama", "gpt2", "gpt_neox")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 

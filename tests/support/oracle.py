@@ -46,6 +46,18 @@ def far_apart(rows: torch.Tensor) -> torch.Tensor:
     return base.as_strided((2, d), (far, 1)).copy_(rows)
 
 
+def far_and_near(device: str, axes: int, axis: int) -> list[torch.Tensor]:
+    """[1, .., 3, .., 20] (or, of the last axis, [.., 20, 3]), of entries 2^30 + 4 elements apart.
+
+    The stride is below 2^31, and twice the stride is not.
+    """
+    near = randn(3, 20, dtype=torch.float16).to(device)
+    far = far_apart(near[:2]).as_strided((3, 20), (2**30 + 4, 1)).copy_(near)
+    if axis == axes:
+        return [t.T[(None,) * (axes - 1)] for t in (far, near)]
+    return [t[(None,) * axis + (slice(None),) + (None,) * (axes - 1 - axis)] for t in (far, near)]
+
+
 def identical(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Equal bit for bit, except that one NaN is as good as another."""
     if a.dtype != b.dtype or a.shape != b.shape or not torch.equal(a.isnan(), b.isnan()):

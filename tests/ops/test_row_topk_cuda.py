@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """row_topk in CUDA C++ without a GPU: its kernel run on the CPU, and what nvcc makes of it.
 
-csrc/cuda/row_topk_body.h is compiled by the C++ compiler against tests/cuda_on_cpu, where each
-thread of a block is a fiber. Threads run in several orders between barriers, so that a barrier that
-is missing shows.
+csrc/cuda/row_topk_body.h is compiled by the C++ compiler against tests/support/cuda_on_cpu, where
+each thread of a block is a fiber. Threads run in several orders between barriers, so that a barrier
+that is missing shows.
 """
 
 import ctypes
@@ -23,7 +23,7 @@ import mikernels
 from mikernels import _ext
 from mikernels.ops.row_topk import row_topk_op
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 INF, NAN = float("inf"), float("nan")
 # threads in index order, last released first, at random
@@ -47,7 +47,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     if compiler is None:
         pytest.skip("no C++ compiler")
     built = tmp_path_factory.mktemp("cuda_on_cpu") / "row_topk.so"
-    folder = ROOT / "tests/cuda_on_cpu"
+    folder = ROOT / "tests/support/cuda_on_cpu"
     sources = [str(folder / name) for name in ("emulator.cpp", "row_topk.cpp")]
     flags = ["-O1", "-std=c++20", "-fPIC", "-shared", "-fno-strict-aliasing", "-Wall"]
     flags += ["-Wno-unknown-pragmas", f"-I{folder}", f"-I{ROOT / 'csrc'}"]

@@ -155,9 +155,9 @@ def test_the_real_parts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
             ops, patterns = part.command[4], part.command[part.command.index("--providers") + 1]
             chosen = [load(name) for name in (names() if ops == "all" else [ops])]
             cli._check_providers(chosen, tuple(patterns.split(",")), None, "cuda")
-        if part.name == "tests":
-            paths = [word for word in part.command if word.startswith("tests/")]
-            assert paths and all((gpu_check.ROOT / path).exists() for path in paths)
+        paths = [word for word in part.command if word.startswith("tests/")]
+        assert all((gpu_check.ROOT / path).exists() for path in paths), paths
+        assert bool(paths) == (part.name in ("tests", "cpu_tests"))
 
 
 def test_build_without_pybind11(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from decoder_cases import Characters
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import identical
@@ -218,17 +219,6 @@ def test_write_shards_says_which_file_a_full_disk_stopped(tmp_path, monkeypatch)
     with pytest.raises(OSError, match=r"activations-00000.*No space left.*free space"):
         shards(tmp_path)
     assert not list(tmp_path.iterdir())
-
-
-class Characters:
-    """A tokeniser of one token a character."""
-
-    all_special_ids = [0]
-    eos_token_id = 0
-    bos_token_id = None
-
-    def __call__(self, text, **options):
-        return {"input_ids": [1 + ord(c) % 90 for c in text]}
 
 
 class WithBos(Characters):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The by-feature operators; tests/test_autograd.py has the gradients that are made of them."""
+"""The by-feature operators; test_autograd.py has the gradients that are made of them."""
 
 import pytest
 import torch

@@ -28,6 +28,8 @@ from mikernels.tensor_files import write_tensors
 from mikernels.training import TrainConfig, Trainer, load_sae
 from mikernels.training.state.checkpoint import checkpoints
 
+# for another process to import this file
+PATHS = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "support")]
 D, F, K, BATCH, STEPS = 16, 64, 4, 32, 14
 CONFIG = {
     "total_tokens": STEPS * BATCH,
@@ -218,7 +220,7 @@ def test_a_killed_run_loses_nothing_older_than_the_last_interval(tmp_path, run_p
     said = run_python(
         f"""
         import sys
-        sys.path.insert(0, {str(Path(__file__).parent)!r})
+        sys.path[:0] = {PATHS!r}
         from pathlib import Path
         import test_checkpoint
         test_checkpoint.kill_and_resume(Path({str(tmp_path / "killed")!r}))
@@ -685,7 +687,7 @@ def test_two_runs_in_one_folder(tmp_path, run_python) -> None:
             said = run_python(
                 f"""
                 import sys
-                sys.path.insert(0, {str(Path(__file__).parent)!r})
+                sys.path[:0] = {PATHS!r}
                 import test_checkpoint as t
                 try:
                     t.make(t.Path({str(tmp_path)!r})).run()

@@ -6,9 +6,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from test_circuits_components import IDS, hooks_of, tiny
-from test_models import check_rows, padded
-from test_sources import Characters
+from decoder_cases import IDS, Characters, check_rows, hooks_of, padded, tiny
 
 from mikernels.activations import ModelSource
 from mikernels.circuits import gradient_components

@@ -5,39 +5,11 @@ itself, or the model as it was, gives."""
 import oracle
 import pytest
 import torch
-from test_circuits_components import tiny
+from decoder_cases import KINDS, ROWS, check_rows, padded, tiny
 
 from mikernels.circuits import gradient_components
 from mikernels.models.hooks import compiled_part, eager, original
 from mikernels.models.padding import with_positions
-
-KINDS = ("gpt2", "gpt_neox", "llama")
-ROWS = ([3, 14, 15, 9], [6, 5, 35, 8, 9, 7], [11, 2])
-
-
-def padded(layout, **mask):
-    """The rows with padding before, after, on both sides, or before and after in turn."""
-    ids, kept = [], []
-    for number, row in enumerate(ROWS):
-        free = 8 - len(row)
-        before = {"left": free, "right": 0, "both": free // 2, "mixed": free * (number % 2)}[layout]
-        after = free - before
-        ids.append([40] * before + row + [41] * after)
-        kept.append([0] * before + [1] * len(row) + [0] * after)
-    return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(kept, **mask)}
-
-
-def check_rows(model, batch, limit=1e-11, **options):
-    found = gradient_components(model, batch, 7, **options)
-    for row, tokens in enumerate(ROWS):
-        kept = batch["attention_mask"][row] == 1
-        alone = gradient_components(model, torch.tensor([tokens]), 7, **options)
-        assert alone.keys() == found.keys()
-        for name, expected in alone.items():
-            assert expected.abs().max() > 1e-6
-            scale = expected.abs().max()
-            assert (found[name][row, kept] - expected[0]).abs().max() <= limit * scale, name
-            assert not found[name][row, ~kept].any()
 
 
 @pytest.mark.parametrize("options", [{}, {"heads": True, "attribution": True}], ids=["g", "heads"])

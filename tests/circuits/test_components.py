@@ -3,29 +3,10 @@
 
 import pytest
 import torch
+from decoder_cases import IDS, KINDS, hooks_of, parts, tiny
 from oracle import randn
 
 from mikernels.circuits import compute_gradient_interactions, gradient_components
-
-KINDS = ("llama", "gpt2", "gpt_neox")
-SHAPE = {"vocab_size": 50, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 3}
-TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1, "max_position_embeddings": 32}
-
-
-def tiny(kind, dtype=torch.float64, **options):
-    """A random model whose weights are large enough that every layer matters."""
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    if kind in ("llama", "gemma2", "olmo2", "granite"):
-        options = {"num_key_value_heads": 2, "head_dim": 6, **options}
-    config = transformers.AutoConfig.for_model(
-        kind, num_attention_heads=4, **SHAPE, **TOKENS, **options
-    )
-    model = transformers.AutoModelForCausalLM.from_config(config)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.copy_(p + 0.2 * torch.randn_like(p))
-    return model.to(dtype).eval()
 
 
 def in_double(model):
@@ -39,16 +20,6 @@ def in_double(model):
     return model
 
 
-def parts(model, layer):
-    """Attention, its projection, MLP."""
-    blocks = next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList))
-    names = {"self_attn": "o_proj", "attn": "c_proj", "attention": "dense"}
-    name = next(name for name in names if hasattr(blocks[layer], name))
-    attention = getattr(blocks[layer], name)
-    return attention, getattr(attention, names[name]), blocks[layer].mlp
-
-
-IDS = torch.tensor([[3, 14, 15, 9, 2], [6, 5, 35, 8, 9]])
 STEP = 1e-5
 
 
@@ -152,10 +123,6 @@ def test_target_is_the_prediction_by_default_and_padding_is_not_the_last_positio
         torch.testing.assert_close(grad[0, :5], both[name][0])
         torch.testing.assert_close(grad[1, 2:], both[name][1])
         assert not grad[0, 5:].any() and not grad[1, :2].any()
-
-
-def hooks_of(model):
-    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
 
 
 @pytest.mark.parametrize("heads", [False, True])

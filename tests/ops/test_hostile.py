@@ -15,7 +15,7 @@ import mikernels as mk
 from mikernels._dispatch import OPS
 from mikernels._operands import Operands
 
-DRIVER = Path(__file__).with_name("hostile_driver.py")
+DRIVER = Path(__file__).parents[1] / "support" / "hostile_driver.py"
 
 
 @pytest.mark.parametrize("how", ["raw", "reference", "triton"])

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tiny random decoders, token ids and padded batches for them, and a tokeniser without files."""
+
+import pytest
+import torch
+
+from mikernels.circuits import gradient_components
+
+KINDS = ("llama", "gpt2", "gpt_neox")
+SHAPE = {"vocab_size": 50, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 3}
+TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1, "max_position_embeddings": 32}
+IDS = torch.tensor([[3, 14, 15, 9, 2], [6, 5, 35, 8, 9]])
+ROWS = ([3, 14, 15, 9], [6, 5, 35, 8, 9, 7], [11, 2])
+
+
+def tiny(kind, dtype=torch.float64, **options):
+    """A random model whose weights are large enough that every layer matters."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    if kind in ("llama", "gemma2", "olmo2", "granite"):
+        options = {"num_key_value_heads": 2, "head_dim": 6, **options}
+    config = transformers.AutoConfig.for_model(
+        kind, num_attention_heads=4, **SHAPE, **TOKENS, **options
+    )
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(p + 0.2 * torch.randn_like(p))
+    return model.to(dtype).eval()
+
+
+def parts(model, layer):
+    """Attention, its projection, MLP."""
+    blocks = next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList))
+    names = {"self_attn": "o_proj", "attn": "c_proj", "attention": "dense"}
+    name = next(name for name in names if hasattr(blocks[layer], name))
+    attention = getattr(blocks[layer], name)
+    return attention, getattr(attention, names[name]), blocks[layer].mlp
+
+
+def hooks_of(model):
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+def padded(layout, **mask):
+    """The rows with padding before, after, on both sides, or before and after in turn."""
+    ids, kept = [], []
+    for number, row in enumerate(ROWS):
+        free = 8 - len(row)
+        before = {"left": free, "right": 0, "both": free // 2, "mixed": free * (number % 2)}[layout]
+        after = free - before
+        ids.append([40] * before + row + [41] * after)
+        kept.append([0] * before + [1] * len(row) + [0] * after)
+    return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(kept, **mask)}
+
+
+def check_rows(model, batch, limit=1e-11, **options):
+    found = gradient_components(model, batch, 7, **options)
+    for row, tokens in enumerate(ROWS):
+        kept = batch["attention_mask"][row] == 1
+        alone = gradient_components(model, torch.tensor([tokens]), 7, **options)
+        assert alone.keys() == found.keys()
+        for name, expected in alone.items():
+            assert expected.abs().max() > 1e-6
+            scale = expected.abs().max()
+            assert (found[name][row, kept] - expected[0]).abs().max() <= limit * scale, name
+            assert not found[name][row, ~kept].any()
+
+
+class Characters:
+    """A tokeniser of one token a character."""
+
+    all_special_ids = [0]
+    eos_token_id = 0
+    bos_token_id = None
+
+    def __call__(self, text, **options):
+        return {"input_ids": [1 + ord(c) % 90 for c in text]}
