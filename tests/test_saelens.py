@@ -305,7 +305,7 @@ def test_saelens_load_rejects_weights_that_are_no_numbers(tmp_path):
         (b"[" * 100_000, "nesting deeper"),
         (b'{"k": 1, "k": 2}', "'k' twice"),
         (b'{"k": NaN}', "NaN"),
-        (b'{"architecture": "topk", "d_in": 1' + b"0" * 5000 + b"}", "xceeds the limit"),
+        (b'{"architecture": "topk", "d_in": 1' + b"0" * 5000 + b"}", "beyond a double"),
     ],
 )
 def test_saelens_load_rejects_hostile_json(tmp_path, text, said):
@@ -457,14 +457,4 @@ def test_saelens_batchtopk_is_rejected_by_name(tmp_path, sae_lens, how, name):
     config = sae_lens.BatchTopKTrainingSAEConfig(d_in=D, d_sae=F, k=K)
     getattr(sae_lens.BatchTopKTrainingSAE(config), how)(tmp_path)
     with pytest.raises(ValueError, match=rf"cfg.json must be 'topk', got '{name}'"):
-        load_sae(tmp_path)
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
-@pytest.mark.parametrize("name", ["W_enc", "b_enc", "W_dec", "b_dec"])
-def test_load_refuses_weights_that_are_not_finite(tmp_path, name, value):
-    weights = peer_weights()
-    weights[name].view(-1)[3] = value
-    write_peer(tmp_path, peer_config(), weights)
-    with pytest.raises(ValueError, match=f"load_sae: {name} in .* got NaN or inf in 1 of"):
         load_sae(tmp_path)
