@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from mikernels.integrations import saelens
 from mikernels.integrations.saelens import export_sae, load_sae
-from mikernels.nn import TopKSAE
+from mikernels.nn import BatchTopKSAE, TopKSAE
 from mikernels.owning import owned
 
 D, F, K = 24, 160, 6
@@ -291,7 +291,7 @@ def test_saelens_load_rejects_weights_that_are_no_numbers(tmp_path):
         (b"[" * 100_000, "nesting deeper"),
         (b'{"k": 1, "k": 2}', "'k' twice"),
         (b'{"k": NaN}', "NaN"),
-        (b'{"architecture": "topk", "d_in": 1' + b"0" * 5000 + b"}", "xceeds the limit"),
+        (b'{"architecture": "topk", "d_in": 1' + b"0" * 5000 + b"}", "beyond a double"),
     ],
 )
 def test_saelens_load_rejects_hostile_json(tmp_path, text, said):
@@ -438,14 +438,19 @@ def test_saelens_version_5_means_the_same_there(tmp_path, sae_lens):
 
 
 @pytest.mark.peers
-@pytest.mark.parametrize(
-    ("how", "name"), [("save_model", "batchtopk"), ("save_inference_model", "jumprelu")]
-)
-def test_saelens_batchtopk_is_rejected_by_name(tmp_path, sae_lens, how, name):
+def test_saelens_batchtopk_in_training_is_rejected_and_in_use_is_read(tmp_path, sae_lens):
     config = sae_lens.BatchTopKTrainingSAEConfig(d_in=D, d_sae=F, k=K)
-    getattr(sae_lens.BatchTopKTrainingSAE(config), how)(tmp_path)
-    with pytest.raises(ValueError, match=rf"cfg.json must be 'topk' or .*, got '{name}'"):
-        load_sae(tmp_path)
+    theirs = sae_lens.BatchTopKTrainingSAE(config)
+    theirs.topk_threshold.fill_(0.25)
+    theirs.save_model(tmp_path / "training")
+    with pytest.raises(ValueError, match="cfg.json must be 'topk' or .*, got 'batchtopk'"):
+        load_sae(tmp_path / "training")
+    theirs.save_inference_model(tmp_path / "use")
+    with pytest.raises(ValueError, match="k must be above 0 and at most .*, got None; pass the k"):
+        load_sae(tmp_path / "use")
+    ours = load_sae(tmp_path / "use", k=K)
+    assert isinstance(ours, BatchTopKSAE) and ours.config.k == K
+    assert_same_function(ours.eval(), sae_lens.SAE.load_from_disk(tmp_path / "use"))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])
