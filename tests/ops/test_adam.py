@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
 import torch
+from one_level import one_level
 from oracle import assert_accurate, identical, num_threads, randn, unchanged
 
 from mikernels._dispatch import accumulate_dtype
@@ -162,6 +163,7 @@ BROKEN = {
 }
 
 
+@one_level
 @pytest.mark.parametrize("case", BROKEN)
 def test_adam_of_mismatched_operands_raises(level, case):
     operands = {

@@ -3,6 +3,7 @@
 
 import pytest
 import torch
+from one_level import one_impl, one_level
 from oracle import (
     DTYPES,
     assert_accurate,
@@ -37,6 +38,7 @@ def test_by_feature_is_a_stable_counting_sort(impl, m, n_features):
     assert torch.equal(by_feature_op(strided, n_features, impl=impl)[1], order)
 
 
+@one_impl
 @pytest.mark.parametrize("index", [7, -1, 2**40])
 def test_by_feature_of_an_index_out_of_range_raises(impl, index):
     with pytest.raises((RuntimeError, ValueError)):
@@ -187,6 +189,7 @@ BAD_SLOTS = {
 }
 
 
+@one_level
 @pytest.mark.parametrize("case", BAD_SLOTS)
 def test_feature_sum_of_broken_slots_raises(level, case):
     coefficients, rows = randint(6, 3), randint(6, 5)
@@ -196,6 +199,7 @@ def test_feature_sum_of_broken_slots_raises(level, case):
         feature_sum_op(coefficients, rows, *slots, None)
 
 
+@one_level
 @pytest.mark.parametrize("index", [9, -1, 2**40])
 def test_gather_dot_of_an_index_out_of_range_raises(level, index):
     resolve_impl(gather_dot_op, "cpp", torch.device("cpu"))
