@@ -3,34 +3,14 @@
 
 import pytest
 import torch
+from adam_cases import BETAS, EPS, LR, plain, unit_rows
 from oracle import assert_accurate, identical, randn, unchanged
 
 from mikernels.ops.adam import adam_rows_op, grad_sumsq_op
 
-LR, BETAS, EPS = 3e-3, (0.9, 0.999), 1e-8
 # a row in registers of odd and even width, one number, one long row, rows wider than registers hold
 SHAPES = [(0, 5), (1, 1), (9, 17), (5, 64), (3, 769), (1, 2500), (2, 4097), (2, 8208)]
 FLAGS = [(False, False), (True, False), (False, True), (True, True)]
-
-
-def unit_rows(rows, d, dtype):
-    return torch.nn.functional.normalize(randn(rows, d).double(), dim=-1).to(dtype)
-
-
-def plain(param, gradients, clip, project, unit_norm, dtype, store):
-    """In `dtype`; the parameter is rounded to `store` after every step."""
-    p = torch.nn.Parameter(param.to(dtype, copy=True))
-    optimizer = torch.optim.Adam([p], lr=LR, betas=BETAS, eps=EPS)
-    for g in gradients:
-        g = g.to(dtype)
-        with torch.no_grad():
-            p.grad = clip * (g - (g * p).sum(-1, keepdim=True) * p if project else g)
-            optimizer.step()
-            if unit_norm:
-                p /= p.norm(dim=-1, keepdim=True)
-            p.copy_(p.to(store))
-    state = optimizer.state[p]
-    return p.detach(), state["exp_avg"], state["exp_avg_sq"]
 
 
 def fused(device, param, gradients, clip, project, unit_norm, *, start=0, lr=LR, eps=EPS):

@@ -4,6 +4,7 @@
 import numpy as np
 import pytest
 import torch
+from gradient_cases import feature_sum, gather_dot
 from oracle import assert_accurate, identical, randint, randn, random_indices, unchanged
 
 from mikernels.kernels.sae import gradients_fused, gradients_hot
@@ -50,18 +51,6 @@ def test_by_feature_of_the_last_feature(device, n_features):
     actual = by_feature_op(*on(device, indices), n_features, impl="triton")
     for a, e in zip(actual, by_feature_reference(indices, n_features), strict=True):
         assert identical(a.cpu(), e)
-
-
-def gather_dot(rows, w, indices):
-    return (rows[:, None] * w[indices]).sum(-1)
-
-
-def feature_sum(coefficients, rows, indices, n_features):
-    dw = rows.new_zeros(n_features, rows.shape[1])
-    terms = coefficients[..., None] * rows[:, None]
-    dw.index_add_(0, indices.reshape(-1), terms.reshape(-1, rows.shape[1]))
-    db = rows.new_zeros(n_features).index_add_(0, indices.reshape(-1), coefficients.reshape(-1))
-    return dw, db
 
 
 SHAPES = [(0, 3, 5, 2), (1, 1, 1, 1), (13, 17, 11, 1), (11, 130, 9, 5), (5, 600, 9, 3)]

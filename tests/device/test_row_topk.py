@@ -2,11 +2,11 @@
 import pytest
 import torch
 from oracle import best, far_apart, identical, randint, randn, unchanged
+from row_topk_cases import SPECIAL_ROWS
 
 from mikernels import _triton, row_topk
 from mikernels._dispatch import OPS
 
-NAN, INF = float("nan"), float("inf")
 IMPLS = ["triton"] if _triton.interpreting() else ["triton", "cuda"]
 
 
@@ -49,24 +49,6 @@ def test_row_topk_is_exact(device, impl, dtype, shape):
     n, f, k = SHAPES[shape]
     check(randn(n, f, dtype=dtype), k, device, impl)
     check(randint(n, f, dtype=dtype), k, device, impl, sorted=True)
-
-
-SPECIAL_ROWS = {
-    "nan everywhere": lambda row: row.fill_(NAN),
-    "nan in the last place": lambda row: row[-1:].fill_(NAN),
-    "negative nan": lambda row: row[3:4].fill_(-NAN),
-    "more nan than k": lambda row: row[::3].fill_(NAN),
-    "+inf ties": lambda row: row[5::7].fill_(INF),
-    "-inf everywhere": lambda row: row.fill_(-INF),
-    "-inf but for one": lambda row: row[1:].fill_(-INF),
-    "constant": lambda row: row.fill_(1.5),
-    "zeros of both signs": lambda row: row.zero_()[::2].neg_(),
-    "ascending": lambda row: row.copy_(torch.arange(len(row)) / 8),
-    "denormal": lambda row: row.mul_(torch.finfo(row.dtype).tiny / 64),
-    "huge": lambda row: row.mul_(torch.finfo(row.dtype).max / 8),
-    "negative": lambda row: row.abs_().neg_(),
-    "clustered": lambda row: row[40:60].add_(100),
-}
 
 
 @pytest.mark.parametrize("f, k", [(300, 31), (9000, 20), (8300, 2100)])

@@ -1,33 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
 import torch
+from adam_cases import BETAS, EPS, LR, plain, unit_rows
+from one_level import one_level
 from oracle import assert_accurate, identical, num_threads, randn, unchanged
 
 from mikernels._dispatch import accumulate_dtype
 from mikernels.ops.adam import adam_rows_op, grad_sumsq_op
 
-LR, BETAS, EPS = 3e-3, (0.9, 0.999), 1e-8
 LOW = (torch.bfloat16, torch.float16)
 SHAPES = [(0, 5), (1, 1), (33, 17), (301, 64), (3, 2305)]
-
-
-def plain(param, gradients, clip, project, unit_norm, dtype, store):
-    """torch.optim.Adam in `dtype` between the projection and the renormalisation that SAE trainers
-    do; the parameter is rounded to `store` after every step."""
-    p = torch.nn.Parameter(param.to(dtype, copy=True))
-    optimizer = torch.optim.Adam([p], lr=LR, betas=BETAS, eps=EPS)
-    for g in gradients:
-        g = g.to(dtype)
-        with torch.no_grad():
-            if project:
-                g = g - (g * p).sum(-1, keepdim=True) * p
-            p.grad = g * clip
-            optimizer.step()
-            if unit_norm:
-                p /= p.norm(dim=-1, keepdim=True)
-            p.copy_(p.to(store))
-    state = optimizer.state[p]
-    return p.detach(), state["exp_avg"], state["exp_avg_sq"]
 
 
 def fused(impl, param, gradients, clip, project, unit_norm):
@@ -41,10 +23,6 @@ def fused(impl, param, gradients, clip, project, unit_norm):
         with unchanged(g, clip, lr, step):
             adam_rows_op(p, g, *moments, lr, *BETAS, EPS, step, clip, project, unit_norm, impl=impl)
     return p, *moments
-
-
-def unit_rows(rows, d, dtype):
-    return torch.nn.functional.normalize(randn(rows, d).double(), dim=-1).to(dtype)
 
 
 @pytest.mark.parametrize("project, unit_norm", [(0, 0), (1, 0), (0, 1), (1, 1)])
@@ -162,6 +140,7 @@ BROKEN = {
 }
 
 
+@one_level
 @pytest.mark.parametrize("case", BROKEN)
 def test_adam_of_mismatched_operands_raises(level, case):
     operands = {

@@ -5,6 +5,7 @@ from itertools import product
 
 import pytest
 import torch
+from one_level import one_impl
 from oracle import DTYPES, assert_accurate, randn, random_indices, unchanged
 
 from mikernels import (
@@ -137,6 +138,7 @@ def test_autograd_gradcheck(impl, name):
     assert torch.autograd.gradcheck(lambda *args: function(impl, *args), inputs)
 
 
+@one_impl
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_autograd_of_any_subset_of_the_inputs(impl, name):
     function, shapes = FUNCTIONS[name]
@@ -169,6 +171,7 @@ def test_autograd_of_expanded_and_strided_output_gradients(impl, name):
         assert torch.equal(a, b) and torch.equal(a, c)
 
 
+@one_impl
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_autograd_gradgradcheck(impl, name):
     function, shapes = FUNCTIONS[name]
@@ -209,6 +212,7 @@ def cubes(function):
     return lambda *args: function(*args).pow(3).sum()
 
 
+@one_impl
 @pytest.mark.parametrize("name", IN_TORCH)
 def test_autograd_second_derivatives_are_those_of_torch(impl, name):
     function, shapes = FUNCTIONS[name]

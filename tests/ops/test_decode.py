@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from one_level import one_impl
 from oracle import (
     DTYPES,
     assert_accurate,
@@ -163,6 +164,7 @@ def test_decode_property(impl, data):
     check(impl, values, indices, w.T, data.draw(st.sampled_from([None, b_dec]), "b_dec"))
 
 
+@one_impl
 @pytest.mark.parametrize("index", [6, -1, 2**40, -(2**40)])
 def test_decode_of_an_index_out_of_range_raises(impl, index):
     with pytest.raises(ValueError, match=rf"SparseCodes: indices must be in 0..5, got {index}"):

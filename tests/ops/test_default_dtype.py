@@ -7,6 +7,7 @@ from dataclasses import fields, is_dataclass
 
 import pytest
 import torch
+from one_level import one_impl
 from op_samples import LAYOUTS, SAMPLES
 from oracle import identical, num_threads, randn, random_indices
 
@@ -94,6 +95,7 @@ def test_every_public_operator_is_called() -> None:
     assert names - {"cpu_level", "force_level", "supported_levels"} <= set(PUBLIC)
 
 
+@one_impl
 @pytest.mark.parametrize("dtype", OTHERS, ids=str)
 @pytest.mark.parametrize("name", PUBLIC)
 def test_public_operators_give_the_same_bits(name, dtype, impl, monkeypatch) -> None:
@@ -104,6 +106,7 @@ def test_public_operators_give_the_same_bits(name, dtype, impl, monkeypatch) -> 
     assert_same(found, expected)
 
 
+@one_impl
 @pytest.mark.parametrize("dtype", OTHERS, ids=str)
 @pytest.mark.parametrize("name", SAMPLES)
 def test_registered_operators_give_the_same_bits(name, dtype, impl) -> None:

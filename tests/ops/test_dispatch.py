@@ -3,6 +3,7 @@
 
 import pytest
 import torch
+from one_level import one_impl
 from op_samples import LAYOUTS, SAMPLES, D, F, K
 from oracle import DTYPES, randn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -31,6 +32,7 @@ def test_opcheck(name, layout, n, dtype):
         torch.library.opcheck(OPS[name].default, arguments)
 
 
+@one_impl
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", SAMPLES)
 def test_fakes_have_the_strides_of_the_implementation(impl, name, layout):

@@ -3,6 +3,8 @@
 
 import pytest
 import torch
+from gradient_cases import feature_sum, gather_dot
+from one_level import one_impl, one_level
 from oracle import (
     DTYPES,
     assert_accurate,
@@ -37,6 +39,7 @@ def test_by_feature_is_a_stable_counting_sort(impl, m, n_features):
     assert torch.equal(by_feature_op(strided, n_features, impl=impl)[1], order)
 
 
+@one_impl
 @pytest.mark.parametrize("index", [7, -1, 2**40])
 def test_by_feature_of_an_index_out_of_range_raises(impl, index):
     with pytest.raises((RuntimeError, ValueError)):
@@ -54,18 +57,6 @@ def test_by_feature_of_an_index_out_of_range_raises(impl, index):
 def test_by_feature_errors(indices, n_features, error, message):
     with pytest.raises(error, match=message):
         by_feature(indices, n_features)
-
-
-def gather_dot(rows, w, indices):
-    return (rows[:, None] * w[indices]).sum(-1)
-
-
-def feature_sum(coefficients, rows, indices, n_features):
-    dw = rows.new_zeros(n_features, rows.shape[1])
-    terms = coefficients[..., None] * rows[:, None]
-    dw.index_add_(0, indices.reshape(-1), terms.reshape(-1, rows.shape[1]))
-    db = rows.new_zeros(n_features).index_add_(0, indices.reshape(-1), coefficients.reshape(-1))
-    return dw, db
 
 
 SHAPES = [(0, 3, 5, 2), (1, 1, 1, 1), (33, 17, 101, 7), (257, 130, 40, 9), (5, 768, 300, 16)]
@@ -187,6 +178,7 @@ BAD_SLOTS = {
 }
 
 
+@one_level
 @pytest.mark.parametrize("case", BAD_SLOTS)
 def test_feature_sum_of_broken_slots_raises(level, case):
     coefficients, rows = randint(6, 3), randint(6, 5)
@@ -196,6 +188,7 @@ def test_feature_sum_of_broken_slots_raises(level, case):
         feature_sum_op(coefficients, rows, *slots, None)
 
 
+@one_level
 @pytest.mark.parametrize("index", [9, -1, 2**40])
 def test_gather_dot_of_an_index_out_of_range_raises(level, index):
     resolve_impl(gather_dot_op, "cpp", torch.device("cpu"))

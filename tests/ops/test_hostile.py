@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from one_level import one_impl
 from op_samples import HOSTILE, LAYOUTS, SAMPLES, copies
 from oracle import identical
 
@@ -122,6 +123,7 @@ def test_codes_of_bad_indices_are_refused(values, indices, n_features, error, me
         mk.SparseCodes(values, indices, n_features)
 
 
+@one_impl
 @pytest.mark.parametrize("index", [6, -1, 2**40, -(2**62)])
 def test_codes_changed_in_place_reach_no_foreign_memory(impl, index):
     codes = mk.SparseCodes(VALUES, INDICES.clone(), 6)

@@ -3,6 +3,7 @@
 
 import pytest
 import torch
+from one_level import one_impl
 from op_samples import LAYOUTS, SAMPLES, copies
 from oracle import randint, randn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -139,6 +140,7 @@ WITH_OUT = {
 }
 
 
+@one_impl
 @pytest.mark.parametrize("name", WITH_OUT)
 def test_out_is_checked(impl, name):
     function, shape = WITH_OUT[name]
@@ -161,6 +163,7 @@ def test_out_is_checked(impl, name):
             function(out=bad, impl=impl)
 
 
+@one_impl
 @pytest.mark.parametrize("name", WITH_OUT)
 def test_out_told_to_autograd(impl, name):
     function, shape = WITH_OUT[name]
@@ -172,6 +175,7 @@ def test_out_told_to_autograd(impl, name):
         loss.backward()
 
 
+@one_impl
 def test_out_that_is_an_operand_is_refused(impl):
     a = torch.ones(4, 4)
     for function in (

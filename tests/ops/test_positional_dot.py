@@ -3,6 +3,7 @@ import sys
 
 import pytest
 import torch
+from one_level import one_impl
 from oracle import (
     DTYPES,
     assert_accurate,
@@ -158,6 +159,7 @@ def test_positional_dot_is_one_function_of_its_input(impl):
             assert identical(positional_dot(*operands, scale=scale, impl=impl), first)
 
 
+@one_impl
 @pytest.mark.parametrize("position", [5, -1, -5, 2**40, -(2**40)])
 def test_positional_dot_of_a_position_out_of_range_raises(impl, position):
     positions = torch.tensor([0, 4, position])
@@ -165,6 +167,7 @@ def test_positional_dot_of_a_position_out_of_range_raises(impl, position):
         positional_dot(torch.ones(2, 5, 3), torch.ones(3, 3), positions, impl=impl)
 
 
+@one_impl
 def test_positional_dot_is_no_part_of_a_graph(impl):
     leaves = [t.requires_grad_() for t in (randn(2, 3, 4), randn(5, 4), randn(5))]
     dots = positional_dot(*leaves[:2], places(5, 3), scale=leaves[2], impl=impl)

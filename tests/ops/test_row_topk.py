@@ -5,10 +5,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from oracle import DTYPES, best, identical, num_threads, randint, randn, unchanged
+from row_topk_cases import INF, NAN, SPECIAL_ROWS
 
 from mikernels import row_topk
-
-NAN, INF = float("nan"), float("inf")
 
 
 def check(scores, k, sorted, impl):
@@ -39,23 +38,6 @@ def test_row_topk_ties(impl, dtype):
     for k in (1, 2, 16, 63, 64, 65, 200, 301):
         check(scores, k, False, impl)
         check(scores, k, True, impl)
-
-
-SPECIAL_ROWS = {
-    "nan everywhere": lambda row: row.fill_(NAN),
-    "nan in the last place": lambda row: row[-1:].fill_(NAN),
-    "more nan than k": lambda row: row[::3].fill_(NAN),
-    "+inf ties": lambda row: row[5::7].fill_(INF),
-    "-inf everywhere": lambda row: row.fill_(-INF),
-    "-inf but for one": lambda row: row[1:].fill_(-INF),
-    "constant": lambda row: row.fill_(1.5),
-    "zeros of both signs": lambda row: row.zero_()[::2].neg_(),
-    "ascending": lambda row: row.copy_(torch.arange(len(row))),
-    "descending": lambda row: row.copy_(-torch.arange(len(row))),
-    "denormal": lambda row: row.mul_(torch.finfo(row.dtype).tiny / 64),
-    "huge": lambda row: row.mul_(torch.finfo(row.dtype).max / 8),
-    "negative": lambda row: row.abs_().neg_(),
-}
 
 
 @pytest.mark.parametrize("case", SPECIAL_ROWS)

@@ -18,6 +18,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from oracle import best, randint, randn
+from row_topk_cases import INF, NAN, SPECIAL_ROWS
 
 import mikernels
 from mikernels import _ext
@@ -25,7 +26,6 @@ from mikernels.ops.row_topk import row_topk_op
 
 ROOT = Path(__file__).resolve().parents[2]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
-INF, NAN = float("inf"), float("nan")
 # threads in index order, last released first, at random
 ORDERS = (0, 1, 7)
 
@@ -144,28 +144,18 @@ def test_ties_go_to_the_lowest_index(library, dtype, way):
         check(library, rows, k, False, offset=offset, order=order, **way)
 
 
-SPECIAL_ROWS = {
-    "nan everywhere": lambda row: row.fill_(NAN),
+ROWS = SPECIAL_ROWS | {
     "nan of both signs": lambda row: row[::3].fill_(NAN)[::2].neg_(),
-    "+inf ties": lambda row: row[5::7].fill_(INF),
-    "-inf everywhere": lambda row: row.fill_(-INF),
-    "-inf but for one": lambda row: row[1:].fill_(-INF),
     "-inf and nan": lambda row: row.fill_(-INF)[3::50].fill_(NAN),
-    "constant": lambda row: row.fill_(1.5),
-    "zeros of both signs": lambda row: row.zero_()[::2].neg_(),
-    "ascending": lambda row: row.copy_(torch.arange(len(row))),
-    "descending": lambda row: row.copy_(-torch.arange(len(row))),
-    "denormal": lambda row: row.mul_(torch.finfo(row.dtype).tiny / 64),
-    "negative": lambda row: row.abs_().neg_(),
     "one block of winners": lambda row: row[500:600].add_(100),
 }
 
 
-@pytest.mark.parametrize("case", SPECIAL_ROWS)
+@pytest.mark.parametrize("case", ROWS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_special_rows(library, dtype, case):
     rows = randn(2, 1031, dtype=dtype)
-    SPECIAL_ROWS[case](rows[1])
+    ROWS[case](rows[1])
     for k, offset in ((1, 0), (16, 5), (1031, 2)):
         check(library, rows, k, True, offset=offset, order=3)
         check(library, rows, k, False, offset=offset, order=4)
