@@ -15,6 +15,7 @@ from .declare import Benchmark
 NAMES = (
     "row_topk",
     "encode",
+    "batch_topk",
     "decode",
     "gradients",
     "adam",
