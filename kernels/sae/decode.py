@@ -4,8 +4,9 @@
 One program holds a block of one token's output and gathers that block of its k rows of w, four at
 a time so that as many loads are in flight. Sums run over the slots in stored order, in fp32: the
 same bits every time. Slots at 0 load nothing; an index outside 0..F-1 loads nothing and gives NaN.
-With `x`, the program goes on to the residual y - x and its square, which saves the three passes
-over [N, d] that eager code makes of them.
+Of ragged codes a token has its own number of slots; those that are not in use, the last token's,
+are looked through a block at a time. With `x`, the program goes on to the residual y - x and its
+square, which saves the three passes over [N, d] that eager code makes of them.
 """
 
 from __future__ import annotations
@@ -17,35 +18,68 @@ import triton.language as tl
 from ..common.offline import Case
 
 UNROLL = 4
+SCAN = 1024  # slots that are not in use, looked at together
 # elements of d a program: 16-byte loads of bf16 for a warp's 32 threads, twice
 CONFIG = {"BLOCK": 512, "num_warps": 4}
 
 
-# not d: where 16 divides it, a thread reads four numbers of a row at a time, else one
-@triton.jit(do_not_specialize=["k", "n_features"])
-def _decode_kernel(
-    values_ptr, indices_ptr, w_ptr, bias_ptr, x_ptr, out_ptr, squares_ptr, k, d, n_features,
-    stride_vn, stride_vk, stride_in, stride_ik, stride_wf, stride_wd, stride_b, stride_xn,
-    stride_xd, UNROLL: tl.constexpr, BLOCK: tl.constexpr,
+@triton.jit
+def add_slots(
+    total, values, indices, w_ptr, begin, end, d, n_features, column, inside, offset, stride_vk,
+    stride_ik, stride_wf, UNROLL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = column < d
-    offset = column.to(tl.int64) * stride_wd
-    total = tl.zeros([BLOCK], tl.float32)
-    for first in range(0, k, UNROLL):
+    """total and the rows of slots begin..end, which lie at values and indices."""
+    for first in range(begin, end, UNROLL):
         for j in tl.static_range(UNROLL):
             slot = first + j
-            valid = slot < k
-            value = tl.load(values_ptr + row * stride_vn + slot * stride_vk, mask=valid, other=0.0)
+            valid = slot < end
+            value = tl.load(values + slot * stride_vk, mask=valid, other=0.0)
             value = tl.broadcast_to(value.to(tl.float32), [BLOCK])
-            index = tl.load(indices_ptr + row * stride_in + slot * stride_ik, mask=valid, other=0)
+            index = tl.load(indices + slot * stride_ik, mask=valid, other=0)
             # an inactive slot adds nothing, whatever its row holds
             active = inside & (value != 0)
             reach = tl.where((index >= 0) & (index < n_features), d, 0)
             there = active & (column < reach)
             w = tl.load(w_ptr + index * stride_wf + offset, mask=there, other=float("nan"))
             total += tl.where(active, value * w.to(tl.float32), 0.0)
+    return total
+
+
+# not d: where 16 divides it, a thread reads four numbers of a row at a time, else one
+@triton.jit(do_not_specialize=["k", "n_features"])
+def _decode_kernel(
+    values_ptr, indices_ptr, rows_ptr, w_ptr, bias_ptr, x_ptr, out_ptr, squares_ptr, k, d,
+    n_features, stride_vn, stride_vk, stride_in, stride_ik, stride_wf, stride_wd, stride_b,
+    stride_xn, stride_xd, UNROLL: tl.constexpr, BLOCK: tl.constexpr, SCAN: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < d
+    offset = column.to(tl.int64) * stride_wd
+    total = tl.zeros([BLOCK], tl.float32)
+    if rows_ptr is None:
+        total = add_slots(
+            total, values_ptr + row * stride_vn, indices_ptr + row * stride_in, w_ptr, 0, k, d,
+            n_features, column, inside, offset, stride_vk, stride_ik, stride_wf, UNROLL, BLOCK,
+        )  # fmt: skip
+    else:
+        # k is the number of slots; offsets of anyone's making stay within it
+        begin = tl.minimum(tl.maximum(tl.load(rows_ptr + row), 0), k)
+        end = tl.minimum(tl.maximum(tl.load(rows_ptr + row + 1), begin), k)
+        total = add_slots(
+            total, values_ptr, indices_ptr, w_ptr, begin, end, d, n_features, column, inside,
+            offset, stride_vk, stride_ik, stride_wf, UNROLL, BLOCK,
+        )  # fmt: skip
+        if row == tl.num_programs(0) - 1:
+            for first in range(end, k, SCAN):
+                at = first + tl.arange(0, SCAN)
+                idle = tl.load(values_ptr + at * stride_vk, mask=at < k, other=0.0) == 0
+                if tl.min(idle.to(tl.int32)) == 0:
+                    total = add_slots(
+                        total, values_ptr, indices_ptr, w_ptr, first,
+                        tl.minimum(first + SCAN, k), d, n_features, column, inside, offset,
+                        stride_vk, stride_ik, stride_wf, UNROLL, BLOCK,
+                    )  # fmt: skip
     if bias_ptr is not None:
         total += tl.load(bias_ptr + column * stride_b, mask=inside, other=0.0).to(tl.float32)
     if x_ptr is not None:
@@ -56,15 +90,17 @@ def _decode_kernel(
     tl.store(out_ptr + row * d + column, total, mask=inside)
 
 
-def _launch(values, indices, w, bias, x, out, squares) -> None:
-    n, k = values.shape
-    d = w.shape[1]
+def _launch(values, indices, row_offsets, w, bias, x, out, squares) -> None:
+    n, d = out.shape
     if n == 0 or d == 0:
         return
+    strides = *values.stride(), *indices.stride()
+    if row_offsets is not None:
+        row_offsets, strides = row_offsets.contiguous(), (0, strides[0], 0, strides[1])
     _decode_kernel[(n, triton.cdiv(d, CONFIG["BLOCK"]))](
-        values, indices, w, bias, x, out, squares, k, d, w.shape[0], *values.stride(),
-        *indices.stride(), *w.stride(), 0 if bias is None else bias.stride(0),
-        *((0, 0) if x is None else x.stride()), UNROLL=UNROLL, **CONFIG,
+        values, indices, row_offsets, w, bias, x, out, squares, values.shape[-1], d, w.shape[0],
+        *strides, *w.stride(), 0 if bias is None else bias.stride(0),
+        *((0, 0) if x is None else x.stride()), UNROLL=UNROLL, SCAN=SCAN, **CONFIG,
     )  # fmt: skip
 
 
@@ -75,11 +111,10 @@ def decode(
     w: torch.Tensor,
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
-    """`mikernels::decode` for values, indices [N, k] and w [F, d] of any strides."""
-    if row_offsets is not None:
-        raise RuntimeError("decode: impl='triton' takes padded codes; use 'reference'")
-    out = values.new_empty(values.shape[0], w.shape[1])
-    _launch(values, indices, w, bias, None, out, None)
+    """`mikernels::decode` for values and indices, [N, k] or [S], and w [F, d] of any strides."""
+    n = values.shape[0] if row_offsets is None else row_offsets.shape[0] - 1
+    out = values.new_empty(n, w.shape[1])
+    _launch(values, indices, row_offsets, w, bias, None, out, None)
     return out
 
 
@@ -92,13 +127,11 @@ def decode_error(
     x: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`mikernels::decode_error`: y - x [N, d] and |y - x|^2 [N], both fp32."""
-    if row_offsets is not None:
-        raise RuntimeError("decode_error: impl='triton' takes padded codes; use 'reference'")
     n, d = x.shape
     error = torch.empty(n, d, dtype=torch.float32, device=x.device)
     blocks = max(1, triton.cdiv(d, CONFIG["BLOCK"]))
     squares = torch.empty(n, blocks, dtype=torch.float32, device=x.device)
-    _launch(values, indices, w, bias, x, error, squares)
+    _launch(values, indices, row_offsets, w, bias, x, error, squares)
     return error, squares.sum(1) if d else squares.new_zeros(n)
 
 
@@ -109,7 +142,7 @@ def cases() -> list[Case]:
     for name in ("fp32", "bf16", "fp16"):
         pointers = dict.fromkeys(("values_ptr", "w_ptr", "bias_ptr", "out_ptr"), f"*{name}")
         ones = dict.fromkeys(("stride_vk", "stride_ik", "stride_wd", "stride_b"), 1)
-        fixed = ones | {"UNROLL": UNROLL, "BLOCK": CONFIG["BLOCK"]}
+        fixed = ones | {"UNROLL": UNROLL, "SCAN": SCAN, "BLOCK": CONFIG["BLOCK"]}
         plain = {"x_ptr": None, "squares_ptr": None, "stride_xn": 1, "stride_xd": 1}
         residual = {"x_ptr": f"*{name}", "squares_ptr": "*fp32", "stride_xn": "i32"}
         for kind, typed, constants in (
@@ -123,9 +156,19 @@ def cases() -> list[Case]:
                         title,
                         _decode_kernel,
                         types | pointers | typed,
-                        fixed | constants,
+                        fixed | constants | {"rows_ptr": None},
                         num_warps=CONFIG["num_warps"],
                         divisible=divisible,
                     )
                 )
+            found.append(
+                Case(
+                    f"{kind} {name}, ragged",
+                    _decode_kernel,
+                    types | pointers | typed | {"rows_ptr": "*i64"},
+                    fixed | constants,
+                    num_warps=CONFIG["num_warps"],
+                    divisible=even,
+                )
+            )
     return found

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """by_feature and gather_dot: see mikernels/ops/gradients.py.
 
-`gather_dot`: a program is a token and a block of its slots, with a loop over columns. An index
-outside 0..F-1 gives NaN, and nothing outside w is read.
+`gather_dot`: a program is a token and a block of its slots, with a loop over columns; of ragged
+codes, a block of slots with the rows of their tokens. An index outside 0..F-1 gives NaN, and
+nothing outside w is read.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import triton
 import triton.language as tl
 
 from ..common import offline
+from .gradients_hot import FORMS
 
 
 def by_feature(indices: torch.Tensor, n_features: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -27,8 +29,8 @@ def by_feature(indices: torch.Tensor, n_features: int) -> tuple[torch.Tensor, to
 
 @triton.jit(do_not_specialize=["k", "n_features"])
 def _gather_dot_kernel(
-    rows, w, indices, out, k, d, n_features, rows_n, rows_d, w_f, w_d, indices_n, indices_k,
-    BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    rows, w, indices, tokens, out, k, d, n_features, rows_n, rows_d, w_f, w_d, indices_n,
+    indices_k, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(k, BLOCK_K)
     token = (tl.program_id(0) // blocks).to(tl.int64)
@@ -36,14 +38,21 @@ def _gather_dot_kernel(
     real = slots < k
     feature = tl.load(indices + token * indices_n + slots.to(tl.int64) * indices_k, real, other=0)
     inside_w = real & (feature >= 0) & (feature < n_features)
+    if tokens is not None:
+        owner = tl.load(tokens + slots, real, other=0)[:, None] * rows_n
     acc = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     for start in range(0, d, BLOCK_D):
         columns = (start + tl.arange(0, BLOCK_D)).to(tl.int64)
         inside = columns < d
-        row = tl.load(rows + token * rows_n + columns * rows_d, inside, other=0).to(tl.float32)
+        if tokens is None:
+            row = tl.load(rows + token * rows_n + columns * rows_d, inside, other=0)
+            row = row.to(tl.float32)[None, :]
+        else:
+            own = rows + owner + columns[None, :] * rows_d
+            row = tl.load(own, real[:, None] & inside[None, :], other=0).to(tl.float32)
         at = feature[:, None] * w_f + columns[None, :] * w_d
         weights = tl.load(w + at, inside_w[:, None] & inside[None, :], other=0)
-        acc += weights.to(tl.float32) * row[None, :]
+        acc += weights.to(tl.float32) * row
     dots = tl.where(inside_w, tl.sum(acc, 1), float("nan"))
     tl.store(out + token * k + slots, dots.to(out.dtype.element_ty), real)
 
@@ -52,28 +61,42 @@ def _gather_dot_kernel(
 GATHER_TILES = {64: 32, 128: 32, 256: 16, 512: 8}
 
 
+def tokens_of(row_offsets: torch.Tensor, slots: int) -> torch.Tensor:
+    """[S] int64: the token of each slot, in 0..N-1 whatever the offsets are."""
+    places = torch.arange(slots, device=row_offsets.device)
+    # the last bound is left out: what lies behind it is the last token's
+    return torch.searchsorted(row_offsets[1:-1].contiguous(), places, right=True)
+
+
 def gather_dots(
-    rows: torch.Tensor, w: torch.Tensor, indices: torch.Tensor, dtype: torch.dtype
+    rows: torch.Tensor,
+    w: torch.Tensor,
+    indices: torch.Tensor,
+    tokens: torch.Tensor | None,
+    dtype: torch.dtype,
 ) -> torch.Tensor:
-    """gather_dot into [N, k] of any dtype."""
+    """gather_dot into [N, k], or [S] for slots of these tokens, of any dtype."""
     n, d = rows.shape
-    k = indices.shape[1]
-    out = rows.new_empty(n, k, dtype=dtype)
+    k = indices.shape[-1]
+    out = rows.new_empty(indices.shape, dtype=dtype)
     if out.numel() == 0:
         return out
     block_d = min(max(64, triton.next_power_of_2(d)), 512)
     block_k = min(GATHER_TILES[block_d], triton.next_power_of_2(k))
-    _gather_dot_kernel[(n * triton.cdiv(k, block_k),)](
+    # all slots of ragged codes are those of one program's token
+    owners, strides = (n, indices.stride()) if tokens is None else (1, (0, *indices.stride()))
+    _gather_dot_kernel[(owners * triton.cdiv(k, block_k),)](
         rows,
         w,
         indices,
+        tokens,
         out,
         k,
         d,
         w.shape[0],
         *rows.stride(),
         *w.stride(),
-        *indices.stride(),
+        *strides,
         block_k,
         block_d,
         num_warps=4,
@@ -84,9 +107,8 @@ def gather_dots(
 def gather_dot(
     rows: torch.Tensor, w: torch.Tensor, indices: torch.Tensor, row_offsets: torch.Tensor | None
 ) -> torch.Tensor:
-    if row_offsets is not None:
-        raise RuntimeError("gather_dot: impl='triton' takes padded codes; use 'reference'")
-    return gather_dots(rows, w, indices, rows.dtype)
+    tokens = None if row_offsets is None else tokens_of(row_offsets, indices.shape[0])
+    return gather_dots(rows, w, indices, tokens, rows.dtype)
 
 
 def cases() -> list[offline.Case]:
@@ -98,13 +120,15 @@ def cases() -> list[offline.Case]:
         for block_d, block_k in GATHER_TILES.items():
             if dtype != "bf16" and block_d < 512:
                 continue
-            found.append(
-                offline.Case(
-                    f"gather_dot {dtype} BLOCK_D={block_d}",
-                    _gather_dot_kernel,
-                    types,
-                    dict(rows_d=1, w_d=1, indices_k=1, BLOCK_K=block_k, BLOCK_D=block_d),
-                    divisible=("d", *strides),
+            fixed = dict(rows_d=1, w_d=1, indices_k=1, BLOCK_K=block_k, BLOCK_D=block_d)
+            for kind, typed, constants in FORMS:
+                found.append(
+                    offline.Case(
+                        f"gather_dot {dtype} BLOCK_D={block_d}{kind}",
+                        _gather_dot_kernel,
+                        types | typed,
+                        fixed | constants,
+                        divisible=("d", *strides),
+                    )
                 )
-            )
     return found

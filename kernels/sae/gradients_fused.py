@@ -23,27 +23,31 @@ from .gradients_sum import sum_by_feature
 
 @triton.jit
 def sae_rows(
-    begin, end, order, values, dy, x, w, k, dy_n, dy_d, x_n, x_d, columns, inside, SHORT:
+    begin, end, order, tokens, values, dy, x, w, k, dy_n, dy_d, x_n, x_d, columns, inside, SHORT:
     tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Rows of dw_dec and dw_enc [BLOCK_D] and the sum of dv over slots begin..end; fp32."""
     to_dec = tl.zeros([BLOCK_D], tl.float32)
     to_enc = tl.zeros([BLOCK_D], tl.float32)
     bias = tl.zeros([E], tl.float32)
-    # slots are known two tiles ahead and values one, so that a tile waits for its rows only
+    # slots are known two tiles ahead, values and tokens one, so that a tile waits for its rows only
     at = begin + tl.arange(0, E)
     slot = tl.load(order + at, at < end, other=0)
     value = tl.load(values + slot, at < end, other=0).to(tl.float32)
     next_slot = tl.load(order + at + E, at + E < end, other=0)
+    if tokens is not None:
+        owner = tl.load(tokens + slot, at < end, other=0)
     for start in range(begin, end, E):
         live = value != 0
         read = live[:, None] & inside[None, :]
-        token = token_of(slot, k, SHORT)[:, None]
+        token = token_of(slot, k, SHORT)[:, None] if tokens is None else owner[:, None]
         column = columns[None, :].to(tl.int64)
         g = tl.load(dy + token * dy_n + column * dy_d, read, other=0).to(tl.float32)
         h = tl.load(x + token * x_n + column * x_d, read, other=0).to(tl.float32)
         at = start + E + tl.arange(0, E)
         next_value = tl.load(values + next_slot, at < end, other=0).to(tl.float32)
+        if tokens is not None:
+            owner = tl.load(tokens + next_slot, at < end, other=0)
         last_slot = tl.load(order + at + E, at + E < end, other=0)
         # a row of w with inf or NaN times rows that were not read would give NaN
         dv = tl.where(live, tl.sum(g * w[None, :], 1), 0)
@@ -56,8 +60,9 @@ def sae_rows(
 
 @triton.jit(do_not_specialize=["n_features", "slots", "bits", "k"])
 def _sae_shares_kernel(
-    values, order, offsets, dy, x, w_dec, partial, partial_bias, n_features, slots, bits, k, d,
-    dy_n, dy_d, x_n, x_d, w_f, w_d, SHORT: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr,
+    values, order, offsets, tokens, dy, x, w_dec, partial, partial_bias, n_features, slots, bits,
+    k, d, dy_n, dy_d, x_n, x_d, w_f, w_d, SHORT: tl.constexpr, E: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     share = tl.program_id(0)
     feature, begin, end = hot_share(share, offsets, n_features, slots, bits)
@@ -67,8 +72,8 @@ def _sae_shares_kernel(
         w = tl.load(w_dec + feature * w_f + columns.to(tl.int64) * w_d, inside, other=0)
         w = w.to(tl.float32)
         to_dec, to_enc, bias = sae_rows(
-            begin, end, order, values, dy, x, w, k, dy_n, dy_d, x_n, x_d, columns, inside, SHORT,
-            E, BLOCK_D,
+            begin, end, order, tokens, values, dy, x, w, k, dy_n, dy_d, x_n, x_d, columns, inside,
+            SHORT, E, BLOCK_D,
         )  # fmt: skip
         row = partial + share.to(tl.int64) * 2 * d
         tl.store(row + columns, to_dec, inside)
@@ -78,14 +83,14 @@ def _sae_shares_kernel(
 
 @triton.jit
 def sae_feature(
-    feature, values, order, offsets, dy, x, w, partial, partial_bias, bits, k, d, dy_n, dy_d, x_n,
-    x_d, columns, inside, SHORT: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr,
+    feature, values, order, offsets, tokens, dy, x, w, partial, partial_bias, bits, k, d, dy_n,
+    dy_d, x_n, x_d, columns, inside, SHORT: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """sae_rows over all slots of a feature, from the partial sums if it is hot."""
     begin, end, block, last = feature_work(feature, offsets, bits)
     to_dec, to_enc, bias = sae_rows(
-        begin, end, order, values, dy, x, w, k, dy_n, dy_d, x_n, x_d, columns, inside, SHORT, E,
-        BLOCK_D,
+        begin, end, order, tokens, values, dy, x, w, k, dy_n, dy_d, x_n, x_d, columns, inside,
+        SHORT, E, BLOCK_D,
     )  # fmt: skip
     for b in range(block, last):
         share = share_of(b, begin, bits)
@@ -98,17 +103,17 @@ def sae_feature(
 
 @triton.jit(do_not_specialize=["bits", "k"])
 def _sae_gradients_kernel(
-    values, order, offsets, dy, x, w_dec, partial, partial_bias, dw_dec, dw_enc, db_enc, bits, k,
-    d, dy_n, dy_d, x_n, x_d, w_f, w_d, dec_f, dec_d, enc_f, enc_d, db_f, ACCUMULATE: tl.constexpr,
-    SHORT: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr,
+    values, order, offsets, tokens, dy, x, w_dec, partial, partial_bias, dw_dec, dw_enc, db_enc,
+    bits, k, d, dy_n, dy_d, x_n, x_d, w_f, w_d, dec_f, dec_d, enc_f, enc_d, db_f,
+    ACCUMULATE: tl.constexpr, SHORT: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     feature = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK_D)
     inside = columns < d
     w = tl.load(w_dec + feature * w_f + columns.to(tl.int64) * w_d, inside, other=0).to(tl.float32)
     to_dec, to_enc, bias = sae_feature(
-        feature, values, order, offsets, dy, x, w, partial, partial_bias, bits, k, d, dy_n, dy_d,
-        x_n, x_d, columns, inside, SHORT, E, BLOCK_D,
+        feature, values, order, offsets, tokens, dy, x, w, partial, partial_bias, bits, k, d, dy_n,
+        dy_d, x_n, x_d, columns, inside, SHORT, E, BLOCK_D,
     )  # fmt: skip
     at_dec = dw_dec + feature * dec_f + columns.to(tl.int64) * dec_d
     at_enc = dw_enc + feature * enc_f + columns.to(tl.int64) * enc_d
@@ -158,16 +163,17 @@ def sae_gradients_(
     db_enc: torch.Tensor,
     accumulate: bool,
 ) -> None:
-    if tokens is not None:
-        raise RuntimeError("sae_gradients_: impl='triton' takes padded codes; use 'reference'")
     n_features, d = w_dec.shape
-    slots, k = values.numel(), values.shape[1]
+    slots = values.numel()
+    k, tokens = gradients_hot.owners(values, tokens, dy.shape[0])
     if n_features == 0 or (accumulate and slots == 0):
         return
     if d > WIDEST:
-        dvalues = gather_dots(dy, w_dec, indices, torch.float32).masked_fill_(values == 0, 0)
-        sum_by_feature(values, values, dy, offsets, order, dw_dec, None, accumulate)
-        sum_by_feature(dvalues, values, x, offsets, order, dw_enc, db_enc, accumulate)
+        dvalues = gather_dots(dy, w_dec, indices, tokens, torch.float32)
+        dvalues.masked_fill_(values == 0, 0)
+        slot_operands = offsets, order, tokens
+        sum_by_feature(values, values, dy, *slot_operands, dw_dec, None, accumulate)
+        sum_by_feature(dvalues, values, x, *slot_operands, dw_enc, db_enc, accumulate)
         return
     values = values.contiguous()
     offsets, order = gradients_hot.inside(offsets, order, slots)
@@ -175,7 +181,7 @@ def sae_gradients_(
     shares = gradients_hot.shares(slots, bits)
     partial = dy.new_empty(shares, 2, d, dtype=torch.float32)
     partial_bias = dy.new_empty(shares, dtype=torch.float32)
-    operands = values, order, offsets, dy, x, w_dec, partial, partial_bias
+    operands = values, order, offsets, tokens, dy, x, w_dec, partial, partial_bias
     sizes = k, d, *dy.stride(), *x.stride(), *w_dec.stride()
     tile = row_tile(d, slots)
     if shares:
@@ -202,28 +208,33 @@ def cases() -> list[offline.Case]:
         for block_d, (entries, warps) in ROW_TILES.items():
             if (dtype, weights) != ("fp32", "bf16") and block_d < WIDEST:
                 continue
-            tile = dict(dy_d=1, x_d=1, w_d=1, SHORT=True, E=entries, BLOCK_D=block_d)
-            name = f"{dtype} w={weights} BLOCK_D={block_d}"
-            found.append(
-                offline.Case(
-                    f"shares {name}",
-                    _sae_shares_kernel,
-                    {**operands, **sizes, "n_features": "i32", "slots": "i32"},
-                    tile,
-                    num_warps=warps,
-                    divisible=("d", *strides),
+            for kind, typed, constants in gradients_hot.FORMS:
+                if kind and block_d not in (1024, WIDEST):
+                    continue
+                tile = dict(
+                    dy_d=1, x_d=1, w_d=1, SHORT=True, E=entries, BLOCK_D=block_d, **constants
                 )
-            )
-            out = {name: "*fp32" for name in ("dw_dec", "dw_enc", "db_enc")}
-            out |= {"dec_f": "i32", "enc_f": "i32"}
-            found.append(
-                offline.Case(
-                    f"gradients {name}",
-                    _sae_gradients_kernel,
-                    {**operands, **sizes, **out},
-                    dict(dec_d=1, enc_d=1, db_f=1, ACCUMULATE=True, **tile),
-                    num_warps=warps,
-                    divisible=("d", *strides, "dec_f", "enc_f"),
+                name = f"{dtype} w={weights} BLOCK_D={block_d}{kind}"
+                found.append(
+                    offline.Case(
+                        f"shares {name}",
+                        _sae_shares_kernel,
+                        {**operands, **typed, **sizes, "n_features": "i32", "slots": "i32"},
+                        tile,
+                        num_warps=warps,
+                        divisible=("d", *strides),
+                    )
                 )
-            )
+                out = {name: "*fp32" for name in ("dw_dec", "dw_enc", "db_enc")}
+                out |= {"dec_f": "i32", "enc_f": "i32"}
+                found.append(
+                    offline.Case(
+                        f"gradients {name}",
+                        _sae_gradients_kernel,
+                        {**operands, **typed, **sizes, **out},
+                        dict(dec_d=1, enc_d=1, db_f=1, ACCUMULATE=True, **tile),
+                        num_warps=warps,
+                        divisible=("d", *strides, "dec_f", "enc_f"),
+                    )
+                )
     return found

@@ -21,6 +21,12 @@ CHUNK = 512  # slots, a power of two: 100 times the mean of a feature at the ref
 # blocks at most, so that the workspace of two sums is 2 x 1024 x 2 x d x 4 bytes: 38 MB at d = 2304
 MAX_BLOCKS = 1024
 
+# (name, types, constants) of the argument `tokens` in the offline cases: padded and ragged slots
+FORMS: tuple[tuple[str, dict[str, str], dict[str, None]], ...] = (
+    ("", {}, {"tokens": None}),
+    (" ragged", {"tokens": "*i64"}, {}),
+)
+
 
 def chunk_bits(slots: int) -> int:
     """log2 of the slots of one block, for M slots in all."""
@@ -48,9 +54,19 @@ def inside(
     return offsets.contiguous().clamp(0, slots), order.contiguous().clamp(0, max(slots - 1, 0))
 
 
+def owners(
+    values: torch.Tensor, tokens: torch.Tensor | None, n: int
+) -> tuple[int, torch.Tensor | None]:
+    """k of padded slots, or the tokens of ragged ones, held within the n rows."""
+    if tokens is None:
+        return values.shape[1], None
+    return 1, tokens.contiguous().clamp(0, max(n - 1, 0))
+
+
 @triton.jit
 def token_of(slot, k, SHORT: tl.constexpr):
-    """slot // k; a 64-bit division takes 4 times the instructions of a 32-bit one."""
+    """slot // k, of padded slots; a 64-bit division takes 4 times as many instructions as a 32-bit
+    one."""
     return (slot.to(tl.int32) // k).to(tl.int64) if SHORT else slot // k
 
 

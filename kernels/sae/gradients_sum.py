@@ -19,7 +19,7 @@ from .gradients_hot import feature_work, hot_share, share_of, token_of
 
 @triton.jit
 def sum_rows(
-    begin, end, order, coefficients, gates, rows, k, d, rows_n, rows_d, columns, SHORT:
+    begin, end, order, tokens, coefficients, gates, rows, k, d, rows_n, rows_d, columns, SHORT:
     tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Sum over slots begin..end of coefficient * row, and of the coefficients; fp32."""
@@ -31,7 +31,11 @@ def sum_rows(
         slot = tl.load(order + at, at < end, other=0)
         c = tl.load(coefficients + slot, at < end, other=0).to(tl.float32)
         live = tl.load(gates + slot, at < end, other=0).to(tl.float32) != 0
-        where = token_of(slot, k, SHORT)[:, None] * rows_n + columns[None, :] * rows_d
+        if tokens is None:
+            token = token_of(slot, k, SHORT)
+        else:
+            token = tl.load(tokens + slot, at < end, other=0)
+        where = token[:, None] * rows_n + columns[None, :] * rows_d
         tile = tl.load(rows + where, live[:, None] & inside[None, :], other=0).to(tl.float32)
         total += tl.sum(tl.where(live, c, 0)[:, None] * tile, 0)
         bias += c
@@ -40,7 +44,7 @@ def sum_rows(
 
 @triton.jit(do_not_specialize=["n_features", "slots", "bits", "k"])
 def _sum_shares_kernel(
-    coefficients, gates, rows, offsets, order, partial, partial_bias,
+    coefficients, gates, rows, offsets, order, tokens, partial, partial_bias,
     n_features, slots, bits, k, d, rows_n, rows_d,
     SHORT: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -49,7 +53,7 @@ def _sum_shares_kernel(
     if begin < end:
         columns = (tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)).to(tl.int64)
         total, bias = sum_rows(
-            begin, end, order, coefficients, gates, rows, k, d, rows_n, rows_d, columns,
+            begin, end, order, tokens, coefficients, gates, rows, k, d, rows_n, rows_d, columns,
             SHORT, E, BLOCK_D,
         )  # fmt: skip
         tl.store(partial + share.to(tl.int64) * d + columns, total, columns < d)
@@ -59,7 +63,7 @@ def _sum_shares_kernel(
 
 @triton.jit(do_not_specialize=["bits", "k"])
 def _feature_sum_kernel(
-    coefficients, gates, rows, offsets, order, partial, partial_bias, dw, db,
+    coefficients, gates, rows, offsets, order, tokens, partial, partial_bias, dw, db,
     bits, k, d, rows_n, rows_d, dw_f, dw_d, db_f,
     WITH_BIAS: tl.constexpr, ACCUMULATE: tl.constexpr,
     SHORT: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -68,7 +72,7 @@ def _feature_sum_kernel(
     columns = (tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)).to(tl.int64)
     begin, end, block, last = feature_work(feature, offsets, bits)
     total, bias = sum_rows(
-        begin, end, order, coefficients, gates, rows, k, d, rows_n, rows_d, columns,
+        begin, end, order, tokens, coefficients, gates, rows, k, d, rows_n, rows_d, columns,
         SHORT, E, BLOCK_D,
     )  # fmt: skip
     for b in range(block, last):
@@ -96,13 +100,15 @@ def sum_by_feature(
     rows: torch.Tensor,
     offsets: torch.Tensor,
     order: torch.Tensor,
+    tokens: torch.Tensor | None,
     dw: torch.Tensor,
     db: torch.Tensor | None,
     accumulate: bool,
 ) -> None:
-    """feature_sum into dw [F, d], db [F] of any dtype; slots whose gate [N, k] is 0 are skipped."""
+    """feature_sum into dw [F, d], db [F] of any dtype; slots whose gate is 0 are skipped."""
     n_features, d = dw.shape
-    slots, k = coefficients.numel(), coefficients.shape[1]
+    slots = coefficients.numel()
+    k, tokens = slot_work.owners(coefficients, tokens, rows.shape[0])
     if n_features == 0:
         return
     coefficients, gates = coefficients.contiguous(), gates.contiguous()
@@ -116,7 +122,7 @@ def sum_by_feature(
     shares = gradients_hot.shares(slots, bits)
     partial = rows.new_empty(shares, d, dtype=torch.float32)
     partial_bias = rows.new_empty(shares, dtype=torch.float32)
-    operands = coefficients, gates, rows, offsets, order, partial, partial_bias
+    operands = coefficients, gates, rows, offsets, order, tokens, partial, partial_bias
     sizes = k, d, *rows.stride()
     if shares:
         _sum_shares_kernel[(shares, blocks_d)](*operands, n_features, slots, bits, *sizes, **tile)
@@ -134,11 +140,9 @@ def feature_sum(
     order: torch.Tensor,
     tokens: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    if tokens is not None:
-        raise RuntimeError("feature_sum: impl='triton' takes padded codes; use 'reference'")
     n_features = offsets.shape[0] - 1
     dw, db = rows.new_empty(n_features, rows.shape[1]), rows.new_empty(n_features)
-    sum_by_feature(coefficients, coefficients, rows, offsets, order, dw, db, False)
+    sum_by_feature(coefficients, coefficients, rows, offsets, order, tokens, dw, db, False)
     return dw, db
 
 
@@ -156,27 +160,28 @@ def cases() -> list[offline.Case]:
         for block_d, (entries, warps) in SUM_TILES.items():
             if dtype != "bf16" and block_d < 1024:
                 continue
-            tile = dict(rows_d=1, SHORT=True, E=entries, BLOCK_D=block_d)
-            name = f"{dtype} BLOCK_D={block_d}"
-            found.append(
-                offline.Case(
-                    f"shares {name}",
-                    _sum_shares_kernel,
-                    {**operands, **sizes, "n_features": "i32", "slots": "i32"},
-                    tile,
-                    num_warps=warps,
-                    divisible=("d", "rows_n"),
+            for kind, typed, constants in slot_work.FORMS:
+                tile = dict(rows_d=1, SHORT=True, E=entries, BLOCK_D=block_d, **constants)
+                name = f"{dtype} BLOCK_D={block_d}{kind}"
+                found.append(
+                    offline.Case(
+                        f"shares {name}",
+                        _sum_shares_kernel,
+                        {**operands, **typed, **sizes, "n_features": "i32", "slots": "i32"},
+                        tile,
+                        num_warps=warps,
+                        divisible=("d", "rows_n"),
+                    )
                 )
-            )
-            out = {"dw": f"*{dtype}", "db": f"*{dtype}", "dw_f": "i32"}
-            found.append(
-                offline.Case(
-                    f"feature_sum {name}",
-                    _feature_sum_kernel,
-                    {**operands, **sizes, **out},
-                    dict(dw_d=1, db_f=1, WITH_BIAS=True, ACCUMULATE=False, **tile),
-                    num_warps=warps,
-                    divisible=("d", "rows_n", "dw_f"),
+                out = {"dw": f"*{dtype}", "db": f"*{dtype}", "dw_f": "i32"}
+                found.append(
+                    offline.Case(
+                        f"feature_sum {name}",
+                        _feature_sum_kernel,
+                        {**operands, **typed, **sizes, **out},
+                        dict(dw_d=1, db_f=1, WITH_BIAS=True, ACCUMULATE=False, **tile),
+                        num_warps=warps,
+                        divisible=("d", "rows_n", "dw_f"),
+                    )
                 )
-            )
     return found

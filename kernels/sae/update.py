@@ -36,7 +36,7 @@ MOST_PROGRAMS = 4096  # 15 for each of 264 that run at once on an H200
 
 @triton.jit(do_not_specialize=["n_features", "bits", "k", "R"])
 def _sae_update_kernel(
-    values, order, offsets, dy, x, w_dec, partial, partial_bias,
+    values, order, offsets, tokens, dy, x, w_dec, partial, partial_bias,
     w_enc, m_dec, v_dec, m_enc, v_enc, shadow_dec, shadow_enc, db_enc, row_sums,
     coefficients_ptr, clip_ptr, rest1, beta2, rest2, eps,
     n_features, R, bits, k, d, dy_n, dy_d, x_n, x_d,
@@ -58,7 +58,7 @@ def _sae_update_kernel(
         m1 = tl.load(m_dec + at + columns, inside, other=0)
         v1 = tl.load(v_dec + at + columns, inside, other=0)
         to_dec, to_enc, bias = sae_feature(
-            feature, values, order, offsets, dy, x, p, partial, partial_bias,
+            feature, values, order, offsets, tokens, dy, x, p, partial, partial_bias,
             bits, k, d, dy_n, dy_d, x_n, x_d, columns, inside, SHORT, E, BLOCK_D,
         )  # fmt: skip
         tl.store(db_enc + feature, bias)
@@ -134,8 +134,6 @@ def sae_update_(
     project: bool,
     unit_norm: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    if tokens is not None:
-        raise RuntimeError("sae_update_: impl='triton' takes padded codes; use 'reference'")
     rows = {"w_enc": w_enc, "m_dec": m_dec, "v_dec": v_dec, "m_enc": m_enc, "v_enc": v_enc}
     shadows = {"shadow_dec": shadow_dec, "shadow_enc": shadow_enc}
     check_rows(w_dec, **rows, **shadows)
@@ -147,19 +145,20 @@ def sae_update_(
     db_enc = w_dec.new_empty(n_features, dtype=torch.float32)
     # at odd widths every element has its own address, and ten rows of 4096 spill
     if d > (WIDEST if d % 16 == 0 else WIDEST // 2):
-        operands = values, indices, offsets, order, dy, x, w_dec, *rows.values(), db_enc
+        operands = values, indices, offsets, order, tokens, dy, x, w_dec, *rows.values(), db_enc
         d_input = update_by_pieces(*operands, settings, project, unit_norm)
         for shadow, weight in ((shadow_dec, w_dec), (shadow_enc, w_enc)):
             if shadow is not None:
                 shadow.copy_(weight)
         return db_enc, d_input
-    slots, k = values.numel(), values.shape[1]
+    slots = values.numel()
+    k, tokens = gradients_hot.owners(values, tokens, dy.shape[0])
     offsets, order = gradients_hot.inside(offsets, order, slots)
     bits = gradients_hot.chunk_bits(slots)
     shares = gradients_hot.shares(slots, bits)
     partial = dy.new_empty(shares, 2, d, dtype=torch.float32)
     partial_bias = dy.new_empty(shares, dtype=torch.float32)
-    operands = values, order, offsets, dy, x, w_dec, partial, partial_bias
+    operands = values, order, offsets, tokens, dy, x, w_dec, partial, partial_bias
     sizes = k, d, *dy.stride(), *x.stride()
     tile = row_tile(d, slots, TILES)
     if shares:
@@ -197,8 +196,17 @@ def cases() -> list[Case]:
         for block_d, (entries, warps) in TILES.items():
             if (dtype, weights) != ("fp32", "fp32") and block_d < WIDEST:
                 continue
-            constants = flags | dict(dy_d=1, x_d=1, SHORT=True, E=entries, BLOCK_D=block_d)
-            name = f"{dtype} w={weights} BLOCK_D={block_d}"
+            tile = flags | dict(dy_d=1, x_d=1, SHORT=True, E=entries, BLOCK_D=block_d)
             even = "d", "dy_n", "x_n"
-            found.append(Case(name, _sae_update_kernel, types, constants, warps, divisible=even))
+            for kind, typed, constants in gradients_hot.FORMS:
+                found.append(
+                    Case(
+                        f"{dtype} w={weights} BLOCK_D={block_d}{kind}",
+                        _sae_update_kernel,
+                        types | typed,
+                        tile | constants,
+                        warps,
+                        divisible=even,
+                    )
+                )
     return found

@@ -5,11 +5,14 @@ With total = int(k N) a token has k features on average, and as many as it needs
 arXiv 2412.06410). Order: score descending, then flat position `token * F + feature` ascending; NaN
 ranks first. ReLU follows the selection, so pairs that are not positive are kept as zeros, with zero
 gradient, where there are fewer than `total` positive ones. Slots are stored by token, then by
-feature. Neither the N x F matrix nor a sort of it is ever made.
+feature.
 
 On the CPU the screen of mikernels/ops/encode.py finds the pairs, with one bound for the whole batch
-in place of one a token: tau, which every thread may raise, is at most the total-th largest lower
-bound of the pairs seen, so a pair whose upper bound is below it has `total` pairs above it.
+in place of one for each token: tau, which every thread may raise, is at most the total-th largest
+lower bound of the pairs seen, so a pair whose upper bound is below it has `total` pairs above it.
+Neither the N x F matrix nor a sort of it is made. Scratch: encode's panels, 64 MB of packed tokens
+at most, and some 100 bytes for each of the `total` pairs. The reference, which is what runs on a
+GPU so far, makes and sorts the matrix.
 """
 
 from __future__ import annotations
@@ -108,7 +111,9 @@ def batch_topk_encode(
     relu: bool = True,
     impl: str | None = None,
 ) -> tuple[SparseCodes, torch.Tensor]:
-    """The int(k N) best features of a batch of N tokens, exactly, without the N x F matrix.
+    """The int(k N) best features of a batch of N tokens, exactly.
+
+    Without the N x F matrix on the CPU; on a GPU the reference runs, which makes and sorts it.
 
     `h = (x - b_dec) w_enc^T + b_enc`; the int(k N) pairs of token and feature with the largest
     `h * scale` are kept with value `relu(h)` (BatchTopK, arXiv 2412.06410). For fp32 inputs the
