@@ -108,7 +108,7 @@ def sum_by_feature(
     """feature_sum into dw [F, d], db [F] of any dtype; slots whose gate is 0 are skipped."""
     n_features, d = dw.shape
     slots = coefficients.numel()
-    k, tokens = slot_work.owners(coefficients, tokens, rows.shape[0])
+    k, tokens = gradients_hot.owners(coefficients, tokens, rows.shape[0])
     if n_features == 0:
         return
     coefficients, gates = coefficients.contiguous(), gates.contiguous()
@@ -160,7 +160,7 @@ def cases() -> list[offline.Case]:
         for block_d, (entries, warps) in SUM_TILES.items():
             if dtype != "bf16" and block_d < 1024:
                 continue
-            for kind, typed, constants in slot_work.FORMS:
+            for kind, typed, constants in gradients_hot.FORMS:
                 tile = dict(rows_d=1, SHORT=True, E=entries, BLOCK_D=block_d, **constants)
                 name = f"{dtype} BLOCK_D={block_d}{kind}"
                 found.append(
