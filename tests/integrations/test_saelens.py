@@ -291,7 +291,7 @@ def test_saelens_load_rejects_weights_that_are_no_numbers(tmp_path):
         (b"[" * 100_000, "nesting deeper"),
         (b'{"k": 1, "k": 2}', "'k' twice"),
         (b'{"k": NaN}', "NaN"),
-        (b'{"architecture": "topk", "d_in": 1' + b"0" * 5000 + b"}", "xceeds the limit"),
+        (b'{"architecture": "topk", "d_in": 1' + b"0" * 5000 + b"}", "beyond a double"),
     ],
 )
 def test_saelens_load_rejects_hostile_json(tmp_path, text, said):
