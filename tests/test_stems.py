@@ -101,7 +101,12 @@ def uses(room, path):
     if room == "csrc/cpu":
         return set(re.findall(r'^#(?:include|define MIK_BODY) "cpu/(\w+)/', text, re.MULTILINE))
     imports = (n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.ImportFrom))
-    return {n.module.partition(".")[0] for n in imports if n.level == 2}
+    return {
+        (n.module or alias.name).partition(".")[0]
+        for n in imports
+        if n.level == 2
+        for alias in n.names
+    }
 
 
 def test_folders_use_those_before_them():

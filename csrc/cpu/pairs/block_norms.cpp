@@ -19,12 +19,12 @@ class BlockNorms {
   void run(int64_t first, int64_t last) {
     const int64_t n = a_.size(0), wide = b_.size(2), count = (last - first) * wide;
     squares_.assign(n * (last - first), 0.);
-    for (int64_t c = 0; c < count; c += kBlockCols) {
-      const int64_t cols = std::min(kBlockCols, count - c);
+    for (int64_t c = 0; c < count; c += kPairCols) {
+      const int64_t cols = std::min(kPairCols, count - c);
       turn(first, c, cols);
       for (int64_t i = 0; i < n; ++i)
-        for (int64_t r = 0; r < a_.size(1); r += kBlockRows)
-          add(i, {r, std::min(kBlockRows, a_.size(1) - r), 0, cols}, c, wide, last - first);
+        for (int64_t r = 0; r < a_.size(1); r += kPairRows)
+          add(i, {r, std::min(kPairRows, a_.size(1) - r), 0, cols}, c, wide, last - first);
     }
     for (int64_t i = 0; i < n; ++i)
       for (int64_t j = first; j < last; ++j)
@@ -69,7 +69,7 @@ Tensor block_norms(Tensor a, Tensor b) {
   const auto wide = a.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   Tensor out = empty(a, {a.size(0), b.size(0)}, wide);
   // matrices of b that fill a block of columns
-  const int64_t together = std::max<int64_t>(kBlockCols / std::max<int64_t>(b.size(2), 1), 1);
+  const int64_t together = std::max<int64_t>(kPairCols / std::max<int64_t>(b.size(2), 1), 1);
   MIK_DISPATCH_FLOATING(a, [&] {
     parallel((b.size(0) + together - 1) / together, 1, [&](int64_t begin, int64_t end) {
       BlockNorms<scalar_t> norms(a, b, out);

@@ -83,7 +83,7 @@ void edge_heads(Tensor dz, Tensor w_o, Tensor grad, OptionalTensor weights, Opti
   check_scores(dz, grad.size(2), weights, prefix, out);
   MIK_DISPATCH_FLOATING(dz, [&] {
     const PairScores<accumulator_t<scalar_t>> scores(out, weights, prefix, false);
-    const auto blocks = blocks_of(dz.size(2), grad.size(2), kHeads, kBlockCols, scores.limits());
+    const auto blocks = blocks_of(dz.size(2), grad.size(2), kHeads, kPairCols, scores.limits());
     parallel(static_cast<int64_t>(blocks.size()), 1, [&](int64_t begin, int64_t end) {
       EdgeHeads<scalar_t> heads(dz, w_o, grad);
       std::vector<double> sums;

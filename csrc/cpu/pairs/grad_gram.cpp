@@ -33,7 +33,7 @@ void gram_products(Tensor acts, Tensor grads, Tensor acts2, Tensor grads2, bool 
     const PairScores<accumulator_t<T>> scores(out, std::nullopt, std::nullopt, symmetric);
     const bool in_place = at(acts, 0).in_place() && at(grads, 0).in_place();
     const auto blocks =
-        blocks_of(n, m, in_place ? kBlockRows : kCopiedRows, kBlockCols, scores.limits());
+        blocks_of(n, m, in_place ? kPairRows : kCopiedRows, kPairCols, scores.limits());
     parallel(static_cast<int64_t>(blocks.size()), 1, [&](int64_t begin, int64_t end) {
       BlockProduct<T> product;
       std::vector<double> sums, from_acts, from_grads;

@@ -30,8 +30,8 @@ void pair_products(Tensor a, Tensor b, OptionalTensor scale, OptionalTensor weig
       found.scale_stride = scale.has_value() ? scale->stride(0) : 0;
       return found;
     };
-    const int64_t most = left(0, 0).in_place() ? kBlockRows : kCopiedRows;
-    const auto blocks = blocks_of(n, m, most, kBlockCols, scores.limits());
+    const int64_t most = left(0, 0).in_place() ? kPairRows : kCopiedRows;
+    const auto blocks = blocks_of(n, m, most, kPairCols, scores.limits());
     parallel(static_cast<int64_t>(blocks.size()), 1, [&](int64_t begin, int64_t end) {
       BlockProduct<T> product;
       std::vector<double> sums;

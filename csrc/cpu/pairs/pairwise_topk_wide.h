@@ -18,7 +18,7 @@ class WidePairs {
   std::vector<Pair<S>> run() {
     row_norms_ = norms(a_);
     col_norms_ = norms(b_);
-    const auto blocks = blocks_of(rule_.n, rule_.m, kBlockRows, kBlockCols, nullptr);
+    const auto blocks = blocks_of(rule_.n, rule_.m, kPairRows, kPairCols, nullptr);
     const int64_t threads = torch::stable::get_num_threads();
     std::vector<std::vector<Pair<S>>> found(threads);
     std::atomic<size_t> next{0};

@@ -13,9 +13,9 @@
 
 namespace mik {
 
-// acc[i, j] += <a[i], b[j]> over d numbers for i < rows, j < cols; acc has the leading dimension ld.
-// With `limits`, column j wants the rows first_row + i < limits[j] only; what else acc receives is
-// to be ignored
+// acc[i, j] += <a[i], b[j]> over d numbers for i < rows, j < cols; rows of acc are ld apart. With
+// `limits`, column j wants the rows first_row + i < limits[j] only; what else acc receives is to be
+// ignored
 template <class A>
 struct RowProducts {
   const A* const* a;
@@ -59,9 +59,9 @@ struct Rows {
 };
 
 // a block of b stays in the second-level cache (512 KB) while rows of a pass over it
-constexpr int64_t kBlockCols = 96, kChunk = 768;
+constexpr int64_t kPairCols = 96, kChunk = 768;
 // rows that are read in place may be many, copied ones share that cache
-constexpr int64_t kBlockRows = 128, kCopiedRows = 64;
+constexpr int64_t kPairRows = 128, kCopiedRows = 64;
 
 // numbers of a row that are multiplied at a time: equal parts of at most kChunk
 inline int64_t chunk_of(int64_t d) {
