@@ -13,11 +13,14 @@ import json
 import math
 import os
 import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from mikernels._autocast import in_own_dtype
 from mikernels.files import read_json
 from mikernels.machine import cpu_name
 
@@ -125,3 +128,26 @@ def sparse_wins(
             rather than the product with scattered codes).
     """
     return n_features >= _tables.threshold(op, device, dtype, d) * k
+
+
+@dataclass(frozen=True)
+class Dense:
+    """The dense alternative of an operator on sparse codes, and where it wins.
+
+    Args:
+        key: of the table, as for `sparse_wins`.
+        run: takes the operator's arguments. It is called in their own dtype, unchecked: what people
+            pass has been checked by the public function.
+        sizes: of the operator's arguments, w `[F, d]` and the slots a token.
+    """
+
+    key: str
+    run: Callable[..., Any]
+    sizes: Callable[..., tuple[torch.Tensor, int]]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "run", in_own_dtype(self.run))
+
+    def wins(self, args: Sequence[Any]) -> bool:
+        w, k = self.sizes(*args)
+        return not sparse_wins(self.key, w.device, w.dtype, w.shape[1], w.shape[0], k)

@@ -22,6 +22,7 @@ from torch.autograd.graph import increment_version
 
 from mikernels import _ext, _triton
 from mikernels._autocast import in_own_dtype
+from mikernels._crossover import Dense
 from mikernels._memory import check_writes
 from mikernels._operands import FLOATS as FLOATS
 from mikernels._operands import Operands
@@ -35,7 +36,12 @@ _BACKENDS = torch._C._dispatch_keyset_full_after(torch._C.DispatchKey.BackendSel
 
 
 class Op:
-    """A registered operator; calling it with `impl` runs that implementation or raises.
+    """A registered operator, which callers run by calling it.
+
+    Which implementation runs is decided here alone: `impl`, else MIKERNELS_IMPL, else "auto", the
+    best one for the device and, where there is a dense alternative, for the sizes. A named one runs
+    or raises with the reason. `default` is the operator as registered: for implementations made of
+    others, and for measurements of what `auto` decides.
 
     Args:
         schema, reference, fake: as for `torch.library`.
@@ -44,6 +50,9 @@ class Op:
             reference runs there.
         operands: what its arguments have to be, by name (see mikernels/_operands.py).
         cuda: csrc/cuda/<name>.cu implements it, as the operator <name>_cuda.
+        cpu: owns the CPU key where the extension is built; for operators that csrc/cpu/ does not
+            register itself because they are made of others that it does.
+        dense: what "auto" runs where products win over slots. For operators that write nothing.
     """
 
     def __init__(
@@ -55,6 +64,8 @@ class Op:
         operands: Mapping[str, str],
         triton: str | None = None,
         cuda: bool = False,
+        cpu: Callable[..., Any] | None = None,
+        dense: Dense | None = None,
     ):
         self.name = schema.split("(", 1)[0]
         self.schema = schema
@@ -72,6 +83,13 @@ class Op:
         LIBRARY.impl(self.name, self.reference, "CompositeExplicitAutograd")
         if self._triton is not None and not _triton.missing():
             LIBRARY.impl(self.name, self._on_device, "CUDA")
+        if cpu is not None and _ext.C is not None:
+            LIBRARY.impl(self.name, self._checked(cpu), "CPU")
+        # asked here, because torch.compile cannot trace the question
+        self._has_cpp = torch._C._dispatch_has_kernel_for_dispatch_key(
+            f"mikernels::{self.name}", "CPU"
+        )
+        self._dense = dense
         torch.library.register_fake(f"mikernels::{self.name}", fake, lib=LIBRARY)
         self._cuda = cuda
         if self._has_cuda():
@@ -122,53 +140,71 @@ class Op:
         with torch.cuda.device(_triton.first_tensor(args).device):
             return run(*args)
 
-    def __call__(self, *args: Any, impl: str = "auto") -> Any:
-        if impl == "reference":
+    def __call__(self, *args: Any, impl: str | None = None, dense: bool = True) -> Any:
+        """Run it; `impl` as in `resolve`, `dense=False` by slots whatever their number."""
+        name = impl or os.environ.get("MIKERNELS_IMPL") or "auto"
+        if name == "auto":
+            if self._dense is not None and dense and self._dense.wins(args):
+                return self._dense.run(*args)
+            return self.default(*args)
+        if name == "reference":
             return self._guarded(self.reference, args)
-        if impl == "cuda":
+        device = _triton.first_tensor(args).device
+        self._require(name, device)
+        if name == "cuda":
             return self._cuda_default()(*args)
-        if impl == "triton" and not _triton.takes(args):
+        if name == "triton" and not _triton.takes(args):
             raise RuntimeError(
                 f"{self.name}: impl='triton' takes float32, bfloat16 and float16 tensors, got "
                 f"float64; convert them, or leave impl out"
             )
-        if impl == "triton" and _triton.first_tensor(args).device.type == "cpu":
+        if name == "triton" and device.type == "cpu":
             # the interpreter; on a GPU the dispatcher leads to Triton, also under torch.compile
             assert self._triton is not None
             return self._guarded(self._triton, args)
         return self.default(*args)
 
+    def resolve(self, impl: str | None, device: torch.device) -> str:
+        """`impl`, else MIKERNELS_IMPL, else "auto"; a named one is available there or this raises.
+
+        For functions that launch several operators, now or in their backward: the environment is
+        asked once, and what cannot run is refused before anything does.
+        """
+        name = impl or os.environ.get("MIKERNELS_IMPL") or "auto"
+        if name not in ("auto", "reference"):
+            self._require(name, device)
+        return name
+
+    def _require(self, name: str, device: torch.device) -> None:
+        """Raises unless the implementation of this name is available on the device."""
+        if name not in IMPLS:
+            raise ValueError(f"{self.name}: impl must be one of {['auto', *IMPLS]}, got {name!r}")
+        state = self.state(name)
+        if state != "ready":
+            raise RuntimeError(f"{self.name}: impl={name!r} is not available: {state}")
+        if name == "triton":
+            reason = _triton.unsupported(device)
+        else:
+            kind = {"cpp": "cpu", "cuda": "cuda"}[name]
+            reason = "" if device.type == kind else f"runs on {kind} tensors, got {device}"
+        if reason:
+            raise RuntimeError(f"{self.name}: impl={name!r} {reason}")
+
+    def state(self, name: str) -> str:
+        """ "ready", or the reason why the backend of this name is absent."""
+        if name == "cpp":
+            return "ready" if self._has_cpp else (_ext.MISSING or "not written")
+        if name == "triton":
+            return "not written" if self._triton is None else _triton.missing() or "ready"
+        if name == "cuda":
+            if not self._cuda:
+                return "not written"
+            return "ready" if self._has_cuda() else _ext.cuda_missing()
+        return "ready"
+
     def backends(self) -> dict[str, str]:
         """Backend -> "ready", or the reason why it is absent."""
-        cpp = torch._C._dispatch_has_kernel_for_dispatch_key(f"mikernels::{self.name}", "CPU")
-        cuda = "ready" if self._has_cuda() else _ext.cuda_missing()
-        triton = "not written" if self._triton is None else _triton.missing()
-        return {
-            "reference": "ready",
-            "cpp": "ready" if cpp else (_ext.MISSING or "not written"),
-            "triton": triton or "ready",
-            "cuda": cuda if self._cuda else "not written",
-        }
-
-
-def resolve_impl(op: Op, impl: str | None, device: torch.device) -> str:
-    """`impl` as asked for (or MIKERNELS_IMPL, or auto); a named one is available or this raises."""
-    name = impl or os.environ.get("MIKERNELS_IMPL") or "auto"
-    if name in ("auto", "reference"):
-        return name
-    if name not in IMPLS:
-        raise ValueError(f"{op.name}: impl must be one of {['auto', *IMPLS]}, got {name!r}")
-    state = op.backends()[name]
-    if state != "ready":
-        raise RuntimeError(f"{op.name}: impl={name!r} is not available: {state}")
-    if name == "triton":
-        reason = _triton.unsupported(device)
-    else:
-        kind = {"cpp": "cpu", "cuda": "cuda"}[name]
-        reason = "" if device.type == kind else f"runs on {kind} tensors, got {device}"
-    if reason:
-        raise RuntimeError(f"{op.name}: impl={name!r} {reason}")
-    return name
+        return {name: self.state(name) for name in ("reference", "cpp", "triton", "cuda")}
 
 
 def check_floating(op: str, **tensors: torch.Tensor | None) -> None:

@@ -67,7 +67,7 @@ def collect(peaks: bool = False) -> dict[str, Any]:
 
     import mikernels
     from mikernels import _ext
-    from mikernels.ops import registered
+    from mikernels._dispatch import OPS
 
     facts: dict[str, Any] = {
         "mikernels": mikernels.__version__,
@@ -82,7 +82,7 @@ def collect(peaks: bool = False) -> dict[str, Any]:
         "extension": {"loaded": _ext.C is not None, "reason": _ext.MISSING},
         "build": _ext.build_facts(),
         "environment": {name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
-        "operators": {name: _states(op) for name, op in registered().items()},
+        "operators": {name: _states(op) for name, op in sorted(OPS.items())},
     }
     if peaks:
         facts["peaks"] = _ext.C.measure_peaks() if _ext.C is not None else None

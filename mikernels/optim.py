@@ -14,7 +14,7 @@ from typing import Any, overload
 
 import torch
 
-from mikernels._dispatch import FLOATS, accumulate_dtype, resolve_impl
+from mikernels._dispatch import FLOATS, accumulate_dtype
 from mikernels.ops.adam import adam_rows_op, grad_sumsq_op
 
 STATE = ("exp_avg", "exp_avg_sq")
@@ -161,7 +161,6 @@ class RowAdam(torch.optim.Optimizer):
                 clip,
                 group["project"],
                 group["unit_norm"],
-                impl=resolve_impl(adam_rows_op, None, p.device),
             )
 
     def advance(
@@ -207,10 +206,7 @@ class RowAdam(torch.optim.Optimizer):
     def _clip(self, todo: list[tuple[dict[str, Any], torch.Tensor, torch.Tensor]]) -> torch.Tensor:
         if self.clip_norm is None:
             return torch.ones((), dtype=torch.float32, device=todo[0][1].device)
-        impl = resolve_impl(grad_sumsq_op, None, todo[0][1].device)
-        sums = [
-            grad_sumsq_op(_rows(grad), _rows(p), g["project"], impl=impl) for g, p, grad in todo
-        ]
+        sums = [grad_sumsq_op(_rows(grad), _rows(p), g["project"]) for g, p, grad in todo]
         norm = torch.stack(sums).sum().sqrt()
         # 1e-6 as in torch.nn.utils.clip_grad_norm_
         return (self.clip_norm / (norm + 1e-6)).clamp(max=1.0)

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 import mikernels
+from mikernels._dispatch import OPS
 from mikernels.files import finite, write_atomic
-from mikernels.ops import registered
 
 from .. import load, names
 from ..harness import machine
@@ -89,7 +89,7 @@ def _each(
 
 def facts(device: Cpu) -> Findings:
     """The machine, its ceilings, and what every operator has there."""
-    backends = {name: op.backends() for name, op in registered().items()}
+    backends = {name: op.backends() for name, op in sorted(OPS.items())}
     found = machine.facts(device)
     wrong = {} if found["build"].get("extension") else {"extension": "it is not built"}
     return {

@@ -22,7 +22,6 @@ from mikernels.files import explained, write_json
 from mikernels.ops import encode as encode_module
 from mikernels.ops.decode import decode_op
 from mikernels.ops.encode import encode_op
-from mikernels.ops.row_topk import row_topk_op
 from mikernels.owning import owned
 
 from ..harness.spec import DTYPES
@@ -78,7 +77,7 @@ def decode_points(
         indices += ratio * torch.arange(k, device=device.target)
         codes = mikernels.SparseCodes(values, indices, f)
         paths: list[Callable[[], object]] = [
-            partial(decode_op, values, indices, None, w, None),
+            partial(decode_op.default, values, indices, None, w, None),
             partial(dense_decode, values, indices, w),
             partial(mikernels.sparse_decode, codes, w),
         ]
@@ -102,8 +101,8 @@ def encode_points(
         x, w = _normal(device, dtype, n, d), _normal(device, dtype, ratio * k, d)
         operands = x, w, None, None, None, k, True
         paths: list[Callable[[], object]] = [
-            partial(encode_op, *operands),
-            partial(encode_module.reference, *operands, row_topk_op),
+            partial(encode_op.default, *operands),
+            partial(encode_module.by_product, *operands),
             partial(mikernels.topk_encode, x, w, k=k),
         ]
         found.append(_point(device, ratio, paths if auto else paths[:2]))

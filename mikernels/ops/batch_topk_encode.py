@@ -22,7 +22,7 @@ import math
 import torch
 
 from mikernels._autocast import in_own_dtype
-from mikernels._dispatch import Op, accumulate_dtype, resolve_impl
+from mikernels._dispatch import Op, accumulate_dtype
 from mikernels.ops.encode import check_operands, encode_gradients, scores
 from mikernels.ops.row_topk import reference as row_topk_reference
 from mikernels.values.codes import SparseCodes
@@ -149,7 +149,7 @@ def batch_topk_encode(
             f"batch_topk_encode: k must be above 0 and at most {n_features} (rows of w_enc), got "
             f"{k}"
         )
-    impl = resolve_impl(batch_topk_encode_op, impl, x.device)
+    impl = batch_topk_encode_op.resolve(impl, x.device)
     rows = x.reshape(x.shape[:-1].numel(), d)
     total = torch.sym_int(k * rows.shape[0])
     ranks = None if scale is None else scale.detach()

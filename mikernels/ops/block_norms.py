@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 
 from mikernels._autocast import in_own_dtype
-from mikernels._dispatch import Op, accumulate_dtype, check_floating, resolve_impl
+from mikernels._dispatch import Op, accumulate_dtype, check_floating
 
 
 def reference(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -58,5 +58,4 @@ def block_norms(a: torch.Tensor, b: torch.Tensor, *, impl: str | None = None) ->
         raise ValueError(
             f"{name}: expected a [n, r, d] and b [m, d, s], got {list(a.shape)} and {list(b.shape)}"
         )
-    impl = resolve_impl(block_norms_op, impl, a.device)
     return block_norms_op(a.detach(), b.detach(), impl=impl)

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from mikernels._autocast import in_own_dtype
-from mikernels._crossover import sparse_wins
-from mikernels._dispatch import Op, accumulate_dtype, check_floating, check_shape, resolve_impl
+from mikernels._crossover import Dense
+from mikernels._dispatch import Op, accumulate_dtype, check_floating, check_shape
 from mikernels._ragged import tokens_of
 from mikernels.ops.gradients import SLOTS, feature_sums, gather_dots
 
@@ -58,49 +58,6 @@ def _fake(values, indices, row_offsets, w, bias):
     return values.new_empty(n, w.shape[1])
 
 
-CODES = {
-    "values": "T[N,k] or T[S] with row_offsets",
-    "indices": "i64[N,k] or i64[S] with row_offsets",
-    "row_offsets": "i64[N+1]",
-}
-
-decode_op = Op(
-    "decode(Tensor values, Tensor indices, Tensor? row_offsets, Tensor w, Tensor? bias) -> Tensor",
-    reference,
-    _fake,
-    operands={**CODES, "w": "T[F,d]", "bias": "T[d]"},
-    triton="sae.decode:decode",
-)
-
-
-def error_reference(
-    values: torch.Tensor,
-    indices: torch.Tensor,
-    row_offsets: torch.Tensor | None,
-    w: torch.Tensor,
-    bias: torch.Tensor | None,
-    x: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    bias = None if bias is None else bias.to(x.dtype)
-    error = reference(values.to(x.dtype), indices, row_offsets, w.to(x.dtype), bias) - x
-    return error, error.square().sum(-1)
-
-
-# the residual y - x and its squares [N] for a loss, x in the accumulation dtype: y is not rounded
-# to w's dtype in between, and [N, d] is written once instead of read and written three times
-decode_error_op = Op(
-    "decode_error(Tensor values, Tensor indices, Tensor? row_offsets, Tensor w, Tensor? bias,"
-    " Tensor x) -> (Tensor error, Tensor squares)",
-    error_reference,
-    lambda values, indices, row_offsets, w, bias, x: (
-        x.new_empty(x.shape),
-        x.new_empty(x.shape[0]),
-    ),
-    operands={**CODES, "w": "T[F,d]", "bias": "T[d]", "x": "acc[N,d]"},
-    triton="sae.decode:decode_error",
-)
-
-
 # bytes of the dense codes of one chunk of tokens
 DENSE_SCRATCH = 64 << 20
 
@@ -132,18 +89,62 @@ def _dense(
     return out if bias is None else out.add_(bias)
 
 
-def _sparse_wins(values, row_offsets, w) -> bool:
+def _width(values, indices, row_offsets, w, *_) -> tuple[torch.Tensor, int]:
+    """w and the slots a token, rounded up where they are ragged."""
     if row_offsets is None:
-        k = values.shape[1]
-    else:
-        k = -(-values.shape[0] // max(1, row_offsets.shape[0] - 1))
-    return sparse_wins("decode", w.device, w.dtype, w.shape[1], w.shape[0], k)
+        return w, values.shape[1]
+    return w, -(-values.shape[0] // max(1, row_offsets.shape[0] - 1))
 
 
-def _forward(values, indices, row_offsets, w, bias, impl) -> torch.Tensor:
-    if impl == "auto" and not _sparse_wins(values, row_offsets, w):
-        return _dense(values, indices, row_offsets, w, bias)
-    return decode_op(values, indices, row_offsets, w, bias, impl=impl)
+CODES = {
+    "values": "T[N,k] or T[S] with row_offsets",
+    "indices": "i64[N,k] or i64[S] with row_offsets",
+    "row_offsets": "i64[N+1]",
+}
+
+decode_op = Op(
+    "decode(Tensor values, Tensor indices, Tensor? row_offsets, Tensor w, Tensor? bias) -> Tensor",
+    reference,
+    _fake,
+    operands={**CODES, "w": "T[F,d]", "bias": "T[d]"},
+    triton="sae.decode:decode",
+    dense=Dense("decode", _dense, _width),
+)
+
+
+def error_reference(
+    values: torch.Tensor,
+    indices: torch.Tensor,
+    row_offsets: torch.Tensor | None,
+    w: torch.Tensor,
+    bias: torch.Tensor | None,
+    x: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    bias = None if bias is None else bias.to(x.dtype)
+    error = reference(values.to(x.dtype), indices, row_offsets, w.to(x.dtype), bias) - x
+    return error, error.square().sum(-1)
+
+
+def _dense_error(*args) -> tuple[torch.Tensor, torch.Tensor]:
+    *operands, x = args
+    error = _dense(*operands).to(x.dtype).sub_(x)
+    return error, torch.linalg.vector_norm(error, dim=-1).square()
+
+
+# the residual y - x and its squares [N] for a loss, x in the accumulation dtype: y is not rounded
+# to w's dtype in between, and [N, d] is written once instead of read and written three times
+decode_error_op = Op(
+    "decode_error(Tensor values, Tensor indices, Tensor? row_offsets, Tensor w, Tensor? bias,"
+    " Tensor x) -> (Tensor error, Tensor squares)",
+    error_reference,
+    lambda values, indices, row_offsets, w, bias, x: (
+        x.new_empty(x.shape),
+        x.new_empty(x.shape[0]),
+    ),
+    operands={**CODES, "w": "T[F,d]", "bias": "T[d]", "x": "acc[N,d]"},
+    triton="sae.decode:decode_error",
+    dense=Dense("decode", _dense_error, _width),
+)
 
 
 @in_own_dtype
@@ -159,19 +160,14 @@ def decode_error(
     Returns:
         error `[N, d]` and |error|^2 `[N]` in the dtype of `x`. Neither is differentiable.
     """
-    impl = resolve_impl(decode_error_op, None, w_dec.device)
-    values, w_dec = codes.values.detach(), w_dec.detach()
-    operands = values, codes.indices, codes.row_offsets, w_dec, b_dec
-    if impl == "auto" and not _sparse_wins(values, codes.row_offsets, w_dec):
-        error = _dense(*operands).to(x.dtype).sub_(x)
-        return error, torch.linalg.vector_norm(error, dim=-1).square()
-    return decode_error_op(*operands, x, impl=impl)
+    values = codes.values.detach()
+    return decode_error_op(values, codes.indices, codes.row_offsets, w_dec.detach(), b_dec, x)
 
 
 class _Decode(torch.autograd.Function):
     @staticmethod
     def forward(values, indices, row_offsets, w, bias, impl):
-        return _forward(values, indices, row_offsets, w, bias, impl)
+        return decode_op(values, indices, row_offsets, w, bias, impl=impl)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -203,7 +199,7 @@ def decoded(
     """`decode` by its slots, recorded for gradients if they are enabled."""
     if torch.is_grad_enabled():
         return _Decode.apply(values, indices, row_offsets, w, None, impl)
-    return decode_op(values, indices, row_offsets, w, None, impl=impl)
+    return decode_op(values, indices, row_offsets, w, None, impl=impl, dense=False)
 
 
 @in_own_dtype
@@ -244,7 +240,7 @@ def sparse_decode(
         )
     d = w_dec.shape[1]
     check_shape("sparse_decode", "b_dec", b_dec, (d,))
-    impl = resolve_impl(decode_op, impl, w_dec.device)
+    impl = decode_op.resolve(impl, w_dec.device)
     values, indices = codes.flat()
     row_offsets, leading = codes.row_offsets, codes.shape[:-1]
     if prefixes is None:

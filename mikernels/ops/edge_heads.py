@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 
 from mikernels._autocast import in_own_dtype
-from mikernels._dispatch import Op, accumulate_dtype, check_floating, check_out, resolve_impl
+from mikernels._dispatch import Op, accumulate_dtype, check_floating, check_out
 from mikernels.ops.edges import check_edges, check_prefix, check_weights
 from mikernels.ops.pair_products import reference as products_reference
 
@@ -93,7 +93,6 @@ def edge_scores_heads(
     check_edges(name, dz.new_empty(1).expand(*dz.shape[:3], w_o.shape[2]), grad)
     prefix = check_prefix(name, prefix, grad.shape[2], dz.device)
     weights = check_weights(name, weights, dz)
-    impl = resolve_impl(edge_heads_op, impl, dz.device)
     replicates = () if weights is None else weights.shape[:1]
     shape = (*replicates, dz.shape[2], grad.shape[2])
     operands = dz.detach(), w_o.detach(), grad.detach()

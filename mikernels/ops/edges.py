@@ -21,7 +21,6 @@ from mikernels._dispatch import (
     check_floating,
     check_out,
     check_shape,
-    resolve_impl,
 )
 from mikernels.ops.pair_products import mixed_rows, pair_products_op
 
@@ -154,7 +153,7 @@ def edge_scores(
     check_edges(name, delta, grad)
     prefix = check_prefix(name, prefix, grad.shape[2], delta.device)
     weights = check_weights(name, weights, delta)
-    impl = resolve_impl(pair_products_op, impl, delta.device)
+    impl = pair_products_op.resolve(impl, delta.device)
     if out is None:
         scores = _EdgeScores.apply(delta, grad, prefix, weights, impl)
         return scores[0] if weights is None else scores
@@ -265,5 +264,5 @@ def edge_mix(
         base = base[:, :, None] if base.dim() == 3 else base
         readers = 1 if base.dim() == 4 and base.shape[2] == 1 else mask.shape[1]
         check_shape(name, "base", base, (batch, positions, readers, d))
-    impl = resolve_impl(edge_mix_op, impl, delta.device)
+    impl = edge_mix_op.resolve(impl, delta.device)
     return _EdgeMix.apply(base, delta, mask, impl)

@@ -38,14 +38,13 @@ from collections.abc import Sequence
 import torch
 
 from mikernels._autocast import in_own_dtype
-from mikernels._crossover import sparse_wins
+from mikernels._crossover import Dense
 from mikernels._dispatch import (
     Op,
     accumulate_dtype,
     check_floating,
     check_k,
     check_shape,
-    resolve_impl,
 )
 from mikernels.ops.decode import decoded
 from mikernels.ops.gradients import feature_sums, weighted_row_sum
@@ -84,6 +83,19 @@ def reference(
     return (values.relu() if relu else values).to(x.dtype), indices
 
 
+def by_product(
+    x: torch.Tensor,
+    w_enc: torch.Tensor,
+    b_enc: torch.Tensor | None,
+    b_dec: torch.Tensor | None,
+    scale: torch.Tensor | None,
+    k: int,
+    relu: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The product and row_topk: with few features a slot little is left to screen out."""
+    return reference(x, w_enc, b_enc, b_dec, scale, k, relu, row_topk_op.default)
+
+
 def _fake(x, w_enc, b_enc, b_dec, scale, k, relu):
     shape = (x.shape[0], k)
     return x.new_empty(shape), x.new_empty(shape, dtype=torch.int64)
@@ -103,6 +115,7 @@ encode_op = Op(
         "k": "1..F",
     },
     triton="sae.encode:encode",
+    dense=Dense("encode", by_product, lambda x, w_enc, b_enc, b_dec, scale, k, relu: (w_enc, k)),
 )
 
 
@@ -158,10 +171,6 @@ def check_operands(
 class _Encode(torch.autograd.Function):
     @staticmethod
     def forward(x, w_enc, b_enc, b_dec, scale, k, relu, impl):
-        # with few features a slot little is left to screen out
-        f, d = w_enc.shape
-        if impl == "auto" and not sparse_wins("encode", x.device, x.dtype, d, f, k):
-            return reference(x, w_enc, b_enc, b_dec, scale, k, relu, row_topk_op)
         return encode_op(x, w_enc, b_enc, b_dec, scale, k, relu, impl=impl)
 
     @staticmethod
@@ -220,7 +229,7 @@ def topk_encode(
     """
     n_features, d = check_operands("topk_encode", x, w_enc, b_enc, b_dec, scale)
     check_k("topk_encode", k, n_features, "rows of w_enc")
-    impl = resolve_impl(encode_op, impl, x.device)
+    impl = encode_op.resolve(impl, x.device)
     out_dtype = x.dtype
     ranks = None if scale is None else scale.detach()
     rows = x.reshape(x.shape[:-1].numel(), d)

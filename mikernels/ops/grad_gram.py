@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import torch
 
 from mikernels._autocast import in_own_dtype
-from mikernels._dispatch import Op, accumulate_dtype, check_floating, resolve_impl
+from mikernels._dispatch import Op, accumulate_dtype, check_floating
 from mikernels.ops.pairwise_topk import check_selection, merged, nothing_found
 from mikernels.values.interactions import Interactions
 
@@ -145,7 +145,7 @@ def grad_gram(
                         f"grad_gram: {what}2 must have the {t.shape[2]} columns of {what} at layer "
                         f"{layer}, got {t2.shape[2]}"
                     )
-    impl = resolve_impl(gram_op, impl, left[0][0].device)
+    impl = gram_op.resolve(impl, left[0][0].device)
     gram = _Gram(left, right, one_sided, normalize, impl)
     n, m = gram.n, gram.m
     if k is None:

@@ -26,7 +26,7 @@ from __future__ import annotations
 import torch
 
 from mikernels._autocast import in_own_dtype
-from mikernels._dispatch import Op, accumulate_dtype, resolve_impl
+from mikernels._dispatch import Op, accumulate_dtype
 from mikernels._indices import check_indices, check_size
 from mikernels._ragged import tokens_of
 
@@ -82,8 +82,7 @@ def by_feature(indices: torch.Tensor, n_features: int) -> tuple[torch.Tensor, to
             f"by_feature: indices must be flat [M], got {list(indices.shape)}; pass .reshape(-1)"
         )
     check_indices("by_feature", "indices", indices, n_features)
-    impl = resolve_impl(by_feature_op, None, indices.device)
-    return by_feature_op(indices, n_features, impl=impl)
+    return by_feature_op(indices, n_features)
 
 
 def _dots_reference(

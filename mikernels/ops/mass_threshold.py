@@ -15,7 +15,7 @@ import math
 import torch
 
 from mikernels._autocast import in_own_dtype
-from mikernels._dispatch import Op, check_floating, resolve_impl
+from mikernels._dispatch import Op, check_floating
 
 
 def reference(x: torch.Tensor, frac: float, absolute: bool) -> torch.Tensor:
@@ -71,5 +71,4 @@ def mass_threshold(
         raise ValueError(
             f"{name}: x must not be negative, got {low}; pass abs=True for the mass of |x|"
         )
-    impl = resolve_impl(mass_threshold_op, impl, x.device)
     return mass_threshold_op(x, float(frac), abs, impl=impl)

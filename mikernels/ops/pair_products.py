@@ -23,7 +23,6 @@ from mikernels._dispatch import (
     check_floating,
     check_out,
     check_shape,
-    resolve_impl,
 )
 
 
@@ -180,7 +179,7 @@ def pairwise_products(
             f"{list(a.shape)}, got {list(b.shape)}"
         )
     check_shape(name, "weight", weight, (a.shape[-1],))
-    impl = resolve_impl(pair_products_op, impl, a.device)
+    impl = pair_products_op.resolve(impl, a.device)
     left = a if a.dim() == 3 else a[None]
     right = None if b is None else (b if b.dim() == 3 else b[None])
     if out is None:

@@ -28,7 +28,7 @@ from __future__ import annotations
 import torch
 
 from mikernels._autocast import in_own_dtype
-from mikernels._dispatch import Op, accumulate_dtype, check_floating, resolve_impl
+from mikernels._dispatch import Op, accumulate_dtype, check_floating
 from mikernels.values.interactions import Interactions
 
 BY = ("abs", "value")
@@ -163,7 +163,6 @@ def select_pairs(
     least = check_selection(op, k, by, min_value)
     symmetric = b is None and col_scale is None and row_scale is None
     right = a if b is None else b
-    impl = resolve_impl(pairwise_topk_op, impl, a.device)
     scales = [None if t is None else t.detach() for t in (row_scale, col_scale)]
     values, rows, cols = pairwise_topk_op(
         a.detach(), right.detach(), *scales, row_rank, col_rank, k, by, least,

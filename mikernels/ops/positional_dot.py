@@ -18,7 +18,6 @@ from mikernels._dispatch import (
     check_floating,
     check_out,
     check_shape,
-    resolve_impl,
 )
 from mikernels._indices import check_indices
 
@@ -108,7 +107,6 @@ def positional_dot(
             f"{positions.device}"
         )
     check_indices(name, "positions", positions, grads.shape[1])
-    impl = resolve_impl(positional_dot_op, impl, grads.device)
     operands = grads.detach(), vectors.detach()
     shape, acc = (vectors.shape[0], grads.shape[0]), accumulate_dtype(grads.dtype)
     if out is None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 
 from mikernels._autocast import in_own_dtype
-from mikernels._dispatch import Op, check_floating, check_k, resolve_impl
+from mikernels._dispatch import Op, check_floating, check_k
 
 
 def reference(scores: torch.Tensor, k: int, sorted: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -78,7 +78,7 @@ def row_topk(
     if scores.dim() < 1:
         raise ValueError("row_topk: scores must have at least one dimension, got a scalar")
     check_k("row_topk", k, scores.shape[-1], "columns of scores")
-    impl = resolve_impl(row_topk_op, impl, scores.device)
+    impl = row_topk_op.resolve(impl, scores.device)
     rows = scores.reshape(-1, scores.shape[-1])
     values, indices = _RowTopK.apply(rows, k, sorted, impl)
     shape = (*scores.shape[:-1], k)

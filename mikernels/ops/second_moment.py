@@ -16,7 +16,6 @@ from mikernels._dispatch import (
     check_floating,
     check_out,
     check_shape,
-    resolve_impl,
 )
 from mikernels.ops.pair_products import pair_products_op
 
@@ -57,7 +56,7 @@ def second_moment(
     acc = accumulate_dtype(x.dtype)
     if out is not None:
         check_out(name, out, (d, d), (acc, torch.float64), {"x": x, "mask": mask})
-    impl = resolve_impl(pair_products_op, impl, x.device)
+    impl = pair_products_op.resolve(impl, x.device)
     rows = x.detach().reshape(x.shape[:-1].numel(), d)
     if mask is not None:
         rows = rows[mask.reshape(-1)]

@@ -21,9 +21,7 @@ from collections.abc import Callable
 
 import torch
 
-from mikernels import _ext
-from mikernels._autocast import in_own_dtype
-from mikernels._dispatch import LIBRARY, Op, accumulate_dtype
+from mikernels._dispatch import Op, accumulate_dtype
 from mikernels.ops import adam
 from mikernels.ops.gradients import (
     BY_FEATURE,
@@ -79,12 +77,10 @@ def _compose(
 
 
 reference = _compose(sae_gradients_reference, adam.reference)
-_by_operators = _compose(sae_gradients_op, adam.adam_rows_op)
+_by_operators = _compose(sae_gradients_op.default, adam.adam_rows_op.default)
 
 
-@in_own_dtype
 def _on_cpu(*args):
-    sae_update_op.operands.check(args)
     # the extension's gradients are float32
     return (reference if args[7].dtype == torch.float64 else _by_operators)(*args)
 
@@ -121,7 +117,5 @@ sae_update_op = Op(
         "clip": "float[]",
     },
     triton="sae.update:sae_update_",
+    cpu=_on_cpu,
 )
-
-if _ext.C is not None:
-    LIBRARY.impl(sae_update_op.name, _on_cpu, "CPU")

@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 
 import torch
 
-from mikernels._dispatch import resolve_impl
 from mikernels._indices import check_indices, check_size
 from mikernels._ragged import check_row_offsets, tokens_of
 from mikernels.ops.gradients import by_feature_op
@@ -283,9 +282,7 @@ class SparseCodes:
         `order[offsets[f]:offsets[f + 1]]`. Computed once and kept until the indices change."""
 
         def sort() -> tuple[torch.Tensor, torch.Tensor]:
-            flat = self.indices.reshape(-1)
-            impl = resolve_impl(by_feature_op, None, flat.device)
-            return by_feature_op(flat, self.n_features, impl=impl)
+            return by_feature_op(self.indices.reshape(-1), self.n_features)
 
         return self._kept("_by_feature", self.indices, sort)
 

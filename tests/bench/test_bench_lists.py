@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import mikernels
 from mikernels import info, ops
+from mikernels._dispatch import OPS
 from mikernels.bench import load, names
 from mikernels.bench import ops as folder
 from mikernels.bench.gpu import gpu_check, gpu_parts, predict, predict_pairs
@@ -19,7 +20,7 @@ from mikernels.bench.harness.rates import DEVICES
 from mikernels.bench.harness.spec import CPU, FAMILIES
 
 ROOT = Path(__file__).parents[2]
-REGISTERED = ops.registered()
+REGISTERED = dict(OPS)
 # what only a step on a GPU calls
 ON_GPU = {"sae_update_"}
 

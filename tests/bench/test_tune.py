@@ -186,6 +186,6 @@ def test_paths_agree() -> None:
     values, w = torch.rand(5, 3), torch.randn(40, 7)
     indices = torch.tensor([[0, 11, 39]] * 5)
     dense = tune.dense_decode(values, indices, w)
-    sparse = tune.decode_op(values, indices, None, w, None)
+    sparse = tune.decode_op.default(values, indices, None, w, None)
     torch.testing.assert_close(dense, sparse)
     assert tune.encode_points(device, "fp32", 16, 2, scale=0.1, ratios=(4,), auto=True)[0].auto > 0

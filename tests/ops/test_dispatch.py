@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every operator owes the dispatcher: schema, fake, implementations, errors, compilation."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from one_level import one_impl
@@ -10,8 +13,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import mikernels
-from mikernels import SparseCodes, _ext, row_topk, sparse_decode, topk_encode
-from mikernels._dispatch import OPS, Op, resolve_impl
+from mikernels import SparseCodes, _crossover, _ext, row_topk, sparse_decode, topk_encode
+from mikernels._dispatch import OPS, Op
 
 
 def test_every_operator_has_samples():
@@ -148,7 +151,7 @@ def test_impl_is_named_or_raises(monkeypatch):
         row_topk(scores, 2, impl="tritonn")
     with pytest.raises(RuntimeError, match="row_topk: impl='cpp' runs on cpu tensors, got meta"):
         row_topk(scores.to("meta"), 2, impl="cpp")
-    monkeypatch.setattr(Op, "backends", lambda self: {"reference": "ready", "cpp": "no compiler"})
+    monkeypatch.setattr(Op, "state", lambda self, name: "no compiler")
     with pytest.raises(RuntimeError, match="impl='cpp' is not available: no compiler"):
         row_topk(scores, 2, impl="cpp")
     monkeypatch.setenv("MIKERNELS_IMPL", "cpp")
@@ -157,8 +160,206 @@ def test_impl_is_named_or_raises(monkeypatch):
     assert row_topk(scores, 2, impl="reference")[0].shape == (3, 2)
 
 
+def recorder(op, monkeypatch):
+    """What `op` leads to from here on: the names of what it runs, in order."""
+    ran = []
+
+    def seen(name, run):
+        return lambda *args, **kwargs: ran.append(name) or run(*args, **kwargs)
+
+    monkeypatch.setattr(op, "default", seen("default", op.default))
+    monkeypatch.setattr(op, "reference", seen("reference", op.reference))
+    if op._dense is not None:
+        watched = _crossover.Dense(op._dense.key, op._dense.run, op._dense.sizes)
+        object.__setattr__(watched, "run", seen("dense", op._dense.run))
+        monkeypatch.setattr(op, "_dense", watched)
+    return ran
+
+
 def test_the_environment_chooses_the_implementation(monkeypatch):
+    op, scores = OPS["row_topk"], randn(3, 9)
     monkeypatch.setenv("MIKERNELS_IMPL", "reference")
-    assert resolve_impl(OPS["row_topk"], None, torch.device("cpu")) == "reference"
-    monkeypatch.delenv("MIKERNELS_IMPL")
-    assert resolve_impl(OPS["row_topk"], None, torch.device("cpu")) == "auto"
+    assert op.resolve(None, scores.device) == "reference"
+    assert op.resolve("auto", scores.device) == "auto"
+    ran = recorder(op, monkeypatch)
+    op(scores, 2, False)
+    op(scores, 2, False, impl="auto")
+    row_topk(scores, 2)
+    assert ran == ["reference", "default", "reference"]
+    monkeypatch.setenv("MIKERNELS_IMPL", "")
+    assert op.resolve(None, scores.device) == "auto"
+    monkeypatch.setenv("MIKERNELS_IMPL", "fastest")
+    with pytest.raises(ValueError, match="row_topk: impl must be one of .*got 'fastest'"):
+        op(scores, 2, False)
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_an_operator_named_an_implementation_runs_it_or_raises(name):
+    """Also one whose caller resolved the name for another operator: its forward's, say."""
+    op, arguments = OPS[name], next(iter(SAMPLES[name](LAYOUTS["dense"], 5, torch.float32)))
+    meta = [a.to("meta") if isinstance(a, torch.Tensor) else a for a in arguments]
+    if _ext.C is not None:
+        with pytest.raises(RuntimeError, match=f"{name}: impl='cpp' runs on cpu tensors"):
+            op(*meta, impl="cpp")
+    with pytest.raises(
+        RuntimeError, match=f"{name}: impl='cuda' (is not available: |runs on cuda)"
+    ):
+        op(*arguments, impl="cuda")
+    with pytest.raises(ValueError, match=f"{name}: impl must be one of .*got 'best'"):
+        op(*arguments, impl="best")
+
+
+def test_a_named_implementation_that_is_not_there_raises_in_the_backward_too(monkeypatch):
+    """Not the reference instead, without a word."""
+    codes = SparseCodes(randn(5, K).requires_grad_(), torch.tensor([[0, 1, 2]] * 5), F)
+    y = sparse_decode(codes, randn(F, D), impl="cpp" if _ext.C is not None else "reference")
+    if _ext.C is None:
+        pytest.skip(_ext.MISSING)
+    monkeypatch.setattr(OPS["gather_dot"], "_has_cpp", False)
+    with pytest.raises(RuntimeError, match="gather_dot: impl='cpp' is not available: not written"):
+        y.sum().backward()
+
+
+def test_compile_of_a_named_implementation(impl):
+    x, w = randn(5, D), randn(200, D)
+    compiled = torch.compile(
+        lambda x: topk_encode(x, w, k=K, impl=impl).values, fullgraph=True, backend="aot_eager"
+    )
+    assert torch.equal(compiled(x), topk_encode(x, w, k=K, impl=impl).values)
+
+
+DENSE = {name for name, op in OPS.items() if op._dense is not None}
+
+
+def test_the_operators_with_a_dense_alternative():
+    assert {"encode", "decode", "decode_error"} == DENSE
+    assert {OPS[name]._dense.key for name in DENSE} == {"encode", "decode"}
+
+
+@pytest.mark.parametrize("name", sorted(DENSE))
+def test_auto_alone_goes_dense_and_by_the_table(monkeypatch, name):
+    op, asked = OPS[name], []
+    arguments = next(iter(SAMPLES[name](LAYOUTS["dense"], 5, torch.float32)))
+    ran = recorder(op, monkeypatch)
+
+    def wins(*sizes):
+        asked.append(sizes)
+        return len(asked) > 1
+
+    monkeypatch.setattr(_crossover, "sparse_wins", wins)
+    dense, sparse = op(*arguments), op(*arguments)
+    assert ran == ["dense", "default"]
+    key = op._dense.key, torch.device("cpu"), torch.float32, D, F, K
+    assert asked == [key, key]
+    for a, b in zip(*(r if isinstance(r, tuple) else (r,) for r in (dense, sparse)), strict=True):
+        assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
+        torch.testing.assert_close(a, b)
+    monkeypatch.setattr(_crossover, "sparse_wins", lambda *sizes: False)
+    op(*arguments, dense=False)
+    op(*arguments, impl="reference")
+    monkeypatch.setenv("MIKERNELS_IMPL", "reference")
+    op(*arguments)
+    if _ext.C is not None:
+        op(*arguments, impl="cpp")
+    assert ran[2:] == ["default", "reference", "reference", *["default"] * (_ext.C is not None)]
+
+
+def test_slots_of_ragged_codes_are_their_mean(monkeypatch):
+    asked = []
+    monkeypatch.setattr(_crossover, "sparse_wins", lambda *sizes: asked.append(sizes[-1]) or True)
+    w = randn(F, D)
+    for bounds, slots in (([0, 1, 7], 4), ([0, 2, 6], 3), ([0], 0), ([0, 0, 0], 0)):
+        s = bounds[-1]
+        codes = randn(s), torch.arange(s), torch.tensor(bounds)
+        OPS["decode"](*codes, w, None)
+        assert asked.pop() == slots
+
+
+def test_a_dense_alternative_keeps_its_dtype_under_autocast(monkeypatch):
+    monkeypatch.setattr(_crossover, "sparse_wins", lambda *sizes: False)
+    op = OPS["decode"]
+    arguments = randn(5, K), torch.arange(K).expand(5, K), None, randn(F, D), None
+    expected = op(*arguments)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(op(*arguments), expected)
+
+
+def test_gradients_do_not_go_dense(monkeypatch):
+    """An encoder's input gradient keeps its bits whatever the table says."""
+    x = randn(5, D).requires_grad_()
+    codes = topk_encode(x, randn(F, D), k=K)
+    ran = recorder(OPS["decode"], monkeypatch)
+    monkeypatch.setattr(_crossover, "sparse_wins", lambda *sizes: False)
+    codes.values.sum().backward()
+    assert ran == ["default"]
+
+
+def test_implementations_made_of_others_do_not_ask_the_environment(monkeypatch):
+    """The name was resolved outside: an inner operator runs as registered."""
+    monkeypatch.setattr(_crossover, "sparse_wins", lambda *sizes: False)
+    for name in ("sae_update_", "encode"):
+        arguments = next(iter(SAMPLES[name](LAYOUTS["dense"], 5, torch.float32)))
+        with monkeypatch.context() as patch:
+            patch.setenv("MIKERNELS_IMPL", "cuda")
+            OPS[name](*arguments, impl="auto")
+
+
+toys = iter(range(100))
+
+
+def toy(**more):
+    """`toy<i>(x) = 2 x`, registered."""
+    return Op(
+        f"toy{next(toys)}(Tensor x) -> Tensor",
+        lambda x: x * 2,
+        lambda x: x.new_empty(x.shape),
+        operands={"x": "T[N]"},
+        **more,
+    )
+
+
+@pytest.fixture
+def operators(monkeypatch):
+    """Operators that a test registers are not in the list of the others."""
+    monkeypatch.setattr("mikernels._dispatch.OPS", dict(OPS))
+
+
+def test_a_cpu_implementation_by_argument(operators, monkeypatch):
+    x, seen = torch.arange(3.0), []
+
+    def on_cpu(x):
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return x + x
+
+    monkeypatch.setattr(_ext, "C", object())
+    op = toy(cpu=on_cpu)
+    assert op.backends()["cpp"] == "ready"
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(op(x), x * 2) and torch.equal(op(x, impl="cpp"), x * 2)
+    assert torch.equal(op(x, impl="reference"), x * 2)
+    assert seen == [False, False]
+    with pytest.raises(ValueError, match=f"{op.name}: x must be T"):
+        op(x[None], impl="cpp")
+    # without the extension there is nothing that it could be made of
+    monkeypatch.setattr(_ext, "C", None)
+    monkeypatch.setattr(_ext, "MISSING", "no compiler")
+    op = toy(cpu=on_cpu)
+    assert op.backends()["cpp"] == "no compiler"
+    assert torch.equal(op(x), x * 2) and len(seen) == 2
+
+
+def test_importing_the_operators_registers_those_of_the_files(run_python):
+    """Neither one less, for want of an import, nor one from elsewhere."""
+    folder = Path(mikernels.__file__).parent / "ops"
+    sources = [path.read_text() for path in folder.rglob("*.py")]
+    names = sorted(n for text in sources for n in re.findall(r"= Op\(\s*\"(\w+)\(", text))
+    assert len(names) > 15 and len(set(names)) == len(names)
+    seen = run_python(
+        """
+        import mikernels.ops, torch
+        from mikernels._dispatch import OPS
+        defined = [n for n in torch._C._dispatch_get_all_op_names() if n.startswith("mikernels::")]
+        print(sorted(OPS), sorted(n[11:] for n in defined if not n.endswith("_cuda")), sep=";")
+        """
+    )
+    assert seen.strip() == f"{names};{names}"

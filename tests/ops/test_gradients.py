@@ -17,7 +17,6 @@ from oracle import (
 )
 
 from mikernels import by_feature, topk_encode
-from mikernels._dispatch import resolve_impl
 from mikernels.ops.gradients import by_feature_op, feature_sum_op, gather_dot_op, sae_gradients_op
 
 
@@ -183,7 +182,7 @@ BAD_SLOTS = {
 def test_feature_sum_of_broken_slots_raises(level, case):
     coefficients, rows = randint(6, 3), randint(6, 5)
     slots = BAD_SLOTS[case](*by_feature_op(random_indices(6, 3, 9).reshape(-1), 9))
-    resolve_impl(feature_sum_op, "cpp", rows.device)
+    feature_sum_op.resolve("cpp", rows.device)
     with pytest.raises(RuntimeError):
         feature_sum_op(coefficients, rows, *slots, None)
 
@@ -191,7 +190,7 @@ def test_feature_sum_of_broken_slots_raises(level, case):
 @one_level
 @pytest.mark.parametrize("index", [9, -1, 2**40])
 def test_gather_dot_of_an_index_out_of_range_raises(level, index):
-    resolve_impl(gather_dot_op, "cpp", torch.device("cpu"))
+    gather_dot_op.resolve("cpp", torch.device("cpu"))
     with pytest.raises(RuntimeError, match="indices must be in"):
         gather_dot_op(randn(2, 3), randn(9, 3), torch.tensor([[0, 1], [2, index]]), None)
 

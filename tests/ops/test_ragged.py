@@ -8,7 +8,7 @@ from oracle import DTYPES, identical, num_threads, randn
 from ragged_cases import CASES, ragged
 
 import mikernels as mk
-from mikernels import SparseCodes
+from mikernels import SparseCodes, _crossover
 from mikernels.ops import decode
 from mikernels.ops.decode import decode_error, decode_op
 
@@ -49,7 +49,7 @@ def test_update(impl, case):
 
 @pytest.mark.parametrize("case", CASES)
 def test_by_the_dense_product(monkeypatch, case):
-    monkeypatch.setattr(decode, "sparse_wins", lambda *sizes: False)
+    monkeypatch.setattr(_crossover, "sparse_wins", lambda *sizes: False)
     monkeypatch.setattr(decode, "DENSE_SCRATCH", 1000)  # a few tokens at a time
     r = ragged(case, torch.float32)
     w, bias, x = randn(r.f, r.d, seed=1).round(), randn(r.d).round(), randn(r.n, r.d).round()

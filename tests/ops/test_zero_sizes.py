@@ -7,7 +7,7 @@ from public_samples import PUBLIC
 from zero_cases import CASES, check
 
 import mikernels as mk
-from mikernels import SparseCodes
+from mikernels import SparseCodes, _crossover
 from mikernels.ops import decode
 
 
@@ -29,7 +29,7 @@ def test_a_size_of_zero_by_default(name, letter):
 
 @pytest.mark.parametrize("letter", "NKFd")
 def test_a_size_of_zero_by_the_dense_product(monkeypatch, letter):
-    monkeypatch.setattr(decode, "sparse_wins", lambda *sizes: False)
+    monkeypatch.setattr(_crossover, "sparse_wins", lambda *sizes: False)
     check("sparse_decode", None, **{letter: 0})
 
 

@@ -7,7 +7,6 @@ import pair_samples
 import torch
 from oracle import randn, random_indices
 
-import mikernels.ops.update  # noqa: F401  # registers its operators, and those of adam
 from mikernels import by_feature
 from mikernels._dispatch import accumulate_dtype
 from mikernels._ragged import tokens_of

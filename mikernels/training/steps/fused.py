@@ -27,7 +27,6 @@ from typing import Any
 
 import torch
 
-from mikernels._dispatch import resolve_impl
 from mikernels.nn import SAE
 from mikernels.nn.sae import Term
 from mikernels.ops.gradients import sae_gradients_op, weighted_row_sum
@@ -142,7 +141,7 @@ class FusedStep:
         sae = self.sae
         if not (sae.w_dec.requires_grad and sae.w_enc.requires_grad):
             return False
-        impl = resolve_impl(sae_update_op, None, sae.w_dec.device)
+        impl = sae_update_op.resolve(None, sae.w_dec.device)
         if impl != "triton" and not (impl == "auto" and sae.w_dec.is_cuda):
             return False
         if self.optimizer.clip_norm is not None or (dead.numel() and sae.config.aux_coefficient):
@@ -180,7 +179,6 @@ class FusedStep:
                 torch.ones((), dtype=torch.float32, device=dy.device),
                 decoder["project"],
                 decoder["unit_norm"],
-                impl=resolve_impl(sae_update_op, None, dy.device),
             )
         with part("optimizer"):
             self._apply({sae.b_enc: db_enc, sae.b_dec: d_b_dec.sub_(through_input)})
@@ -222,5 +220,4 @@ class FusedStep:
             sae.w_dec,
             *(self.gradients[p] for p in (sae.w_dec, sae.w_enc, sae.b_enc)),
             accumulate,
-            impl=resolve_impl(sae_gradients_op, None, term.dy.device),
         )
