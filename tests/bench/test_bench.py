@@ -214,7 +214,7 @@ def test_bench_shows_failing_and_absent_providers(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["unknown"], "op must be one of row_topk, encode"),
+        (["unknown"], "op must be one of adam"),
         (["encode", "--shape", "S9"], "--shape must be one of S0, S1, S2, smoke, got 'S9'"),
         (["encode", "--mode", "step"], "--mode must be one of bwd, fwd, got 'step'"),
         (["encode", "--providers", "peer"], "--providers must match some of ours"),

@@ -103,21 +103,25 @@ def test_options_for_data_keep_what_is_given():
 
 
 @pytest.mark.skipif(resident_bytes("VmRSS") is None, reason="needs /proc")
-def test_peak_memory_is_that_of_the_run():
+def test_peak_memory_is_that_of_the_run(run_python):
     if not reset_peak():
         pytest.skip("the kernel does not let a process reset its peak")
-
-    def measured() -> bool:
-        assert reset_peak()
-        before = resident_bytes("VmRSS")
-        block = torch.ones(100 << 20, dtype=torch.uint8)
-        held = resident_bytes("VmHWM") - before
-        del block
-        assert reset_peak()
-        return 95 << 20 < held < 130 << 20 and resident_bytes("VmHWM") - before < 50 << 20
-
-    # a kernel that takes idle pages back may do so meanwhile, seen once: peak = before
-    assert any(measured() for _ in range(3))
+    # in a process of its own, as the demo's worker is: a heap of other tests may have room already
+    held, left = map(
+        int,
+        run_python("""
+            import torch
+            from mikernels.demo.worker import reset_peak, resident_bytes
+            assert reset_peak()
+            before = resident_bytes("VmRSS")
+            block = torch.ones(100 << 20, dtype=torch.uint8)
+            held = resident_bytes("VmHWM") - before
+            del block
+            assert reset_peak()
+            print(held, resident_bytes("VmHWM") - before)
+        """).split(),
+    )
+    assert 95 << 20 < held < 130 << 20 and left < 50 << 20
 
 
 def token_data():

@@ -67,7 +67,7 @@ def test_references_make_no_room_for_what_an_index_says(size):
         OPS["by_feature"](torch.tensor([0, size]), 4, impl="reference")
     slots = torch.tensor([0, 1, size]), torch.tensor([0, 1])
     with pytest.raises(ValueError, match=f"offsets must ascend from 0 to 2, got ones .* {size}"):
-        OPS["feature_sum"](torch.ones(2, 1), torch.ones(2, 3), *slots, impl="reference")
+        OPS["feature_sum"](torch.ones(2, 1), torch.ones(2, 3), *slots, None, impl="reference")
 
 
 def test_every_tensor_of_every_operator_has_a_rule():
