@@ -191,7 +191,7 @@ class Op:
             raise RuntimeError(f"{self.name}: impl={name!r} {reason}")
 
     def state(self, name: str) -> str:
-        """ "ready", or the reason why the backend of this name is absent."""
+        """As in `backends`, of one."""
         if name == "cpp":
             return "ready" if self._has_cpp else (_ext.MISSING or "not written")
         if name == "triton":
