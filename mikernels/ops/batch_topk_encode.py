@@ -11,8 +11,8 @@ On the CPU the screen of mikernels/ops/encode.py finds the pairs, with one bound
 in place of one for each token: tau, which every thread may raise, is at most the total-th largest
 lower bound of the pairs seen, so a pair whose upper bound is below it has `total` pairs above it.
 Neither the N x F matrix nor a sort of it is made. Scratch: encode's panels, 64 MB of packed tokens
-at most, and some 100 bytes for each of the `total` pairs. The reference, which is what runs on a
-GPU so far, makes and sorts the matrix.
+at most, and some 100 bytes for each of the `total` pairs. On a GPU the scores of a few tokens at a
+time are torch's own product, without the matrix either (kernels/sae/batch_topk_encode.py).
 """
 
 from __future__ import annotations
@@ -75,6 +75,7 @@ batch_topk_encode_op = Op(
         "scale": "T[F]",
         "total": "0..N*F",
     },
+    triton="sae.batch_topk_encode:batch_topk_encode",
 )
 
 
@@ -113,8 +114,6 @@ def batch_topk_encode(
 ) -> tuple[SparseCodes, torch.Tensor]:
     """The int(k N) best features of a batch of N tokens, exactly.
 
-    Without the N x F matrix on the CPU; on a GPU the reference runs, which makes and sorts it.
-
     `h = (x - b_dec) w_enc^T + b_enc`; the int(k N) pairs of token and feature with the largest
     `h * scale` are kept with value `relu(h)` (BatchTopK, arXiv 2412.06410). For fp32 inputs the
     selected set is that of fp32 scores.
@@ -128,7 +127,7 @@ def batch_topk_encode(
         b_dec: `[d]` subtracted from x, or None.
         scale: `[F]` ranking weights, e.g. decoder norms; not differentiated.
         relu: clamp the winners at 0; slots at 0 get no gradient.
-        impl: None (best for the device), "cpp" or "reference".
+        impl: None (best for the device), "cpp", "triton" or "reference".
 
     Returns:
         Ragged SparseCodes of the N tokens: values `[int(k N)]` in the dtype of x, by token, indices
