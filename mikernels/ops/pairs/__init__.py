@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pairwise operators: products of rows, edges, their strongest pairs."""
