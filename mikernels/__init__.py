@@ -3,21 +3,21 @@
 
 from mikernels._ext import cpu_level, force_level, supported_levels
 from mikernels._version import __version__
-from mikernels.ops.batch_topk_encode import batch_topk_encode
-from mikernels.ops.block_norms import block_norms
-from mikernels.ops.decode import sparse_decode
-from mikernels.ops.edge_heads import edge_scores_heads
-from mikernels.ops.edges import edge_mix, edge_scores
-from mikernels.ops.encode import topk_encode
-from mikernels.ops.feature_edges import edge_topk, feature_edges, qk_interactions
-from mikernels.ops.grad_gram import grad_gram
-from mikernels.ops.gradients import by_feature
-from mikernels.ops.mass_threshold import mass_threshold
-from mikernels.ops.pair_products import pairwise_products
-from mikernels.ops.pairwise_topk import pairwise_topk
-from mikernels.ops.positional_dot import positional_dot
-from mikernels.ops.row_topk import row_topk
-from mikernels.ops.second_moment import second_moment
+from mikernels.ops.pairs.block_norms import block_norms
+from mikernels.ops.pairs.edge_heads import edge_scores_heads
+from mikernels.ops.pairs.edges import edge_mix, edge_scores
+from mikernels.ops.pairs.feature_edges import edge_topk, feature_edges, qk_interactions
+from mikernels.ops.pairs.grad_gram import grad_gram
+from mikernels.ops.pairs.pair_products import pairwise_products
+from mikernels.ops.pairs.pairwise_topk import pairwise_topk
+from mikernels.ops.pairs.positional_dot import positional_dot
+from mikernels.ops.pairs.second_moment import second_moment
+from mikernels.ops.sae.batch_topk_encode import batch_topk_encode
+from mikernels.ops.sae.decode import sparse_decode
+from mikernels.ops.sae.encode import topk_encode
+from mikernels.ops.sae.gradients import by_feature
+from mikernels.ops.select.mass_threshold import mass_threshold
+from mikernels.ops.select.row_topk import row_topk
 from mikernels.values.codes import SparseCodes
 from mikernels.values.interactions import Interactions
 

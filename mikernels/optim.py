@@ -3,7 +3,7 @@
 
 It computes what `remove_parallel_gradient`, `clip_grad_norm_`, `torch.optim.Adam.step` and
 `normalize_decoder` compute one after the other, within fp32 rounding, and reads and writes every
-number once (see `mikernels.ops.adam`). The state is fp32 for low-precision weights.
+number once (see `mikernels.ops.sae.adam`). The state is fp32 for low-precision weights.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, overload
 import torch
 
 from mikernels._dispatch import FLOATS, accumulate_dtype
-from mikernels.ops.adam import adam_rows_op, grad_sumsq_op
+from mikernels.ops.sae.adam import adam_rows_op, grad_sumsq_op
 
 STATE = ("exp_avg", "exp_avg_sq")
 SETTINGS = ("lr", "betas", "eps")

@@ -19,9 +19,9 @@ import torch
 import mikernels
 from mikernels import _crossover
 from mikernels.files import explained, write_json
-from mikernels.ops import encode as encode_module
-from mikernels.ops.decode import decode_op
-from mikernels.ops.encode import encode_op
+from mikernels.ops.sae import encode as encode_module
+from mikernels.ops.sae.decode import decode_op
+from mikernels.ops.sae.encode import encode_op
 from mikernels.owning import owned
 
 from ..harness.spec import DTYPES

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from mikernels.ops.gradients import by_feature_reference, sae_gradients_reference
+from mikernels.ops.sae.gradients import by_feature_reference, sae_gradients_reference
 
 from .spec import Outputs, Shape, generator
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import torch
 
-from mikernels.ops.adam import adam_rows_op, grad_sumsq_op
+from mikernels.ops.sae.adam import adam_rows_op, grad_sumsq_op
 
 from ..harness.correctness import values_gate
 from ..harness.spec import Benchmark, Outputs, Provider, Runner, Shape, Verdict, compiled, generator

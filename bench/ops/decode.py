@@ -9,7 +9,7 @@ from functools import partial
 import torch
 
 import mikernels
-from mikernels.ops.decode import decode_op, reference
+from mikernels.ops.sae.decode import decode_op, reference
 
 from ..harness import peers
 from ..harness.correctness import values_gate

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 
 import mikernels
-from mikernels.ops.encode import encode_op
+from mikernels.ops.sae.encode import encode_op
 
 from ..harness import peers
 from ..harness.correctness import Truth, selection_gate, truths, values_gate

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 import mikernels
-from mikernels.ops.gradients import sae_gradients_op, weighted_row_sum
+from mikernels.ops.sae.gradients import sae_gradients_op, weighted_row_sum
 
 from ..harness import peers
 from ..harness.correctness import values_gate

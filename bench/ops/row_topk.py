@@ -8,7 +8,7 @@ from functools import partial
 import torch
 
 import mikernels
-from mikernels.ops.row_topk import row_topk_op
+from mikernels.ops.select.row_topk import row_topk_op
 
 from ..harness.correctness import Truth, selection_gate, truths, values_gate
 from ..harness.spec import (

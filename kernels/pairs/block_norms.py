@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""block_norms: see mikernels/ops/block_norms.py.
+"""block_norms: see mikernels/ops/pairs/block_norms.py.
 
 A tile of a product holds several pairs of matrices: rows are those of a few a[i], each padded to a
 power of two, columns those of a few b[j]. The squares of a tile are summed by pair where they are;

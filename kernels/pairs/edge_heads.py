@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""edge_heads_: see mikernels/ops/edge_heads.py.
+"""edge_heads_: see mikernels/ops/pairs/edge_heads.py.
 
 The rows `dz w_o` of some heads at some positions are formed in fp32, in at most SCRATCH bytes that
 every block of them reuses, and go to `pair_products_` from there. Forming them inside that kernel

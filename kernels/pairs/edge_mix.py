@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""edge_mix: see mikernels/ops/edges.py.
+"""edge_mix: see mikernels/ops/pairs/edges.py.
 
 A program is a position's readers, or some of them, and a block of columns: the transposed mask
 times that block of the writers. The programs of a block of columns follow one another, so that the

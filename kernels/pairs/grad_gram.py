@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""gram_products_: see mikernels/ops/grad_gram.py.
+"""gram_products_: see mikernels/ops/pairs/grad_gram.py.
 
 A program is a tile of pairs of samples and a part of the positions t. For each (t, s), two products
 of rows, of inputs and of gradients, are made in registers, multiplied there and added to the tile.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""pair_products_: see mikernels/ops/pair_products.py.
+"""pair_products_: see mikernels/ops/pairs/pair_products.py.
 
 A program is a tile of pairs and a part of the sum over (s, p, D). Where tiles are many, the part is
 all of the sum and is added to `out` at once; where they are few, or examples have weights, parts go

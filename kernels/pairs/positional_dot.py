@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""positional_dot_: see mikernels/ops/positional_dot.py.
+"""positional_dot_: see mikernels/ops/pairs/positional_dot.py.
 
 Vectors are sorted by position; a program is a tile of vectors at one position and of gradients
 there, with a loop over columns. The host does not know how vectors are spread over positions, so

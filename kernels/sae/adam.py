@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Row-fused Adam: one read and one write of every number.
 
-Three kernels for one formula (`mikernels/ops/adam.py`), chosen by shape alone:
+Three kernels for one formula (`mikernels/ops/sae/adam.py`), chosen by shape alone:
 
 row    a constrained row fits in registers: projection, update and norm need one read.
 wide   a constrained row does not: three sweeps of it, the last two mostly from L2.

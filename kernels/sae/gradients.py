@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""by_feature and gather_dot: see mikernels/ops/gradients.py.
+"""by_feature and gather_dot: see mikernels/ops/sae/gradients.py.
 
 `gather_dot`: a program is a token and a block of its slots, with a loop over columns; of ragged
 codes, a block of slots with the rows of their tokens. An index outside 0..F-1 gives NaN, and

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""sae_gradients_: see mikernels/ops/gradients.py.
+"""sae_gradients_: see mikernels/ops/sae/gradients.py.
 
 A program is a feature with its row of w_dec in registers. Each token's dy row serves the dot that
 gives dv and the sum for dw_dec, then dv serves x's row, so N k d is read twice and dv is never in

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""feature_sum: see mikernels/ops/gradients.py.
+"""feature_sum: see mikernels/ops/sae/gradients.py.
 
 A program is a feature and a block of columns; slots are taken in tiles, so that several rows are in
 flight, and hot features as in `gradients_hot`. Rows whose coefficient is 0 are not read, so that

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""sae_update_: see mikernels/ops/update.py.
+"""sae_update_: see mikernels/ops/sae/update.py.
 
 A program owns R consecutive features. For each it sums both gradient rows in registers, as
 `gradients_fused` does, and applies them there, so that weights and moments are read once and

@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 
 from mikernels._dispatch import accumulate_dtype, check_floating
-from mikernels.ops.block_norms import block_norms
+from mikernels.ops.pairs.block_norms import block_norms
 
 KINDS = ("Q", "K", "V")
 Factors = tuple[torch.Tensor, torch.Tensor]

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 
 from mikernels._dispatch import FLOATS, accumulate_dtype
-from mikernels.ops.pair_products import pairwise_products
-from mikernels.ops.pairwise_topk import check_selection, strongest
+from mikernels.ops.pairs.pair_products import pairwise_products
+from mikernels.ops.pairs.pairwise_topk import check_selection, strongest
 from mikernels.values.interactions import Interactions
 
 NAME = "compute_gradient_interactions"

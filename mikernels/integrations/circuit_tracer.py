@@ -34,8 +34,8 @@ import torch
 from mikernels._dispatch import accumulate_dtype
 from mikernels.integrations.handle import Handle
 from mikernels.models.hooks import check_uncompiled
-from mikernels.ops.mass_threshold import mass_threshold
-from mikernels.ops.positional_dot import positional_dot
+from mikernels.ops.pairs.positional_dot import positional_dot
+from mikernels.ops.select.mass_threshold import mass_threshold
 
 # the method of a context that scores, in the TransformerLens and in the nnsight backend
 METHODS = ("_compute_score_hook", "compute_score")

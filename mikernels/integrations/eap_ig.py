@@ -36,7 +36,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from mikernels._dispatch import accumulate_dtype
 from mikernels.integrations.handle import Handle
 from mikernels.models.hooks import check_uncompiled
-from mikernels.ops.edges import edge_scores
+from mikernels.ops.pairs.edges import edge_scores
 
 NAME = "make_hooks_and_matrices"
 LAYERS = ("embed", "pos_embed", "attn", "mlp")

@@ -18,8 +18,8 @@ from typing import Any, ClassVar
 import torch
 
 from mikernels.nn.sae import SAE, SAEConfig, split_settings
-from mikernels.ops.batch_topk_encode import batch_topk_encode
-from mikernels.ops.encode import topk_encode
+from mikernels.ops.sae.batch_topk_encode import batch_topk_encode
+from mikernels.ops.sae.encode import topk_encode
 from mikernels.values.codes import SparseCodes
 
 

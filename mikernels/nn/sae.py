@@ -31,8 +31,8 @@ from torch import nn
 from mikernels._dispatch import FLOATS, accumulate_dtype
 from mikernels.nn import losses
 from mikernels.nn.geometric_median import geometric_median
-from mikernels.ops.decode import decode_error, sparse_decode
-from mikernels.ops.encode import topk_encode
+from mikernels.ops.sae.decode import decode_error, sparse_decode
+from mikernels.ops.sae.encode import topk_encode
 from mikernels.values.batch import Batch, as_batch
 from mikernels.values.codes import SparseCodes
 

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 
 from mikernels.nn.sae import SAE, SAEConfig, split_settings
-from mikernels.ops.encode import topk_encode
+from mikernels.ops.sae.encode import topk_encode
 from mikernels.values.codes import SparseCodes
 
 

@@ -11,7 +11,7 @@ import torch
 
 from mikernels._indices import check_indices, check_size
 from mikernels._ragged import check_row_offsets, tokens_of
-from mikernels.ops.gradients import by_feature_op
+from mikernels.ops.sae.gradients import by_feature_op
 
 T = TypeVar("T")
 
@@ -240,7 +240,7 @@ class SparseCodes:
     @classmethod
     def from_dense(cls, dense: torch.Tensor, k: int | None = None) -> SparseCodes:
         """The k largest entries of each row; k = None keeps every row's non-zeros (one sync)."""
-        from mikernels.ops.row_topk import row_topk
+        from mikernels.ops.select.row_topk import row_topk
 
         if k is None:
             if dense.shape[-1] == 0:

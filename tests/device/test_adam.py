@@ -6,7 +6,7 @@ import torch
 from adam_cases import BETAS, EPS, LR, plain, unit_rows
 from oracle import assert_accurate, identical, randn, unchanged
 
-from mikernels.ops.adam import adam_rows_op, grad_sumsq_op
+from mikernels.ops.sae.adam import adam_rows_op, grad_sumsq_op
 
 # a row in registers of odd and even width, one number, one long row, rows wider than registers hold
 SHAPES = [(0, 5), (1, 1), (9, 17), (5, 64), (3, 769), (1, 2500), (2, 4097), (2, 8208)]

@@ -4,7 +4,7 @@ import torch
 from oracle import assert_accurate, far_apart, identical, randint, randn, unchanged
 
 from mikernels import _triton
-from mikernels.ops.block_norms import block_norms, block_norms_op, reference
+from mikernels.ops.pairs.block_norms import block_norms, block_norms_op, reference
 
 NAN, INF = float("nan"), float("inf")
 

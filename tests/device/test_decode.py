@@ -4,7 +4,7 @@ import torch
 from oracle import assert_accurate, far_apart, identical, randn, random_indices, unchanged
 
 from mikernels import SparseCodes, _triton, sparse_decode
-from mikernels.ops.decode import decode_error_op, decode_op
+from mikernels.ops.sae.decode import decode_error_op, decode_op
 
 NAN = float("nan")
 

@@ -7,7 +7,7 @@ from oracle import assert_accurate, far_and_near, identical, randint, randn, unc
 
 from mikernels import _triton, edge_scores, edge_scores_heads
 from mikernels.kernels.pairs import edge_heads, pair_products
-from mikernels.ops.edge_heads import edge_heads_op
+from mikernels.ops.pairs.edge_heads import edge_heads_op
 
 NAN, INF = float("nan"), float("inf")
 # blocks of whole examples and of positions, several blocks of heads, parts of sums

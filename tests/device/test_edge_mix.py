@@ -6,7 +6,7 @@ import torch
 from oracle import assert_accurate, far_and_near, identical, randint, randn, unchanged
 
 from mikernels import _triton, edge_mix, edge_scores
-from mikernels.ops.edges import edge_mix_op
+from mikernels.ops.pairs.edges import edge_mix_op
 
 NAN, INF = float("nan"), float("inf")
 

@@ -5,7 +5,7 @@ from oracle import assert_accurate, far_apart, identical, randint, randn, unchan
 
 from mikernels import _triton
 from mikernels.kernels.pairs import grad_gram as launcher
-from mikernels.ops.grad_gram import grad_gram, gram_op, reference
+from mikernels.ops.pairs.grad_gram import grad_gram, gram_op, reference
 
 NAN = float("nan")
 

@@ -8,7 +8,7 @@ from gradient_cases import feature_sum, gather_dot
 from oracle import assert_accurate, identical, randint, randn, random_indices, unchanged
 
 from mikernels.kernels.sae import gradients_fused, gradients_hot
-from mikernels.ops.gradients import (
+from mikernels.ops.sae.gradients import (
     by_feature_op,
     by_feature_reference,
     feature_sum_op,

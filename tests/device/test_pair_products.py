@@ -7,7 +7,7 @@ from oracle import assert_accurate, far_and_near, identical, randint, randn, unc
 
 from mikernels import _triton, edge_scores, pairwise_products, second_moment
 from mikernels.kernels.pairs import pair_products
-from mikernels.ops.pair_products import pair_products_op
+from mikernels.ops.pairs.pair_products import pair_products_op
 
 NAN, INF = float("nan"), float("inf")
 PLANS = {"": {}, "parts": {"LEAST_STEPS": 1}, "little scratch": {"LEAST_STEPS": 1, "SCRATCH": 300}}

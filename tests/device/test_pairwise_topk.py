@@ -6,7 +6,7 @@ from oracle import far_apart, identical, randint, randn, unchanged
 from mikernels import _triton, pairwise_topk
 from mikernels.kernels.pairs import pairwise_exact, pairwise_group_max, pairwise_screen
 from mikernels.kernels.pairs import pairwise_topk as launcher
-from mikernels.ops.pairwise_topk import pairwise_topk_op
+from mikernels.ops.pairs.pairwise_topk import pairwise_topk_op
 
 INTERPRETED = _triton.interpreting()
 NAN, INF = float("nan"), float("inf")

@@ -6,7 +6,7 @@ import torch
 from oracle import assert_accurate, far_and_near, identical, randint, randn, unchanged
 
 from mikernels import _triton, positional_dot
-from mikernels.ops.positional_dot import positional_dot_op
+from mikernels.ops.pairs.positional_dot import positional_dot_op
 
 NAN, INF = float("nan"), float("inf")
 

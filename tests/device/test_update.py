@@ -7,7 +7,7 @@ from oracle import assert_accurate, identical, unchanged
 from update_cases import OUTPUTS, changed, operands, plain, run, scale_of_sums
 
 from mikernels.kernels.sae import gradients_hot, update, update_wide
-from mikernels.ops.update import sae_update_op
+from mikernels.ops.sae.update import sae_update_op
 
 
 @pytest.fixture(params=["", "chunks of 4", "3 programs", "wide"])

@@ -6,7 +6,7 @@ from one_level import one_level
 from oracle import assert_accurate, identical, num_threads, randn, unchanged
 
 from mikernels._dispatch import accumulate_dtype
-from mikernels.ops.adam import adam_rows_op, grad_sumsq_op
+from mikernels.ops.sae.adam import adam_rows_op, grad_sumsq_op
 
 LOW = (torch.bfloat16, torch.float16)
 SHAPES = [(0, 5), (1, 1), (33, 17), (301, 64), (3, 2305)]

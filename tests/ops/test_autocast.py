@@ -10,8 +10,8 @@ from public_samples import PUBLIC
 import mikernels as mk
 from mikernels import _crossover
 from mikernels._dispatch import OPS
-from mikernels.ops.decode import decode_error
-from mikernels.ops.gradients import weighted_row_sum
+from mikernels.ops.sae.decode import decode_error
+from mikernels.ops.sae.gradients import weighted_row_sum
 
 
 @pytest.fixture(params=[True, False], ids=["sparse", "dense"])

@@ -17,7 +17,12 @@ from oracle import (
 )
 
 from mikernels import by_feature, topk_encode
-from mikernels.ops.gradients import by_feature_op, feature_sum_op, gather_dot_op, sae_gradients_op
+from mikernels.ops.sae.gradients import (
+    by_feature_op,
+    feature_sum_op,
+    gather_dot_op,
+    sae_gradients_op,
+)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from pairwise_cases import (
 )
 
 from mikernels import pairwise_topk
-from mikernels.ops.pairwise_topk import pairwise_topk_op
+from mikernels.ops.pairs.pairwise_topk import pairwise_topk_op
 
 SHAPES = [  # B, n, m, D
     (1, 1, 1, 1),

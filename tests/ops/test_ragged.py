@@ -9,8 +9,8 @@ from ragged_cases import CASES, ragged
 
 import mikernels as mk
 from mikernels import SparseCodes, _crossover
-from mikernels.ops import decode
-from mikernels.ops.decode import decode_error, decode_op
+from mikernels.ops.sae import decode
+from mikernels.ops.sae.decode import decode_error, decode_op
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

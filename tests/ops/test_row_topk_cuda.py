@@ -22,7 +22,7 @@ from row_topk_cases import INF, NAN, SPECIAL_ROWS
 
 import mikernels
 from mikernels import _ext
-from mikernels.ops.row_topk import row_topk_op
+from mikernels.ops.select.row_topk import row_topk_op
 
 ROOT = Path(__file__).resolve().parents[2]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]

@@ -6,7 +6,7 @@ import torch
 from oracle import assert_accurate, identical
 from update_cases import changed, operands, plain, run, scale_of_sums
 
-from mikernels.ops.update import sae_update_op
+from mikernels.ops.sae.update import sae_update_op
 
 SHAPES = [(0, 3, 5, 2), (1, 1, 1, 1), (33, 17, 101, 7), (97, 130, 40, 9), (5, 768, 300, 16)]
 

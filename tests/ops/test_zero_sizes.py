@@ -8,7 +8,7 @@ from zero_cases import CASES, check
 
 import mikernels as mk
 from mikernels import SparseCodes, _crossover
-from mikernels.ops import decode
+from mikernels.ops.sae import decode
 
 
 def test_every_public_function_has_samples():

@@ -10,9 +10,9 @@ import update_cases
 from oracle import assert_accurate, identical, randint, randn, random_indices, unchanged
 
 from mikernels import SparseCodes, by_feature
-from mikernels.ops.decode import decode_error_op, decode_op
-from mikernels.ops.gradients import feature_sum_op, gather_dot_op, sae_gradients_op
-from mikernels.ops.update import sae_update_op
+from mikernels.ops.sae.decode import decode_error_op, decode_op
+from mikernels.ops.sae.gradients import feature_sum_op, gather_dot_op, sae_gradients_op
+from mikernels.ops.sae.update import sae_update_op
 
 # slots of each token, slots that are not in use, d, F
 CASES = {

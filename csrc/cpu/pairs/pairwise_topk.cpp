@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // pairwise_topk: the k strongest of row_scale[i] col_scale[j] <a[i], b[j]>, without the matrix. The
-// method is in mikernels/ops/pairwise_topk.py; pairwise_topk_select.h keeps the candidates,
+// method is in mikernels/ops/pairs/pairwise_topk.py; pairwise_topk_select.h keeps the candidates,
 // pairwise_topk_screen.h and pairwise_topk_wide.h are the two ways to find them.
 #include "cpu/pairs/pairwise_topk_screen.h"
 #include "cpu/pairs/pairwise_topk_wide.h"

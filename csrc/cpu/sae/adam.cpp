@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// adam_rows_, grad_sumsq: see mikernels/ops/adam.py.
+// adam_rows_, grad_sumsq: see mikernels/ops/sae/adam.py.
 #include "cpu/sae/adam.h"
 
 #include "common.h"

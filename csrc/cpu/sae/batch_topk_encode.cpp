@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // batch_topk_encode: the best pairs of a whole batch; the method is in
-// mikernels/ops/batch_topk_encode.py and encode.py. encode_panels.h packs and deals out the work,
+// mikernels/ops/sae/batch_topk_encode.py and encode.py. encode_panels.h packs and deals out the work,
 // encode_body.h screens, batch_pool.h selects.
 #include "common.h"
 #include "cpu/sae/batch_pool.h"

@@ -24,7 +24,7 @@ inline bool better(const Candidate& a, const Candidate& b) {
 }
 
 // one panel of quantised features: row f is scale[f] * q[f], and the error bound of its scores is
-// ex[n] * p[f] + nx[n] * q[f] + r[f] (equation 1 of mikernels/ops/encode.py, times |rank|)
+// ex[n] * p[f] + nx[n] * q[f] + r[f] (equation 1 of mikernels/ops/sae/encode.py, times |rank|)
 struct Panel {
   const uint16_t* rows;
   int64_t row_stride;

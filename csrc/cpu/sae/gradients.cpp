@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// by_feature, gather_dot, feature_sum, sae_gradients_: see mikernels/ops/gradients.py.
+// by_feature, gather_dot, feature_sum, sae_gradients_: see mikernels/ops/sae/gradients.py.
 #include "common.h"
 #include "cpu/sae/indices.h"
 #include "cpu/simd/levels.h"

@@ -14,8 +14,8 @@ import torch
 
 from mikernels._autocast import in_own_dtype
 from mikernels._dispatch import Op, accumulate_dtype, check_floating, check_out
-from mikernels.ops.edges import check_edges, check_prefix, check_weights
-from mikernels.ops.pair_products import reference as products_reference
+from mikernels.ops.pairs.edges import check_edges, check_prefix, check_weights
+from mikernels.ops.pairs.pair_products import reference as products_reference
 
 
 def reference(

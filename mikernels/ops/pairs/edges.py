@@ -22,7 +22,7 @@ from mikernels._dispatch import (
     check_out,
     check_shape,
 )
-from mikernels.ops.pair_products import mixed_rows, pair_products_op
+from mikernels.ops.pairs.pair_products import mixed_rows, pair_products_op
 
 
 def mix_reference(

@@ -15,8 +15,8 @@ import torch
 
 from mikernels._autocast import in_own_dtype
 from mikernels._dispatch import accumulate_dtype, check_floating, check_shape
-from mikernels.ops.edges import check_edges, check_prefix
-from mikernels.ops.pairwise_topk import merged, nothing_found, select_pairs
+from mikernels.ops.pairs.edges import check_edges, check_prefix
+from mikernels.ops.pairs.pairwise_topk import merged, nothing_found, select_pairs
 from mikernels.values.interactions import Interactions
 
 

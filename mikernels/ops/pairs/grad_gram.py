@@ -18,7 +18,7 @@ import torch
 
 from mikernels._autocast import in_own_dtype
 from mikernels._dispatch import Op, accumulate_dtype, check_floating
-from mikernels.ops.pairwise_topk import check_selection, merged, nothing_found
+from mikernels.ops.pairs.pairwise_topk import check_selection, merged, nothing_found
 from mikernels.values.interactions import Interactions
 
 # rows of the Gram matrix that exist at a time when only the k best are kept

@@ -7,7 +7,7 @@ ranked by |s| ("abs") or s ("value"), ties by row, then column; NaN first. A sco
 of the products, rounded once to fp32; the set returned is the one that these scores select.
 
 How the CPU kernel is fast and exact. Pairs are *screened* in 16 bits (int16 or, with AMX, bf16),
-under the bound that mikernels/ops/encode.py proves:
+under the bound that mikernels/ops/sae/encode.py proves:
 |score - screened| <= |a - a^| |b| + |a^| |b - b^| plus rounding, with
 computed norms. A pair whose upper bound is below the k-th largest lower bound seen so far has k
 pairs before it; every other is kept, and rescored in fp64 at the end. Each thread keeps a list of

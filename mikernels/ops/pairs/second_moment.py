@@ -17,7 +17,7 @@ from mikernels._dispatch import (
     check_out,
     check_shape,
 )
-from mikernels.ops.pair_products import pair_products_op
+from mikernels.ops.pairs.pair_products import pair_products_op
 
 PIECE = 16 << 20
 

@@ -7,8 +7,8 @@ ranks first. ReLU follows the selection, so pairs that are not positive are kept
 gradient, where there are fewer than `total` positive ones. Slots are stored by token, then by
 feature.
 
-On the CPU the screen of mikernels/ops/encode.py finds the pairs, with one bound for the whole batch
-in place of one for each token: tau, which every thread may raise, is at most the total-th largest
+On the CPU the screen of mikernels/ops/sae/encode.py finds the pairs, with one bound for the whole
+batch in place of one for each token: tau, which every thread may raise, is at most the total-th largest
 lower bound of the pairs seen, so a pair whose upper bound is below it has `total` pairs above it.
 Neither the N x F matrix nor a sort of it is made. Scratch: encode's panels, 64 MB of packed tokens
 at most, and some 100 bytes for each of the `total` pairs. On a GPU the scores of a few tokens at a
@@ -23,8 +23,8 @@ import torch
 
 from mikernels._autocast import in_own_dtype
 from mikernels._dispatch import Op, accumulate_dtype
-from mikernels.ops.encode import check_operands, encode_gradients, scores
-from mikernels.ops.row_topk import reference as row_topk_reference
+from mikernels.ops.sae.encode import check_operands, encode_gradients, scores
+from mikernels.ops.select.row_topk import reference as row_topk_reference
 from mikernels.values.codes import SparseCodes
 
 

@@ -22,7 +22,7 @@ from mikernels._autocast import in_own_dtype
 from mikernels._crossover import Dense
 from mikernels._dispatch import Op, accumulate_dtype, check_floating, check_shape
 from mikernels._ragged import tokens_of
-from mikernels.ops.gradients import SLOTS, feature_sums, gather_dots
+from mikernels.ops.sae.gradients import SLOTS, feature_sums, gather_dots
 
 if TYPE_CHECKING:
     from mikernels.values.codes import SparseCodes

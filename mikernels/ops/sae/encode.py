@@ -46,10 +46,10 @@ from mikernels._dispatch import (
     check_k,
     check_shape,
 )
-from mikernels.ops.decode import decoded
-from mikernels.ops.gradients import feature_sums, weighted_row_sum
-from mikernels.ops.row_topk import reference as row_topk_reference
-from mikernels.ops.row_topk import row_topk_op
+from mikernels.ops.sae.decode import decoded
+from mikernels.ops.sae.gradients import feature_sums, weighted_row_sum
+from mikernels.ops.select.row_topk import reference as row_topk_reference
+from mikernels.ops.select.row_topk import row_topk_op
 from mikernels.values.codes import SparseCodes
 
 

@@ -195,7 +195,7 @@ class _GatherDot(torch.autograd.Function):
     @staticmethod
     @in_own_dtype
     def backward(ctx, d_out):
-        from mikernels.ops.decode import decoded
+        from mikernels.ops.sae.decode import decoded
 
         rows, w, indices, row_offsets = ctx.saved_tensors
         d_rows = d_w = None
@@ -236,7 +236,7 @@ class _FeatureSum(torch.autograd.Function):
     @staticmethod
     @in_own_dtype
     def backward(ctx, d_dw, d_db):
-        from mikernels.ops.decode import decoded
+        from mikernels.ops.sae.decode import decoded
 
         coefficients, rows, indices, row_offsets = ctx.saved_tensors
         d_coefficients = d_rows = None

@@ -3,9 +3,9 @@
 
 `sae_gradients_` and then `adam_rows_` on both weight matrices, in one pass over the features:
 
-    dw_dec[f], dw_enc[f], db_enc[f]     as sae_gradients_ (mikernels/ops/gradients.py)
+    dw_dec[f], dw_enc[f], db_enc[f]     as sae_gradients_ (mikernels/ops/sae/gradients.py)
     w_dec[f] <- Adam, between the projection (`project`) and the renormalisation (`unit_norm`)
-    w_enc[f] <- Adam                    both with `clip` (mikernels/ops/adam.py)
+    w_enc[f] <- Adam                    both with `clip` (mikernels/ops/sae/adam.py)
     shadow_dec[f], shadow_enc[f]        the new rows in another dtype, for the next forward
     db_enc[f], d_input = sum_f db_enc[f] w_enc_old[f]     returned; neither is clipped or applied
 
@@ -22,8 +22,8 @@ from collections.abc import Callable
 import torch
 
 from mikernels._dispatch import Op, accumulate_dtype
-from mikernels.ops import adam
-from mikernels.ops.gradients import (
+from mikernels.ops.sae import adam
+from mikernels.ops.sae.gradients import (
     BY_FEATURE,
     sae_gradients_op,
     sae_gradients_reference,

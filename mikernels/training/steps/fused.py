@@ -29,8 +29,8 @@ import torch
 
 from mikernels.nn import SAE
 from mikernels.nn.sae import Term
-from mikernels.ops.gradients import sae_gradients_op, weighted_row_sum
-from mikernels.ops.update import sae_update_op
+from mikernels.ops.sae.gradients import sae_gradients_op, weighted_row_sum
+from mikernels.ops.sae.update import sae_update_op
 from mikernels.optim import RowAdam
 from mikernels.training.batches import shares
 from mikernels.training.config import TrainConfig
