@@ -18,7 +18,7 @@ from mikernels.machine import cpu_flags, cpu_name
 if TYPE_CHECKING:
     from mikernels._dispatch import Op
 
-ENVIRONMENT = ("MIKERNELS_EXT", "MIKERNELS_ARCHS", "MIKERNELS_IMPL", "MIKERNELS_JIT")
+ENVIRONMENT = ("MIKERNELS_EXT", "MIKERNELS_ARCHS", "MIKERNELS_IMPL")
 # the flags that the kernels look for, and those that explain a level that is missing
 CPU_FLAGS = "avx2 fma f16c avx512f avx512bw avx512vl avx512dq avx512vbmi2 avx512_vnni avx512_bf16 "
 CPU_FLAGS += "amx_tile amx_int8 amx_bf16 amx_fp16"

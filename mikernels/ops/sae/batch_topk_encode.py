@@ -8,8 +8,9 @@ gradient, where there are fewer than `total` positive ones. Slots are stored by 
 feature.
 
 On the CPU the screen of mikernels/ops/sae/encode.py finds the pairs, with one bound for the whole
-batch in place of one for each token: tau, which every thread may raise, is at most the total-th largest
-lower bound of the pairs seen, so a pair whose upper bound is below it has `total` pairs above it.
+batch in place of one for each token: tau, which every thread may raise, is at most the total-th
+largest lower bound of the pairs seen, so a pair whose upper bound is below it has `total` pairs
+above it.
 Neither the N x F matrix nor a sort of it is made. Scratch: encode's panels, 64 MB of packed tokens
 at most, and some 100 bytes for each of the `total` pairs. On a GPU the scores of a few tokens at a
 time are torch's own product, without the matrix either (kernels/sae/batch_topk_encode.py).
