@@ -132,6 +132,7 @@ def test_train_resumes_to_the_losses_of_an_uninterrupted_run(command, acts, tmp_
         ("--step", "autograd", "--optimizer", "SGD"),
         ("--step", "dense"),
         ("--dtype", "bfloat16", "--accumulate", 2),
+        ("--arch", "batch_topk", "--k", 3.5, "--step", "autograd"),
         ("--warmup", 2, "--decay", "cosine", "--k-start", 8, "--k-anneal", 3, "--clip-norm", 0),
     ],
 )

@@ -279,7 +279,8 @@ def test_operator_is_there_or_says_why_not():
         pytest.skip(f"no CUDA kernels: {state}")
     assert state == "ready" and built["nvcc"] and built["archs"]
     scores = torch.empty(5, 300, device="meta", dtype=torch.bfloat16)
-    values, indices = row_topk_op(scores, 7, False, impl="cuda")
+    # of the raw operator: by name it takes cuda tensors alone
+    values, indices = torch.ops.mikernels.row_topk_cuda(scores, 7, False)
     assert values.shape == indices.shape == (5, 7)
     assert (values.dtype, indices.dtype) == (torch.bfloat16, torch.int64)
     with pytest.raises(RuntimeError, match="row_topk: impl='cuda' .*runs on cuda tensors, got cpu"):
