@@ -36,18 +36,20 @@ def sae_rows(
     value = tl.load(values + slot, at < end, other=0).to(tl.float32)
     next_slot = tl.load(order + at + E, at + E < end, other=0)
     if tokens is not None:
-        owner = tl.load(tokens + slot, at < end, other=0)
+        # in 32 bits while they wait: 64 spill in the fused update
+        owner = tl.load(tokens + slot, at < end, other=0).to(tl.int32)
     for start in range(begin, end, E):
         live = value != 0
         read = live[:, None] & inside[None, :]
-        token = token_of(slot, k, SHORT)[:, None] if tokens is None else owner[:, None]
+        token = token_of(slot, k, SHORT) if tokens is None else owner.to(tl.int64)
+        token = token[:, None]
         column = columns[None, :].to(tl.int64)
         g = tl.load(dy + token * dy_n + column * dy_d, read, other=0).to(tl.float32)
         h = tl.load(x + token * x_n + column * x_d, read, other=0).to(tl.float32)
         at = start + E + tl.arange(0, E)
         next_value = tl.load(values + next_slot, at < end, other=0).to(tl.float32)
         if tokens is not None:
-            owner = tl.load(tokens + next_slot, at < end, other=0)
+            owner = tl.load(tokens + next_slot, at < end, other=0).to(tl.int32)
         last_slot = tl.load(order + at + E, at + E < end, other=0)
         # a row of w with inf or NaN times rows that were not read would give NaN
         dv = tl.where(live, tl.sum(g * w[None, :], 1), 0)
