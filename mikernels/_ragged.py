@@ -40,6 +40,11 @@ def check_row_offsets(op: str, row_offsets: torch.Tensor, slots: int) -> None:
         raise ValueError(f"{message}, got {row_offsets[0]} to {row_offsets[-1]}")
 
 
+def n_tokens(values: torch.Tensor, row_offsets: torch.Tensor | None) -> int:
+    """N, of values [N, k] or ragged [S]."""
+    return values.shape[0] if row_offsets is None else row_offsets.shape[0] - 1
+
+
 def tokens_of(op: str, row_offsets: torch.Tensor, slots: int) -> torch.Tensor:
     """[S] int64: the token of each slot, ascending (0.05 ms for 131,072 slots of 4096 tokens).
 

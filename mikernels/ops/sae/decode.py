@@ -21,7 +21,7 @@ import torch
 from mikernels._autocast import in_own_dtype
 from mikernels._crossover import Dense
 from mikernels._dispatch import Op, accumulate_dtype, check_floating, check_shape
-from mikernels._ragged import tokens_of
+from mikernels._ragged import n_tokens, tokens_of
 from mikernels.ops.sae.gradients import SLOTS, feature_sums, gather_dots
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def reference(
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
     acc = accumulate_dtype(values.dtype)
-    n = values.shape[0] if row_offsets is None else row_offsets.shape[0] - 1
+    n = n_tokens(values, row_offsets)
     y = torch.zeros(n, w.shape[1], dtype=acc, device=values.device)
 
     def add(v: torch.Tensor, i: torch.Tensor) -> torch.Tensor:
@@ -54,7 +54,7 @@ def reference(
 
 
 def _fake(values, indices, row_offsets, w, bias):
-    n = values.shape[0] if row_offsets is None else row_offsets.shape[0] - 1
+    n = n_tokens(values, row_offsets)
     return values.new_empty(n, w.shape[1])
 
 
@@ -70,7 +70,7 @@ def _dense(
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
     """By a product with the scattered codes, in chunks of tokens: where k / F is not small."""
-    n = values.shape[0] if row_offsets is None else row_offsets.shape[0] - 1
+    n = n_tokens(values, row_offsets)
     f = w.shape[0]
     out = values.new_empty(n, w.shape[1])
     tokens = None if row_offsets is None else tokens_of("decode", row_offsets, values.shape[0])
@@ -93,7 +93,7 @@ def _width(values, indices, row_offsets, w, *_) -> tuple[torch.Tensor, int]:
     """w and the slots a token, rounded up where they are ragged."""
     if row_offsets is None:
         return w, values.shape[1]
-    return w, -(-values.shape[0] // max(1, row_offsets.shape[0] - 1))
+    return w, -(-values.shape[0] // max(1, n_tokens(values, row_offsets)))
 
 
 CODES = {
