@@ -125,15 +125,39 @@ def dictionary_learning_trainer(weights: Weights, k: int, lr: float) -> Any:
     return trainer
 
 
-def saelens_trainer(weights: Weights, k: int, lr: float, batch: int) -> Any:
-    """SAELens' SAETrainer over a TopKTrainingSAE with these weights (copied)."""
+# architecture -> the classes of SAELens' training SAE and its configuration
+SAELENS = {
+    "topk": ("TopKTrainingSAE", "TopKTrainingSAEConfig"),
+    "batchtopk": ("BatchTopKTrainingSAE", "BatchTopKTrainingSAEConfig"),
+    "jumprelu": ("JumpReLUTrainingSAE", "JumpReLUTrainingSAEConfig"),
+    "matryoshka_batchtopk": (
+        "MatryoshkaBatchTopKTrainingSAE",
+        "MatryoshkaBatchTopKTrainingSAEConfig",
+    ),
+}
+
+
+def saelens_trainer(
+    weights: Weights,
+    k: int,
+    lr: float,
+    batch: int,
+    architecture: str = "topk",
+    settings: dict[str, Any] | None = None,
+) -> Any:
+    """SAELens' SAETrainer over a training SAE with these weights (copied).
+
+    Args:
+        architecture: one of SAELENS. settings: of its configuration, beside d_in, d_sae and k.
+    """
     sae_lens = _module("sae_lens", "sae-lens")
     config = _module("sae_lens.config", "sae-lens")
     trainer = _module("sae_lens.training.sae_trainer", "sae-lens")
     f, d = weights.w_enc.shape
     where = str(weights.w_enc.device)
-    settings = sae_lens.TopKTrainingSAEConfig(d_in=d, d_sae=f, k=k, device=where)
-    sae = sae_lens.TopKTrainingSAE(settings)
+    kind, form = (getattr(sae_lens, name) for name in SAELENS[architecture])
+    given = {} if architecture == "jumprelu" else {"k": k}
+    sae = kind(form(d_in=d, d_sae=f, device=where, **given, **(settings or {})))
     with torch.no_grad():
         sae.W_enc.copy_(weights.w_enc.T)
         sae.b_enc.copy_(weights.b_enc)

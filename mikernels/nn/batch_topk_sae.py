@@ -11,15 +11,14 @@ of the smallest activation that a training batch keeps, so tokens do not depend 
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 
-from mikernels.nn.sae import SAE, SAEConfig, split_settings
+from mikernels.nn.config import SAEConfig, split_settings
+from mikernels.nn.sae import SAE
 from mikernels.ops.sae.batch_topk_encode import batch_topk_encode
-from mikernels.ops.sae.encode import topk_encode
 from mikernels.values.codes import SparseCodes
 
 
@@ -65,6 +64,7 @@ class BatchTopKSAE(SAE):
     """
 
     architecture: ClassVar[str] = "batch_topk"
+    plain: ClassVar[bool] = True
     config_type: ClassVar[Any] = BatchTopKConfig
     config: BatchTopKConfig
     threshold: torch.Tensor
@@ -88,25 +88,14 @@ class BatchTopKSAE(SAE):
     def encode(self, x: torch.Tensor, k: float | None = None) -> SparseCodes:
         """The features of every token of x `[..., d]` whose activation is above the threshold.
 
-        Slots are padded with zeros to the longest token; tokens are encoded again with twice the
-        slots while one may have more (one sync each time). k is not used.
+        Ragged codes of `[n, d]`, else padded to the longest token (one sync). k is not used.
 
         Raises:
             TypeError, ValueError: for an x that is not floating `[..., d]`.
         """
-        self._check(x)
-        slots = min(self.config.n_features, 2 * math.ceil(self.config.k))
-        while True:
-            codes = topk_encode(
-                x.to(self.w_enc.dtype), self.w_enc, self.b_enc, k=slots, b_dec=self.b_dec
-            )
-            kept = codes.values > self.threshold
-            if slots == self.config.n_features or not kept.detach().all(-1).any():
-                values = codes.values.masked_fill(~kept, 0)
-                return SparseCodes._trusted(values, codes.indices, codes.n_features)
-            slots = min(self.config.n_features, 2 * slots)
+        return self.above(x, self.threshold)
 
-    def select(self, x: torch.Tensor, k: float | None = None) -> SparseCodes:
+    def slots(self, x: torch.Tensor, k: float | None = None) -> SparseCodes:
         """The int(k N) strongest features of all N tokens of x `[..., d]` together, ragged."""
         self._check(x)
         codes, _ = batch_topk_encode(
@@ -114,7 +103,7 @@ class BatchTopKSAE(SAE):
             self.w_enc,
             self.b_enc,
             k=self.config.k if k is None else float(k),
-            b_dec=self.b_dec,
+            b_dec=self.b_dec if self.centred else None,
         )
         return codes
 

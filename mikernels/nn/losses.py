@@ -85,6 +85,18 @@ def fvu(total: torch.Tensor, measure: Measure) -> torch.Tensor:
     return total * reciprocal(measure.variance)
 
 
+def main(loss: str, total: torch.Tensor, measure: Measure) -> torch.Tensor:
+    """The main loss, "mse" or "fvu", of a sum of squares."""
+    return mse(total, measure) if loss == "mse" else fvu(total, measure)
+
+
+def unit(loss: str, measure: Measure) -> float | torch.Tensor:
+    """What a penalty per token, in the mse's unit, is multiplied by in the main loss's."""
+    if loss == "mse":
+        return 1.0
+    return measure.count * reciprocal(measure.variance)
+
+
 def per_square(loss: str, measure: Measure) -> float | torch.Tensor:
     """What the main loss, "mse" or "fvu", multiplies S by."""
     if loss == "fvu":

@@ -1,28 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
 """What all sparse autoencoders share; a variant is a subclass in a file of its own.
 
-    codes = select(x),  y = sum_j values_j w_dec[indices_j] + b_dec
-    loss = (mse or fvu) + aux_coefficient * aux_loss                 see mikernels/nn/losses.py
+    h = (x - b_dec) w_enc^T + b_enc,  codes = activate(h) at the pairs that `slots` keeps
+    y = sum_j values_j w_dec[indices_j] + b_dec
+    loss = (mse or fvu) + aux_coefficient * aux_loss + sparsity      see mikernels/nn/losses.py
 
-A variant says three things, and every training step, checkpoint and metric goes by them:
+A variant says these things, and every training step, checkpoint and metric goes by them:
 
-  - how the input becomes codes: `encode` (for use), `select` (in training, of a whole batch) and
-    `dense_acts` (the same in plain PyTorch, which the baseline and the tests compare with);
-  - which terms its loss has: `terms`, here a reconstruction and AuxK, each codes with the gradient
-    at their output and the encoder's input;
-  - which rows its constraints act on: `constrained`.
+  - how the input becomes codes: `encode` (for use), `slots` (in training, of a whole batch: the
+    pairs that are active or have a gradient, with their pre-activations) and `dense_acts` (the same
+    in plain PyTorch, which the baseline and the tests compare with);
+  - if it is `shaped`, what the pre-activations of single pairs become, `activate`, and what they
+    cost, `penalty`: written once, for slots and matrices (mikernels/nn/entries.py);
+  - which reconstructions its main loss sums, `levels`; which matrices its constraints act on,
+    `decoders`; what it takes from the first batch of a run, `prepare_`.
+
+The loss stands twice: `score` under autograd, and `terms` without, as codes with the gradient at
+their output and the encoder's input (mikernels/nn/terms.py), from which a step makes all gradients
+of the matrices in one pass over the features. What `activate` and `penalty` do is differentiated by
+autograd in both, on the slots alone. A tokens x features matrix is in neither.
 
 AuxK revives dead features: the k_aux best of them, ReLU'd, reconstruct the residual as a constant.
 Its gradient reaches w_enc, b_enc and w_dec of the dead features and, through the encoder's input,
-b_dec. Only the dead rows of w_enc are scored: O(N n_dead d), and never a tokens x F matrix.
+b_dec. Only the dead rows of w_enc are scored: O(N n_dead d).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, fields
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
@@ -30,75 +36,20 @@ from torch import nn
 
 from mikernels._dispatch import FLOATS, accumulate_dtype
 from mikernels.nn import losses
+from mikernels.nn.config import SAEConfig
+from mikernels.nn.entries import Entries
 from mikernels.nn.geometric_median import geometric_median
+from mikernels.nn.terms import Levels, Term, Terms, Workspace
 from mikernels.ops.sae.decode import decode_error, sparse_decode
+from mikernels.ops.sae.decode_levels import decode_levels
 from mikernels.ops.sae.encode import topk_encode
+from mikernels.ops.sae.gradients import gather_dot_op
+from mikernels.ops.sae.threshold_encode import slots_above
 from mikernels.values.batch import Batch, as_batch
 from mikernels.values.codes import SparseCodes
 
 # of an SAE that no Trainer has met: OpenAI's (arXiv 2406.04093)
 DEAD_AFTER = 10_000_000
-
-
-@dataclass(frozen=True)
-class SAEConfig:
-    """Settings that all variants have, JSON-able; see SAE. k_aux None is max(1, d // 2)."""
-
-    d: int
-    n_features: int
-    k_aux: int | None = None
-    aux_coefficient: float = 1 / 32
-    dead_after: int | None = None
-    loss: str = "mse"
-    normalize_decoder: bool = True
-
-    def __post_init__(self) -> None:
-        if self.k_aux is None and isinstance(self.d, int):
-            object.__setattr__(self, "k_aux", max(1, self.d // 2))
-        for name in ("d", "n_features", "k_aux", "dead_after"):
-            value = getattr(self, name)
-            if name == "dead_after" and value is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{self.owner}: {name} must be an int, got {value!r}")
-            if value < 1:
-                raise ValueError(f"{self.owner}: {name} must be at least 1, got {value}")
-        if not (math.isfinite(self.aux_coefficient) and self.aux_coefficient >= 0):
-            raise ValueError(
-                f"{self.owner}: aux_coefficient must be finite and at least 0, got "
-                f"{self.aux_coefficient}; 0 turns AuxK off"
-            )
-        if self.loss not in losses.LOSSES:
-            raise ValueError(
-                f"{self.owner}: loss must be one of {list(losses.LOSSES)}, got {self.loss!r}"
-            )
-
-    @property
-    def owner(self) -> str:
-        """The module's name, for messages."""
-        return type(self).__name__.replace("Config", "SAE")
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-def split_settings(
-    form: type[SAEConfig], settings: dict[str, Any]
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Keywords of a variant's constructor: those of its configuration, and those of SAE's.
-
-    Raises:
-        TypeError: for a keyword that neither has.
-    """
-    names = {f.name for f in fields(form)}
-    config = {name: value for name, value in settings.items() if name in names}
-    more = {name: value for name, value in settings.items() if name not in names}
-    if unknown := sorted(more.keys() - {"dtype", "generator", "encoder_scale"}):
-        raise TypeError(
-            f"{form.__name__.replace('Config', 'SAE')}: settings must be among {sorted(names)}, "
-            f"dtype, generator and encoder_scale, got {unknown}"
-        )
-    return config, more
 
 
 class SAEOutput(NamedTuple):
@@ -110,45 +61,18 @@ class SAEOutput(NamedTuple):
     mse: torch.Tensor
     aux_loss: torch.Tensor
     fvu: torch.Tensor
+    sparsity: torch.Tensor
 
 
-class Term(NamedTuple):
-    """A part of the loss: by feature, dw_dec += values dy and dw_enc += <dy, w_dec> x.
+class Parts(Protocol):
+    """A clock: time that belongs to "encode", "decode", ..."""
 
-    Attributes:
-        codes: of N tokens. dy: `[N, d]` float32, the gradient at their output.
-        x: `[N, d]` float32, what the encoder's rows were multiplied with.
-    """
-
-    codes: SparseCodes
-    dy: torch.Tensor
-    x: torch.Tensor
+    def part(self, name: str) -> AbstractContextManager[None]: ...
 
 
-class Terms(NamedTuple):
-    """A batch's loss without autograd.
-
-    Attributes:
-        terms: the first is the reconstruction, whose codes are those of the batch.
-        d_b_dec: `[d]`, the gradient at b_dec as a bias of the output.
-        values: loss, mse, fvu and aux_loss, 0-dim.
-    """
-
-    terms: list[Term]
-    d_b_dec: torch.Tensor
-    values: dict[str, torch.Tensor]
-
-
-class Workspace(Protocol):
-    """Buffers that outlive a step, and its clock."""
-
+class _NoClock:
     def part(self, name: str) -> AbstractContextManager[None]:
-        """Time that belongs to "encode", "decode", ..."""
-        ...
-
-    def buffer(self, name: str, shape: torch.Size, like: torch.Tensor) -> torch.Tensor:
-        """Scratch of `like`'s dtype and device, the same memory every time."""
-        ...
+        return nullcontext()
 
 
 class SAE(nn.Module):
@@ -180,6 +104,7 @@ class SAE(nn.Module):
         w_enc, w_dec: `[F, d]`, features as rows. b_enc: `[F]`. b_dec: `[d]`.
         tokens_since_fired: `[F]` int64, kept up by `track_fired_`.
         config: the settings.
+        sparsity_share: what `penalty` is multiplied by; a Trainer warms it up.
 
     Raises:
         TypeError, ValueError: for settings outside the above, by name.
@@ -187,6 +112,14 @@ class SAE(nn.Module):
 
     architecture: ClassVar[str]
     config_type: ClassVar[Any]
+    # the encoder reads x - b_dec, or x as it is
+    centred: ClassVar[bool] = True
+    # what its slots hold passes through `activate` and costs a `penalty`
+    shaped: ClassVar[bool] = False
+    # its loss in training is a reconstruction and AuxK with the matrices w_enc and w_dec, no more
+    plain: ClassVar[bool] = False
+    # it reconstructs something else than its input
+    needs_target: ClassVar[bool] = False
     config: Any
     tokens_since_fired: torch.Tensor
 
@@ -200,20 +133,25 @@ class SAE(nn.Module):
     ):
         super().__init__()
         self.config = config
+        self.sparsity_share = 1.0
         if dtype not in FLOATS:
             raise TypeError(f"{self.name}: dtype must be one of {list(FLOATS)}, got {dtype}")
         if not (math.isfinite(encoder_scale) and encoder_scale > 0):
             raise ValueError(
                 f"{self.name}: encoder_scale must be finite and above 0, got {encoder_scale}"
             )
-        f, d = config.n_features, config.d
-        rows = torch.randn(f, d, generator=generator, dtype=accumulate_dtype(dtype))
-        rows /= torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
-        self.w_dec = nn.Parameter(rows.to(dtype))
+        self._make_weights(dtype, generator, encoder_scale)
+        total = self.b_enc.shape[0]
+        self.register_buffer("tokens_since_fired", torch.zeros(total, dtype=torch.int64))
+
+    def _make_weights(
+        self, dtype: torch.dtype, generator: torch.Generator | None, encoder_scale: float
+    ) -> None:
+        f, d = self.config.n_features, self.config.d
+        self.w_dec = nn.Parameter(unit_rows(f, d, dtype, generator))
         self.w_enc = nn.Parameter(self.w_dec.detach() * encoder_scale)
         self.b_enc = nn.Parameter(torch.zeros(f, dtype=dtype))
         self.b_dec = nn.Parameter(torch.zeros(d, dtype=dtype))
-        self.register_buffer("tokens_since_fired", torch.zeros(f, dtype=torch.int64))
 
     @classmethod
     def of(cls, config: SAEConfig, **more: Any) -> SAE:
@@ -226,9 +164,9 @@ class SAE(nn.Module):
         f, d = config.n_features, config.d
         return {
             "w_enc": ((f, d), None),
-            "w_dec": ((f, d), None),
+            "w_dec": ((f, config.d_out), None),
             "b_enc": ((f,), None),
-            "b_dec": ((d,), None),
+            "b_dec": ((config.d_out,), None),
             "tokens_since_fired": ((f,), torch.int64),
         }
 
@@ -245,34 +183,185 @@ class SAE(nn.Module):
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.config.to_dict().items())
 
+    # ---- how the input becomes codes
+
     def encode(self, x: torch.Tensor, k: Any = None) -> SparseCodes:
         """The codes of every token of x `[..., d]`, each on its own: for use after training."""
         raise TypeError(f"{self.name}: a variant of SAE must have encode")
 
-    def select(self, x: torch.Tensor, k: Any = None) -> SparseCodes:
-        """The codes of a batch `[n, d]` in training; here those of `encode`."""
+    def slots(self, x: torch.Tensor, k: Any = None) -> SparseCodes:
+        """Of a batch `[n, d]` in training, the pairs that are active or have a gradient.
+
+        Their values are pre-activations if the variant is `shaped`, else activations. Here the
+        codes of `encode`.
+        """
         return self.encode(x, k)
+
+    def above(self, x: torch.Tensor, threshold: torch.Tensor, wide: bool = False) -> SparseCodes:
+        """The pre-activations of x `[..., d]` that are above a threshold, 0-dim or `[F]`.
+
+        Ragged codes of `[n, d]`, else padded to the longest token (one sync); `wide` ones in the
+        accumulation dtype.
+
+        Raises:
+            TypeError, ValueError: for an x that is not floating `[..., d]`.
+        """
+        self._check(x)
+        codes = slots_above(
+            x.reshape(-1, x.shape[-1]).to(self.w_enc.dtype),
+            self.w_enc,
+            self.b_enc,
+            self.b_dec if self.centred else None,
+            threshold.detach(),
+            wide=wide,
+        )
+        if x.dim() == 2:
+            return codes
+        padded = codes.padded()
+        shape = *x.shape[:-1], padded.k
+        values, indices = padded.values.reshape(shape), padded.indices.reshape(shape)
+        return SparseCodes._trusted(values, indices, codes.n_features)
+
+    def activate(self, h: torch.Tensor, entries: Entries) -> torch.Tensor:
+        """The activations of pre-activations, in their dtype, differentiable; 0 is inactive."""
+        return h
+
+    def penalty(
+        self,
+        h: torch.Tensor,
+        values: torch.Tensor,
+        entries: Entries,
+        norms: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """0-dim: what pre-activations and activations cost, a mean over tokens, in the mse's unit.
+
+        Args:
+            norms: `[F]` of the decoder rows; None where training keeps them at 1.
+        """
+        return h.new_zeros(())
+
+    def select(self, x: torch.Tensor, k: Any = None) -> SparseCodes:
+        """The codes of a batch `[n, d]` in training."""
+        slots = self.slots(x, k)
+        return self._activated(slots, Entries(slots)) if self.shaped else slots
 
     def dense_acts(self, h: torch.Tensor, k: Any) -> tuple[torch.Tensor, SparseCodes]:
         """`select` in plain PyTorch: from all pre-activations `[n, F]` to activations `[n, F]`."""
-        raise TypeError(f"{self.name}: a variant of SAE must have dense_acts")
+        if not self.shaped:
+            raise TypeError(f"{self.name}: a variant of SAE must have dense_acts")
+        acts = self.activate(h, Entries(None))
+        return acts, codes_of(acts)
+
+    def levels(self) -> Levels | None:
+        """The nested reconstructions that the main loss sums; None is one, of all features."""
+        return None
+
+    def decoders(self) -> list[nn.Parameter]:
+        """The matrices `[F, ...]` whose rows are feature directions."""
+        return [self.w_dec]
 
     def constrained(self) -> list[nn.Parameter]:
         """Matrices whose rows training keeps at norm 1."""
-        return [self.w_dec] if self.config.normalize_decoder else []
+        return self.decoders() if self.config.normalize_decoder else []
+
+    def rows(self, name: str, t: torch.Tensor, part: int) -> torch.Tensor:
+        """The rows of `t`, of the shape of the parameter of this name, that belong to a part."""
+        return t
 
     def decode(self, codes: SparseCodes) -> torch.Tensor:
         """`[..., d]` reconstructions."""
         return sparse_decode(codes, self.w_dec, self.b_dec)
 
-    def forward(self, x: torch.Tensor, k: Any = None) -> SAEOutput:
+    def reconstruct(self, x: torch.Tensor) -> torch.Tensor:
+        """`[..., d_out]`: what the variant in use makes of activations `[..., d]`."""
+        y = self.decode(self.encode(x))
+        more = self.past_codes(x)
+        return y if more is None else y + more
+
+    def output(self, codes: SparseCodes) -> torch.Tensor:
+        """`decode` in the unit of `in_units`."""
+        return self.decode(codes)
+
+    def in_units(self, batch: Batch) -> Batch:
+        """A batch in the unit that the loss is measured in; here the activations' own."""
+        return batch
+
+    def past_codes(self, x: torch.Tensor) -> torch.Tensor | None:
+        """What the output has beside the codes' part, from the input `[n, d]`; None is nothing."""
+        return None
+
+    def extra_loss(self, slots: SparseCodes, batch: Batch) -> torch.Tensor | None:
+        """0-dim under autograd: a loss of the slots that no penalty of single pairs is."""
+        return None
+
+    def extra_gradient(
+        self, slots: SparseCodes, batch: Batch, share: float | torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor], list[Term]] | None:
+        """`extra_loss` without autograd: its value, and times `share` its gradients at the slots'
+        pre-activations, of whole parameters and as further terms (without their x)."""
+        return None
+
+    # ---- the loss under autograd
+
+    def forward(self, x: torch.Tensor | Batch, k: Any = None) -> SAEOutput:
         """Reconstruct x `[..., d]` and score it; AuxK is part of the loss in training mode.
+
+        Args:
+            x: activations, or a Batch with a target `[..., d_out]` and weights.
+            k: as for `encode`.
 
         Raises:
             TypeError, ValueError: for an x that is not floating `[..., d]`, or another k.
         """
-        codes = self.select(x, k) if self.training else self.encode(x, k)
-        return self.score(x, codes, self.decode(codes))
+        return self.run(as_batch(x), k)
+
+    def run(
+        self, batch: Batch, k: Any, dead: torch.Tensor | None = None, clock: Parts | None = None
+    ) -> SAEOutput:
+        """`forward` of a batch of `in_units`; `dead` as for `score`, and its parts timed."""
+        clock = _NoClock() if clock is None else clock
+        self._check_target(batch)
+        penalty = None
+        with clock.part("encode"):
+            if not self.training:
+                codes = self.encode(batch.input, k)
+            else:
+                codes = slots = self.slots(batch.input, k)
+                if self.shaped:
+                    entries = Entries(slots, batch.weights)
+                    codes = self._activated(slots, entries)
+                    penalty = self._penalty(slots.values, codes.values, entries, self.norms())
+                    if (extra := self.extra_loss(slots, batch)) is not None:
+                        penalty = penalty + extra
+        with clock.part("decode"):
+            y = self.output(codes)
+            more = self.past_codes(batch.input)
+            y = y if more is None else y + more
+        if penalty is None:
+            return self.score(batch, codes, y, dead)
+        return self.score(batch, codes, y, dead, penalty=penalty)
+
+    def _activated(self, slots: SparseCodes, entries: Entries) -> SparseCodes:
+        acc = accumulate_dtype(slots.values.dtype)
+        values = self.activate(slots.values.to(acc), entries)
+        return slots.with_values(values.to(self.w_dec.dtype))
+
+    def _penalty(
+        self,
+        h: torch.Tensor,
+        values: torch.Tensor,
+        entries: Entries,
+        norms: torch.Tensor | None,
+    ) -> torch.Tensor:
+        acc = accumulate_dtype(h.dtype)
+        return self.sparsity_share * self.penalty(h.to(acc), values.to(acc), entries, norms)
+
+    def norms(self) -> torch.Tensor | None:
+        """`[F]` of the decoder rows, in the accumulation dtype; None where they are kept at 1."""
+        if self.config.normalize_decoder:
+            return None
+        acc = accumulate_dtype(self.w_dec.dtype)
+        return torch.linalg.vector_norm(self.w_dec, dim=-1, dtype=acc)
 
     def score(
         self,
@@ -280,6 +369,8 @@ class SAE(nn.Module):
         codes: SparseCodes,
         reconstruction: torch.Tensor,
         dead: torch.Tensor | None = None,
+        *,
+        penalty: torch.Tensor | None = None,
     ) -> SAEOutput:
         """The losses of a reconstruction, under autograd.
 
@@ -288,34 +379,150 @@ class SAE(nn.Module):
             reconstruction: of the codes, of the target's shape.
             dead: indices of the features that AuxK revives; None takes `self.dead()` in training
                 mode (which synchronises a GPU once) and no features otherwise.
+            penalty: 0-dim, what the codes cost; None is nothing.
         """
         if dead is None and self.training and self.config.aux_coefficient:
             dead = self.dead().nonzero().squeeze(-1)
-        acc = accumulate_dtype(reconstruction.dtype)
         batch = as_batch(x)
-        target = batch.output.reshape(-1, self.config.d).to(acc)
-        error = reconstruction.reshape(-1, self.config.d).to(acc) - target
-        count = batch.count if batch.weights is not None else float(target.shape[0])
-        measure = losses.Measure(count, losses.spread(target, batch.weights))
-        total = losses.weighted(error.square().sum(-1), batch.weights)
-        mse, fvu = losses.mse(total, measure), losses.fvu(total, measure)
-        loss = mse if self.config.loss == "mse" else fvu
-        aux_loss = torch.zeros_like(mse)
+        flat = batch.map(lambda t: t.reshape(-1, t.shape[-1]) if t.dim() > 1 else t)
+        acc = accumulate_dtype(reconstruction.dtype)
+        target = flat.output.to(acc)
+        error = reconstruction.reshape(target.shape).to(acc) - target
+        inner = [y.to(acc) - target for y in self.inner(codes, flat.input)]
+        aux = None
         if dead is not None and dead.numel() and self.config.aux_coefficient:
-            r = -error.detach()
-            inner = self._aux_codes(batch.input.reshape(-1, self.config.d), dead)
-            revived = sparse_decode(inner, self.w_dec.index_select(0, dead)).to(acc)
-            aux_loss = self.aux_loss(batch, revived, r, measure)
-            loss = loss + self.config.aux_coefficient * aux_loss
-        return SAEOutput(reconstruction, codes, loss, mse, aux_loss, fvu)
+            aux = self._aux(flat, dead, [*inner, error])
+        return self._sum(batch, reconstruction, codes, [*inner, error], aux, penalty)
+
+    def inner(self, codes: SparseCodes, x: torch.Tensor) -> list[torch.Tensor]:
+        """The reconstructions `[n, d_out]` of all levels but the last, under autograd."""
+        return []
+
+    def measure(self, batch: Batch, target: torch.Tensor) -> losses.Measure:
+        """What the sums of squares of a batch's residuals are divided by."""
+        count = batch.count if batch.weights is not None else float(target.shape[0])
+        return losses.Measure(count, losses.spread(target, batch.weights))
+
+    def _sum(
+        self,
+        batch: Batch,
+        reconstruction: torch.Tensor,
+        codes: SparseCodes,
+        errors: list[torch.Tensor],
+        aux: torch.Tensor | None,
+        penalty: torch.Tensor | None,
+    ) -> SAEOutput:
+        """The output of residuals `[n, d_out]`, one for each level."""
+        target = batch.output.reshape(errors[-1].shape).to(errors[-1].dtype)
+        measure = self.measure(batch, target)
+        totals = [losses.weighted(e.square().sum(-1), batch.weights) for e in errors]
+        mse, fvu = losses.mse(totals[-1], measure), losses.fvu(totals[-1], measure)
+        loss = mse if self.config.loss == "mse" else fvu
+        if (levels := self.levels()) is not None:
+            mains = torch.stack([losses.main(self.config.loss, t, measure) for t in totals])
+            loss = (levels.weights.to(mains.dtype) * mains).sum()
+        none = torch.zeros_like(mse)
+        sparsity = none if penalty is None else penalty * losses.unit(self.config.loss, measure)
+        loss = loss if penalty is None else loss + sparsity
+        loss = loss if aux is None else loss + self.config.aux_coefficient * aux
+        return SAEOutput(
+            reconstruction, codes, loss, mse, none if aux is None else aux, fvu, sparsity
+        )
+
+    def aux_parts(
+        self, dead: torch.Tensor, errors: list[torch.Tensor] | torch.Tensor
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Which dead features reconstruct which residual -e `[n, d_out]`; `errors` by level."""
+        return [(dead, errors[-1])]
+
+    def _aux(self, batch: Batch, dead: torch.Tensor, errors: list[torch.Tensor]) -> torch.Tensor:
+        """AuxK's loss under autograd."""
+        acc = errors[-1].dtype
+        measure = self.measure(batch, batch.output.to(acc))
+        total = torch.zeros((), dtype=acc, device=errors[-1].device)
+        for features, error in self.aux_parts(dead, errors):
+            inner = self._aux_codes(self.aux_input(batch.input, errors), features)
+            revived = sparse_decode(inner, self.w_dec.index_select(0, features)).to(acc)
+            total = total + self.aux_loss(batch, revived, -error.detach(), measure)
+        return total
+
+    def aux_input(self, x: torch.Tensor, errors: list[torch.Tensor] | torch.Tensor) -> torch.Tensor:
+        """What the encoder scores the dead features of: here its own input."""
+        return x
 
     def aux_loss(
         self, batch: Batch, revived: torch.Tensor, r: torch.Tensor, measure: losses.Measure
     ) -> torch.Tensor:
-        """0-dim: what `revived` leaves of the residual r, both `[N, d]`."""
+        """0-dim: what `revived` leaves of the residual r, both `[N, d_out]`."""
         left = losses.weighted((revived - r).square().sum(-1), batch.weights)
         residual_spread = losses.spread(r, batch.weights)
         return left * losses.aux_per_square(self.config.loss, measure, residual_spread)
+
+    # ---- the loss in plain PyTorch
+
+    def dense_run(self, batch: Batch, k: Any, dead: torch.Tensor, clock: Parts) -> SAEOutput:
+        """`run` with tokens x features matrices, as SAE libraries compute it; a baseline."""
+        with clock.part("encode"):
+            h, acts, codes = self.dense_encode(batch.input, k)
+            penalty = None
+            if self.shaped:
+                penalty = self._penalty(h, acts, Entries(None, batch.weights), self.norms())
+                if (extra := self.dense_extra_loss(h, batch)) is not None:
+                    penalty = penalty + extra
+        with clock.part("decode"):
+            levels = self.levels()
+            if levels is None:
+                ys = [acts @ self.w_dec + self.b_dec]
+            else:
+                rings = [
+                    acts * (levels.of_feature == p).to(acts.dtype) @ self.w_dec
+                    for p in range(len(levels.weights))
+                ]
+                ys = self.nest(rings)
+            if (more := self.past_codes(batch.input)) is not None:
+                ys = [y + more for y in ys]
+        errors = [y - batch.output for y in ys]
+        aux = None
+        if dead.numel() and self.config.aux_coefficient:
+            aux = torch.zeros_like(errors[-1][0, 0])
+            measure = self.measure(batch, batch.output)
+            for features, error in self.aux_parts(dead, errors):
+                with clock.part("encode"):
+                    is_dead = torch.zeros(h.shape[-1], dtype=torch.bool, device=h.device)
+                    is_dead[features] = True
+                    alone = self.dense_aux_scores(h, errors).where(is_dead, -torch.inf)
+                    count = min(self.config.k_aux, features.numel())
+                    best = alone.topk(count, sorted=False)
+                    some = torch.zeros_like(h).scatter(-1, best.indices, best.values.relu())
+                with clock.part("decode"):
+                    revived = some @ self.w_dec
+                aux = aux + self.aux_loss(batch, revived, -error.detach(), measure)
+        return self._sum(batch, ys[-1], codes, errors, aux, penalty)
+
+    def dense_encode(
+        self, x: torch.Tensor, k: Any
+    ) -> tuple[torch.Tensor, torch.Tensor, SparseCodes]:
+        """Pre-activations and activations `[n, F]`, and the codes that these are."""
+        centred = x - self.b_dec if self.centred else x
+        h = torch.addmm(self.b_enc, centred, self.w_enc.T)
+        return h, *self.dense_acts(h, k)
+
+    def dense_extra_loss(self, h: torch.Tensor, batch: Batch) -> torch.Tensor | None:
+        """`extra_loss` from all pre-activations `[n, F]`."""
+        return None
+
+    def dense_aux_scores(self, h: torch.Tensor, errors: list[torch.Tensor]) -> torch.Tensor:
+        """`[n, F]`: what AuxK ranks the dead features by."""
+        return h
+
+    def nest(self, rings: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Reconstructions of the levels from what the features of each level alone add."""
+        ys = [rings[0] + self.b_dec]
+        for ring in rings[1:]:
+            ys.append(ys[-1] + ring)
+        return ys
+
+    # ---- the loss without autograd
 
     @torch.no_grad()
     def terms(
@@ -325,47 +532,130 @@ class SAE(nn.Module):
         dead: torch.Tensor | None,
         share: float | torch.Tensor,
         work: Workspace,
-        select: Callable[[torch.Tensor, Any], SparseCodes] | None = None,
+        slots: SparseCodes | None = None,
     ) -> Terms:
         """The terms of a batch's loss, times `share`: what training does without autograd.
 
         Args:
             batch: `[n, d]` in the accumulation dtype.
-            k: as for `select`. dead: indices of AuxK's features, or None.
-            select: in place of `self.select`.
+            k: as for `slots`. dead: indices of AuxK's features, or None.
+            slots: those of the batch, if they are known.
         """
         with work.part("encode"):
-            codes = (select or self.select)(batch.input, k)
+            codes = slots = self.slots(batch.input, k) if slots is None else slots
+            shape = None
+            if self.shaped:
+                shape = _Shape(self, slots, batch.weights)
+                codes = shape.codes
+        target = batch.output
+        if (more := self.past_codes(batch.input)) is not None:
+            target = target - more
+        levels = self.levels()
         with work.part("decode"):
-            error, squares = decode_error(codes, self.w_dec, self.b_dec, batch.output)
-        total = losses.weighted(squares, batch.weights)
-        # this buffer is free again before the centred input is needed
-        rows = work.buffer("rows", error.shape, error)
+            if levels is None:
+                error, squares = decode_error(codes, self.w_dec, self.b_dec, target)
+                totals = [losses.weighted(squares, batch.weights)]
+                mixed = errors = error[None]
+            else:
+                mixed, errors, squares = self._decode_levels(codes, target, levels, dead)
+                totals = [losses.weighted(s, batch.weights) for s in squares]
+        # this buffer is free again before the encoder's input is needed
+        rows = work.buffer("rows", batch.output.shape, batch.output)
         measure = losses.Measure(batch.count, losses.spread(batch.output, batch.weights, out=rows))
-        values = {"mse": losses.mse(total, measure), "fvu": losses.fvu(total, measure)}
-        loss, aux_loss = values[self.config.loss], torch.zeros_like(total)
-        rounded = batch.input.to(self.w_dec.dtype).to(error.dtype)
-        centred = torch.sub(rounded, self.b_dec.to(error.dtype), out=rows)
+        values = {"mse": losses.mse(totals[-1], measure), "fvu": losses.fvu(totals[-1], measure)}
+        loss, aux_loss = values[self.config.loss], torch.zeros_like(totals[-1])
+        if levels is not None:
+            mains = torch.stack([losses.main(self.config.loss, t, measure) for t in totals])
+            loss = (levels.weights.to(mains.dtype) * mains).sum()
+        x = self._encoder_input(batch.input, work)
         found = []
         if dead is not None and dead.numel() and self.config.aux_coefficient:
-            with work.part("encode"):
-                inner = self._aux_codes(batch.input, dead, work)
-                outer = SparseCodes._trusted(
-                    inner.values, dead[inner.indices], self.config.n_features
-                )
-            with work.part("decode"):
-                # y_aux - r, with the residual r = -error
-                left = sparse_decode(outer, self.w_dec).to(error.dtype).add_(error)
-            residual_spread = losses.spread(error, batch.weights)
-            by_square = losses.aux_per_square(self.config.loss, measure, residual_spread)
-            aux_loss = losses.weighted(losses.squares(left), batch.weights) * by_square
+            for features, e in self.aux_parts(dead, errors):
+                some, term = self._aux_term(batch, features, e, errors, measure, share, x, work)
+                aux_loss = aux_loss + some
+                found.append(term)
             loss = loss + self.config.aux_coefficient * aux_loss
-            by_aux = share * (2 * self.config.aux_coefficient * by_square)
-            found.append(Term(outer, _scaled_(left, by_aux, batch.weights), centred))
         factor = share * (2 * losses.per_square(self.config.loss, measure))
-        main = Term(codes, _scaled_(error, factor, batch.weights), centred)
-        values |= {"loss": loss, "aux_loss": aux_loss}
-        return Terms([main, *found], main.dy.sum(0), values)
+        dy = _scaled_(mixed, factor, batch.weights)
+        direct = {"b_dec": dy[0].sum(0)}
+        dh = shrink = None
+        sparsity = torch.zeros_like(aux_loss)
+        if shape is not None:
+            with work.part("gradients"):
+                unit = losses.unit(self.config.loss, measure)
+                d_values = self._dots(codes, dy, levels)
+                dh, others, shrink = shape.backward(d_values, share * unit)
+                direct |= others
+                penalty = shape.penalty.detach()
+                if (extra := self.extra_gradient(slots, batch, share * unit)) is not None:
+                    value, d_slots, others, terms = extra
+                    penalty = penalty + value
+                    dh = dh.add_(d_slots)
+                    for name, g in others.items():
+                        direct[name] = direct[name] + g if name in direct else g
+                    found += [term._replace(x=x) for term in terms]
+                sparsity = penalty * unit
+                loss = loss + sparsity
+        of_feature = None if levels is None else levels.of_feature
+        main = Term(codes, dy if levels is not None else dy[0], x, dh, of_feature)
+        values |= {"loss": loss, "aux_loss": aux_loss, "sparsity": sparsity}
+        direct |= self.past_gradients(batch.input, dy[0])
+        return Terms(codes, [main, *found], direct, values, shrink)
+
+    def _decode_levels(
+        self,
+        codes: SparseCodes,
+        target: torch.Tensor,
+        levels: Levels,
+        dead: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """`[L, N, d]` mixed residuals, the residuals that AuxK needs by level, and squares."""
+        mixed, error, squares = decode_levels(
+            codes, self.w_dec, self.b_dec, target, levels.of_feature, levels.mix
+        )
+        return mixed, error[None], squares
+
+    def _encoder_input(self, x: torch.Tensor, work: Workspace) -> torch.Tensor:
+        """`[n, d]`, what the encoder's rows are multiplied with, as it is in their dtype."""
+        rounded = x.to(self.w_dec.dtype).to(x.dtype)
+        if not self.centred:
+            return rounded
+        rows = work.buffer("rows", x.shape, x)
+        return torch.sub(rounded, self.b_dec.to(x.dtype), out=rows)
+
+    def _dots(self, codes: SparseCodes, dy: torch.Tensor, levels: Levels | None) -> torch.Tensor:
+        """<dy, w_dec> of every slot, float32."""
+        of_feature = None if levels is None else levels.of_feature
+        rows = dy[0] if levels is None else dy
+        indices, w_dec = codes.indices, self.w_dec.detach().to(dy.dtype)
+        return gather_dot_op(rows, w_dec, indices, codes.row_offsets, of_feature)
+
+    def past_gradients(self, x: torch.Tensor, dy: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Gradients of the parameters of `past_codes`, from that at the output `[n, d_out]`."""
+        return {}
+
+    def _aux_term(
+        self,
+        batch: Batch,
+        features: torch.Tensor,
+        error: torch.Tensor,
+        errors: torch.Tensor,
+        measure: losses.Measure,
+        share: float | torch.Tensor,
+        x: torch.Tensor,
+        work: Workspace,
+    ) -> tuple[torch.Tensor, Term]:
+        with work.part("encode"):
+            inner = self._aux_codes(self.aux_input(batch.input, errors), features, work)
+            outer = SparseCodes._trusted(inner.values, features[inner.indices], self.b_enc.shape[0])
+        with work.part("decode"):
+            # y_aux - r, with the residual r = -error
+            left = sparse_decode(outer, self.w_dec).to(error.dtype).add_(error)
+        residual_spread = losses.spread(error, batch.weights)
+        by_square = losses.aux_per_square(self.config.loss, measure, residual_spread)
+        aux_loss = losses.weighted(losses.squares(left), batch.weights) * by_square
+        by_aux = share * (2 * self.config.aux_coefficient * by_square)
+        return aux_loss, Term(outer, _scaled_(left, by_aux, batch.weights), x)
 
     def _aux_codes(
         self, x: torch.Tensor, dead: torch.Tensor, work: Workspace | None = None
@@ -379,14 +669,26 @@ class SAE(nn.Module):
             torch.index_select(self.w_enc, 0, dead, out=rows),
             self.b_enc.index_select(0, dead),
             k=min(self.config.k_aux, dead.numel()),
-            b_dec=self.b_dec,
+            b_dec=self.b_dec if self.centred else None,
         )
+
+    # ---- what training does beside the loss
+
+    @torch.no_grad()
+    def prepare_(self, batch: Batch, init_b_dec: bool) -> None:
+        """What a new SAE takes from the first micro-batch of a run.
+
+        Args:
+            init_b_dec: start b_dec at the geometric median of the target, if it is all 0.
+        """
+        if init_b_dec and self.b_dec.requires_grad and not self.b_dec.any():
+            self.init_b_dec_(batch.output)
 
     @torch.no_grad()
     def init_b_dec_(self, x: torch.Tensor) -> None:
-        """Set b_dec to the geometric median of x `[..., d]`."""
-        self._check(x)
-        self.b_dec.copy_(geometric_median(x.reshape(-1, self.config.d)))
+        """Set b_dec to the geometric median of x `[..., d_out]`."""
+        self._check(x, self.b_dec.shape[0])
+        self.b_dec.copy_(geometric_median(x.reshape(-1, x.shape[-1])))
 
     @torch.no_grad()
     def rescale_(self, scale: float) -> None:
@@ -401,18 +703,20 @@ class SAE(nn.Module):
     @torch.no_grad()
     def normalize_decoder_(self) -> None:
         """Give every decoder row norm 1 (a zero row stays)."""
-        norm = torch.linalg.vector_norm(
-            self.w_dec, dim=-1, keepdim=True, dtype=accumulate_dtype(self.w_dec.dtype)
-        )
-        self.w_dec.div_(norm.clamp_min(torch.finfo(norm.dtype).tiny))
+        for w in self.decoders():
+            norm = torch.linalg.vector_norm(
+                w, dim=-1, keepdim=True, dtype=accumulate_dtype(w.dtype)
+            )
+            w.div_(norm.clamp_min(torch.finfo(norm.dtype).tiny))
 
     @torch.no_grad()
     def remove_parallel_gradient_(self) -> None:
         """Drop the part of `w_dec.grad` along each unit row: `g <- g - <g, w> w`."""
-        if self.w_dec.grad is not None:
-            acc = accumulate_dtype(self.w_dec.dtype)
-            g, w = self.w_dec.grad.to(acc), self.w_dec.to(acc)
-            self.w_dec.grad.copy_(g - (g * w).sum(-1, keepdim=True) * w)
+        for p in self.decoders():
+            if p.grad is not None:
+                acc = accumulate_dtype(p.dtype)
+                g, w = p.grad.to(acc), p.to(acc)
+                p.grad.copy_(g - (g * w).sum(-1, keepdim=True) * w)
 
     @torch.no_grad()
     def track_fired_(self, codes: SparseCodes) -> None:
@@ -424,20 +728,94 @@ class SAE(nn.Module):
         """What a variant keeps of every batch's codes in training."""
         self.track_fired_(codes)
 
+    def project_(self) -> None:
+        """Bring parameters back to where they are defined, after an update."""
+
     def dead(self) -> torch.Tensor:
         """`[F]` bool: features that have not fired for `dead_after` tokens (None: 10 M)."""
         after = DEAD_AFTER if self.config.dead_after is None else self.config.dead_after
         return self.tokens_since_fired >= after
 
-    def _check(self, x: torch.Tensor) -> None:
+    def _check_target(self, batch: Batch) -> None:
+        if self.needs_target and batch.target is None:
+            raise ValueError(
+                f"{self.name}: x must be a Batch with a target [..., {self.config.d_out}], got "
+                f"none; pass Batch(input, target)"
+            )
+
+    def _check(self, x: torch.Tensor, d: int | None = None) -> None:
+        d = self.config.d if d is None else d
         if not isinstance(x, torch.Tensor) or not x.is_floating_point():
             got = x.dtype if isinstance(x, torch.Tensor) else type(x).__name__
             raise TypeError(f"{self.name}: x must be a floating tensor, got {got}; use x.float()")
-        if x.dim() < 1 or x.shape[-1] != self.config.d:
+        if x.dim() < 1 or x.shape[-1] != d:
             raise ValueError(
-                f"{self.name}: x must be [..., {self.config.d}], got {list(x.shape)}; the SAE "
-                f"was made for activations of width {self.config.d}"
+                f"{self.name}: x must be [..., {d}], got {list(x.shape)}; the SAE was made for "
+                f"activations of width {d}"
             )
+
+
+class _Shape:
+    """Activations and penalty of slots, recorded on the slots alone."""
+
+    def __init__(self, sae: SAE, slots: SparseCodes, weights: torch.Tensor | None):
+        acc = accumulate_dtype(slots.values.dtype)
+        # matrices get their gradients from the slots
+        held = {id(sae.w_enc), id(sae.b_dec), *map(id, sae.decoders())}
+        self._others = {
+            name: p for name, p in sae.named_parameters() if id(p) not in held and p.requires_grad
+        }
+        norms = sae.norms()
+        with torch.enable_grad():
+            self._h = slots.values.detach().to(acc).requires_grad_()
+            self._norms = None if norms is None else norms.detach().requires_grad_()
+            entries = Entries(slots, weights)
+            self._values = sae.activate(self._h, entries)
+            self.penalty = sae._penalty(self._h, self._values, entries, self._norms)
+        self.codes = slots.with_values(self._values.detach().to(sae.w_dec.dtype))
+
+    def backward(
+        self, d_values: torch.Tensor, d_penalty: float | torch.Tensor
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor | None]:
+        """Gradients at the slots' pre-activations, of parameters by name, and `Terms.shrink`.
+
+        Args:
+            d_values: at the activations. d_penalty: at the penalty.
+        """
+        # inactive slots are no part of the reconstruction, but carry what an estimator says
+        inputs = [self._h, *self._others.values()]
+        inputs += [] if self._norms is None else [self._norms]
+        outputs, gradients = [self._values], [d_values]
+        if self.penalty.requires_grad:
+            outputs.append(self.penalty)
+            gradients.append(torch.as_tensor(d_penalty).to(self.penalty).reshape(()))
+        found = torch.autograd.grad(outputs, inputs, gradients, allow_unused=True)
+        dh = torch.zeros_like(self._h) if found[0] is None else found[0]
+        others = {
+            name: g for name, g in zip(self._others, found[1:], strict=False) if g is not None
+        }
+        shrink = None
+        if self._norms is not None and found[-1] is not None:
+            shrink = found[-1] / self._norms.detach().clamp_min(torch.finfo(dh.dtype).tiny)
+        return dh, others, shrink
+
+
+def unit_rows(
+    n: int, d: int, dtype: torch.dtype, generator: torch.Generator | None
+) -> torch.Tensor:
+    """`[n, d]` random rows of norm 1."""
+    rows = torch.randn(n, d, generator=generator, dtype=accumulate_dtype(dtype))
+    rows /= torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
+    return rows.to(dtype)
+
+
+def codes_of(acts: torch.Tensor) -> SparseCodes:
+    """The ragged codes of activations `[n, F]` that are not 0."""
+    n, f = acts.shape
+    tokens, indices = acts.detach().nonzero(as_tuple=True)
+    offsets = torch.zeros(n + 1, dtype=torch.int64, device=acts.device)
+    offsets[1:] = torch.bincount(tokens, minlength=n).cumsum(0)
+    return SparseCodes._trusted(acts[tokens, indices], indices, f, offsets)
 
 
 def _scaled_(

@@ -11,7 +11,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from mikernels.nn.sae import SAE, SAEConfig, split_settings
+from mikernels.nn.config import SAEConfig, split_settings
+from mikernels.nn.sae import SAE
 from mikernels.ops.sae.encode import topk_encode
 from mikernels.values.codes import SparseCodes
 
@@ -50,6 +51,7 @@ class TopKSAE(SAE):
     """
 
     architecture: ClassVar[str] = "topk"
+    plain: ClassVar[bool] = True
     config_type: ClassVar[Any] = TopKConfig
     config: TopKConfig
 
@@ -69,7 +71,7 @@ class TopKSAE(SAE):
             self.w_enc,
             self.b_enc,
             k=self.config.k if k is None else k,
-            b_dec=self.b_dec,
+            b_dec=self.b_dec if self.centred else None,
         )
 
     def dense_acts(self, h: torch.Tensor, k: int) -> tuple[torch.Tensor, SparseCodes]:

@@ -55,7 +55,12 @@ def take_batches(source: BatchSource, count: int, first: int, sae: SAE) -> list[
             return None
         _check(batch.input, number, sae.config.d)
         if batch.target is not None:
-            _check(batch.target, number, sae.config.d, "the target of ")
+            _check(batch.target, number, sae.config.d_out, "the target of ")
+        elif sae.needs_target:
+            raise ValueError(
+                f"Trainer: batch {number} must be a Batch with a target [batch, "
+                f"{sae.config.d_out}] for a {sae.name}, got none; make the source with one"
+            )
         if batch.weights is not None:
             _check_weights(batch.weights, number, len(batch))
         batches.append(batch.to(sae.w_enc.device, accumulate_dtype(sae.w_enc.dtype)))

@@ -63,6 +63,7 @@ class TrainConfig:
         betas, eps: of Adam.
         clip_norm: limit on the global gradient norm, after the decoder's projection; None is none.
         k_start, k_anneal_steps: k goes linearly from k_start to the SAE's own k.
+        sparsity_warmup_steps: a variant's penalty on its codes grows linearly from 0.
         dtype: "float32" or "bfloat16" converts the weights; None keeps the SAE's. Adam's state is
             float32 either way. A bfloat16 weight does not move by less than half a unit in its last
             place (2^-9 of its size), so it wants a larger lr.
@@ -95,6 +96,7 @@ class TrainConfig:
     clip_norm: float | None = 1.0
     k_start: int | None = None
     k_anneal_steps: int = 0
+    sparsity_warmup_steps: int = 0
     dtype: str | None = None
     init_b_dec: bool = True
     scale_activations: bool = True
@@ -108,7 +110,8 @@ class TrainConfig:
         counts = ("total_tokens", "batch_size", "accumulation", "log_every", "checkpoint_every")
         for name in (*counts, "keep_checkpoints"):
             _check_int(name, getattr(self, name), 1)
-        _check_int("k_anneal_steps", self.k_anneal_steps, 0)
+        for name in ("k_anneal_steps", "sparsity_warmup_steps"):
+            _check_int(name, getattr(self, name), 0)
         if self.warmup_steps is not None:
             _check_int("warmup_steps", self.warmup_steps, 0)
         for name in ("decay_steps", "k_start"):
@@ -209,6 +212,12 @@ class TrainConfig:
             return k
         at = self.k_start + (k - self.k_start) * step / self.k_anneal_steps
         return at if isinstance(k, float) else round(at)
+
+    def sparsity_at(self, step: int) -> float:
+        """What a variant's penalty is multiplied by at a step, in (0, 1]."""
+        if not self.sparsity_warmup_steps:
+            return 1.0
+        return min(1.0, (step + 1) / self.sparsity_warmup_steps)
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "betas": list(self.betas)}

@@ -13,12 +13,14 @@ from mikernels.training.config import TrainConfig
 
 
 def row_adam(sae: SAE, config: TrainConfig) -> RowAdam:
-    """The optimiser of an SAE: one group for the constrained decoder, one for the rest."""
+    """The optimiser of an SAE: one group for the constrained decoders, one for the rest."""
     constrained = bool(sae.constrained())
+    decoders = sae.decoders()
+    others = [p for p in sae.parameters() if not any(p is w for w in decoders)]
     optimizer = RowAdam(
         [
-            {"params": [sae.w_dec], "project": constrained, "unit_norm": constrained},
-            {"params": [sae.w_enc, sae.b_enc, sae.b_dec]},
+            {"params": decoders, "project": constrained, "unit_norm": constrained},
+            {"params": others},
         ],
         lr=config.peak_lr(sae.config.n_features),
         betas=config.betas,

@@ -26,7 +26,7 @@ from mikernels.training.state.optimizer_state import unpack_optimizer
 
 # what the fused and the dense step compute in their own way
 METHODS = (
-    *("encode", "select", "decode", "score", "aux_loss"),
+    *("encode", "slots", "select", "activate", "penalty", "decode", "run", "score", "aux_loss"),
     *("remove_parallel_gradient_", "normalize_decoder_"),
 )
 
@@ -48,6 +48,12 @@ def check_fit(sae: SAE, source: BatchSource, config: TrainConfig) -> None:
         raise ValueError(
             f"Trainer: source.d must be the SAE's d = {sae.config.d}, got {source.d}; make the SAE "
             f"for the width of these activations"
+        )
+    d_out = getattr(source, "d_out", None)
+    if sae.needs_target and d_out is not None and d_out != sae.config.d_out:
+        raise ValueError(
+            f"Trainer: source.d_out must be the SAE's d_out = {sae.config.d_out}, got {d_out}; "
+            f"make the SAE for the width of these targets"
         )
     size = getattr(source, "batch_size", config.batch_size)
     if size != config.batch_size:
@@ -77,7 +83,7 @@ def _check_bypassed(sae: SAE, step: str) -> None:
     """The step runs all that the SAE is: what it would pass by without a word is refused.
 
     Every step calls the methods of an SAE one by one, and never `forward`. Only step "autograd"
-    calls `select`, `decode` and `score` for what they are, and lets hooks see gradients. A variant,
+    calls `slots`, `decode` and `score` for what they are, and lets hooks see gradients. A variant,
     a class with an `architecture` of its own, answers for its methods itself.
     """
     found = []
@@ -86,7 +92,8 @@ def _check_bypassed(sae: SAE, step: str) -> None:
         found.append("a parametrization")
     if sae._forward_hooks or sae._forward_pre_hooks:
         found.append("forward hooks")
-    for name in ("forward",) if step == "autograd" else ("forward", *METHODS):
+    passed = ("forward", "select") if step == "autograd" else ("forward", *METHODS)
+    for name in passed:
         if getattr(type(sae), name) is not getattr(variant, name) or name in vars(sae):
             found.append(f"its own {name}")
     if step != "autograd":
@@ -130,10 +137,10 @@ def check_optimizer(sae: SAE, optimizer: torch.optim.Optimizer, config: TrainCon
             f"Trainer: optimizer must have one lr for all its groups, since each step sets it by "
             f"the schedule, got {rates}; give them the same"
         )
-    group = group_of(optimizer, sae.w_dec) if sae.w_dec.requires_grad else None
     fused = config.step == "fused" and isinstance(optimizer, RowAdam)
-    if fused and sae.constrained() and group is not None:
-        given = {name: group.get(name) for name in ("project", "unit_norm")}
+    for p in sae.constrained() if fused else ():
+        group = group_of(optimizer, p) if p.requires_grad else None
+        given = {} if group is None else {n: group.get(n) for n in ("project", "unit_norm")}
         if not all(given.values()):
             raise ValueError(
                 f"Trainer: optimizer must constrain w_dec for an SAE with normalize_decoder, got "

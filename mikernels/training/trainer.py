@@ -207,12 +207,14 @@ class Trainer:
                 scale = power_of_two_scale(batches)
                 sae.rescale_(scale / self.history.scale)
                 self.history.scale = scale
-            if sae.constrained() and sae.w_dec.requires_grad:
+            if any(p.requires_grad for p in sae.constrained()):
                 sae.normalize_decoder_()
         if self.history.scale != 1:
             batches = [batch.scaled(self.history.scale) for batch in batches]
-        if self.step == 0 and config.init_b_dec and sae.b_dec.requires_grad and not sae.b_dec.any():
-            sae.init_b_dec_(batches[0].output)
+        if self.step == 0:
+            sae.prepare_(batches[0], config.init_b_dec)
+        batches = [sae.in_units(batch) for batch in batches]
+        sae.sparsity_share = config.sparsity_at(self.step)
         with self._clock.step():
             set_rate(self.optimizer, config.lr_at(self.step))
             k = config.k_at(self.step, sae.k)

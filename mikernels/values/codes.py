@@ -219,6 +219,32 @@ class SparseCodes:
         indices = self.indices.to(values.device)
         return SparseCodes._trusted(values, indices, self.n_features, offsets)
 
+    def with_values(self, values: torch.Tensor) -> SparseCodes:
+        """These slots with other values of the same shape; what is kept of the indices stays."""
+        codes = SparseCodes._trusted(values, self.indices, self.n_features, self.row_offsets)
+        for name in ("_by_feature", "_tokens"):
+            if name in self.__dict__:
+                object.__setattr__(codes, name, self.__dict__[name])
+        return codes
+
+    def padded(self) -> SparseCodes:
+        """Ragged codes as `[N, k]` with k the most slots of a token (one sync); padded ones as they
+        are. Slots that no token has hold 0 of feature 0."""
+        if self.row_offsets is None:
+            return self
+        check_row_offsets("SparseCodes", self.row_offsets, self.values.shape[0])
+        counts = self.row_offsets.diff()
+        k = max(1, int(counts.max())) if counts.numel() else 1
+        slots = torch.arange(k, device=self.values.device)
+        used = slots < counts[:, None]
+        places = (self.row_offsets[:-1, None] + slots).where(used, 0)
+        if not self.values.numel():
+            empty = used.shape
+            values, indices = self.values.new_zeros(empty), self.indices.new_zeros(empty)
+            return SparseCodes._trusted(values, indices, self.n_features)
+        values, indices = self.values[places].where(used, 0), self.indices[places].where(used, 0)
+        return SparseCodes._trusted(values, indices, self.n_features)
+
     def detach(self) -> SparseCodes:
         values = self.values.detach()
         return SparseCodes._trusted(values, self.indices, self.n_features, self.row_offsets)

@@ -11,6 +11,7 @@ renamed: a kill or a power cut leaves the former checkpoints as they were. Old o
 before they are deleted, for the same reason. Only folders that hold a checkpoint's files and
 nothing else are ever deleted.
 
+Version 2 knew no penalties of codes. Its SAEs load and its runs go on, to the same bits.
 Version 1 had no checksums, averaged its metrics over micro-batches, knew no scale of activations
 and divided the auxiliary loss by the residual's variance alone. Its SAEs load, and its runs go on,
 with a warning that says so.
@@ -46,28 +47,21 @@ if TYPE_CHECKING:
     from mikernels.schema import FirstSums, State, Sums
 
 FORMAT = "mikernels-checkpoint"
-VERSION = 2
+VERSION = 3
 WEIGHTS, TRAINING, STATE = "sae.safetensors", "training.safetensors", "state.json"
 FILES = (WEIGHTS, TRAINING, STATE)
 _OWN = {*FILES, *(partial_of(Path(name)).name for name in FILES)}
 _NAME = re.compile(r"checkpoint-(0|[1-9][0-9]*)")
 _LEFTOVER = re.compile(r"\.checkpoint-(0|[1-9][0-9]*)\.(partial|old)")
-# what a version-1 file says of each; a setting that came later has its default there
-FIRST_SAE = (
-    "d",
-    "n_features",
-    "k",
-    "k_aux",
-    "aux_coefficient",
-    "dead_after",
-    "loss",
-    "normalize_decoder",
-)
-FIRST_CONFIG = (
+# what a file of a former version says of each; a setting that came later has its default there
+_SAE = ("d", "n_features", "k", "k_aux", "aux_coefficient", "dead_after", "loss")
+FORMER_SAE = {1: (*_SAE, "normalize_decoder"), 2: (*_SAE, "normalize_decoder")}
+_CONFIG = (
     *("total_tokens", "batch_size", "accumulation", "step", "lr", "warmup_steps", "decay"),
     *("decay_steps", "betas", "eps", "clip_norm", "k_start", "k_anneal_steps", "dtype"),
     *("init_b_dec", "log_every", "checkpoint_every", "keep_checkpoints", "seed", "cuda_graph"),
 )
+FORMER_CONFIG = {1: _CONFIG, 2: (*_CONFIG, "scale_activations")}
 
 
 def checkpoints(out_dir: Path) -> list[Path]:
@@ -200,7 +194,7 @@ def load_checkpoint(
             f"resume: expected a checkpoint folder, got {folder}, which does not exist"
         )
     path, fix = folder / STATE, _fix(folder)
-    expected = f"the state of a {FORMAT}, version 1 or {VERSION}"
+    expected = f"the state of a {FORMAT}, version 1 to {VERSION}"
     try:
         raw = read_json(path, "resume", expected, fix)
     except FileNotFoundError as error:
@@ -208,7 +202,7 @@ def load_checkpoint(
     if not isinstance(raw, dict):
         raise _unusable(path, expected, f"a JSON {type(raw).__name__}")
     name, version = raw.get("format"), raw.get("version")
-    if name != FORMAT or type(version) is not int or version not in (1, VERSION):
+    if name != FORMAT or type(version) is not int or not 1 <= version <= VERSION:
         raise _unusable(path, expected, f"format {name!r}, version {version!r}")
     state = check(FirstState if version == 1 else State, raw, "resume", path, fix)
     hashes = state.sha256
@@ -231,7 +225,7 @@ def load_checkpoint(
     if not isinstance(kind, str) or kind not in ARCHITECTURES:
         raise _unusable(path, f"with sae.architecture of {sorted(ARCHITECTURES)}", f"{kind!r}")
     form = ARCHITECTURES[kind].config_type
-    check_names(path, "sae", state.sae, form, FIRST_SAE if version == 1 else None)
+    check_names(path, "sae", state.sae, form, FORMER_SAE.get(version))
     weights, training = (_read(folder / name, hashes.get(name)) for name in (WEIGHTS, TRAINING))
     described = {key: describe(t) for key, t in training.items()}
     check_equal(folder / TRAINING, described, state.tensors)
@@ -275,12 +269,18 @@ def modern_config(config: TrainConfig) -> TrainConfig:
     return replace(config, decay_steps=decay, scale_activations=False)
 
 
-def modern_sums(first: FirstSums, config: TrainConfig) -> Sums:
-    """Sums over the tokens from those over micro-batches, which were of one size."""
+def modern_sums(former: FirstSums | Sums, config: TrainConfig, version: int) -> Sums:
+    """Sums over the tokens from those of a former version."""
     from mikernels.schema import Sums
 
-    sums = {name: value * config.batch_size for name, value in first.sums.items()}
-    return Sums(sums=sums, tokens=first.count * config.batch_size)
+    if version == VERSION and isinstance(former, Sums):
+        return former
+    sums = {**former.sums, "sparsity": 0.0}  # there was none
+    if isinstance(former, Sums):
+        return Sums(sums=sums, tokens=former.tokens)
+    # version 1: over micro-batches, which were of one size
+    sums = {name: value * config.batch_size for name, value in sums.items()}
+    return Sums(sums=sums, tokens=former.count * config.batch_size)
 
 
 def check_names(

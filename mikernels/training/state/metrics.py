@@ -20,7 +20,7 @@ from mikernels.values.batch import Batch
 from mikernels.values.codes import SparseCodes
 
 PARTS = ("encode", "decode", "gradients", "optimizer", "other")
-MEANS = ("loss", "mse", "fvu", "aux_loss", "l0")
+MEANS = ("loss", "mse", "fvu", "aux_loss", "sparsity", "l0")
 
 
 @dataclass
@@ -28,11 +28,11 @@ class History:
     """A run's measurements.
 
     Attributes:
-        rows: a dict per logged step. step, tokens: so far. loss, mse, fvu, aux_loss, l0: means over
-            the tokens since the row before; loss, mse and aux_loss are of the scaled activations,
-            scale^2 times those of the source's. dead_fraction, lr, k: now. step_ms: mean time of a
-            step without its source. tokens_per_second: of everything, source and checkpoints
-            included.
+        rows: a dict per logged step. step, tokens: so far. loss, mse, fvu, aux_loss, sparsity, l0:
+            means over the tokens since the row before; loss, mse and aux_loss are of the scaled
+            activations, scale^2 times those of the source's; sparsity is what codes cost there.
+            dead_fraction, lr, k: now. step_ms: mean time of a step without its source.
+            tokens_per_second: of everything, source and checkpoints included.
         scale: what activations were multiplied by (`TrainConfig.scale_activations`).
         parts: seconds of the steps in all, by part: encode, decode, gradients, optimizer, other.
             Host clocks: on an asynchronous device they measure the launches.
@@ -82,7 +82,7 @@ class Means:
         self.tokens: Any = tokens
 
     def add(self, batch: Batch, codes: SparseCodes, values: Mapping[str, Any]) -> None:
-        """One micro-batch: its loss, mse, fvu and aux_loss, and the L0 of its codes."""
+        """One micro-batch: its loss, mse, fvu, aux_loss and sparsity, and the L0 of its codes."""
         for name in MEANS[:-1]:
             self.sums[name] = self.sums[name] + values[name].detach().double() * batch.count
         self.sums["l0"] = self.sums["l0"] + weighted(codes.l0().double(), batch.weights)

@@ -19,7 +19,7 @@ from mikernels.nn import SAE
 from mikernels.training.batches import BatchSource
 from mikernels.training.config import TrainConfig
 from mikernels.training.state.checkpoint import (
-    FIRST_CONFIG,
+    FORMER_CONFIG,
     STATE,
     TRAINING,
     check_equal,
@@ -81,15 +81,13 @@ def restore(trainer: Run, folder: Path) -> None:
             another SAE, configuration, optimiser or source, and what differs. The trainer, its SAE,
             optimiser and source, and torch's generator are as before.
     """
-    from mikernels.schema import Sums, check
+    from mikernels.schema import check
 
     weights, tensors, state = load_checkpoint(folder)
     path = folder / STATE
     fix = f"remove the folder {folder} to resume from the checkpoint before it"
     config = check(TrainConfig, state.config, "resume", path, fix, "config")
-    check_names(
-        path, "config", state.config, TrainConfig, FIRST_CONFIG if state.version == 1 else None
-    )
+    check_names(path, "config", state.config, TrainConfig, FORMER_CONFIG.get(state.version))
     if state.version == 1:
         config = modern_config(config)
     sae_config = read_config(folder, state)
@@ -112,7 +110,7 @@ def restore(trainer: Run, folder: Path) -> None:
         check_equal(path, saved, own, f"its version-1 settings mean today {saved}: take these")
     else:
         check_equal(path, saved, own)
-    means = state.means if isinstance(state.means, Sums) else modern_sums(state.means, config)
+    means = modern_sums(state.means, config, state.version)
     _check_counters(path, state, means, config, trainer, fix)
     check_equal(
         path,

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 import torch
 
-from mikernels.nn import SAE, SAEOutput, losses
+from mikernels.nn import SAE, SAEOutput
 from mikernels.training.batches import shares
 from mikernels.training.config import TrainConfig
 from mikernels.training.optimizer import row_adam
@@ -36,35 +36,12 @@ class Forward(Protocol):
 
 def sparse_forward(sae: SAE, batch: Batch, k: Any, dead: torch.Tensor, clock: Clock) -> SAEOutput:
     """This library's operators."""
-    with clock.part("encode"):
-        codes = sae.select(batch.input, k)
-    with clock.part("decode"):
-        y = sae.decode(codes)
-    return sae.score(batch, codes, y, dead)
+    return sae.run(batch, k, dead, clock)
 
 
 def dense_forward(sae: SAE, batch: Batch, k: Any, dead: torch.Tensor, clock: Clock) -> SAEOutput:
     """Plain PyTorch, with tokens x F matrices, as SAE libraries compute it."""
-    with clock.part("encode"):
-        h = torch.addmm(sae.b_enc, batch.input - sae.b_dec, sae.w_enc.T)
-        acts, codes = sae.dense_acts(h, k)
-    with clock.part("decode"):
-        y = acts @ sae.w_dec + sae.b_dec
-    out = sae.score(batch, codes, y, torch.empty(0, dtype=torch.int64, device=y.device))
-    if not dead.numel() or not sae.config.aux_coefficient:
-        return out
-    assert sae.config.k_aux is not None
-    with clock.part("encode"):
-        is_dead = torch.zeros(h.shape[-1], dtype=torch.bool, device=h.device)
-        is_dead[dead] = True
-        alone = h.relu().where(is_dead, -torch.inf)
-        best = alone.topk(min(sae.config.k_aux, dead.numel()), sorted=False)
-        acts = torch.zeros_like(h).scatter(-1, best.indices, best.values)
-    with clock.part("decode"):
-        revived = acts @ sae.w_dec
-    measure = losses.Measure(batch.count, losses.spread(batch.output, batch.weights))
-    aux_loss = sae.aux_loss(batch, revived, (batch.output - y).detach(), measure)
-    return out._replace(loss=out.loss + sae.config.aux_coefficient * aux_loss, aux_loss=aux_loss)
+    return sae.dense_run(batch, k, dead, clock)
 
 
 class AutogradStep:
@@ -121,7 +98,7 @@ class AutogradStep:
             sae.track_(out.codes)
             means.add(batch, out.codes, out._asdict())
         with clock.part("optimizer"):
-            constrained = bool(sae.constrained()) and sae.w_dec.requires_grad
+            constrained = any(p.requires_grad for p in sae.constrained())
             if constrained:
                 sae.remove_parallel_gradient_()
             if self.clip_norm is not None:
@@ -129,4 +106,5 @@ class AutogradStep:
             self.optimizer.step()
             if constrained:
                 sae.normalize_decoder_()
+            sae.project_()
             self.optimizer.zero_grad(set_to_none=True)

@@ -7,8 +7,8 @@ already times the micro-batch's share of the step's tokens:
 
     dv = <dy, w_dec>,   dw_dec += sum value dy,   dw_enc += sum dv x,   db_enc += sum dv
 
-and then db_dec = sum dy - w_enc^T db_enc: the last part is b_dec's through the encoder's input,
-taken once a step from the summed db_enc.
+or with dv as the term has it, and then db_dec = sum dy - w_enc^T db_enc: the last part is b_dec's
+through the encoder's input, taken once a step from the summed db_enc.
 Where nothing needs the gradients of the matrices (no clipping, no AuxK, one micro-batch), a GPU
 applies them while they are in registers (`sae_update_`), and none is in memory.
 A parameter whose requires_grad is False is neither moved nor part of the norm that is clipped.
@@ -28,7 +28,7 @@ from typing import Any
 import torch
 
 from mikernels.nn import SAE
-from mikernels.nn.sae import Term
+from mikernels.nn.terms import Term
 from mikernels.ops.sae.gradients import sae_gradients_op, weighted_row_sum
 from mikernels.ops.sae.update import sae_update_op
 from mikernels.optim import RowAdam
@@ -106,29 +106,28 @@ class FusedStep:
         if len(batches) == 1 and self._updates_at_once(dead):
             self._update(batches[0], k, means)
             return
-        for p in self._parameters():
+        for p in self.sae.parameters():
             if p not in self.gradients:
                 self.gradients[p] = torch.zeros_like(p, dtype=torch.float32)
         for number, (batch, share) in enumerate(zip(batches, shares(batches), strict=True)):
             self._accumulate(batch, k, dead, share, number > 0, means)
-        with clock.part("gradients"):
-            # b_dec's part through the encoder's input
-            db_enc, db_dec = self.gradients[self.sae.b_enc], self.gradients[self.sae.b_dec]
-            db_dec -= weighted_row_sum(db_enc, self.sae.w_enc)
+        if self.sae.centred:
+            with clock.part("gradients"):
+                # b_dec's part through the encoder's input
+                db_enc, db_dec = self.gradients[self.sae.b_enc], self.gradients[self.sae.b_dec]
+                db_dec -= weighted_row_sum(db_enc, self.sae.w_enc)
         with clock.part("optimizer"):
             self._apply(self.gradients)
+            self.sae.project_()
 
     def buffers(self) -> Iterator[torch.Tensor]:
         """Every tensor that outlives a step and that a step reads or writes."""
-        yield from self._parameters()
+        yield from self.sae.parameters()
         yield from self.gradients.values()
         yield from self.sae.buffers()
         yield from self._scratch.tensors()
         for state in self.optimizer.state.values():
             yield from (value for value in state.values() if isinstance(value, torch.Tensor))
-
-    def _parameters(self) -> tuple[torch.Tensor, ...]:
-        return self.sae.w_dec, self.sae.w_enc, self.sae.b_enc, self.sae.b_dec
 
     def _apply(self, gradients: dict[torch.Tensor, torch.Tensor]) -> None:
         trained = {p: g for p, g in gradients.items() if p.requires_grad}
@@ -136,10 +135,10 @@ class FusedStep:
 
     def _updates_at_once(self, dead: torch.Tensor) -> bool:
         """Whether Adam may run while a row's gradient is in registers: on a GPU, without clipping
-        (the norm of all gradients comes first) and AuxK (which adds to them), and with the same
-        settings for both matrices, neither of them frozen."""
+        (the norm of all gradients comes first) and AuxK (which adds to them), for a variant whose
+        loss is one plain term, and with the same settings for both matrices, neither frozen."""
         sae = self.sae
-        if not (sae.w_dec.requires_grad and sae.w_enc.requires_grad):
+        if not (sae.plain and sae.w_dec.requires_grad and sae.w_enc.requires_grad):
             return False
         impl = sae_update_op.resolve(None, sae.w_dec.device)
         if impl != "triton" and not (impl == "auto" and sae.w_dec.is_cuda):
@@ -154,8 +153,9 @@ class FusedStep:
     def _update(self, batch: Batch, k: Any, means: Means) -> None:
         """A whole step; the matrices' gradients stay in registers."""
         sae, optimizer, part = self.sae, self.optimizer, self._scratch.part
-        ((codes, dy, x),), d_b_dec, values = sae.terms(batch, k, None, 1.0, self._scratch)
-        optimizer.check_capture(list(self._parameters()))
+        found = sae.terms(batch, k, None, 1.0, self._scratch)
+        codes, dy, x = found.terms[0][:3]
+        optimizer.check_capture(list(sae.parameters()))
         made: dict[Any, torch.Tensor] = {}
         decoder, encoder = (group_of(optimizer, p) for p in (sae.w_dec, sae.w_enc))
         assert decoder is not None and encoder is not None  # _updates_at_once has seen to it
@@ -181,9 +181,10 @@ class FusedStep:
                 decoder["unit_norm"],
             )
         with part("optimizer"):
-            self._apply({sae.b_enc: db_enc, sae.b_dec: d_b_dec.sub_(through_input)})
+            d_b_dec = found.direct["b_dec"].sub_(through_input)
+            self._apply({sae.b_enc: db_enc, sae.b_dec: d_b_dec})
         sae.track_(codes)
-        means.add(batch, codes, values)
+        means.add(batch, codes, found.values)
 
     def _accumulate(
         self,
@@ -194,22 +195,35 @@ class FusedStep:
         accumulate: bool,
         means: Means,
     ) -> None:
-        sae = self.sae
-        terms, d_b_dec, values = sae.terms(batch, k, dead, share, self._scratch)
+        sae, gradients = self.sae, self.gradients
+        found = sae.terms(batch, k, dead, share, self._scratch)
         with self._scratch.part("gradients"):
-            db_dec = self.gradients[sae.b_dec]
-            if accumulate:
-                db_dec += d_b_dec
-            else:
-                db_dec.copy_(d_b_dec)
-            for number, term in enumerate(terms):
-                self._add_gradients(term, accumulate or number > 0)
-        codes = terms[0].codes
-        sae.track_(codes)
-        means.add(batch, codes, values)
+            written: set[int] = set()
+            for term in found.terms:
+                self._add_gradients(term, accumulate or term.part in written)
+                written.add(term.part)
+            by_terms = {id(p) for p in (sae.w_enc, sae.b_enc, *sae.decoders())}
+            for name, p in sae.named_parameters():
+                direct = found.direct.get(name)
+                if id(p) not in by_terms and not accumulate:
+                    gradients[p].zero_()
+                if direct is not None:
+                    gradients[p] += direct
+            if found.shrink is not None:
+                gradients[sae.w_dec].addcmul_(sae.w_dec, found.shrink[:, None])
+            if found.rows is not None:
+                features, dw_enc, db_enc = found.rows
+                gradients[sae.w_enc].index_add_(0, features, dw_enc)
+                gradients[sae.b_enc].index_add_(0, features, db_enc)
+        sae.track_(found.codes)
+        means.add(batch, found.codes, found.values)
 
     def _add_gradients(self, term: Term, accumulate: bool) -> None:
         sae, codes = self.sae, term.codes
+        named = {"w_dec": sae.w_dec, "w_enc": sae.w_enc, "b_enc": sae.b_enc}
+        dw_dec, dw_enc, db_enc = (
+            sae.rows(name, self.gradients[p], term.part) for name, p in named.items()
+        )
         sae_gradients_op(
             codes.values.float(),
             codes.indices,
@@ -217,7 +231,11 @@ class FusedStep:
             codes.tokens,
             term.dy,
             term.x,
-            sae.w_dec,
-            *(self.gradients[p] for p in (sae.w_dec, sae.w_enc, sae.b_enc)),
+            sae.rows("w_dec", sae.w_dec, term.part),
+            term.levels,
+            term.dh,
+            dw_dec,
+            dw_enc,
+            db_enc,
             accumulate,
         )
