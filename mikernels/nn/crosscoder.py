@@ -64,7 +64,7 @@ def layer_scales(x: torch.Tensor, n_layers: int) -> torch.Tensor:
 
 def scaled_layers(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """Layers side by side `[..., L d]`, each times its scale `[L]`."""
-    layers = x.reshape(*x.shape[:-1], len(scale), -1)
+    layers = x.reshape(*x.shape[:-1], len(scale), x.shape[-1] // len(scale))
     return (layers * scale[:, None].to(x.dtype)).reshape(x.shape)
 
 

@@ -114,7 +114,7 @@ class GatedSAE(SAE):
         return self.config.l1_coefficient * entries.mean(entries.per_token(gate))
 
     def extra_loss(self, slots: SparseCodes, batch: Batch) -> torch.Tensor:
-        gate = slots.with_values(slots.values.relu())
+        gate = self._gate(slots)
         frozen = self.config.frozen_decoder
         w_dec = self.w_dec.detach() if frozen else self.w_dec
         b_dec = self.b_dec.detach() if frozen else self.b_dec
@@ -126,6 +126,9 @@ class GatedSAE(SAE):
         b_dec = self.b_dec.detach() if frozen else self.b_dec
         return self._gate_loss(h.relu() @ w_dec + b_dec, batch)
 
+    def _gate(self, slots: SparseCodes) -> SparseCodes:
+        return slots.with_values(slots.values.relu().to(self.w_dec.dtype))
+
     def _gate_loss(self, y: torch.Tensor, batch: Batch) -> torch.Tensor:
         acc = accumulate_dtype(y.dtype)
         squares = (y.to(acc) - batch.output.reshape(y.shape).to(acc)).square().sum(-1)
@@ -134,7 +137,7 @@ class GatedSAE(SAE):
     def extra_gradient(
         self, slots: SparseCodes, batch: Batch, share: float | torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor], list[Term]]:
-        gate = slots.with_values(slots.values.relu())
+        gate = self._gate(slots)
         error, squares = decode_error(gate, self.w_dec, self.b_dec, batch.output)
         value = self.sparsity_share * Entries(None, batch.weights).mean(squares)
         measure = losses.Measure(batch.count, squares.new_ones(()))

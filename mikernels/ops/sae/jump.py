@@ -202,9 +202,7 @@ def jump(
     """
     h, threshold = _operands("jump", h, threshold)
     check_forms("jump", bandwidth, input_gradient, threshold_gradient)
-    return _Jump.apply(
-        h, threshold, bandwidth, bool(inclusive), input_gradient, threshold_gradient
-    )
+    return _Jump.apply(h, threshold, bandwidth, bool(inclusive), input_gradient, threshold_gradient)
 
 
 @in_own_dtype

@@ -109,6 +109,7 @@ class FusedStep:
         for p in self.sae.parameters():
             if p not in self.gradients:
                 self.gradients[p] = torch.zeros_like(p, dtype=torch.float32)
+        self._past_input: dict[torch.Tensor, torch.Tensor] = {}
         for number, (batch, share) in enumerate(zip(batches, shares(batches), strict=True)):
             self._accumulate(batch, k, dead, share, number > 0, means)
         if self.sae.centred:
@@ -116,6 +117,8 @@ class FusedStep:
                 # b_dec's part through the encoder's input
                 db_enc, db_dec = self.gradients[self.sae.b_enc], self.gradients[self.sae.b_dec]
                 db_dec -= weighted_row_sum(db_enc, self.sae.w_enc)
+        for p, gradient in self._past_input.items():
+            self.gradients[p] += gradient
         with clock.part("optimizer"):
             self._apply(self.gradients)
             self.sae.project_()
@@ -207,7 +210,12 @@ class FusedStep:
                 direct = found.direct.get(name)
                 if id(p) not in by_terms and not accumulate:
                     gradients[p].zero_()
-                if direct is not None:
+                if direct is None:
+                    continue
+                if id(p) in by_terms:
+                    # a bias that acts on codes directly too: not through the encoder's input
+                    self._past_input[p] = self._past_input.get(p, 0) + direct
+                else:
                     gradients[p] += direct
             if found.shrink is not None:
                 gradients[sae.w_dec].addcmul_(sae.w_dec, found.shrink[:, None])
