@@ -28,16 +28,17 @@ def check_row_offsets(op: str, row_offsets: torch.Tensor, slots: int) -> None:
     if row_offsets.is_meta:
         return
     right = (row_offsets[0] == 0) & (row_offsets[-1] <= slots) & (row_offsets.diff() >= 0).all()
-    message = f"{op}: row_offsets must ascend from 0 to at most {slots}"
+    message = f"{op}: row_offsets must ascend from 0 to at most"
     # a fake tensor has another type and no numbers
     if (
         row_offsets.device.type != "cpu"
         or torch.compiler.is_compiling()
         or type(row_offsets) is not torch.Tensor
     ):
-        torch._assert_async(right, f"{message}, got others")
+        # a graph cannot say how many slots there are where their number hangs on the data
+        torch._assert_async(right, f"{message} the number of slots, got others")
     elif not right:
-        raise ValueError(f"{message}, got {row_offsets[0]} to {row_offsets[-1]}")
+        raise ValueError(f"{message} {slots}, got {row_offsets[0]} to {row_offsets[-1]}")
 
 
 def n_tokens(values: torch.Tensor, row_offsets: torch.Tensor | None) -> int:

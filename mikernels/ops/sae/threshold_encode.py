@@ -226,8 +226,9 @@ def threshold_encode(
     check_forms(op, bandwidth, input_gradient, threshold_gradient)
     theta = _of_features(op, "threshold", threshold, x, n_features, negative=False)
     impl = threshold_encode_op.resolve(impl, x.device)
-    forms = {"inclusive": inclusive, "input_gradient": input_gradient}
-    floor = jump_floor(theta, bandwidth=bandwidth, **forms)
+    floor = jump_floor(
+        theta, bandwidth=bandwidth, inclusive=inclusive, input_gradient=input_gradient
+    )
     codes = _slots(x, w_enc, b_enc, b_dec, floor, impl)
     values = codes.values
     # else every slot is above its threshold
@@ -235,6 +236,11 @@ def threshold_encode(
         if theta.dim():
             theta = gather_features(theta, codes.indices, impl=impl)
         values = jump(
-            values, theta, bandwidth=bandwidth, threshold_gradient=threshold_gradient, **forms
+            values,
+            theta,
+            bandwidth=bandwidth,
+            inclusive=inclusive,
+            input_gradient=input_gradient,
+            threshold_gradient=threshold_gradient,
         )
     return SparseCodes._trusted(values.to(x.dtype), codes.indices, n_features, codes.row_offsets)
