@@ -1,50 +1,57 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Activations of a Hugging Face model: the residual stream after one decoder layer, over text.
+"""Activations of a Hugging Face model at one site or several, in one forward pass over text.
 
 Text is tokenised as it is read, cut into windows of `context` tokens (documents are joined by the
-end-of-text token), and the model is run up to the layer and no further. Windows come in reading
+end-of-text token), and the model is run up to the last site and no further. Windows come in reading
 order; a block of them is one shuffled buffer, so a saved position is reached again by tokenising
-up to it and running the model on one block only.
+up to it and running the model on one block only. What a site is: `mikernels.models.sites`.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 
 from mikernels.activations.sources import Rows, Source, SourceExhausted
-from mikernels.models.decoder import decoder_layers
-from mikernels.models.hooks import NEVER, check_fires, eager, returned
+from mikernels.models.sites import AnySite, Recorder, Site, read_sites
+from mikernels.values.batch import Batch
 
 REASONS = ("skipped", "special", "nonfinite", "outlier")
 # characters given to the tokeniser at a time, cut at a line end: documents of any length stream
 PIECE = 1 << 15
 
 
-class _LayerReached(Exception):
-    """Carries the layer's output out of the forward pass, so that later layers never run."""
-
-    def __init__(self, output: torch.Tensor):
-        super().__init__("layer reached")
-        self.output = output
+def _join(recorded: dict[str, torch.Tensor], sites: tuple[str, ...]) -> torch.Tensor:
+    """Of several sites `[n, d]` one `[n, L * d]`, on the first one's device."""
+    first, *others = (recorded[site] for site in sites)
+    return torch.cat([first, *(x.to(first.device) for x in others)], -1) if others else first
 
 
 class ModelSource(Source):
-    """Shuffled activations `[batch_size, d]` of one layer of a language model, streamed over text.
+    """Shuffled activations `[batch_size, d]` of a language model, streamed over text.
+
+        x = concat_l site_l(token)    [L * d], of the sites in `layer`
+        y = concat_l site_l(token)    of the sites in `target`, from the same forward pass
+
+    An SAE has one site and no target, a transcoder "14.mlp_in" with target "14.mlp_out", a
+    crosscoder several sites, a cross-layer transcoder several of both.
 
     Args:
         model: a Hugging Face model (Llama, GPT-2, GPT-NeoX, Gemma, ... style).
         tokenizer: its tokeniser.
-        layer: 0..n_layers-1, the residual stream after that decoder layer
-            (`hidden_states[layer + 1]`; after the last one, what the final norm reads); or a
-            submodule's name.
+        layer: a site: 0.. of the decoder layers, the residual stream after it
+            (`hidden_states[layer + 1]`; after the last one, what the final norm reads); or
+            `Site(14, "mlp_out")`, or its text "14.mlp_out": of residual, mlp_in (what the MLP
+            reads), mlp_out and attn_out (what MLP and attention add to the residual stream); or a
+            submodule's name. A list of them: their activations joined, in that order.
         texts: documents. A list, or any object that can be iterated again, is repeated for ever; an
             iterator is read once.
         batch_size: rows of a batch.
         seed: decides the orders.
+        target: a site or a list of them: batches are a Batch with target `[batch_size, d_out]`.
         context: tokens of a window.
         windows_per_forward: windows run at once, fewer where lengths differ.
         buffer_rows: rows that mix with each other and are in memory.
@@ -62,15 +69,23 @@ class ModelSource(Source):
             share the model is at fault, and reading ends in a ValueError: at the end of a block of
             buffer_rows or of the text, and before it once they are too many for a whole block.
 
+    A token is dropped at all sites, targets included, where one of them says so.
+
     Attributes:
+        sites: names of the sites in `layer`, e.g. ("0.residual", "1.residual"). n_layers: how many.
+        target_sites: of those in `target`; () without.
+        d: width of the input, of all sites together. d_out: of the target, or d without.
         dropped: tokens dropped since the source was made, by the first reason that applies:
             "skipped" (skip_first), "special", "nonfinite", "outlier".
         read_tokens: tokens that the model has read since then, dropped ones included. A block that
             is read again (resuming, another epoch) counts again.
 
     Raises:
-        ValueError, IndexError: no tokeniser, layer out of range, sizes below 1; a layer inside of a
-            scripted module. What torch.compile made runs uncompiled, so that the layer is seen.
+        TypeError, ValueError, IndexError, AttributeError: no tokeniser, layer out of range, sizes
+            below 1; a layer inside of a scripted module (what torch.compile made runs uncompiled,
+            so that the layer is seen); sites that a forward pass reaches not once, or of different
+            widths in one list; a model in which mlp_out or attn_out is not what is added to the
+            residual stream, which is checked here on one token, and on the first windows.
             Later, from `next_batch`: ValueError without any text, or with too many activations that
             are not finite; SourceExhausted when an iterator of texts has ended.
     """
@@ -79,11 +94,12 @@ class ModelSource(Source):
         self,
         model: torch.nn.Module,
         tokenizer: Any,
-        layer: int | str,
+        layer: AnySite | Sequence[AnySite],
         texts: Iterable[str],
         batch_size: int = 4096,
         seed: int = 0,
         *,
+        target: AnySite | Sequence[AnySite] | None = None,
         context: int = 256,
         windows_per_forward: int = 8,
         buffer_rows: int = 65_536,
@@ -116,13 +132,17 @@ class ModelSource(Source):
                 f"ModelSource: outlier_norm must be above 0, got {outlier_norm}; None keeps all"
             )
         self.model, self.tokenizer, self.texts = model.eval(), tokenizer, texts
-        self._module = self._find(layer)
-        check_fires("ModelSource", self.model, [self._module])
+        self._inputs = read_sites("ModelSource", "layer", layer)
+        self._targets = () if target is None else read_sites("ModelSource", "target", target)
+        self.sites = tuple(map(str, self._inputs))
+        self.target_sites = tuple(map(str, self._targets))
+        self.n_layers = len(self.sites)
         self.dropped = dict.fromkeys(REASONS, 0)
         self._nonfinite: str | None = None
         self.read_tokens = 0
         self._max_nonfinite = max_nonfinite
-        self.layer, self.context, self.max_tokens = layer, context, max_tokens
+        self.layer, self.target = layer, target
+        self.context, self.max_tokens = context, max_tokens
         self._per_forward, self._skip_first = windows_per_forward, skip_first
         self._outlier_norm = outlier_norm
         self._windows_per_block = max(1, buffer_rows // context)
@@ -132,40 +152,21 @@ class ModelSource(Source):
         self._bos = starts_with_bos if bos is None else bos
         if self._bos and tokenizer.bos_token_id is None:
             raise ValueError("ModelSource: bos=True needs a tokeniser with one, got bos_token None")
-        self.d = self._run(torch.zeros(1, 1, dtype=torch.int64)).shape[-1]
+        wanted = {str(site): site for site in self._inputs + self._targets}
+        self._recorder = Recorder(self.model, tuple(wanted.values()), "ModelSource")
+        self.d = self._width("layer", self.sites)
+        self._d_target = self._width("target", self.target_sites) if self._targets else None
         self._reader: tuple[int, int, Iterator[torch.Tensor]] | None = None
 
-    def _find(self, layer: int | str) -> torch.nn.Module:
-        if isinstance(layer, str):
-            return self.model.get_submodule(layer)
-        layers = decoder_layers(self.model, "ModelSource", "pass the module's name as layer")
-        if not 0 <= layer < len(layers):
-            raise IndexError(
-                f"ModelSource: layer must be in 0..{len(layers) - 1} "
-                f"({len(layers)} decoder layers), got {layer}"
+    def _width(self, name: str, sites: tuple[str, ...]) -> int:
+        """Of sites together."""
+        widths = {site: self._recorder.widths[site] for site in sites}
+        if len(set(widths.values())) > 1:
+            raise ValueError(
+                f"ModelSource: {name} must be sites of one width, which are joined, got {widths}; "
+                f"leave out those of another"
             )
-        return layers[layer]
-
-    @torch.no_grad()
-    def _run(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Token ids `[w, t]` -> activations `[w, t, d]`."""
-
-        def stop(module: torch.nn.Module, inputs: Any, output: Any) -> None:
-            raise _LayerReached(returned(output))
-
-        handle = self._module.register_forward_hook(stop)
-        try:
-            with eager():
-                device = next(self.model.parameters()).device
-                self.model(input_ids=tokens.to(device), use_cache=False)
-        except _LayerReached as reached:
-            return reached.output
-        finally:
-            handle.remove()
-        raise ValueError(
-            f"ModelSource: layer must be one that a forward pass calls, got {self.layer!r}, whose "
-            f"hooks never fire; {NEVER}"
-        )
+        return sum(widths.values())
 
     def _tokens(self) -> Iterator[int]:
         end = self.tokenizer.eos_token_id
@@ -197,18 +198,22 @@ class ModelSource(Source):
         if len(window) > max(self._skip_first, len(first)):
             yield torch.tensor(window, dtype=torch.int64)
 
-    def _keep(self, tokens: torch.Tensor, activations: torch.Tensor, number: int) -> torch.Tensor:
-        """Which tokens `[w, t]` of windows, the first the `number`-th, to keep; counts the rest."""
+    def _keep(
+        self, tokens: torch.Tensor, recorded: dict[str, torch.Tensor], number: int
+    ) -> torch.Tensor:
+        """Which tokens `[w, t]` of windows, the first the `number`-th, to keep at all sites; counts
+        the rest."""
         drop = {name: torch.zeros(tokens.shape, dtype=torch.bool) for name in REASONS}
         drop["skipped"][:, : self._skip_first] = True
         drop["special"] = torch.isin(tokens, self._special)
-        finite = activations.isfinite().all(-1).cpu()
-        drop["nonfinite"] = ~finite
-        if self._outlier_norm is not None:
-            norms = activations.norm(dim=-1, dtype=torch.float32).cpu()
-            median = norms.where(finite, torch.nan).nanmedian(-1, keepdim=True).values
-            drop["outlier"] = finite & ~(norms <= self._outlier_norm * median)
-        keep = torch.ones_like(finite)
+        for activations in recorded.values():
+            finite = activations.isfinite().all(-1).cpu()
+            drop["nonfinite"] |= ~finite
+            if self._outlier_norm is not None:
+                norms = activations.norm(dim=-1, dtype=torch.float32).cpu()
+                median = norms.where(finite, torch.nan).nanmedian(-1, keepdim=True).values
+                drop["outlier"] |= finite & ~(norms <= self._outlier_norm * median)
+        keep = torch.ones(tokens.shape, dtype=torch.bool)
         for reason in REASONS:
             drop[reason] &= keep
             self.dropped[reason] += int(drop[reason].sum())
@@ -222,6 +227,13 @@ class ModelSource(Source):
                     f"window {number + window}, position {position}, "
                     f"token {int(tokens[window, position])}"
                 )
+                if len(recorded) > 1:
+                    bad = (
+                        name
+                        for name, x in recorded.items()
+                        if not x[window, position].isfinite().all()
+                    )
+                    self._nonfinite += f", at {next(bad)}"
             # a share of so few tokens says little: 1 in the first window may be 1 of all
             self._judge(self._windows_per_block * self.context)
             if first:
@@ -233,8 +245,10 @@ class ModelSource(Source):
         return keep
 
     def _found(self) -> str:
+        single = self.n_layers == 1 and not self.target_sites
+        where = f"layer {self.layer!r}" if single else "a site"
         return (
-            f"NaN or inf at layer {self.layer!r} in {self.dropped['nonfinite']} of "
+            f"NaN or inf at {where} in {self.dropped['nonfinite']} of "
             f"{self._judged()} tokens (first in {self._nonfinite})"
         )
 
@@ -262,24 +276,27 @@ class ModelSource(Source):
             ):
                 stop += 1
             tokens = torch.stack(windows[start:stop])
-            activations = self._run(tokens)
-            if activations.shape != (*tokens.shape, self.d):
-                raise ValueError(
-                    f"ModelSource: layer {self.layer!r} must give {[*tokens.shape, self.d]} "
-                    f"(windows, tokens, d), got {list(activations.shape)}; choose another module"
-                )
-            keep = self._keep(tokens, activations, number + start)
+            recorded = self._recorder.record(tokens, check=not self.read_tokens)
+            keep = self._keep(tokens, recorded, number + start)
             window, position = keep.nonzero(as_tuple=True)
-            parts.append(
-                {
-                    "activations": activations[window, position],
-                    "token_ids": tokens[window, position],
-                    "windows": window + (number + start),
-                    "positions": position,
-                }
-            )
+            kept = {name: x[window, position] for name, x in recorded.items()}
+            part: Rows = {
+                "activations": _join(kept, self.sites),
+                "token_ids": tokens[window, position],
+                "windows": window + (number + start),
+                "positions": position,
+            }
+            if self.target_sites:
+                part["targets"] = _join(kept, self.target_sites)
+            parts.append(part)
             start = stop
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    def next_batch(self) -> torch.Tensor | Batch:
+        """The next `[batch_size, d]` float32 activations of one site; a Batch where there are
+        several sites or a target."""
+        batch = super().next_batch()
+        return Batch(batch) if isinstance(batch, torch.Tensor) and self.n_layers > 1 else batch
 
     def read(self) -> Iterator[Rows]:
         """One epoch in reading order, a few windows at a time, for caching with `write_shards`."""
@@ -314,9 +331,17 @@ class ModelSource(Source):
         return rows
 
     def _identity(self) -> dict[str, Any]:
+        # the residual stream of one layer is that layer's number, as positions were always saved
+        layer: Any = list(self.sites)
+        if self.n_layers == 1:
+            (site,) = self._inputs
+            plain = isinstance(site, Site) and site.place == "residual"
+            layer = site.layer if isinstance(site, Site) and plain else str(site)
+        target = {"d_out": self.d_out, "target": list(self.target_sites)} if self._targets else {}
         return {
+            **target,
             "d": self.d,
-            "layer": self.layer,
+            "layer": layer,
             "context": self.context,
             "windows_per_block": self._windows_per_block,
             "max_tokens": self.max_tokens,

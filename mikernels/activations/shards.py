@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Activation shards: a folder of safetensors files and an `index.json`, written atomically.
 
-Every shard holds `activations [rows, d]` and any number of tensors with one entry a row, such as
-`token_ids [rows]`. `index.json` names the shards with their rows and checksums, and is written
-last, so that its presence means that the folder is complete.
+Every shard holds `activations [rows, d]`, `targets [rows, d_out]` where they are to be
+reconstructed as something else (a transcoder's target is the output of an MLP), and any number of
+tensors with one entry a row, such as `token_ids [rows]`. `index.json` names the shards with their
+rows and checksums, and is written last, so that its presence means that the folder is complete.
 
 A checksum (CRC-32) covers 256 rows of all tensors of a shard and is verified on every read of them,
 on the bytes that are used: 0.13 ms for 0.8 MB (256 rows of 768 in fp32) where zlib has the
@@ -40,17 +41,30 @@ _OWN = re.compile(
 )
 
 
+def is_target(tensor: torch.Tensor) -> bool:
+    """Whether a tensor named "targets" is what rows are to be reconstructed as: floating `[n, d]`.
+
+    Others of the name, such as labels, just go with the rows.
+    """
+    return tensor.dim() == 2 and tensor.is_floating_point()
+
+
 class Shard:
     """One opened file: its shape is known, its rows stay on disk until they are read.
 
     Args:
         crc32: of every 256 rows; None where none are known.
+        target: the tensor that is read as "targets"; None for none. There need be none of the name
+            "targets".
 
     Attributes:
-        path: the file. rows, d, dtype: of its activations. extra: names of the other tensors.
+        path: the file. rows, d, dtype: of its activations. d_target: width of its targets, None
+            without. row_bytes: of both. extra: names of the other tensors.
     """
 
-    def __init__(self, path: Path, key: str, crc32: list[int] | None = None):
+    def __init__(
+        self, path: Path, key: str, crc32: list[int] | None = None, target: str | None = None
+    ):
         self.path = path
         self._crc32 = crc32
         try:
@@ -64,6 +78,7 @@ class Shard:
                 f"truncated or of another format: write it again or move it out of the folder"
             ) from error
         matrices = [name for name, shape in shapes.items() if len(shape) == 2]
+        matrices = [name for name in matrices if name != target] or matrices
         if key not in slices and len(matrices) == 1:
             key = matrices[0]
         if key not in slices or len(shapes[key]) != 2:
@@ -73,11 +88,31 @@ class Shard:
             )
         self.rows, self.d = shapes[key]
         self.dtype = slices[key][:0].dtype
-        self._slices = {"activations": slices.pop(key)}
-        self._slices |= {
-            name: part for name, part in slices.items() if shapes[name][:1] == [self.rows]
-        }
-        self.extra = sorted(self._slices.keys() - {"activations"})
+        found = None
+        if target not in (None, key) and shapes.get(target, []) and is_target(slices[target][:0]):
+            found = target
+        if target != key and found is None and target not in (None, "targets"):
+            raise ValueError(
+                f"ShardSource: {path} must hold a floating tensor {target!r} [rows, d_out], got "
+                f"{shapes}; name the tensor with target="
+            )
+        renamed = {key: "activations"}
+        self.d_target: int | None = None
+        if found is not None:
+            n, self.d_target = shapes[found]
+            if n != self.rows or not self.d_target:
+                raise ValueError(
+                    f"ShardSource: {path} must hold {target!r} [{self.rows}, d_out] beside "
+                    f"{key!r}, got {shapes[found]}; write it again, or read without by target=None"
+                )
+            renamed[found] = "targets"
+        columns = {name for name, shape in shapes.items() if shape[:1] == [self.rows]}
+        # as in the file -> as read; what has the name of one of those is left out
+        self._names = {name: name for name in columns - set(renamed.values())} | renamed
+        # a checksum covers all of them
+        self._slices = {name: slices[name] for name in columns}
+        self.extra = sorted(self._names.keys() - renamed.keys())
+        self.row_bytes = sum(shapes[name][1] * slices[name][:0].dtype.itemsize for name in renamed)
 
     def read(self, start: int, stop: int) -> dict[str, torch.Tensor]:
         """Rows start..stop-1 (cut at the end) of every tensor.
@@ -87,7 +122,7 @@ class Shard:
         """
         stop = min(stop, self.rows)
         if self._crc32 is None:
-            return {name: part[start:stop] for name, part in self._slices.items()}
+            return self._named({name: part[start:stop] for name, part in self._slices.items()})
         # whole chunks, which have a checksum
         first = start - start % CHUNK_ROWS
         last = min(self.rows, -(-stop // CHUNK_ROWS) * CHUNK_ROWS)
@@ -100,12 +135,15 @@ class Shard:
                     f"checksum: they have changed on the disk; write the shards again or restore "
                     f"the file"
                 )
-        return {name: rows[start - first : stop - first] for name, rows in read.items()}
+        return self._named({n: rows[start - first : stop - first] for n, rows in read.items()})
+
+    def _named(self, rows: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {name: rows[own] for own, name in self._names.items()}
 
 
 def _crc32s(rows: dict[str, torch.Tensor]) -> list[int]:
     """Of every 256 rows, over all tensors in the order of their names."""
-    n = rows["activations"].shape[0]
+    n = next(iter(rows.values())).shape[0]
     found = []
     for start in range(0, n, CHUNK_ROWS):
         crc = 0
@@ -115,7 +153,9 @@ def _crc32s(rows: dict[str, torch.Tensor]) -> list[int]:
     return found
 
 
-def open_shards(folder: str | Path, key: str = "activations") -> list[Shard]:
+def open_shards(
+    folder: str | Path, key: str = "activations", target: str | None = None
+) -> list[Shard]:
     """The shards of a folder (or the one file given), checked against `index.json` if there is one.
 
     Raises:
@@ -124,7 +164,7 @@ def open_shards(folder: str | Path, key: str = "activations") -> list[Shard]:
     """
     folder = Path(folder)
     if folder.is_file():
-        return [Shard(folder, key)]
+        return [Shard(folder, key, target=target)]
     if not folder.is_dir():
         raise FileNotFoundError(
             f"ShardSource: folder must be an existing folder of safetensors shards, got {folder}"
@@ -148,7 +188,7 @@ def open_shards(folder: str | Path, key: str = "activations") -> list[Shard]:
             )
     if not paths:
         raise FileNotFoundError(f"ShardSource: {folder} must hold *.safetensors files, got none")
-    shards = [Shard(path, key, crc32.get(path.name)) for path in paths]
+    shards = [Shard(path, key, crc32.get(path.name), target) for path in paths]
     for shard in shards:
         if shard.rows != expected.get(shard.path.name, shard.rows):
             raise ValueError(
@@ -208,7 +248,11 @@ class ShardSource(Source):
         folder: a folder of `*.safetensors` (see `write_shards`), or one such file.
         batch_size: rows of a batch.
         seed: decides the orders.
-        key: the tensor's name; a shard with a single 2-D tensor may call it anything.
+        key: the tensor's name; a shard with a single 2-D tensor, the target aside, may call it
+            anything.
+        target: the tensor `[rows, d_out]` that the rows are to be reconstructed as, which
+            `next_rows` returns as "targets"; shards need not have one of that name. None: the rows
+            themselves, whatever lies beside them.
         window_rows: rows that mix with each other; None is 64 MB worth.
 
     Raises:
@@ -223,23 +267,28 @@ class ShardSource(Source):
         seed: int = 0,
         *,
         key: str = "activations",
+        target: str | None = "targets",
         window_rows: int | None = None,
     ):
         super().__init__(batch_size, seed)
-        self._shards = open_shards(folder, key)
+        self._shards = open_shards(folder, key, target)
         first = self._shards[0]
         for shard in self._shards:
             check_activations("ShardSource", str(shard.path), [shard.rows, shard.d], shard.dtype)
-            if (shard.d, shard.extra) != (first.d, first.extra):
-                raise ValueError(
-                    f"ShardSource: {shard.path} must be [rows, {first.d}] with {first.extra} like "
-                    f"{first.path.name}, got [{shard.rows}, {shard.d}] with {shard.extra}; keep "
-                    f"one layer of one model in a folder"
+            if (shard.d, shard.d_target, shard.extra) != (first.d, first.d_target, first.extra):
+                expected, got = (
+                    f"{s.d}] with {s.extra}"
+                    + ("" if s.d_target is None else f" and targets [rows, {s.d_target}]")
+                    for s in (first, shard)
                 )
-        self.d = first.d
+                raise ValueError(
+                    f"ShardSource: {shard.path} must be [rows, {expected} like {first.path.name}, "
+                    f"got [{shard.rows}, {got}; keep one layer of one model in a folder"
+                )
+        self.d, self._d_target = first.d, first.d_target
         self.n_rows = sum(shard.rows for shard in self._shards)
         if window_rows is None:
-            window_rows = WINDOW_BYTES // (self.d * first.dtype.itemsize)
+            window_rows = WINDOW_BYTES // first.row_bytes
         self._window_chunks = max(1, max(window_rows, batch_size) // CHUNK_ROWS)
         chunks = [-(-shard.rows // CHUNK_ROWS) for shard in self._shards]
         self._first_chunk = [0, *accumulate(chunks)]
@@ -263,7 +312,8 @@ class ShardSource(Source):
         return -(-self._first_chunk[-1] // self._window_chunks)
 
     def _identity(self) -> dict[str, Any]:
-        return {"rows": self.n_rows, "d": self.d, "window_chunks": self._window_chunks}
+        target = {} if self._d_target is None else {"d_out": self._d_target}
+        return {"rows": self.n_rows, "d": self.d, "window_chunks": self._window_chunks, **target}
 
 
 def write_shards(
@@ -278,14 +328,16 @@ def write_shards(
 
     Args:
         folder: made if missing; must not hold shards yet.
-        batches: `[n, d]` activations, or dicts of `activations [n, d]` and tensors `[n, ...]`.
+        batches: `[n, d]` activations, or dicts of `activations [n, d]`, perhaps `targets
+            [n, d_out]`, and tensors `[n, ...]`, as `ModelSource.read` gives them.
         rows_per_shard: rows of every shard but the last.
-        dtype: of the stored activations; None keeps theirs.
+        dtype: of the stored activations and targets; None keeps theirs.
         metadata: JSON-able, returned by `read_index`.
 
     Raises:
         FileExistsError: when the folder holds shards.
-        TypeError, ValueError: when metadata is not JSON-able, or there is no row.
+        TypeError, ValueError: when metadata is not JSON-able, there is no row, or a tensor has
+            another number of rows than the activations.
         BlockingIOError: another process writes shards there.
         OSError: when a file cannot be written, e.g. on a full disk, or the folder was deleted
             meanwhile; earlier shards stay.
@@ -323,9 +375,18 @@ def write_shards(
 
         for batch in batches:
             rows = dict(batch) if isinstance(batch, dict) else {"activations": batch}
+            n = rows["activations"].shape[0]
+            for name, tensor in rows.items():
+                if tensor.shape[:1] != (n,):
+                    raise ValueError(
+                        f"write_shards: {name} must have {n} rows like activations, got "
+                        f"{list(tensor.shape)}; leave it out, or give an entry a row"
+                    )
             rows["activations"] = rows["activations"].to(dtype or rows["activations"].dtype)
+            if "targets" in rows and is_target(rows["targets"]):
+                rows["targets"] = rows["targets"].to(dtype or rows["targets"].dtype)
             held.append(rows)
-            n_held += rows["activations"].shape[0]
+            n_held += n
             flush(rows_per_shard)
         flush(1)
         if not shards:

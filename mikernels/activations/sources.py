@@ -16,8 +16,11 @@ from typing import Any
 
 import torch
 
+from mikernels.values.batch import Batch
+
 Rows = dict[str, torch.Tensor]
-"""`activations [n, d]` and whatever goes with each row, e.g. `token_ids [n]`."""
+"""`activations [n, d]` and whatever goes with each row: `targets [n, d_out]` of a source that has
+them, `token_ids [n]`."""
 
 
 class SourceExhausted(ValueError):
@@ -25,17 +28,22 @@ class SourceExhausted(ValueError):
 
 
 class Source(ABC):
-    """Batches of activations `[batch_size, d]` with exact resume.
+    """Batches of activations `[batch_size, d]`, with targets or without, with exact resume.
 
     Args:
         batch_size: rows of a batch, at least 1.
         seed: decides every order.
+
+    Attributes:
+        d: width of the activations.
 
     Raises:
         ValueError: for a batch size below 1.
     """
 
     d: int
+    # of the targets, None without any
+    _d_target: int | None = None
 
     def __init__(self, batch_size: int, seed: int = 0):
         if batch_size < 1:
@@ -48,6 +56,11 @@ class Source(ABC):
         self._rows: Rows | None = None
         self._order = torch.empty(0, dtype=torch.int64)
         self._epoch_has_rows = False
+
+    @property
+    def d_out(self) -> int:
+        """Width of what is reconstructed: of the targets, or d without any."""
+        return self.d if self._d_target is None else self._d_target
 
     @abstractmethod
     def _load(self, epoch: int, block: int) -> Rows | None:
@@ -94,9 +107,11 @@ class Source(ABC):
                 self._block, self._offset = self._block + 1, 0
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
-    def next_batch(self) -> torch.Tensor:
-        """The next `[batch_size, d]` float32 activations."""
-        return self.next_rows()["activations"].float()
+    def next_batch(self) -> torch.Tensor | Batch:
+        """The next `[batch_size, d]` float32 activations, with their targets as a Batch."""
+        rows = self.next_rows()
+        x = rows["activations"].float()
+        return x if self._d_target is None else Batch(x, rows["targets"].float())
 
     def state_dict(self) -> dict[str, Any]:
         """The position, JSON-able."""
@@ -171,15 +186,34 @@ class TensorSource(Source):
         tensor: `[n, d]` floating; not copied.
         batch_size: rows of a batch.
         seed: decides the orders.
+        target: `[n, d_out]` floating, what each row is to be reconstructed as (a transcoder's is
+            the output of an MLP); None: itself. `next_rows` returns it as "targets".
         extra: tensors `[n, ...]` that `next_rows` returns beside the activations.
 
     Raises:
-        TypeError, ValueError: for a tensor that is not floating, not 2-D, or empty.
+        TypeError, ValueError: for a tensor or target that is not floating, not 2-D, or empty, and
+            for tensors with another number of rows.
     """
 
-    def __init__(self, tensor: torch.Tensor, batch_size: int, seed: int = 0, **extra: torch.Tensor):
+    def __init__(
+        self,
+        tensor: torch.Tensor,
+        batch_size: int,
+        seed: int = 0,
+        *,
+        target: torch.Tensor | None = None,
+        **extra: torch.Tensor,
+    ):
         super().__init__(batch_size, seed)
         check_activations("TensorSource", "tensor", list(tensor.shape), tensor.dtype)
+        if target is not None:
+            check_activations("TensorSource", "target", list(target.shape), target.dtype)
+            if "targets" in extra:
+                raise TypeError(
+                    "TensorSource: target must come alone, got targets beside it; leave one out"
+                )
+            extra["targets"] = target
+            self._d_target = target.shape[1]
         for name, rows in extra.items():
             if rows.shape[0] != tensor.shape[0]:
                 raise ValueError(
@@ -196,4 +230,5 @@ class TensorSource(Source):
         return 1
 
     def _identity(self) -> dict[str, Any]:
-        return {"shape": list(self._data["activations"].shape)}
+        shape = list(self._data["activations"].shape)
+        return {"shape": shape} | ({} if self._d_target is None else {"d_out": self._d_target})

@@ -92,6 +92,15 @@ class Claims:
         self._found.append(torch.stack([bad.sum().double(), at.double(), *values]))
         self._shape = bad.shape
 
+    def sums(self, claim: str, got: torch.Tensor, terms: list[torch.Tensor]) -> None:
+        """Claims `got = sum(terms)`, within rounding, wherever the terms are."""
+        got = got.detach()
+        terms = [t.detach().to(got.device).reshape(got.shape) for t in terms]
+        total = terms[0].to(accumulate_dtype(terms[0].dtype))
+        for t in terms[1:]:
+            total = total + t.to(accumulate_dtype(t.dtype))
+        self.equal(claim, got, total, sum_limit(terms, got))
+
     def check(self, refuse: Callable[[str], Exception]) -> None:
         """Raises what `refuse` makes of the first claim that does not hold."""
         if not self._found:

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from mikernels._dispatch import accumulate_dtype
-from mikernels.models.claims import Claims, product_limit, sum_limit
+from mikernels.models.claims import Claims, product_limit
 from mikernels.models.decoder import Block, Decoder
 from mikernels.models.hooks import NEVER, returned
 
@@ -185,10 +185,8 @@ class Watch:
             if not site.keys() >= {"attn", "z", "mlp"}:
                 raise refusal(f"in block {layer} hooks fire only on {sorted(site)}; {NEVER}")
             y = returned(output).detach()
-            parts = [site[n].detach().to(y.device).reshape(y.shape) for n in ("x", "attn", "mlp")]
-            x, attn, mlp = (t.to(accumulate_dtype(t.dtype)) for t in parts)
             claim = f"block {layer} must return input + attention + mlp"
-            claims.equal(claim, y, x + attn + mlp, sum_limit(parts, y))
+            claims.sums(claim, y, [site[n] for n in ("x", "attn", "mlp")])
             claim = f"attention of block {layer} must return what its projection does"
             projected, attended = seen.pop().read(self._decoder, claim), raw["attn"]
             if projected.shape != attended.shape:

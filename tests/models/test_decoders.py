@@ -229,7 +229,7 @@ def test_activations_of_each_kind_are_its_hidden_states(name):
     final_norm = model.get_submodule(KINDS[name].ends[1])
     for layer in range(3):
         source = ModelSource(model, Characters(), layer, ["text"], context=8)
-        found = source._run(IDS)
+        (found,) = source._recorder.record(IDS).values()
         # after the last block transformers shows what the final norm made of it
         found = final_norm(found) if layer == 2 else found
         assert torch.equal(found, hidden[layer + 1])
