@@ -15,13 +15,11 @@ from typing import Any
 
 import torch
 
+from mikernels.activations.dropped import REASONS, dropped
 from mikernels.activations.sources import Rows, Source, SourceExhausted
-from mikernels.models.decoder import decoder_layers
+from mikernels.activations.windows import begins_with_bos, token_windows
+from mikernels.models.decoder import find_layer
 from mikernels.models.hooks import NEVER, check_fires, eager, returned
-
-REASONS = ("skipped", "special", "nonfinite", "outlier")
-# characters given to the tokeniser at a time, cut at a line end: documents of any length stream
-PIECE = 1 << 15
 
 
 class _LayerReached(Exception):
@@ -116,7 +114,7 @@ class ModelSource(Source):
                 f"ModelSource: outlier_norm must be above 0, got {outlier_norm}; None keeps all"
             )
         self.model, self.tokenizer, self.texts = model.eval(), tokenizer, texts
-        self._module = self._find(layer)
+        self._module = find_layer(self.model, layer, "ModelSource")
         check_fires("ModelSource", self.model, [self._module])
         self.dropped = dict.fromkeys(REASONS, 0)
         self._nonfinite: str | None = None
@@ -128,23 +126,11 @@ class ModelSource(Source):
         self._windows_per_block = max(1, buffer_rows // context)
         special = tokenizer.all_special_ids if drop_special else []
         self._special = torch.tensor(sorted(special), dtype=torch.int64)
-        starts_with_bos = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
-        self._bos = starts_with_bos if bos is None else bos
+        self._bos = begins_with_bos(tokenizer) if bos is None else bos
         if self._bos and tokenizer.bos_token_id is None:
             raise ValueError("ModelSource: bos=True needs a tokeniser with one, got bos_token None")
         self.d = self._run(torch.zeros(1, 1, dtype=torch.int64)).shape[-1]
         self._reader: tuple[int, int, Iterator[torch.Tensor]] | None = None
-
-    def _find(self, layer: int | str) -> torch.nn.Module:
-        if isinstance(layer, str):
-            return self.model.get_submodule(layer)
-        layers = decoder_layers(self.model, "ModelSource", "pass the module's name as layer")
-        if not 0 <= layer < len(layers):
-            raise IndexError(
-                f"ModelSource: layer must be in 0..{len(layers) - 1} "
-                f"({len(layers)} decoder layers), got {layer}"
-            )
-        return layers[layer]
 
     @torch.no_grad()
     def _run(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -167,48 +153,21 @@ class ModelSource(Source):
             f"hooks never fire; {NEVER}"
         )
 
-    def _tokens(self) -> Iterator[int]:
-        end = self.tokenizer.eos_token_id
-        for document in self.texts:
-            start = 0
-            while start < len(document):
-                stop = document.rfind("\n", start, start + PIECE) + 1
-                if stop <= start or start + PIECE >= len(document):
-                    stop = start + PIECE
-                piece = document[start:stop]
-                yield from self.tokenizer(piece, add_special_tokens=False, verbose=False)[
-                    "input_ids"
-                ]
-                start = stop
-            if document and end is not None:
-                yield end
-
     def token_windows(self) -> Iterator[torch.Tensor]:
         """Windows of `context` token ids in reading order; the last one may be shorter."""
-        first = [self.tokenizer.bos_token_id] if self._bos else []
-        window = list(first)
-        for count, token in enumerate(self._tokens()):
-            if self.max_tokens is not None and count >= self.max_tokens:
-                break
-            window.append(token)
-            if len(window) == self.context:
-                yield torch.tensor(window, dtype=torch.int64)
-                window = list(first)
-        if len(window) > max(self._skip_first, len(first)):
-            yield torch.tensor(window, dtype=torch.int64)
+        return token_windows(
+            self.tokenizer,
+            self.texts,
+            self.context,
+            max_tokens=self.max_tokens,
+            bos=self._bos,
+            skip_first=self._skip_first,
+        )
 
     def _keep(self, tokens: torch.Tensor, activations: torch.Tensor, number: int) -> torch.Tensor:
         """Which tokens `[w, t]` of windows, the first the `number`-th, to keep; counts the rest."""
-        drop = {name: torch.zeros(tokens.shape, dtype=torch.bool) for name in REASONS}
-        drop["skipped"][:, : self._skip_first] = True
-        drop["special"] = torch.isin(tokens, self._special)
-        finite = activations.isfinite().all(-1).cpu()
-        drop["nonfinite"] = ~finite
-        if self._outlier_norm is not None:
-            norms = activations.norm(dim=-1, dtype=torch.float32).cpu()
-            median = norms.where(finite, torch.nan).nanmedian(-1, keepdim=True).values
-            drop["outlier"] = finite & ~(norms <= self._outlier_norm * median)
-        keep = torch.ones_like(finite)
+        drop = dropped(tokens, activations, self._skip_first, self._special, self._outlier_norm)
+        keep = torch.ones(tokens.shape, dtype=torch.bool)
         for reason in REASONS:
             drop[reason] &= keep
             self.dropped[reason] += int(drop[reason].sum())
