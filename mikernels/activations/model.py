@@ -15,13 +15,11 @@ from typing import Any
 
 import torch
 
+from mikernels.activations.dropped import REASONS, dropped
 from mikernels.activations.sources import Rows, Source, SourceExhausted
+from mikernels.activations.windows import begins_with_bos, token_windows
 from mikernels.models.sites import AnySite, Recorder, Site, read_sites
 from mikernels.values.batch import Batch
-
-REASONS = ("skipped", "special", "nonfinite", "outlier")
-# characters given to the tokeniser at a time, cut at a line end: documents of any length stream
-PIECE = 1 << 15
 
 
 def _join(recorded: dict[str, torch.Tensor], sites: tuple[str, ...]) -> torch.Tensor:
@@ -148,8 +146,7 @@ class ModelSource(Source):
         self._windows_per_block = max(1, buffer_rows // context)
         special = tokenizer.all_special_ids if drop_special else []
         self._special = torch.tensor(sorted(special), dtype=torch.int64)
-        starts_with_bos = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
-        self._bos = starts_with_bos if bos is None else bos
+        self._bos = begins_with_bos(tokenizer) if bos is None else bos
         if self._bos and tokenizer.bos_token_id is None:
             raise ValueError("ModelSource: bos=True needs a tokeniser with one, got bos_token None")
         wanted = {str(site): site for site in self._inputs + self._targets}
@@ -168,35 +165,16 @@ class ModelSource(Source):
             )
         return sum(widths.values())
 
-    def _tokens(self) -> Iterator[int]:
-        end = self.tokenizer.eos_token_id
-        for document in self.texts:
-            start = 0
-            while start < len(document):
-                stop = document.rfind("\n", start, start + PIECE) + 1
-                if stop <= start or start + PIECE >= len(document):
-                    stop = start + PIECE
-                piece = document[start:stop]
-                yield from self.tokenizer(piece, add_special_tokens=False, verbose=False)[
-                    "input_ids"
-                ]
-                start = stop
-            if document and end is not None:
-                yield end
-
     def token_windows(self) -> Iterator[torch.Tensor]:
         """Windows of `context` token ids in reading order; the last one may be shorter."""
-        first = [self.tokenizer.bos_token_id] if self._bos else []
-        window = list(first)
-        for count, token in enumerate(self._tokens()):
-            if self.max_tokens is not None and count >= self.max_tokens:
-                break
-            window.append(token)
-            if len(window) == self.context:
-                yield torch.tensor(window, dtype=torch.int64)
-                window = list(first)
-        if len(window) > max(self._skip_first, len(first)):
-            yield torch.tensor(window, dtype=torch.int64)
+        return token_windows(
+            self.tokenizer,
+            self.texts,
+            self.context,
+            max_tokens=self.max_tokens,
+            bos=self._bos,
+            skip_first=self._skip_first,
+        )
 
     def _keep(
         self, tokens: torch.Tensor, recorded: dict[str, torch.Tensor], number: int
@@ -204,15 +182,12 @@ class ModelSource(Source):
         """Which tokens `[w, t]` of windows, the first the `number`-th, to keep at all sites; counts
         the rest."""
         drop = {name: torch.zeros(tokens.shape, dtype=torch.bool) for name in REASONS}
-        drop["skipped"][:, : self._skip_first] = True
-        drop["special"] = torch.isin(tokens, self._special)
         for activations in recorded.values():
-            finite = activations.isfinite().all(-1).cpu()
-            drop["nonfinite"] |= ~finite
-            if self._outlier_norm is not None:
-                norms = activations.norm(dim=-1, dtype=torch.float32).cpu()
-                median = norms.where(finite, torch.nan).nanmedian(-1, keepdim=True).values
-                drop["outlier"] |= finite & ~(norms <= self._outlier_norm * median)
+            found = dropped(
+                tokens, activations, self._skip_first, self._special, self._outlier_norm
+            )
+            for reason, where in found.items():
+                drop[reason] |= where
         keep = torch.ones(tokens.shape, dtype=torch.bool)
         for reason in REASONS:
             drop[reason] &= keep

@@ -216,6 +216,23 @@ def decoder_layers(model: torch.nn.Module, where: str, fix: str) -> torch.nn.Mod
     )
 
 
+def find_layer(model: torch.nn.Module, layer: int | str, where: str) -> torch.nn.Module:
+    """A decoder block by its number, or any submodule by its name.
+
+    Raises:
+        ValueError, IndexError, AttributeError: a model without decoder layers, or without this one.
+    """
+    if isinstance(layer, str):
+        return model.get_submodule(layer)
+    layers = decoder_layers(model, where, "pass the module's name as layer")
+    if not 0 <= layer < len(layers):
+        raise IndexError(
+            f"{where}: layer must be in 0..{len(layers) - 1} "
+            f"({len(layers)} decoder layers), got {layer}"
+        )
+    return layers[layer]
+
+
 def _block(model: torch.nn.Module, index: int, module: torch.nn.Module, d: int) -> Block | None:
     attention, mlp = _child(module, ATTENTION), _child(module, MLP)
     projection = None if attention is None else _child(attention, PROJECTION)

@@ -1,0 +1,24 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Judges of a trained SAE, on activations and text that it has not seen, without a network."""
+
+from mikernels.evaluate.intervals import Interval
+from mikernels.evaluate.judged import Judged, as_judged
+from mikernels.evaluate.random_sae import random_like
+from mikernels.evaluate.reconstruction import (
+    Reconstruction,
+    measure_reconstruction,
+    variance_unexplained,
+)
+from mikernels.evaluate.spliced import Spliced, measure_spliced
+
+__all__ = [
+    "Interval",
+    "Judged",
+    "Reconstruction",
+    "Spliced",
+    "as_judged",
+    "measure_reconstruction",
+    "measure_spliced",
+    "random_like",
+    "variance_unexplained",
+]

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bootstrap intervals: how much a number would move on another sample of the same size."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+RESAMPLES = 1000
+
+
+class Interval(NamedTuple):
+    """A number, and where 95 % of its bootstrap resamples lie; NaN bounds of fewer than 2 units."""
+
+    value: float
+    low: float
+    high: float
+
+    def told_apart(self, other: Interval) -> bool:
+        """Whether the two do not overlap; False where a bound is not known."""
+        return self.low > other.high or self.high < other.low
+
+    def to_dict(self) -> dict[str, float | None]:
+        """JSON-able: None for what is not finite."""
+        return {k: v if math.isfinite(v) else None for k, v in self._asdict().items()}
+
+    def __str__(self) -> str:
+        return f"{self.value:.4f} [{self.low:.4f}, {self.high:.4f}]"
+
+
+def bootstrap(
+    statistic: Callable[[np.ndarray], np.ndarray],
+    units: np.ndarray,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Interval:
+    """The percentile interval of a statistic of independent units (Efron 1979).
+
+    The same seed and number of units draw the same resamples, so that statistics of the same units
+    are compared pair by pair.
+
+    Args:
+        statistic: of `[..., units, columns]`, over the units: returns `[...]`.
+        units: `[units, columns]` float64.
+        resamples: how many samples of that many units are drawn, with replacement.
+        seed: of the draws.
+    """
+    value = float(statistic(units))
+    n = len(units)
+    if n < 2:
+        return Interval(value, math.nan, math.nan)
+    generator = np.random.default_rng(seed)
+    found = np.concatenate(
+        [
+            # 64 at a time: resamples x units x columns may be large
+            np.atleast_1d(statistic(units[generator.integers(0, n, (min(64, resamples - i), n))]))
+            for i in range(0, resamples, 64)
+        ]
+    )
+    if not np.isfinite(found).all():
+        return Interval(value, math.nan, math.nan)
+    low, high = np.quantile(found, [0.025, 0.975])
+    return Interval(value, float(low), float(high))
