@@ -218,6 +218,8 @@ class FusedStep:
             term.dy,
             term.x,
             sae.w_dec,
+            None,
+            None,
             *(self.gradients[p] for p in (sae.w_dec, sae.w_enc, sae.b_enc)),
             accumulate,
         )
