@@ -52,16 +52,14 @@ class Operands:
             raise ValueError(f"{op}: operands must name its arguments, got {sorted(unknown)}")
         self.op = op
         either = {name: found for name in rules if (found := _EITHER.fullmatch(rules[name]))}
-        # where the deciding operand stands, and the rules that hold when it is given
-        self.decider = 0
-        self.otherwise: Operands | None = None
-        if either:
-            (decider,) = {found[3] for found in either.values()}
-            self.decider = names.index(decider)
-            self.otherwise = Operands(
-                op, names, {**rules, **{n: m[2] for n, m in either.items()}}, optional
-            )
-            rules = {**rules, **{n: m[1] for n, m in either.items()}}
+        # where a deciding operand stands, and the rules that hold when it is given; those of this
+        # object hold when none of them is
+        self.otherwise: list[tuple[int, Operands]] = []
+        for decider in dict.fromkeys(found[3] for found in either.values()):
+            chosen = {name: found for name, found in either.items() if found[3] == decider}
+            given = {**rules, **{name: found[2] for name, found in chosen.items()}}
+            self.otherwise.append((names.index(decider), Operands(op, names, given, optional)))
+            rules = {**rules, **{name: found[1] for name, found in chosen.items()}}
         self.optional = optional
         self.tensors: list[tuple[int, str, str, str, tuple[str, ...]]] = []
         self.ints: list[tuple[int, str, int, str]] = []
@@ -80,8 +78,9 @@ class Operands:
 
     def check(self, args: Sequence[Any]) -> None:
         """Raises TypeError or ValueError for arguments against the rules."""
-        if self.otherwise is not None and args[self.decider] is not None:
-            return self.otherwise.check(args)
+        for decider, otherwise in self.otherwise:
+            if args[decider] is not None:
+                return otherwise.check(args)
         given = []
         for place, *rest in self.tensors:
             if args[place] is not None:

@@ -176,7 +176,7 @@ def _gradients(ground: Ground) -> None:
         values, db = ground.normal(n, s.k, dtype=fp32), ground.normal(f, dtype=fp32)
         op = torch.ops.mikernels.sae_gradients_
         seconds = ground.device.median(
-            lambda: op(values, indices, *slots, None, dy, x, w, dw, de, db, False)
+            lambda: op(values, indices, *slots, None, dy, x, w, None, None, dw, de, db, False)
         )
         return 2 * 4 * n * s.k * s.d / seconds / 1e12
 

@@ -74,8 +74,9 @@ def exact_gradients(batch: SAEBatch, dy: torch.Tensor, values: torch.Tensor) -> 
     dw_dec, dw_enc, db_enc = (torch.empty_like(w) for w in (w_dec, w_enc, b_enc))
     slots = by_feature_reference(batch.indices.reshape(-1), batch.shape.f)
     centred = batch.x.double() - b_dec
+    rows = dy, centred, w_dec, None, None
     sae_gradients_reference(
-        values, batch.indices, *slots, None, dy, centred, w_dec, dw_dec, dw_enc, db_enc, False
+        values, batch.indices, *slots, None, *rows, dw_dec, dw_enc, db_enc, False
     )
     db_dec = dy.sum(0) - db_enc @ w_enc
     return {"w_enc": dw_enc, "b_enc": db_enc, "w_dec": dw_dec, "b_dec": db_dec}

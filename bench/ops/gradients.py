@@ -41,6 +41,8 @@ def _ours(batch: SAEBatch, mode: str) -> Runner:
             dy,
             centred,
             w_dec,
+            None,
+            None,
             dw_dec,
             dw_enc,
             db_enc,

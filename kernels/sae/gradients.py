@@ -2,8 +2,8 @@
 """by_feature and gather_dot: see mikernels/ops/sae/gradients.py.
 
 `gather_dot`: a program is a token and a block of its slots, with a loop over columns; of ragged
-codes, a block of slots with the rows of their tokens. An index outside 0..F-1 gives NaN, and
-nothing outside w is read.
+codes, or with levels, a block of slots each with a row of its own. An index outside 0..F-1 gives
+NaN, and nothing outside w is read.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from ..common import offline
-from .gradients_hot import FORMS
+from .gradients_hot import FORMS, levels_inside
 
 
 def by_feature(indices: torch.Tensor, n_features: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -29,8 +29,8 @@ def by_feature(indices: torch.Tensor, n_features: int) -> tuple[torch.Tensor, to
 
 @triton.jit(do_not_specialize=["k", "n_features"])
 def _gather_dot_kernel(
-    rows, w, indices, tokens, out, k, d, n_features, rows_n, rows_d, w_f, w_d, indices_n,
-    indices_k, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    rows, w, indices, tokens, levels, out, k, d, n_features, rows_l, rows_n, rows_d, w_f, w_d,
+    indices_n, indices_k, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(k, BLOCK_K)
     token = (tl.program_id(0) // blocks).to(tl.int64)
@@ -40,11 +40,14 @@ def _gather_dot_kernel(
     inside_w = real & (feature >= 0) & (feature < n_features)
     if tokens is not None:
         owner = tl.load(tokens + slots, real, other=0)[:, None] * rows_n
+    if levels is not None:
+        level = tl.load(levels + feature, inside_w, other=0)[:, None] * rows_l
+        owner = level + (token * rows_n if tokens is None else owner)
     acc = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     for start in range(0, d, BLOCK_D):
         columns = (start + tl.arange(0, BLOCK_D)).to(tl.int64)
         inside = columns < d
-        if tokens is None:
+        if tokens is None and levels is None:
             row = tl.load(rows + token * rows_n + columns * rows_d, inside, other=0)
             row = row.to(tl.float32)[None, :]
         else:
@@ -73,12 +76,14 @@ def gather_dots(
     w: torch.Tensor,
     indices: torch.Tensor,
     tokens: torch.Tensor | None,
+    levels: torch.Tensor | None,
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """gather_dot into [N, k], or [S] for slots of these tokens, of any dtype."""
-    n, d = rows.shape
+    n, d = rows.shape[-2:]
     k = indices.shape[-1]
     out = rows.new_empty(indices.shape, dtype=dtype)
+    levels, rows_l = levels_inside(rows, levels)
     if out.numel() == 0:
         return out
     block_d = min(max(64, triton.next_power_of_2(d)), 512)
@@ -90,11 +95,13 @@ def gather_dots(
         w,
         indices,
         tokens,
+        levels,
         out,
         k,
         d,
         w.shape[0],
-        *rows.stride(),
+        rows_l,
+        *rows.stride()[-2:],
         *w.stride(),
         *strides,
         block_k,
@@ -105,10 +112,14 @@ def gather_dots(
 
 
 def gather_dot(
-    rows: torch.Tensor, w: torch.Tensor, indices: torch.Tensor, row_offsets: torch.Tensor | None
+    rows: torch.Tensor,
+    w: torch.Tensor,
+    indices: torch.Tensor,
+    row_offsets: torch.Tensor | None,
+    levels: torch.Tensor | None,
 ) -> torch.Tensor:
     tokens = None if row_offsets is None else tokens_of(row_offsets, indices.shape[0])
-    return gather_dots(rows, w, indices, tokens, rows.dtype)
+    return gather_dots(rows, w, indices, tokens, levels, rows.dtype)
 
 
 def cases() -> list[offline.Case]:
@@ -121,7 +132,12 @@ def cases() -> list[offline.Case]:
             if dtype != "bf16" and block_d < 512:
                 continue
             fixed = dict(rows_d=1, w_d=1, indices_k=1, BLOCK_K=block_k, BLOCK_D=block_d)
-            for kind, typed, constants in FORMS:
+            one = {"levels": None, "rows_l": 1}
+            forms = [(kind, typed, constants | one) for kind, typed, constants in FORMS]
+            if block_d == 512:
+                each = {"levels": "*i64", "rows_l": "i32"}
+                forms += [(f"{kind} levels", typed | each, more) for kind, typed, more in FORMS]
+            for kind, typed, constants in forms:
                 found.append(
                     offline.Case(
                         f"gather_dot {dtype} BLOCK_D={block_d}{kind}",

@@ -63,6 +63,17 @@ def owners(
     return 1, tokens.contiguous().clamp(0, max(n - 1, 0))
 
 
+def levels_inside(
+    rows: torch.Tensor, levels: torch.Tensor | None
+) -> tuple[torch.Tensor | None, int]:
+    """levels [F] of rows [L, N, d], held within 0..L-1, and L's stride; None, 0 of rows [N, d]."""
+    if levels is None:
+        return None, 0
+    if rows.shape[0] == 0 and levels.numel():
+        raise ValueError(f"levels must be none for rows {list(rows.shape)}, got {levels.numel()}")
+    return levels.contiguous().clamp(0, max(rows.shape[0] - 1, 0)), rows.stride(0)
+
+
 @triton.jit
 def token_of(slot, k, SHORT: tl.constexpr):
     """slot // k, of padded slots; a 64-bit division takes 4 times as many instructions as a 32-bit

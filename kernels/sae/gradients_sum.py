@@ -14,7 +14,7 @@ import triton.language as tl
 
 from ..common import offline
 from . import gradients_hot
-from .gradients_hot import feature_work, hot_share, share_of, token_of
+from .gradients_hot import feature_work, hot_share, levels_inside, share_of, token_of
 
 
 @triton.jit
@@ -44,13 +44,15 @@ def sum_rows(
 
 @triton.jit(do_not_specialize=["n_features", "slots", "bits", "k"])
 def _sum_shares_kernel(
-    coefficients, gates, rows, offsets, order, tokens, partial, partial_bias,
-    n_features, slots, bits, k, d, rows_n, rows_d,
+    coefficients, gates, rows, levels, offsets, order, tokens, partial, partial_bias,
+    n_features, slots, bits, k, d, rows_l, rows_n, rows_d,
     SHORT: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     share = tl.program_id(0)
-    _, begin, end = hot_share(share, offsets, n_features, slots, bits)
+    feature, begin, end = hot_share(share, offsets, n_features, slots, bits)
     if begin < end:
+        if levels is not None:
+            rows += tl.load(levels + feature) * rows_l
         columns = (tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)).to(tl.int64)
         total, bias = sum_rows(
             begin, end, order, tokens, coefficients, gates, rows, k, d, rows_n, rows_d, columns,
@@ -63,14 +65,16 @@ def _sum_shares_kernel(
 
 @triton.jit(do_not_specialize=["bits", "k"])
 def _feature_sum_kernel(
-    coefficients, gates, rows, offsets, order, tokens, partial, partial_bias, dw, db,
-    bits, k, d, rows_n, rows_d, dw_f, dw_d, db_f,
+    coefficients, gates, rows, levels, offsets, order, tokens, partial, partial_bias, dw, db,
+    bits, k, d, rows_l, rows_n, rows_d, dw_f, dw_d, db_f,
     WITH_BIAS: tl.constexpr, ACCUMULATE: tl.constexpr,
     SHORT: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     feature = tl.program_id(0).to(tl.int64)
     columns = (tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)).to(tl.int64)
     begin, end, block, last = feature_work(feature, offsets, bits)
+    if levels is not None:
+        rows += tl.load(levels + feature) * rows_l
     total, bias = sum_rows(
         begin, end, order, tokens, coefficients, gates, rows, k, d, rows_n, rows_d, columns,
         SHORT, E, BLOCK_D,
@@ -98,6 +102,7 @@ def sum_by_feature(
     coefficients: torch.Tensor,
     gates: torch.Tensor,
     rows: torch.Tensor,
+    levels: torch.Tensor | None,
     offsets: torch.Tensor,
     order: torch.Tensor,
     tokens: torch.Tensor | None,
@@ -105,10 +110,14 @@ def sum_by_feature(
     db: torch.Tensor | None,
     accumulate: bool,
 ) -> None:
-    """feature_sum into dw [F, d], db [F] of any dtype; slots whose gate is 0 are skipped."""
+    """feature_sum into dw [F, d], db [F] of any dtype; slots whose gate is 0 are skipped.
+
+    With levels [F], rows are [L, N, d] and a feature's are those of its level.
+    """
     n_features, d = dw.shape
     slots = coefficients.numel()
-    k, tokens = gradients_hot.owners(coefficients, tokens, rows.shape[0])
+    k, tokens = gradients_hot.owners(coefficients, tokens, rows.shape[-2])
+    levels, rows_l = levels_inside(rows, levels)
     if n_features == 0:
         return
     coefficients, gates = coefficients.contiguous(), gates.contiguous()
@@ -122,8 +131,8 @@ def sum_by_feature(
     shares = gradients_hot.shares(slots, bits)
     partial = rows.new_empty(shares, d, dtype=torch.float32)
     partial_bias = rows.new_empty(shares, dtype=torch.float32)
-    operands = coefficients, gates, rows, offsets, order, tokens, partial, partial_bias
-    sizes = k, d, *rows.stride()
+    operands = coefficients, gates, rows, levels, offsets, order, tokens, partial, partial_bias
+    sizes = k, d, rows_l, *rows.stride()[-2:]
     if shares:
         _sum_shares_kernel[(shares, blocks_d)](*operands, n_features, slots, bits, *sizes, **tile)
     _feature_sum_kernel[(n_features, blocks_d)](
@@ -142,7 +151,7 @@ def feature_sum(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     n_features = offsets.shape[0] - 1
     dw, db = rows.new_empty(n_features, rows.shape[1]), rows.new_empty(n_features)
-    sum_by_feature(coefficients, coefficients, rows, offsets, order, tokens, dw, db, False)
+    sum_by_feature(coefficients, coefficients, rows, None, offsets, order, tokens, dw, db, False)
     return dw, db
 
 
@@ -160,7 +169,14 @@ def cases() -> list[offline.Case]:
         for block_d, (entries, warps) in SUM_TILES.items():
             if dtype != "bf16" and block_d < 1024:
                 continue
-            for kind, typed, constants in gradients_hot.FORMS:
+            forms = [
+                (kind, typed, {**constants, "levels": None, "rows_l": 1})
+                for kind, typed, constants in gradients_hot.FORMS
+            ]
+            if block_d == 1024:
+                each = {"tokens": "*i64", "levels": "*i64", "rows_l": "i32"}
+                forms.append((" ragged levels", each, {}))
+            for kind, typed, constants in forms:
                 tile = dict(rows_d=1, SHORT=True, E=entries, BLOCK_D=block_d, **constants)
                 name = f"{dtype} BLOCK_D={block_d}{kind}"
                 found.append(

@@ -58,8 +58,8 @@ def _sae_update_kernel(
         m1 = tl.load(m_dec + at + columns, inside, other=0)
         v1 = tl.load(v_dec + at + columns, inside, other=0)
         to_dec, to_enc, bias = sae_feature(
-            feature, values, order, offsets, tokens, dy, x, p, partial, partial_bias,
-            bits, k, d, dy_n, dy_d, x_n, x_d, columns, inside, SHORT, E, BLOCK_D,
+            feature, values, None, order, offsets, tokens, dy, x, p, partial, partial_bias,
+            bits, k, d, None, dy_n, dy_d, x_n, x_d, columns, inside, inside, SHORT, E, BLOCK_D,
         )  # fmt: skip
         tl.store(db_enc + feature, bias)
         q = tl.load(w_enc + at + columns, inside, other=0).to(tl.float32)
@@ -163,7 +163,28 @@ def sae_update_(
     tile = row_tile(d, slots, TILES)
     if shares:
         _sae_shares_kernel[(shares,)](
-            *operands, n_features, slots, bits, *sizes, *w_dec.stride(), **row_tile(d, slots)
+            values,
+            None,
+            order,
+            offsets,
+            tokens,
+            dy,
+            None,
+            x,
+            w_dec,
+            partial,
+            partial_bias,
+            n_features,
+            slots,
+            bits,
+            k,
+            d,
+            None,
+            0,
+            *dy.stride(),
+            *x.stride(),
+            *w_dec.stride(),
+            **row_tile(d, slots),
         )
     owned = triton.cdiv(n_features, MOST_PROGRAMS)
     programs = triton.cdiv(n_features, owned)

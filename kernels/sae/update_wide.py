@@ -35,7 +35,7 @@ def update_by_pieces(
     """Everything that sae_update_ writes but the shadows; returns d_input."""
     n_features, d = w_dec.shape
     _, tokens = owners(values, tokens, dy.shape[0])
-    dvalues = gather_dots(dy, w_dec, indices, tokens, torch.float32)
+    dvalues = gather_dots(dy, w_dec, indices, tokens, None, torch.float32)
     dvalues.masked_fill_(values == 0, 0)
     d_input = w_dec.new_zeros(d, dtype=torch.float64)
     buffers = w_dec.new_empty(2, min(PIECE, n_features), d, dtype=torch.float32)
@@ -43,9 +43,10 @@ def update_by_pieces(
         rows = slice(begin, min(begin + PIECE, n_features))
         bounds = offsets[rows.start : rows.stop + 1]
         grad, scaled = buffers[:, : rows.stop - rows.start]
-        sum_by_feature(values, values, dy, bounds, order, tokens, grad, None, False)
+        sum_by_feature(values, values, dy, None, bounds, order, tokens, grad, None, False)
         adam_rows_(w_dec[rows], grad, m_dec[rows], v_dec[rows], *settings, project, unit_norm)
-        sum_by_feature(dvalues, values, x, bounds, order, tokens, grad, db_enc[rows], False)
+        slots = bounds, order, tokens
+        sum_by_feature(dvalues, values, x, None, *slots, grad, db_enc[rows], False)
         torch.mul(w_enc[rows], db_enc[rows, None], out=scaled)
         d_input += scaled.sum(0, dtype=torch.float64)
         adam_rows_(w_enc[rows], grad, m_enc[rows], v_enc[rows], *settings, False, False)

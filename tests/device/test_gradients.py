@@ -67,14 +67,16 @@ def test_gather_dot(device, dtype, n, d, n_features, k):
     indices = random_indices(n, k, n_features)
     given = on(device, rows, w, indices)
     with unchanged(*given):
-        out = gather_dot_op(*given, None, impl="triton")
+        out = gather_dot_op(*given, None, None, impl="triton")
     oracle = gather_dot(rows.double(), w.double(), indices)
     assert_accurate(out.cpu(), oracle, gather_dot(rows, w, indices))
     for layout in LAYOUTS.values() if d < 500 else ():
-        assert identical(gather_dot_op(*map(layout, given), None, impl="triton"), out)
+        assert identical(gather_dot_op(*map(layout, given), None, None, impl="triton"), out)
     expanded = given[0][:, :1].expand(n, d)
-    actual = gather_dot_op(expanded, *given[1:], None, impl="triton")
-    assert identical(actual, gather_dot_op(expanded.contiguous(), *given[1:], None, impl="triton"))
+    actual = gather_dot_op(expanded, *given[1:], None, None, impl="triton")
+    assert identical(
+        actual, gather_dot_op(expanded.contiguous(), *given[1:], None, None, impl="triton")
+    )
 
 
 def hot_indices(n, k, n_features):
@@ -136,7 +138,7 @@ def run(device, operands, start=None, impl="triton"):
         out = [t.clone() for t in start]
     out, given = on(device, *out), on(device, *operands)
     with unchanged(*given):
-        sae_gradients_op(*given, *out, start is not None, impl=impl)
+        sae_gradients_op(*given, None, None, *out, start is not None, impl=impl)
     return [t.cpu() for t in out]
 
 
@@ -180,7 +182,7 @@ def test_sae_gradients_layouts(device, chunk, widest, layout):
     shapes = (n_features, d), (n_features, d), (n_features, 1)
     out = [LAYOUTS[layout](torch.empty(shape)).to(device) for shape in shapes]
     out[2] = out[2][:, 0]
-    sae_gradients_op(*on(device, *operands), *out, False, impl="triton")
+    sae_gradients_op(*on(device, *operands), None, None, *out, False, impl="triton")
     assert all(map(identical, (t.cpu() for t in out), dense))
 
 
@@ -193,7 +195,7 @@ def test_sae_gradients_of_an_expanded_gradient(device):
     given += [t[:1, :1].to(device).expand(12, 8) for t in operands[5:6]]
     given += [t[:1].to(device).expand(12, 8) for t in operands[6:7]]
     out = [torch.empty(t.shape, device=device) for t in expected]
-    sae_gradients_op(*given, operands[7].to(device), *out, False, impl="triton")
+    sae_gradients_op(*given, operands[7].to(device), None, None, *out, False, impl="triton")
     assert all(map(identical, (t.cpu() for t in out), expected))
 
 
@@ -246,11 +248,11 @@ def test_rows_beyond_2_to_the_31_elements(device):
     given = on(device, values, indices, *by_feature_reference(indices.reshape(-1), 2), None)
     bias = torch.empty(2, device=device)
     for operands in (view, near):
-        rows = (operands[n] for n in names)
-        sae_gradients_op(*given, *rows, bias, False, impl="triton")
+        *rows, dw_dec, dw_enc = (operands[n] for n in names)
+        sae_gradients_op(*given, *rows, None, None, dw_dec, dw_enc, bias, False, impl="triton")
     assert all(identical(view[n], near[n]) for n in names)
     for operands in (view, near):
-        dots = gather_dot_op(operands["dy"], operands["w_dec"], given[1], None, impl="triton")
+        dots = gather_dot_op(operands["dy"], operands["w_dec"], given[1], None, None, impl="triton")
         sums, _ = feature_sum_op(given[0], operands["dy"], *given[2:], impl="triton")
         assert identical(dots.cpu(), gather_dot(near["dy"].cpu(), near["w_dec"].cpu(), indices))
         assert identical(sums, near["dw_dec"])

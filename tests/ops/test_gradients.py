@@ -72,12 +72,12 @@ def test_gather_dot(impl, dtype, n, d, n_features, k):
     rows, w = randn(n, d, dtype=dtype), randn(n_features, d, dtype=dtype, seed=1)
     indices = random_indices(n, k, n_features)
     with unchanged(rows, w, indices):
-        out = gather_dot_op(rows, w, indices, None, impl=impl)
+        out = gather_dot_op(rows, w, indices, None, None, impl=impl)
     eager = gather_dot(rows, w, indices)
     assert_accurate(out, gather_dot(rows.double(), w.double(), indices), eager)
     transposed = w.T.contiguous().T, indices.T.contiguous().T
-    expanded = gather_dot_op(rows[:, :1].expand(n, d), *transposed, None, impl=impl)
-    full = gather_dot_op(rows[:, :1].expand(n, d).contiguous(), w, indices, None, impl=impl)
+    expanded = gather_dot_op(rows[:, :1].expand(n, d), *transposed, None, None, impl=impl)
+    full = gather_dot_op(rows[:, :1].expand(n, d).contiguous(), w, indices, None, None, impl=impl)
     assert torch.equal(expanded, full)
 
 
@@ -118,7 +118,7 @@ def test_sae_gradients(impl, dtype, n, d, n_features, k, accumulate):
     start = randn(n_features, d), randn(n_features, d, seed=1), randn(n_features, seed=2)
     out = [t.clone() for t in start] if accumulate else [torch.empty_like(t) for t in start]
     with unchanged(*operands):
-        sae_gradients_op(*operands, *out, accumulate, impl=impl)
+        sae_gradients_op(*operands, None, None, *out, accumulate, impl=impl)
 
     def plain(values, dy, x, w_dec, start):
         dv = torch.where(values != 0, gather_dot(dy, w_dec, indices), 0)
@@ -138,20 +138,20 @@ def test_sae_gradients(impl, dtype, n, d, n_features, k, accumulate):
 def test_sae_gradients_layouts(impl, dtype):
     operands = sae_operands(12, 8, 60, 5, dtype, randint)
     dense = [torch.zeros(60, 8), torch.zeros(60, 8), torch.zeros(60)]
-    sae_gradients_op(*operands, *dense, False, impl=impl)
+    sae_gradients_op(*operands, None, None, *dense, False, impl=impl)
     for layout in (lambda t: t.mT.contiguous().mT, lambda t: torch.stack([t, t + 1], -1)[..., 0]):
         strided = [t if t is None or t.dim() < 2 else layout(t) for t in operands]
         out = [torch.zeros(60, 8), torch.zeros(60, 8), torch.zeros(60)]
-        sae_gradients_op(*strided, *out, False, impl=impl)
+        sae_gradients_op(*strided, None, None, *out, False, impl=impl)
         assert all(identical(a, b) for a, b in zip(out, dense, strict=True))
 
 
 def test_sae_gradients_with_a_low_precision_shadow_of_the_decoder(impl):
     operands = list(sae_operands(33, 17, 101, 7, torch.float32, randint))
     out, shadowed = ([torch.empty(101, 17), torch.empty(101, 17), torch.empty(101)] for _ in "12")
-    sae_gradients_op(*operands, *out, False, impl=impl)
+    sae_gradients_op(*operands, None, None, *out, False, impl=impl)
     operands[-1] = operands[-1].bfloat16()
-    sae_gradients_op(*operands, *shadowed, False, impl=impl)
+    sae_gradients_op(*operands, None, None, *shadowed, False, impl=impl)
     assert all(identical(a, b) for a, b in zip(out, shadowed, strict=True))
 
 
@@ -161,9 +161,9 @@ def test_gradients_are_one_function_of_their_input(impl):
 
     def run():
         out = [torch.empty(700, 33), torch.empty(700, 33), torch.empty(700)]
-        sae_gradients_op(*operands, *out, False, impl=impl)
+        sae_gradients_op(*operands, None, None, *out, False, impl=impl)
         sums = feature_sum_op(values, dy, offsets, order, None, impl=impl)
-        return *out, *sums, gather_dot_op(dy, w_dec, indices, None, impl=impl)
+        return *out, *sums, gather_dot_op(dy, w_dec, indices, None, None, impl=impl)
 
     first = run()
     for threads in (1, 2, 2):
@@ -197,7 +197,7 @@ def test_feature_sum_of_broken_slots_raises(level, case):
 def test_gather_dot_of_an_index_out_of_range_raises(level, index):
     gather_dot_op.resolve("cpp", torch.device("cpu"))
     with pytest.raises(RuntimeError, match="indices must be in"):
-        gather_dot_op(randn(2, 3), randn(9, 3), torch.tensor([[0, 1], [2, index]]), None)
+        gather_dot_op(randn(2, 3), randn(9, 3), torch.tensor([[0, 1], [2, index]]), None, None)
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])

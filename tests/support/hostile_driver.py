@@ -19,7 +19,7 @@ from mikernels._dispatch import OPS, Op  # noqa: E402
 
 # int64 operands whose entries are places; prefixes and ranks are compared only. Kernels by slots
 # have no use for indices
-PLACES = {"indices", "positions", "order", "offsets", "row_offsets", "tokens"}
+PLACES = {"indices", "positions", "order", "offsets", "row_offsets", "tokens", "levels"}
 UNUSED = {("sae_gradients_", "indices"), ("sae_update_", "indices")}
 
 

@@ -12,6 +12,7 @@ from mikernels._dispatch import accumulate_dtype
 from mikernels._ragged import tokens_of
 
 D, F, K = 6, 20, 3
+LEVELS = torch.arange(F) % 3
 
 
 def dense(*shape, dtype, seed=0):
@@ -82,8 +83,11 @@ def decode_error_samples(make, n, dtype):
 
 def gather_dot_samples(make, n, dtype):
     rows, w = make(n, D, dtype=dtype), make(F, D, dtype=dtype, seed=1)
-    yield rows, w, slots(n)[0], None
-    yield rows, w, *ragged_slots(n)[:2]
+    yield rows, w, slots(n)[0], None, None
+    yield rows, w, *ragged_slots(n)[:2], None
+    rows = make(3, n, D, dtype=dtype)
+    yield rows, w, slots(n)[0], None, LEVELS
+    yield rows, w, *ragged_slots(n)[:2], LEVELS
 
 
 def feature_sum_samples(make, n, dtype):
@@ -95,9 +99,15 @@ def feature_sum_samples(make, n, dtype):
 def sae_gradients_samples(make, n, dtype):
     rows = tuple(make(size, D, dtype=dtype, seed=size) for size in (n, n, F))
     out = torch.zeros(F, D), torch.zeros(F, D), torch.zeros(F)
-    yield make(n, K, dtype=dtype), *slots(n), None, *rows, *out, True
+    yield make(n, K, dtype=dtype), *slots(n), None, *rows, None, None, *out, True
     indices, _, *by_feature = ragged_slots(n)
-    yield make(n * K, dtype=dtype), indices, *by_feature, *rows, *out, True
+    ragged = make(n * K, dtype=dtype), indices, *by_feature
+    yield *ragged, *rows, None, None, *out, True
+    # another width of x and a dy for each level; then also the gradient at the pre-activations
+    rows = make(3, n, D, dtype=dtype), make(n, D + 1, dtype=dtype, seed=1), rows[2]
+    out = torch.zeros(F, D), torch.zeros(F, D + 1), torch.zeros(F)
+    yield make(n, K, dtype=dtype), *slots(n), None, *rows, LEVELS, None, *out, True
+    yield *ragged, *rows, LEVELS, make(n * K, dtype=dtype, seed=4), *out, False
 
 
 def adam_rows_samples(make, n, dtype):
@@ -154,8 +164,10 @@ HOSTILE = {
     "decode_error: short x": ("decode_error", (V, slots(5)[0], None, W, None, X[:2])),
     "decode_error: narrow x": ("decode_error", (V, slots(5)[0], None, W, None, X[:, :2])),
     "decode_error: x of another dtype": ("decode_error", (V, slots(5)[0], None, W, None, X.half())),
-    "gather_dot: short rows": ("gather_dot", (X[:2], W, slots(5)[0], None)),
-    "gather_dot: narrow rows": ("gather_dot", (X[:, :2], W, slots(5)[0], None)),
+    "gather_dot: short rows": ("gather_dot", (X[:2], W, slots(5)[0], None, None)),
+    "gather_dot: narrow rows": ("gather_dot", (X[:, :2], W, slots(5)[0], None, None)),
+    "gather_dot: levels of one matrix": ("gather_dot", (X, W, slots(5)[0], None, LEVELS)),
+    "gather_dot: a level too many": ("gather_dot", (X[None], W, slots(5)[0], None, LEVELS)),
     "feature_sum: short rows": ("feature_sum", (V, X[:2], *slots(5)[1:], None)),
     "feature_sum: short order": ("feature_sum", (V, X, slots(5)[1], SHORT, None)),
     "encode: narrow x": ("encode", (X[:, :2], W, None, None, None, K, True)),
@@ -198,7 +210,7 @@ HOSTILE = {
     ),
     "gather_dot: rows of fewer tokens than row_offsets": (
         "gather_dot",
-        (X[:2], W, *ragged_slots(5)[:2]),
+        (X[:2], W, *ragged_slots(5)[:2], None),
     ),
     "feature_sum: a token outside": (
         "feature_sum",
@@ -206,7 +218,7 @@ HOSTILE = {
     ),
     "sae_gradients_: ragged, without tokens": (
         "sae_gradients_",
-        (V.reshape(-1), ragged_slots(5)[0], *ragged_slots(5)[2:4], None, X, X, W)
+        (V.reshape(-1), ragged_slots(5)[0], *ragged_slots(5)[2:4], None, X, X, W, None, None)
         + (W.clone(), W.clone(), torch.zeros(F), False),
     ),
     "row_topk: k > F": ("row_topk", (X, D + 1, True)),
@@ -216,11 +228,11 @@ HOSTILE = {
     "by_feature: int32": ("by_feature", (slots(5)[0].reshape(-1).int(), F)),
     "sae_gradients_: short output": (
         "sae_gradients_",
-        (V, *slots(5), None, X, X, W, W[:3].clone(), W.clone(), torch.zeros(F), False),
+        (V, *slots(5), None, X, X, W, None, None, W[:3].clone(), W.clone(), torch.zeros(F), False),
     ),
     "sae_gradients_: output of another dtype": (
         "sae_gradients_",
-        (V, *slots(5), None, X, X, W, W.half(), W.clone(), torch.zeros(F), False),
+        (V, *slots(5), None, X, X, W, None, None, W.half(), W.clone(), torch.zeros(F), False),
     ),
     **pair_samples.HOSTILE,
 }

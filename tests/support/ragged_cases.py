@@ -113,9 +113,9 @@ def check_gather_dot(name, dtype, impl, device="cpu"):
         rows, w = data(r.n, r.d, dtype=dtype, seed=1), data(r.f, r.d, dtype=dtype, seed=2)
         given = on(device, rows, w, r.indices, r.row_offsets)
         with unchanged(*given):
-            dots = gather_dot_op(*given, impl=impl).cpu()
+            dots = gather_dot_op(*given, None, impl=impl).cpu()
         if data is randint:
-            padded = gather_dot_op(*on(device, rows, w, r.padded_indices, None), impl=impl)
+            padded = gather_dot_op(*on(device, rows, w, r.padded_indices, None, None), impl=impl)
             assert identical(dots, padded.cpu().reshape(-1)[r.places])
         else:
             exact, eager = (
@@ -157,7 +157,7 @@ def check_sae_gradients(name, dtype, impl, device="cpu", accumulate=True):
         out = on(device, *out)
         given = on(device, *operands, dy, x, w)
         with unchanged(*given):
-            sae_gradients_op(*given, *out, accumulate, impl=impl)
+            sae_gradients_op(*given, None, None, *out, accumulate, impl=impl)
         results.append(out)
     assert all(map(identical, *results))
 

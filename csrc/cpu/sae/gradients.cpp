@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // by_feature, gather_dot, feature_sum, sae_gradients_: see mikernels/ops/sae/gradients.py.
 #include "common.h"
+#include "cpu/sae/gradients.h"
 #include "cpu/sae/indices.h"
 #include "cpu/simd/levels.h"
 #include "cpu/simd/scalar.h"
@@ -30,10 +31,25 @@ std::tuple<Tensor, Tensor> by_feature(Tensor indices, int64_t n_features) {
   return {offsets, order};
 }
 
-Tensor gather_dot(Tensor rows, Tensor w, Tensor indices, OptionalTensor row_offsets) {
-  check(rows.dim() == 2 && w.dim() == 2, "gather_dot: rows and w must be 2-D");
+// levels of the features of w, made contiguous, for rows [L, N, d]; without them rows are [N, d]
+void check_levels(const char* op, const Tensor& rows, OptionalTensor& levels, int64_t features) {
+  const std::string name(op);
+  if (rows.dim() != (levels.has_value() ? 3 : 2))
+    throw std::runtime_error(name + ": expected rows [N, d], or [L, N, d] with levels [F]");
+  if (!levels.has_value()) return;
+  if (levels->dim() != 1 || levels->size(0) != features)
+    throw std::runtime_error(name + ": levels must be [F], one for each feature");
+  levels = torch::stable::contiguous(*levels);
+  check_indices(op, *levels, features, rows.size(0), "levels");
+}
+
+Tensor gather_dot(Tensor rows, Tensor w, Tensor indices, OptionalTensor row_offsets,
+                  OptionalTensor levels) {
+  check(w.dim() == 2, "gather_dot: w must be 2-D");
+  check_levels("gather_dot", rows, levels, w.size(0));
   check_rows("gather_dot", indices, row_offsets);
-  const int64_t n = rows.size(0), d = rows.size(1), slots = indices.numel();
+  const int64_t axis = rows.dim() - 2, n = rows.size(axis), d = rows.size(axis + 1);
+  const int64_t slots = indices.numel();
   check(rows.scalar_type() == w.scalar_type() && w.size(1) == d &&
             n == (row_offsets.has_value() ? row_offsets->size(0) - 1 : indices.size(0)),
         "gather_dot: expected rows [N, d] and w [F, d] of one dtype, N tokens of slots");
@@ -43,13 +59,19 @@ Tensor gather_dot(Tensor rows, Tensor w, Tensor indices, OptionalTensor row_offs
   Tensor out = row_offsets.has_value() ? empty(rows, {slots}) : empty(rows, {n, indices.size(1)});
   MIK_DISPATCH_FLOATING(rows, [&] {
     using A = accumulator_t<scalar_t>;
-    parallel_rows(n, indices.size(-1), slots, row_offsets,
-                  [&](auto owned, int64_t begin, int64_t end) {
-                    MIK_AT_LEVEL(dot_tokens<scalar_t, A, decltype(owned)>)(
-                        begin, end, owned, d, data<scalar_t>(rows), rows.stride(0),
-                        data<scalar_t>(w), w.stride(0), data<int64_t>(indices),
-                        mutable_data<scalar_t>(out));
-                  });
+    const auto run = [&](auto level) {
+      parallel_rows(n, indices.size(-1), slots, row_offsets,
+                    [&](auto owned, int64_t begin, int64_t end) {
+                      MIK_AT_LEVEL(dot_tokens<scalar_t, A, decltype(owned), decltype(level)>)(
+                          begin, end, owned, level, d, data<scalar_t>(rows), rows.stride(axis),
+                          data<scalar_t>(w), w.stride(0), data<int64_t>(indices),
+                          mutable_data<scalar_t>(out));
+                    });
+    };
+    if (levels.has_value())
+      run(GivenLevels{data<int64_t>(*levels), rows.stride(0)});
+    else
+      run(OneLevel{});
   });
   return out;
 }
@@ -105,49 +127,75 @@ std::tuple<Tensor, Tensor> feature_sum(Tensor coefficients, Tensor rows, Tensor 
 }
 
 void sae_gradients(Tensor values, Tensor indices, Tensor offsets, Tensor order,
-                   OptionalTensor tokens, Tensor dy, Tensor x, Tensor w_dec, Tensor dw_dec,
-                   Tensor dw_enc, Tensor db_enc, bool accumulate) {
-  check(dy.dim() == 2 && x.dim() == 2 && w_dec.dim() == 2 && x.size(0) == dy.size(0) &&
-            dy.size(1) == w_dec.size(1) && x.size(1) == w_dec.size(1) &&
+                   OptionalTensor tokens, Tensor dy, Tensor x, Tensor w_dec, OptionalTensor levels,
+                   OptionalTensor d_pre, Tensor dw_dec, Tensor dw_enc, Tensor db_enc,
+                   bool accumulate) {
+  check(x.dim() == 2 && w_dec.dim() == 2, "sae_gradients_: x and w_dec must be 2-D");
+  const int64_t d_out = w_dec.size(1), d_in = x.size(1), n_features = w_dec.size(0);
+  check_levels("sae_gradients_", dy, levels, n_features);
+  const int64_t axis = dy.dim() - 2, n = dy.size(axis);
+  check(x.size(0) == n && dy.size(axis + 1) == d_out &&
             values.scalar_type() == dy.scalar_type() && x.scalar_type() == dy.scalar_type(),
-        "sae_gradients_: expected values, dy and x [N, d] of one dtype, w_dec [F, d]");
-  check_tokens("sae_gradients_", values, tokens, dy.size(0));
-  check(tokens.has_value() || values.size(0) == dy.size(0),
-        "sae_gradients_: values must be [N, k]");
-  check(indices.dim() == values.dim() && indices.size(0) == values.size(0) &&
-            indices.size(-1) == values.size(-1) && indices.scalar_type() == ScalarType::Long,
+        "sae_gradients_: expected values, dy [N, d_out] and x [N, d_in] of one dtype, w_dec "
+        "[F, d_out]");
+  check_tokens("sae_gradients_", values, tokens, n);
+  check(tokens.has_value() || values.size(0) == n, "sae_gradients_: values must be [N, k]");
+  const auto of_values = [&](const Tensor& t, ScalarType dtype) {
+    return t.dim() == values.dim() && t.size(0) == values.size(0) &&
+           t.size(-1) == values.size(-1) && t.scalar_type() == dtype;
+  };
+  check(of_values(indices, ScalarType::Long),
         "sae_gradients_: indices must be int64 of the shape of values");
-  const int64_t d = w_dec.size(1), n_features = w_dec.size(0);
+  check(!d_pre.has_value() || of_values(*d_pre, values.scalar_type()),
+        "sae_gradients_: d_pre must have the shape and dtype of values");
   for (const Tensor* out : {&dw_dec, &dw_enc, &db_enc})
     check(out->is_contiguous() && out->scalar_type() == ScalarType::Float &&
               out->dim() == (out == &db_enc ? 1 : 2) && out->size(0) == n_features &&
-              (out == &db_enc || out->size(1) == d),
-          "sae_gradients_: dw_dec, dw_enc [F, d] and db_enc [F] must be contiguous float32");
+              (out == &db_enc || out->size(1) == (out == &dw_dec ? d_out : d_in)),
+          "sae_gradients_: dw_dec [F, d_out], dw_enc [F, d_in] and db_enc [F] must be contiguous "
+          "float32");
   values = torch::stable::contiguous(values);
   offsets = torch::stable::contiguous(offsets);
   order = torch::stable::contiguous(order);
   dy = dense_rows(dy);
   x = dense_rows(x);
-  w_dec = dense_rows(w_dec);
+  if (d_pre.has_value())
+    d_pre = torch::stable::contiguous(*d_pre);
+  else
+    w_dec = dense_rows(w_dec);
   check(offsets.numel() == n_features + 1, "sae_gradients_: offsets must be [F + 1]");
+  const ScalarType w_type = w_dec.scalar_type();
+  // a decoder that is not read may be of any floating dtype
+  const bool unread = d_pre.has_value() &&
+                      (w_type == ScalarType::Float || w_type == ScalarType::Double ||
+                       w_type == ScalarType::BFloat16 || w_type == ScalarType::Half);
   check_slots("sae_gradients_", offsets, order, values.numel());
   const auto run = [&]<class T, class W>(T*, W*) {
+    SaeGradients<T, W> g{};
+    g.d_out = d_out, g.d_in = d_in;
+    g.values = data<T>(values), g.d_pre = data_or_null<T>(d_pre);
+    g.dy = data<T>(dy), g.dy_row = dy.stride(axis), g.dy_level = dy.stride(0);
+    g.x = data<T>(x), g.x_row = x.stride(0);
+    g.w_dec = data<W>(w_dec), g.w_row = w_dec.stride(0);
+    g.levels = data_or_null<int64_t>(levels);
+    g.offsets = data<int64_t>(offsets), g.order = data<int64_t>(order);
+    g.dw_dec = mutable_data<float>(dw_dec), g.dw_enc = mutable_data<float>(dw_enc);
+    g.db_enc = mutable_data<float>(db_enc);
+    g.accumulate = accumulate;
     with_tokens(values, tokens, [&](auto token) {
-      const int64_t* offset = data<int64_t>(offsets);
-      parallel_owners(offset, n_features, [&](int64_t begin, int64_t end) {
-        MIK_AT_LEVEL(sae_features<T, W, decltype(token)>)(
-            begin, end, token, d, data<T>(values), data<T>(dy), dy.stride(0), data<T>(x),
-            x.stride(0), data<W>(w_dec), w_dec.stride(0), offset, data<int64_t>(order),
-            mutable_data<float>(dw_dec), mutable_data<float>(dw_enc), mutable_data<float>(db_enc),
-            accumulate);
+      parallel_owners(g.offsets, n_features, [&](int64_t begin, int64_t end) {
+        if (g.d_pre != nullptr)
+          MIK_AT_LEVEL(sae_features<true, T, W, decltype(token)>)(begin, end, token, g);
+        else
+          MIK_AT_LEVEL(sae_features<false, T, W, decltype(token)>)(begin, end, token, g);
       });
     });
   };
   MIK_DISPATCH_FLOATING(dy, [&] {
-    if (w_dec.scalar_type() == dy.scalar_type()) {
+    if (unread || w_type == dy.scalar_type()) {
       run(static_cast<scalar_t*>(nullptr), static_cast<scalar_t*>(nullptr));
     } else {
-      check(w_dec.scalar_type() == ScalarType::BFloat16,
+      check(w_type == ScalarType::BFloat16,
             "sae_gradients_: w_dec must have the dtype of dy, or bfloat16");
       run(static_cast<scalar_t*>(nullptr), static_cast<torch::headeronly::BFloat16*>(nullptr));
     }

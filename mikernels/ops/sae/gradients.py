@@ -8,7 +8,13 @@ With `slots(f)` the slots s, of tokens n, whose index is f, in token order:
     sae_gradients_  all of an SAE's weight gradients in one pass over the features:
                  dv = <dy[n], w_dec[f]> where the value is not 0,  dw_dec[f] += value dy[n],
                  dw_enc[f] += dv x[n],  db_enc[f] += dv
+                 with `d_pre`, the gradient at every slot's pre-activation: dv = d_pre, also where
+                 the value is 0, and w_dec is not read. x and dy may differ in width
     by_feature   offsets, order: a stable counting sort of the indices, O(N k + F)
+
+With `levels`, one of L for each feature, rows (of gather_dot) and dy are `[L, N, d]`, and a slot's
+row is rows[levels[indices[s]], n]: Matryoshka, where each ring of features has its own gradient at
+the output.
 
 Slots are padded, `[N, k]`, or ragged, `[S]`: then `row_offsets`, or the `tokens` of the slots, say
 which token is which slot's (mikernels/_ragged.py).
@@ -85,40 +91,73 @@ def by_feature(indices: torch.Tensor, n_features: int) -> tuple[torch.Tensor, to
     return by_feature_op(indices, n_features)
 
 
+class _Rows:
+    """The rows that slots take: of their tokens, from `[L, N, d]` at the levels of their features.
+
+    Raises ValueError for a level outside 0..L-1.
+    """
+
+    def __init__(self, op: str, rows: torch.Tensor, levels: torch.Tensor | None):
+        self.levels = levels
+        self.n, self.flat = rows.shape[-2], rows
+        if levels is not None:
+            check_indices(op, "levels", levels, rows.shape[0])
+            self.flat = rows.flatten(0, 1)
+
+    def of(self, features: torch.Tensor, tokens: torch.Tensor | None) -> torch.Tensor:
+        """For slots of these features and tokens; None is all tokens, a slot each."""
+        if self.levels is None:
+            return self.flat if tokens is None else self.flat.index_select(0, tokens)
+        if tokens is None:
+            tokens = torch.arange(self.n, device=features.device)
+        return self.flat.index_select(0, self.levels.index_select(0, features) * self.n + tokens)
+
+
 def _dots_reference(
-    rows: torch.Tensor, w: torch.Tensor, indices: torch.Tensor, tokens: torch.Tensor | None
+    rows: torch.Tensor,
+    w: torch.Tensor,
+    indices: torch.Tensor,
+    tokens: torch.Tensor | None,
+    levels: torch.Tensor | None,
 ) -> torch.Tensor:
     acc = accumulate_dtype(rows.dtype)
     out = rows.new_empty(indices.shape)
+    taken = _Rows("gather_dot", rows, levels)
 
     def dots(r: torch.Tensor, i: torch.Tensor) -> torch.Tensor:
         return (r.to(acc) * w.index_select(0, i).to(acc)).sum(-1).to(rows.dtype)
 
     if tokens is None:
         for j in range(indices.shape[1]):  # a slot at a time: the temporary is [N, d], not [N k, d]
-            out[:, j] = dots(rows, indices[:, j])
+            out[:, j] = dots(taken.of(indices[:, j], None), indices[:, j])
     else:
         for o, n, i in zip(*(t.split(SLOTS) for t in (out, tokens, indices)), strict=True):
-            o.copy_(dots(rows.index_select(0, n), i))
+            o.copy_(dots(taken.of(i, n), i))
     return out
 
 
 def gather_dot_reference(
-    rows: torch.Tensor, w: torch.Tensor, indices: torch.Tensor, row_offsets: torch.Tensor | None
+    rows: torch.Tensor,
+    w: torch.Tensor,
+    indices: torch.Tensor,
+    row_offsets: torch.Tensor | None,
+    levels: torch.Tensor | None,
 ) -> torch.Tensor:
     tokens = None if row_offsets is None else tokens_of("gather_dot", row_offsets, len(indices))
-    return _dots_reference(rows, w, indices, tokens)
+    return _dots_reference(rows, w, indices, tokens, levels)
 
 
 gather_dot_op = Op(
-    "gather_dot(Tensor rows, Tensor w, Tensor indices, Tensor? row_offsets) -> Tensor",
+    "gather_dot(Tensor rows, Tensor w, Tensor indices, Tensor? row_offsets, Tensor? levels)"
+    " -> Tensor",
     gather_dot_reference,
-    lambda rows, w, indices, row_offsets: rows.new_empty(indices.shape),
+    lambda rows, w, indices, row_offsets, levels: rows.new_empty(indices.shape),
     operands={
-        "rows": "T[N,d]",
+        "rows": "T[N,d] or T[L,N,d] with levels",
         "w": "T[F,d]",
         "indices": "i64[N,k] or i64[S] with row_offsets",
         "row_offsets": "i64[N+1]",
+        "levels": "i64[F]",
     },
     triton="sae.gradients:gather_dot",
 )
@@ -130,6 +169,7 @@ def feature_sum_reference(
     offsets: torch.Tensor,
     order: torch.Tensor,
     tokens: torch.Tensor | None,
+    levels: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     acc = accumulate_dtype(rows.dtype)
     n_features = offsets.shape[0] - 1
@@ -143,7 +183,8 @@ def feature_sum_reference(
         )
     features = torch.arange(n_features, device=rows.device).repeat_interleave(counts)
     flat = torch.empty_like(order).scatter_(0, order, features).reshape(coefficients.shape)
-    dw = torch.zeros(n_features, rows.shape[1], dtype=acc, device=rows.device)
+    dw = torch.zeros(n_features, rows.shape[-1], dtype=acc, device=rows.device)
+    taken = _Rows("feature_sum", rows, levels)
 
     def add(f: torch.Tensor, c: torch.Tensor, r: torch.Tensor) -> None:
         c = c[:, None].to(acc)
@@ -152,10 +193,10 @@ def feature_sum_reference(
 
     if tokens is None:
         for j in range(coefficients.shape[1]):
-            add(flat[:, j], coefficients[:, j], rows)
+            add(flat[:, j], coefficients[:, j], taken.of(flat[:, j], None))
     else:
         for f, c, n in zip(*(t.split(SLOTS) for t in (flat, coefficients, tokens)), strict=True):
-            add(f, c, rows.index_select(0, n))
+            add(f, c, taken.of(f, n))
     db = torch.zeros(n_features, dtype=acc, device=rows.device)
     db.index_add_(0, flat.reshape(-1), coefficients.reshape(-1).to(acc))
     return dw.to(rows.dtype), db.to(rows.dtype)
@@ -185,7 +226,7 @@ feature_sum_op = Op(
 class _GatherDot(torch.autograd.Function):
     @staticmethod
     def forward(rows, w, indices, row_offsets, impl):
-        return gather_dot_op(rows, w, indices, row_offsets, impl=impl)
+        return gather_dot_op(rows, w, indices, row_offsets, None, impl=impl)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -213,10 +254,13 @@ def gather_dots(
     row_offsets: torch.Tensor | None,
     impl: str,
 ) -> torch.Tensor:
-    """`gather_dot`, recorded for gradients if they are enabled."""
+    """`gather_dot` without levels, recorded for gradients if they are enabled.
+
+    With levels it is for hand-written backward passes only: its own would need sums by level.
+    """
     if torch.is_grad_enabled():
         return _GatherDot.apply(rows, w, indices, row_offsets, impl)
-    return gather_dot_op(rows, w, indices, row_offsets, impl=impl)
+    return gather_dot_op(rows, w, indices, row_offsets, None, impl=impl)
 
 
 class _FeatureSum(torch.autograd.Function):
@@ -270,14 +314,20 @@ def sae_gradients_reference(
     dy: torch.Tensor,
     x: torch.Tensor,
     w_dec: torch.Tensor,
+    levels: torch.Tensor | None,
+    d_pre: torch.Tensor | None,
     dw_dec: torch.Tensor,
     dw_enc: torch.Tensor,
     db_enc: torch.Tensor,
     accumulate: bool,
 ) -> None:
-    values, dy, x, w_dec = (t.to(dw_dec.dtype) for t in (values, dy, x, w_dec))
-    dvalues = _dots_reference(dy, w_dec, indices, tokens).masked_fill(values == 0, 0)
-    from_dec, _ = feature_sum_reference(values, dy, offsets, order, tokens)
+    values, dy, x = (t.to(dw_dec.dtype) for t in (values, dy, x))
+    if d_pre is None:
+        dvalues = _dots_reference(dy, w_dec.to(dw_dec.dtype), indices, tokens, levels)
+        dvalues.masked_fill_(values == 0, 0)
+    else:
+        dvalues = d_pre.to(dw_dec.dtype)
+    from_dec, _ = feature_sum_reference(values, dy, offsets, order, tokens, levels)
     from_enc, from_bias = feature_sum_reference(dvalues, x, offsets, order, tokens)
     pairs = ((dw_dec, from_dec), (dw_enc, from_enc), (db_enc, from_bias))
     for out, term in pairs:
@@ -298,17 +348,19 @@ BY_FEATURE = {
 # mutates caller-owned fp32 gradient buffers: fresh pages cost more than the arithmetic
 sae_gradients_op = Op(
     "sae_gradients_(Tensor values, Tensor indices, Tensor offsets, Tensor order, Tensor? tokens,"
-    " Tensor dy, Tensor x, Tensor w_dec, Tensor(a!) dw_dec, Tensor(b!) dw_enc, Tensor(c!) db_enc,"
-    " bool accumulate) -> ()",
+    " Tensor dy, Tensor x, Tensor w_dec, Tensor? levels, Tensor? d_pre, Tensor(a!) dw_dec,"
+    " Tensor(b!) dw_enc, Tensor(c!) db_enc, bool accumulate) -> ()",
     sae_gradients_reference,
     lambda *args: None,
     operands={
         **BY_FEATURE,
-        "dy": "T[N,d]",
-        "x": "T[N,d]",
-        "w_dec": "float[F,d]",
-        "dw_dec": "float[F,d]",
-        "dw_enc": "float[F,d]",
+        "dy": "T[N,out] or T[L,N,out] with levels",
+        "x": "T[N,in]",
+        "w_dec": "float[F,out]",
+        "levels": "i64[F]",
+        "d_pre": "T[N,k] or T[S] with tokens",
+        "dw_dec": "float[F,out]",
+        "dw_enc": "float[F,in]",
         "db_enc": "float[F]",
     },
     triton="sae.gradients_fused:sae_gradients_",

@@ -63,7 +63,7 @@ def _compose(
         dw_dec, dw_enc = (w_dec.new_empty(w_dec.shape, dtype=acc) for _ in range(2))
         db_enc = w_dec.new_empty(w_dec.shape[0], dtype=acc)
         slots = values, indices, offsets, order, tokens
-        sae_gradients(*slots, dy, x, w_dec, dw_dec, dw_enc, db_enc, False)
+        sae_gradients(*slots, dy, x, w_dec, None, None, dw_dec, dw_enc, db_enc, False)
         d_input = weighted_row_sum(db_enc, w_enc)
         settings = lr, beta1, beta2, eps, step, clip
         adam_rows(w_dec, dw_dec, m_dec, v_dec, *settings, project, unit_norm)
