@@ -51,6 +51,8 @@ class BatchEncoder : EncodePanels<T> {
  private:
   // one thread's, for tokens first..last, whose bounds it raises
   struct Buffer {
+    static constexpr bool kFloors = false;
+
     BatchEncoder& encoder;
     float* tau;
     std::unique_ptr<C[]> list{new C[kBuffered]};
