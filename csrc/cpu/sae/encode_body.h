@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The screen of encode: 16-bit products of a feature block and a token tile, then the bound;
-// compiled per level. Found.add(token, feature, score, slack) takes what may be selected.
+// compiled per level. Found.bounds(tokens, feature, n) is what scores of tokens n, n + 1, .. have to
+// reach, Found.add(token, feature, score, slack) takes what may be selected.
 
 #include "cpu/screen/screen_tile_body.h"
 
@@ -11,6 +12,7 @@ static inline void screen_tokens(const Panel& panel, int64_t row, const Tokens& 
   const float_vector scale = set(panel.scale[row]), bias = set(panel.bias[row]),
                      rank = set(panel.rank[row]), p = set(panel.p[row]), q = set(panel.q[row]),
                      r = set(panel.r[row]);
+  const int64_t feature = panel.first_feature + row;
   for (int t = 0; t < kTileTokens; t += kLanes) {
     const int64_t n = first + t;
     const float_vector units = multiply(scale, load(tokens.sx + n));
@@ -18,7 +20,7 @@ static inline void screen_tokens(const Panel& panel, int64_t row, const Tokens& 
     const float_vector slack =
         multiply_add(load(tokens.ex + n), p, multiply_add(load(tokens.nx + n), q, r));
     // not below rather than at least: NaN passes
-    unsigned mask = not_below(add(score, slack), load(tokens.tau + n));
+    unsigned mask = not_below(add(score, slack), load(found.bounds(tokens, feature, n)));
     if (__builtin_expect(mask == 0, 1)) continue;
     float scores[kLanes], slacks[kLanes];
     store(scores, score);
@@ -27,7 +29,7 @@ static inline void screen_tokens(const Panel& panel, int64_t row, const Tokens& 
       const int lane = __builtin_ctz(mask);
       const int64_t token = n + lane;
       if (token >= tokens.count) break;
-      found.add(token, panel.first_feature + row, scores[lane], slacks[lane]);
+      found.add(token, feature, scores[lane], slacks[lane]);
     }
   }
 }
