@@ -60,6 +60,8 @@ class BatchEncoder : EncodePanels<T> {
 
     Buffer(BatchEncoder& owner, float* bounds) : encoder(owner), tau(bounds) {}
 
+    const float* bounds(const Tokens& tokens, int64_t, int64_t n) const { return tokens.tau + n; }
+
     void add(int64_t token, int64_t feature, float score, float slack) {
       list[size++] = {score, slack, 0.f, static_cast<int32_t>(feature),
                       static_cast<int32_t>(encoder.chunk_ + token)};

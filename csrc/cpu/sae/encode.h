@@ -57,6 +57,8 @@ struct Lists {
   void* context;
   void (*make_room)(void* context, int64_t token);
 
+  const float* bounds(const Tokens& tokens, int64_t, int64_t n) const { return tokens.tau + n; }
+
   void add(int64_t token, int64_t feature, float score, float slack) {
     Candidate* list = candidates + token * capacity;
     list[sizes[token]++] = {score, slack, 0.f, static_cast<int32_t>(feature)};

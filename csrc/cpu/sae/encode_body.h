@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The screen of encode: 16-bit products of a feature block and a token tile, then the bound;
-// compiled per level. Found.add(token, feature, score, slack) takes what may be selected: what may
-// reach its token's tau, or its feature's floor if Found::kFloors.
+// compiled per level. Found.bounds(tokens, feature, n) is what scores of tokens n, n + 1, .. have to
+// reach, Found.add(token, feature, score, slack) takes what may be selected.
 
 #include "cpu/screen/screen_tile_body.h"
 
@@ -12,8 +12,7 @@ static inline void screen_tokens(const Panel& panel, int64_t row, const Tokens& 
   const float_vector scale = set(panel.scale[row]), bias = set(panel.bias[row]),
                      rank = set(panel.rank[row]), p = set(panel.p[row]), q = set(panel.q[row]),
                      r = set(panel.r[row]);
-  float_vector bound;
-  if constexpr (Found::kFloors) bound = set(panel.floor[row]);
+  const int64_t feature = panel.first_feature + row;
   for (int t = 0; t < kTileTokens; t += kLanes) {
     const int64_t n = first + t;
     const float_vector units = multiply(scale, load(tokens.sx + n));
@@ -22,7 +21,7 @@ static inline void screen_tokens(const Panel& panel, int64_t row, const Tokens& 
         multiply_add(load(tokens.ex + n), p, multiply_add(load(tokens.nx + n), q, r));
     if constexpr (!Found::kFloors) bound = load(tokens.tau + n);
     // not below rather than at least: NaN passes
-    unsigned mask = not_below(add(score, slack), bound);
+    unsigned mask = not_below(add(score, slack), load(found.bounds(tokens, feature, n)));
     if (__builtin_expect(mask == 0, 1)) continue;
     float scores[kLanes], slacks[kLanes];
     store(scores, score);
@@ -31,7 +30,7 @@ static inline void screen_tokens(const Panel& panel, int64_t row, const Tokens& 
       const int lane = __builtin_ctz(mask);
       const int64_t token = n + lane;
       if (token >= tokens.count) break;
-      found.add(token, panel.first_feature + row, scores[lane], slacks[lane]);
+      found.add(token, feature, scores[lane], slacks[lane]);
     }
   }
 }
