@@ -64,6 +64,11 @@ class MatryoshkaConfig(BatchTopKConfig):
             for weight in weights:
                 check_number(self.owner, "level_weights", weight, least=0)
             object.__setattr__(self, "level_weights", weights)
+        if self.auxk.residual_gradient:
+            raise ValueError(
+                f"{self.owner}: aux_form must be one whose residual is a constant, got "
+                f"{self.aux_form!r}; nested reconstructions have several"
+            )
         check_number(self.owner, "frequency_rate", self.frequency_rate, above=0, most=1)
 
 

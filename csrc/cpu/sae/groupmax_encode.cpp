@@ -91,6 +91,8 @@ class GroupEncoder : EncodePanels<T> {
     GroupEncoder& encoder;
 
     // a group's first feature is always added, which opens the group
+    static constexpr bool kFloors = false;
+
     const float* bounds(const Tokens& tokens, int64_t feature, int64_t n) const {
       return encoder.opens_[feature] ? kNothing : tokens.tau + n;
     }
