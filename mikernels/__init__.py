@@ -17,6 +17,8 @@ from mikernels.ops.sae.decode import sparse_decode
 from mikernels.ops.sae.encode import topk_encode
 from mikernels.ops.sae.gradients import by_feature
 from mikernels.ops.sae.groupmax_encode import groupmax_encode
+from mikernels.ops.sae.jump import jump, step_above
+from mikernels.ops.sae.threshold_encode import threshold_encode
 from mikernels.ops.select.mass_threshold import mass_threshold
 from mikernels.ops.select.row_topk import row_topk
 from mikernels.values.codes import SparseCodes
@@ -38,6 +40,7 @@ __all__ = [
     "force_level",
     "grad_gram",
     "groupmax_encode",
+    "jump",
     "mass_threshold",
     "pairwise_products",
     "pairwise_topk",
