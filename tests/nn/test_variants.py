@@ -161,7 +161,7 @@ def test_auxk_has_one_gradient_in_every_form(name, form) -> None:
         with pytest.raises(ValueError, match="aux_form must be one of a layer's residual alone"):
             make(name, aux_form=form)
         return
-    sae = started(name, aux_form=form, aux_coefficient=0.5)
+    sae = started(name, aux_form=form, aux_coefficient=0.1)
     dead = torch.arange(0, 24, 2)
     with torch.no_grad():
         sae.b_enc[dead] -= 0.3
