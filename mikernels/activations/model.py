@@ -221,7 +221,7 @@ class ModelSource(Source):
 
     def _found(self) -> str:
         single = self.n_layers == 1 and not self.target_sites
-        where = f"layer {self.layer!r}" if single else "a site"
+        where = f"layer {self._named()!r}" if single else "a site"
         return (
             f"NaN or inf at {where} in {self.dropped['nonfinite']} of "
             f"{self._judged()} tokens (first in {self._nonfinite})"
@@ -305,18 +305,21 @@ class ModelSource(Source):
         self._judge()
         return rows
 
+    def _named(self) -> int | str | list[str]:
+        """The sites of the input: the residual stream after a layer is that layer's number."""
+        if self.n_layers > 1:
+            return list(self.sites)
+        (site,) = self._inputs
+        if isinstance(site, Site) and site.place == "residual":
+            return site.layer
+        return str(site)
+
     def _identity(self) -> dict[str, Any]:
-        # the residual stream of one layer is that layer's number, as positions were always saved
-        layer: Any = list(self.sites)
-        if self.n_layers == 1:
-            (site,) = self._inputs
-            plain = isinstance(site, Site) and site.place == "residual"
-            layer = site.layer if isinstance(site, Site) and plain else str(site)
         target = {"d_out": self.d_out, "target": list(self.target_sites)} if self._targets else {}
         return {
             **target,
             "d": self.d,
-            "layer": layer,
+            "layer": self._named(),
             "context": self.context,
             "windows_per_block": self._windows_per_block,
             "max_tokens": self.max_tokens,

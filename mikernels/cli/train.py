@@ -13,7 +13,7 @@ import typer
 if TYPE_CHECKING:
     import torch
 
-    from mikernels.activations import Source
+    from mikernels.activations import Site, Source
 
 ACTIVATIONS, SAE, TRAINING, OUTPUT = "Activations", "SAE", "Training", "Output"
 SUFFIXES = {"k": 10**3, "m": 10**6, "b": 10**9}
@@ -50,8 +50,27 @@ def train(
         str | None, option("The GGUF file's name, if the folder has several.", ACTIVATIONS)
     ] = None,
     layer: Annotated[
-        int | None,
-        option("Decoder layer, from 0: the residual stream after it.", ACTIVATIONS),
+        list[int] | None,
+        option(
+            "Decoder layer, from 0; may be repeated: the activations of several are joined.",
+            ACTIVATIONS,
+        ),
+    ] = None,
+    site: Annotated[
+        str,
+        option(
+            "Of each layer: residual (the stream after it), mlp_in (what its MLP reads), mlp_out "
+            "or attn_out (what MLP or attention add).",
+            ACTIVATIONS,
+        ),
+    ] = "residual",
+    target_site: Annotated[
+        str | None,
+        option("Reconstruct this site, not the input.", ACTIVATIONS, show_default="the input"),
+    ] = None,
+    target_layer: Annotated[
+        list[int] | None,
+        option("Of these layers; may be repeated.", ACTIVATIONS, show_default="--layer"),
     ] = None,
     text: Annotated[
         list[Path] | None,
@@ -177,8 +196,9 @@ def train(
 ) -> None:
     """Train an SAE or transcoder on your own activations, or on those of a local model over text.
 
-    Activations are shards of safetensors files with a tensor "activations" of \\[rows, d], as
-    written by mikernels.activations.write_shards, or any file with a single 2-D tensor.
+    Activations are shards of safetensors files with a tensor "activations" of \\[rows, d], and
+    perhaps "targets" to be reconstructed from them, as written by
+    mikernels.activations.write_shards, or any file with a single 2-D tensor.
 
     Examples:
 
@@ -187,6 +207,9 @@ def train(
         mikernels train --model ~/models/gpt2 --layer 6 --text corpus.txt --tokens 10M
 
         mikernels train --activations acts/ --arch jumprelu --k 64 --set bandwidth=0.1
+
+        mikernels train --model gpt2 --layer 6 --site mlp_in --target-site mlp_out --text a.txt \\
+            --arch transcoder
 
         mikernels train --activations acts/ --out out/sae --resume --export-saelens out/saelens
     """
@@ -210,7 +233,17 @@ def train(
         torch.set_num_threads(threads)
     target = _device(device)
     source = _source(
-        activations, model, gguf_file, layer, text, context, skip_first, batch_size, seed, target
+        activations,
+        model,
+        gguf_file,
+        _sites("--site", site, layer),
+        _targets(target_site, target_layer, site, layer),
+        text,
+        context,
+        skip_first,
+        batch_size,
+        seed,
+        target,
     )
     if tokens is None:
         tokens = getattr(source, "n_rows", None)
@@ -272,7 +305,7 @@ def train(
     if export_saelens is not None:
         from mikernels.integrations.saelens import export_sae
 
-        hook = f"blocks.{layer}.hook_resid_post" if layer is not None else None
+        hook = _hook_name(site, layer) if target_site is None and target_layer is None else None
         export_sae(sae, export_saelens, model_name=model.name if model else None, hook_name=hook)
         print(f"SAELens: sae_lens.SAE.load_from_disk({str(export_saelens)!r})")
 
@@ -341,11 +374,39 @@ def _device(name: str | None) -> torch.device:
     return device
 
 
+def _sites(name: str, site: str, layers: list[int] | None) -> list[Site]:
+    """The same place of each layer."""
+    from mikernels.activations import Site
+    from mikernels.models.sites import PLACES
+
+    if site not in PLACES:
+        raise ValueError(f"train: {name} must be one of {', '.join(PLACES)}, got {site!r}")
+    return [Site(layer, site) for layer in layers or ()]
+
+
+def _targets(
+    target_site: str | None, target_layers: list[int] | None, site: str, layers: list[int] | None
+) -> list[Site] | None:
+    """What is left out is as of the input; None where all is."""
+    if target_site is None and not target_layers:
+        return None
+    return _sites("--target-site", target_site or site, target_layers or layers)
+
+
+def _hook_name(site: str, layers: list[int] | None) -> str | None:
+    """TransformerLens' name of one site; what an MLP reads has none (its norm is folded there)."""
+    hooks = {"residual": "resid_post", "mlp_out": "mlp_out", "attn_out": "attn_out"}
+    if site not in hooks or layers is None or len(layers) != 1:
+        return None
+    return f"blocks.{layers[0]}.hook_{hooks[site]}"
+
+
 def _source(
     activations: Path | None,
     model: Path | None,
     gguf_file: str | None,
-    layer: int | None,
+    sites: list[Site],
+    targets: list[Site] | None,
     text: list[Path] | None,
     context: int,
     skip_first: int,
@@ -360,8 +421,14 @@ def _source(
     if activations is not None:
         from mikernels.activations import ShardSource
 
+        if targets is not None:
+            raise ValueError(
+                f"train: --target-site and --target-layer must go with --model, got them with "
+                f"--activations {activations}, whose shards hold their targets or none; leave "
+                f"them out"
+            )
         return ShardSource(activations, batch_size, seed)
-    if layer is None or not text:
+    if not sites or not text:
         raise ValueError("train: --model needs --layer NUMBER and --text FILE")
     from mikernels.activations import ModelSource, TextFiles
     from mikernels.models.load import load_model
@@ -372,10 +439,11 @@ def _source(
     return ModelSource(
         network.to(device),
         tokenizer,
-        layer,
+        sites,
         texts,
         batch_size,
         seed,
+        target=targets,
         context=context,
         skip_first=skip_first,
     )
