@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
     from rich.console import Console
 
-    from mikernels.evaluate import Reconstruction, Spliced
+    from mikernels.evaluate import Probes, Reconstruction, Spliced
     from mikernels.models.load import LocalModel
     from mikernels.nn import SAE
 
@@ -83,6 +83,13 @@ def evaluate(
             "--spliced/--no-spliced",
         ),
     ] = True,
+    probes: Annotated[
+        bool,
+        option("With --model: also sparse probes, by sae-probes (the extra).", JUDGES, "--probes"),
+    ] = False,
+    probe_cache: Annotated[
+        Path, option("Folder that keeps the activations of --probes.", JUDGES)
+    ] = Path("out/probes"),
     k: Annotated[
         float | None,
         option("Of a BatchTopK SAE from SAELens, which does not keep it.", JUDGES),
@@ -121,6 +128,12 @@ def evaluate(
         )
     if model is not None and (layer is None or not text):
         raise ValueError("eval: --model needs --layer NUMBER and --text FILE")
+    if probes:
+        from mikernels.evaluate.probes import check_installed
+
+        if model is None:
+            raise ValueError("eval: --probes needs --model, got --activations")
+        check_installed("eval")
     if not 0 <= skip_first < context - 1:
         raise ValueError(
             f"eval: --skip-first must be in 0..{context - 2} (--context less two), got {skip_first}"
@@ -168,6 +181,10 @@ def evaluate(
             )
             found["reconstruction"] = measured.to_dict()
             _print_reconstruction(console, measured)
+        if probes:
+            probed = _probed(judged, network, tokenizer, model, layer, probe_cache, seed, console)
+            found["probes"] = probed.to_dict()
+            _print_probes(console, probed)
     if json_file is not None:
         from mikernels.files import explained, finite, write_json
 
@@ -341,6 +358,25 @@ def _by_model(
     return measure_reconstruction(sae, rows, batch_size)
 
 
+def _probed(
+    sae: SAE,
+    model: torch.nn.Module,
+    tokenizer: Any,
+    folder: Path,
+    layer: int,
+    cache: Path,
+    seed: int,
+    console: Console,
+) -> Probes:
+    from mikernels.evaluate import measure_probes
+
+    name = str(folder.resolve())
+    with console.status("sparse probes") as status:
+        return measure_probes(
+            model, tokenizer, layer, sae, cache, name=name, seed=seed, progress=status.update
+        )
+
+
 def _print_reconstruction(
     console: Console, found: Reconstruction, random: Reconstruction | None = None
 ) -> None:
@@ -407,3 +443,24 @@ def _print_spliced(console: Console, found: Spliced) -> None:
     )
     if not found.told_apart:
         console.print("SAE and random SAE are not told apart", style="yellow")
+
+
+def _print_probes(console: Console, found: Probes) -> None:
+    from rich.table import Table
+
+    table = Table(
+        title=f"Sparse probes, mean AUC over {len(found.datasets)} data sets", header_style="bold"
+    )
+    for name in ("features", "SAE", "random SAE", "activations", "SAE less random"):
+        table.add_column(name, justify="right")
+    for k, gain in found.gain.items():
+        apart = "" if found.told_apart(k) else " (not told apart)"
+        intervals = (str(found.auc[source][k]) for source in ("sae", "random", "raw"))
+        table.add_row(str(k), *intervals, f"{gain}{apart}")
+    table.add_row("all", "", "", str(found.raw_all), "")
+    console.print(table)
+    console.print(
+        "95 % intervals of a bootstrap over data sets; not told apart: those of the SAE and the "
+        "random SAE overlap",
+        highlight=False,
+    )
