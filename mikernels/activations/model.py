@@ -275,9 +275,13 @@ class ModelSource(Source):
 
     def read(self) -> Iterator[Rows]:
         """One epoch in reading order, a few windows at a time, for caching with `write_shards`."""
+        return self.read_windows(self.token_windows())
+
+    def read_windows(self, windows: Iterable[torch.Tensor]) -> Iterator[Rows]:
+        """The same of any windows `[t]` of token ids."""
         held: list[torch.Tensor] = []
         number = 0
-        for window in self.token_windows():
+        for window in windows:
             held.append(window)
             if len(held) == self._per_forward:
                 yield self._forward(held, number)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tiny random decoders, token ids and padded batches for them, and a tokeniser without files."""
+"""Tiny random decoders, token ids and padded batches for them, and tokenisers."""
 
 import pytest
 import torch
