@@ -17,7 +17,6 @@ from mikernels.training.state.metrics import Clock, History, Means
 from mikernels.training.steps.autograd import dense_forward, sparse_forward
 from mikernels.training.steps.fused import FusedStep, Scratch
 
-
 CLT = "cross_layer_transcoder"
 
 
