@@ -200,10 +200,11 @@ def load_any(folder: Path, k: float | None = None) -> SAE:
         FileNotFoundError, ValueError: none of these; see their loaders.
     """
     from mikernels.integrations import saelens
+    from mikernels.integrations.saelens.form import CONFIG
     from mikernels.training import load_sae
     from mikernels.training.state.checkpoint import STATE, checkpoints
 
-    if (folder / saelens.CONFIG).exists():
+    if (folder / CONFIG).exists():
         return saelens.load_sae(folder, k=k)
     if k is not None:
         raise ValueError(f"eval: --k must be left out for an SAE that is not SAELens', got {k:g}")
@@ -213,7 +214,7 @@ def load_any(folder: Path, k: float | None = None) -> SAE:
         return load_sae(found[-1])
     raise FileNotFoundError(
         f"eval: SAE must be a folder with a checkpoint ({STATE}), checkpoint-<step> folders or an "
-        f"SAE of SAELens ({saelens.CONFIG}), got {folder}"
+        f"SAE of SAELens ({CONFIG}), got {folder}"
     )
 
 
