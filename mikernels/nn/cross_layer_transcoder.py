@@ -23,7 +23,8 @@ from mikernels._dispatch import accumulate_dtype
 from mikernels.nn import losses
 from mikernels.nn.config import split_settings
 from mikernels.nn.crosscoder import check_layers, layer_scales, scaled_layers
-from mikernels.nn.sae import SAE, Parts, SAEOutput, codes_of, unit_rows
+from mikernels.nn.entries import codes_of
+from mikernels.nn.sae import SAE, Parts, SAEOutput, unit_rows
 from mikernels.nn.terms import Term, Terms, Workspace
 from mikernels.nn.topk_sae import TopKConfig
 from mikernels.ops.sae.decode import sparse_decode

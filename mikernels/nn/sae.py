@@ -38,8 +38,9 @@ from mikernels._dispatch import FLOATS, accumulate_dtype
 from mikernels.nn import losses
 from mikernels.nn.auxk import AuxKGradient, auxk_gradient, auxk_loss
 from mikernels.nn.config import SAEConfig
-from mikernels.nn.entries import Entries
+from mikernels.nn.entries import Entries, codes_of
 from mikernels.nn.geometric_median import geometric_median
+from mikernels.nn.shaped import Shaped
 from mikernels.nn.terms import Levels, Term, Terms, Workspace
 from mikernels.ops.sae.decode import decode_error, sparse_decode
 from mikernels.ops.sae.decode_levels import decode_levels
@@ -332,7 +333,7 @@ class SAE(nn.Module):
                 if self.shaped:
                     entries = Entries(slots, batch.weights)
                     codes = self._activated(slots, entries)
-                    penalty = self._penalty(slots.values, codes.values, entries, self.norms())
+                    penalty = self.shared_penalty(slots.values, codes.values, entries, self.norms())
                     if (extra := self.extra_loss(slots, batch)) is not None:
                         penalty = penalty + extra
         with clock.part("decode"):
@@ -348,13 +349,14 @@ class SAE(nn.Module):
         values = self.activate(slots.values.to(acc), entries)
         return slots.with_values(values.to(self.w_dec.dtype))
 
-    def _penalty(
+    def shared_penalty(
         self,
         h: torch.Tensor,
         values: torch.Tensor,
         entries: Entries,
         norms: torch.Tensor | None,
     ) -> torch.Tensor:
+        """`penalty` in the accumulation dtype, times `sparsity_share`."""
         acc = accumulate_dtype(h.dtype)
         return self.sparsity_share * self.penalty(h.to(acc), values.to(acc), entries, norms)
 
@@ -480,7 +482,7 @@ class SAE(nn.Module):
             h, acts, codes = self.dense_encode(batch.input, k)
             penalty = None
             if self.shaped:
-                penalty = self._penalty(h, acts, Entries(None, batch.weights), self.norms())
+                penalty = self.shared_penalty(h, acts, Entries(None, batch.weights), self.norms())
                 if (extra := self.dense_extra_loss(h, batch)) is not None:
                     penalty = penalty + extra
         with clock.part("decode"):
@@ -557,7 +559,7 @@ class SAE(nn.Module):
             codes = slots = self.slots(batch.input, k) if slots is None else slots
             shape = None
             if self.shaped:
-                shape = _Shape(self, slots, batch.weights)
+                shape = Shaped(self, slots, batch.weights)
                 codes = shape.codes
         target = batch.output
         if (more := self.past_codes(batch.input)) is not None:
@@ -800,49 +802,11 @@ class SAE(nn.Module):
             )
 
 
-class _Shape:
-    """Activations and penalty of slots, recorded on the slots alone."""
-
-    def __init__(self, sae: SAE, slots: SparseCodes, weights: torch.Tensor | None):
-        acc = accumulate_dtype(slots.values.dtype)
-        # matrices get their gradients from the slots
-        held = {id(sae.w_enc), id(sae.b_dec), *map(id, sae.decoders())}
-        self._others = {
-            name: p for name, p in sae.named_parameters() if id(p) not in held and p.requires_grad
-        }
-        norms = sae.norms()
-        with torch.enable_grad():
-            self._h = slots.values.detach().to(acc).requires_grad_()
-            self._norms = None if norms is None else norms.detach().requires_grad_()
-            entries = Entries(slots, weights)
-            self._values = sae.activate(self._h, entries)
-            self.penalty = sae._penalty(self._h, self._values, entries, self._norms)
-        self.codes = slots.with_values(self._values.detach().to(sae.w_dec.dtype))
-
-    def backward(
-        self, d_values: torch.Tensor, d_penalty: float | torch.Tensor
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor | None]:
-        """Gradients at the slots' pre-activations, of parameters by name, and `Terms.shrink`.
-
-        Args:
-            d_values: at the activations. d_penalty: at the penalty.
-        """
-        # inactive slots are no part of the reconstruction, but carry what an estimator says
-        inputs = [self._h, *self._others.values()]
-        inputs += [] if self._norms is None else [self._norms]
-        outputs, gradients = [self._values], [d_values]
-        if self.penalty.requires_grad:
-            outputs.append(self.penalty)
-            gradients.append(torch.as_tensor(d_penalty).to(self.penalty).reshape(()))
-        found = torch.autograd.grad(outputs, inputs, gradients, allow_unused=True)
-        dh = torch.zeros_like(self._h) if found[0] is None else found[0]
-        others = {
-            name: g for name, g in zip(self._others, found[1:], strict=False) if g is not None
-        }
-        shrink = None
-        if self._norms is not None and found[-1] is not None:
-            shrink = found[-1] / self._norms.detach().clamp_min(torch.finfo(dh.dtype).tiny)
-        return dh, others, shrink
+def _scaled_(
+    rows: torch.Tensor, factor: float | torch.Tensor, weights: torch.Tensor | None
+) -> torch.Tensor:
+    """`rows *= factor weights[:, None]`."""
+    return rows.mul_(factor if weights is None else (factor * weights)[:, None])
 
 
 def unit_rows(
@@ -852,19 +816,3 @@ def unit_rows(
     rows = torch.randn(n, d, generator=generator, dtype=accumulate_dtype(dtype))
     rows /= torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
     return rows.to(dtype)
-
-
-def codes_of(acts: torch.Tensor) -> SparseCodes:
-    """The ragged codes of activations `[n, F]` that are not 0."""
-    n, f = acts.shape
-    tokens, indices = acts.detach().nonzero(as_tuple=True)
-    offsets = torch.zeros(n + 1, dtype=torch.int64, device=acts.device)
-    offsets[1:] = torch.bincount(tokens, minlength=n).cumsum(0)
-    return SparseCodes._trusted(acts[tokens, indices], indices, f, offsets)
-
-
-def _scaled_(
-    rows: torch.Tensor, factor: float | torch.Tensor, weights: torch.Tensor | None
-) -> torch.Tensor:
-    """`rows *= factor weights[:, None]`."""
-    return rows.mul_(factor if weights is None else (factor * weights)[:, None])
