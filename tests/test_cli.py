@@ -14,7 +14,9 @@ from mikernels import _ext, cli
 from mikernels._dispatch import OPS
 from mikernels.activations import ModelSource, write_shards
 from mikernels.cli.train import count
+from mikernels.nn import ARCHITECTURES
 from mikernels.training import load_sae
+from mikernels.training.state.checkpoint import checkpoints
 
 
 @pytest.fixture
@@ -208,6 +210,42 @@ def test_train_names_the_place_for_saelens(command, acts, tmp_path, arguments, n
     assert code == 0, err
     text = (folder / "cfg.json").read_text()
     assert (f'"{name}"' in text) if name else ("hook_resid" not in text and "blocks." not in text)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_train_takes_every_architecture(command, tmp_path, arch):
+    x = torch.randn(600, 8)
+    targets = x.tanh() if ARCHITECTURES[arch].needs_target else None
+    given = [x] if targets is None else [{"activations": x, "targets": targets}]
+    write_shards(tmp_path / "acts", given)
+    layers = {
+        "crosscoder": ["--set", "n_layers=2"],
+        "cross_layer_transcoder": ["--set", "n_layers=2"],
+    }
+    code, out, err = command(
+        "train", "--activations", tmp_path / "acts", "--out", tmp_path / "run", *SMALL,
+        "--tokens", 300, "--arch", arch, *layers.get(arch, []),
+    )  # fmt: skip
+    assert code == 0, err
+    sae = load_sae(checkpoints(tmp_path / "run")[-1])
+    assert sae.architecture == arch and type(sae).__name__ in out
+    assert "FVU" in out
+
+
+def test_train_sets_what_an_architecture_has(command, acts, tmp_path):
+    code, _, err = command(
+        "train", "--activations", acts, "--out", tmp_path / "run", *SMALL, "--tokens", 300,
+        "--arch", "matryoshka", "--set", "widths=[8,16]", "--set", "detach=true",
+    )  # fmt: skip
+    assert code == 0, err
+    config = load_sae(checkpoints(tmp_path / "run")[-1]).config
+    assert config.widths == (8, 16) and config.detach is True
+    for setting in ("target_l0=3", "widths"):
+        code, _, err = command(
+            "train", "--activations", acts, "--out", tmp_path / "other", *SMALL,
+            "--arch", "matryoshka", "--set", setting,
+        )  # fmt: skip
+        assert code == 2 and "--set must be name=value with a name among" in err
 
 
 def test_train_exports_for_saelens(command, acts, tmp_path):
