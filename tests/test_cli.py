@@ -92,7 +92,7 @@ def test_every_option_explains_itself():
             assert parameter.help, f"{command.name} {parameter.name}"
 
 
-@pytest.mark.parametrize("name", ["info", "demo", "train"])
+@pytest.mark.parametrize("name", ["info", "demo", "train", "eval"])
 def test_help_shows_examples_and_groups(command, monkeypatch, name):
     monkeypatch.setenv("COLUMNS", "120")
     code, out, _ = command(name, "--help")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mikernels.cli.train import ACTIVATIONS, OUTPUT, _device, count, option
+from mikernels.cli.train import ACTIVATIONS, OUTPUT, _device, count, option, sparsity
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -87,6 +87,15 @@ def evaluate(
         bool,
         option("With --model: also sparse probes, by sae-probes (the extra).", JUDGES, "--probes"),
     ] = False,
+    synthetic: Annotated[
+        str | None,
+        option(
+            "Instead of activations: a world of known features, small or 16k, that the SAE was "
+            "trained on (sae-lens).",
+            JUDGES,
+            metavar="SIZE",
+        ),
+    ] = None,
     probe_cache: Annotated[
         Path, option("Folder that keeps the activations of --probes.", JUDGES)
     ] = Path("out/probes"),
@@ -122,9 +131,10 @@ def evaluate(
     import torch
     from rich.console import Console
 
-    if (activations is None) == (model is None):
+    if (activations is not None) + (model is not None) + (synthetic is not None) != 1:
         raise ValueError(
-            "eval: give either --activations FOLDER, or --model FOLDER with --layer and --text"
+            "eval: give either --activations FOLDER, or --model FOLDER with --layer and --text, or "
+            "--synthetic SIZE"
         )
     if model is not None and (layer is None or not text):
         raise ValueError("eval: --model needs --layer NUMBER and --text FILE")
@@ -132,7 +142,7 @@ def evaluate(
         from mikernels.evaluate.probes import check_installed
 
         if model is None:
-            raise ValueError("eval: --probes needs --model, got --activations")
+            raise ValueError("eval: --probes needs --model, got none")
         check_installed("eval")
     if not 0 <= skip_first < context - 1:
         raise ValueError(
@@ -153,12 +163,21 @@ def evaluate(
     console = Console()
     console.print(
         f"{judged.name} of {sae}: d {judged.config.d:,}, F {judged.config.n_features:,}, "
-        f"k {judged.k:g}",
+        f"{sparsity(judged)}",
         highlight=False,
     )
     found: dict[str, Any] = {"sae": str(sae), "architecture": judged.architecture, "seed": seed}
     found["config"] = judged.config.to_dict()
-    if activations is not None:
+    if synthetic is not None:
+        from mikernels.evaluate.synthetic import SIZES, judge, world
+
+        if synthetic not in SIZES:
+            raise ValueError(f"eval: --synthetic must be one of {list(SIZES)}, got {synthetic!r}")
+        known = judge(judged, world(synthetic), tokens or TOKENS, seed=seed + 2)
+        found |= {"synthetic": synthetic, "known": known}
+        for name, value in known.items():
+            console.print(f"{name:>12}  {value:.4f}", highlight=False)
+    elif activations is not None:
         measured = _by_rows(judged, activations, skip, tokens, batch_size)
         found |= {"activations": str(activations), "reconstruction": measured.to_dict()}
         _print_reconstruction(console, measured)

@@ -291,7 +291,7 @@ def train(
         print(f"resumed at step {trainer.resume():,} of {config.total_steps:,}")
     print(
         f"{sae.name}: d {source.d:,}, F {sae.config.n_features:,}, "
-        f"{_sparsity(sae)}; {tokens:,} tokens to {out}\n"
+        f"{sparsity(sae)}; {tokens:,} tokens to {out}\n"
         f"lr {trainer.config.lr:.1e}, warm-up {config.warmup:,} and decay "
         f"{config.decay_length:,} of {config.total_steps:,} steps"
     )
@@ -336,7 +336,7 @@ def _own_settings(arch: str, k: float, given: list[str]) -> dict[str, Any]:
     return own
 
 
-def _sparsity(sae: Any) -> str:
+def sparsity(sae: Any) -> str:
     """How many features are meant to be active, in words."""
     if sae.k is not None:
         return f"k {sae.k:g}"

@@ -19,8 +19,9 @@ import hashlib
 import importlib.util
 import io
 import json
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import redirect_stderr, redirect_stdout
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -111,9 +112,13 @@ def check_installed(where: str = WHERE) -> None:
         )
 
 
-def _quiet() -> Any:
-    """sae-probes prints a line and a bar for every data set."""
-    return redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO())
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """sae-probes prints a line and a bar for every data set, and scikit-learn warns at each fit."""
+    out, err = redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO())
+    with out, err, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def _prompts(dataset: str) -> list[str]:
@@ -163,8 +168,7 @@ def _run(
     """data set -> k -> AUC, by sae-probes."""
     from sae_probes import run_sae_evals
 
-    out, err = _quiet()
-    with TemporaryDirectory() as results, out, err:
+    with TemporaryDirectory() as results, _quiet():
         run_sae_evals(
             _Encoder(sae),
             reg_type="l1",
@@ -223,8 +227,7 @@ def measure_probes(
         ValueError: unknown data sets, or an SAE of another width.
     """
     check_installed()
-    out, err = _quiet()
-    with out, err:
+    with _quiet():
         import sae_probes
     datasets, ks = list(datasets), list(ks)
     unknown = sorted(set(datasets) - set(sae_probes.DATASETS))

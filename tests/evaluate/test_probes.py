@@ -107,7 +107,7 @@ def test_without_the_extra_the_fix_is_said(monkeypatch, tmp_path):
 @pytest.mark.peers
 @pytest.mark.skipif(importlib.util.find_spec("sae_probes") is None, reason="needs sae-probes")
 def test_sae_probes_runs_offline_on_activations_of_any_model(tmp_path):
-    model, name = tiny("llama", torch.float32, max_position_embeddings=512), "117_us_state_FL"
+    model, name = tiny("llama", torch.float32), "117_us_state_FL"
     tokenizer = type("Few", (Characters,), {"__call__": _few})()
     found = probes.measure_probes(
         model, tokenizer, LAYER, TopKSAE(D, 60, 8), tmp_path, name="tiny", datasets=[name]
