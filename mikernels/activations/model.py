@@ -83,7 +83,7 @@ class ModelSource(Source):
             below 1; a layer inside of a scripted module (what torch.compile made runs uncompiled,
             so that the layer is seen); sites that a forward pass reaches not once, or of different
             widths in one list; a model in which mlp_out or attn_out is not what is added to the
-            residual stream, which is checked here on one token, and on the first windows.
+            residual stream, which is checked here on one token, and later on the first window.
             Later, from `next_batch`: ValueError without any text, or with too many activations that
             are not finite; SourceExhausted when an iterator of texts has ended.
     """
@@ -251,7 +251,10 @@ class ModelSource(Source):
             ):
                 stop += 1
             tokens = torch.stack(windows[start:stop])
-            recorded = self._recorder.record(tokens, check=not self.read_tokens)
+            if not self.read_tokens:
+                # of one window, since this records more than what is asked for
+                self._recorder.check(tokens[:1])
+            recorded = self._recorder.record(tokens)
             keep = self._keep(tokens, recorded, number + start)
             window, position = keep.nonzero(as_tuple=True)
             kept = {name: x[window, position] for name, x in recorded.items()}

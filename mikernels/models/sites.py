@@ -148,7 +148,8 @@ class Recorder:
         if len(sites) > 1 or (isinstance(first, Site) and first.place != "residual"):
             self._pass(probe, self._taps, whole=True)
         self.widths: dict[str, int] = {}
-        self.widths = {name: x.shape[-1] for name, x in self.record(probe, check=True).items()}
+        self.widths = {name: x.shape[-1] for name, x in self.record(probe).items()}
+        self.check(probe)
 
     def _known(self) -> Decoder:
         if self._decoder is None:
@@ -243,18 +244,13 @@ class Recorder:
             )
         return found
 
-    def record(self, tokens: torch.Tensor, check: bool = False) -> dict[str, torch.Tensor]:
+    def record(self, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
         """Token ids `[w, t]` -> site: activations `[w, t, d]`.
 
-        Args:
-            check: also whether attn_out and mlp_out add up to what their blocks return.
-
         Raises:
-            ValueError: they do not, with place and numbers; a site of another shape.
+            ValueError: a site of another shape.
         """
-        found = self._pass(tokens, {**self._taps, **self._claimed} if check else self._taps)
-        if check and self._written:
-            self._check(found, tokens.shape)
+        found = self._pass(tokens, self._taps)
         recorded = {}
         for name in self._taps:
             x = found[name]
@@ -269,16 +265,23 @@ class Recorder:
             recorded[name] = x
         return recorded
 
-    def _check(self, found: Mapping[str, torch.Tensor], shape: torch.Size) -> None:
-        names = ("input", "attn_out", "mlp_out")
+    def check(self, tokens: torch.Tensor) -> None:
+        """Whether attn_out and mlp_out add up to what their blocks return, in a pass of its own
+        over token ids `[w, t]`, where some are asked for.
+
+        Raises:
+            ValueError: they do not, with place and numbers.
+        """
+        if not self._written:
+            return
+        found = self._pass(tokens, self._claimed)
+        names = ("input", "attn_out", "mlp_out", "residual")
         seen = {
-            layer: [
-                found[f"{layer}.{name}"].reshape(*shape, -1) for name in (*names, "residual")
-            ]
+            layer: [found[f"{layer}.{name}"].reshape(*tokens.shape, -1) for name in names]
             for layer in self._written
-        }  # fmt: skip
+        }
         # tokens that are not finite are counted where they are dropped
-        kept = torch.ones(shape, dtype=torch.bool)
+        kept = torch.ones(tokens.shape, dtype=torch.bool)
         for tensors in seen.values():
             for x in tensors:
                 kept &= x.isfinite().all(-1).cpu()
