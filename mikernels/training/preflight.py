@@ -50,10 +50,10 @@ def check_fit(sae: SAE, source: BatchSource, config: TrainConfig) -> None:
             f"for the width of these activations"
         )
     d_out = getattr(source, "d_out", None)
-    if sae.needs_target and d_out is not None and d_out != sae.config.d_out:
+    if d_out is not None and d_out != sae.config.d_out:
         raise ValueError(
             f"Trainer: source.d_out must be the SAE's d_out = {sae.config.d_out}, got {d_out}; "
-            f"make the SAE for the width of these targets"
+            f"make the SAE for the width of these targets, or the source with others"
         )
     size = getattr(source, "batch_size", config.batch_size)
     if size != config.batch_size:

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from oracle import randn
-from variants import BATCH, Batches, D, F, activations, batch_of, make, train
+from variants import BATCH, D, F, activations, batch_of, make, source_of, train
 
 from mikernels.activations import TensorSource
 from mikernels.nn import (
@@ -64,7 +64,7 @@ def test_bad_settings_are_refused(kind, settings, message) -> None:
 
 @pytest.mark.parametrize("name", ["transcoder", "skip_transcoder", "cross_layer_transcoder"])
 def test_without_a_target_a_transcoder_is_refused_before_work(name) -> None:
-    sae = make(name)
+    sae = make(name, d_out=D)
     before = {key: t.clone() for key, t in sae.state_dict().items()}
     config = TrainConfig(total_tokens=2 * BATCH, batch_size=BATCH)
     trainer = Trainer(sae, TensorSource(activations(), BATCH), config, quiet=True)
@@ -77,14 +77,17 @@ def test_without_a_target_a_transcoder_is_refused_before_work(name) -> None:
 
 def test_targets_of_another_width_are_refused() -> None:
     sae = make("transcoder")
-    source = Batches(sae)
+    source = source_of(sae)
     wrong = Transcoder(D, F, 4, d_out=7)
     config = TrainConfig(total_tokens=2 * BATCH, batch_size=BATCH)
-    with pytest.raises(ValueError, match=r"target of batch 1 must be \[batch, 7\].*got \[64, 20\]"):
-        Trainer(wrong, source, config, quiet=True).run()
-    source.d_out = 20
     with pytest.raises(ValueError, match="source.d_out must be the SAE's d_out = 7, got 20"):
         Trainer(wrong, source, config, quiet=True)
+
+    class Silent:
+        d, next_batch, state_dict = D, source.next_batch, source.state_dict
+
+    with pytest.raises(ValueError, match=r"target of batch 1 must be \[batch, 7\].*got \[64, 20\]"):
+        Trainer(wrong, Silent(), config, quiet=True).run()
 
 
 @pytest.mark.parametrize("value", [-0.1, math.nan])

@@ -8,7 +8,7 @@ import torch
 from oracle import assert_accurate, num_threads, randn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from variants import BATCH, VARIANTS, Batches, D, batch_of, make, train
+from variants import BATCH, VARIANTS, D, batch_of, make, source_of, train
 
 from mikernels.nn import ARCHITECTURES
 from mikernels.training import TrainConfig, Trainer, load_sae
@@ -207,7 +207,7 @@ def test_checkpoints_hold_it_whole(name, tmp_path) -> None:
     half, _ = train(make(name), out_dir=out, checkpoint_every=8, **settings)
     shutil.rmtree(out / "checkpoint-20")
     sae = make(name)
-    again = Trainer(sae, Batches(sae), half.config, quiet=True, out_dir=out)
+    again = Trainer(sae, source_of(sae), half.config, quiet=True, out_dir=out)
     assert again.resume() == 16
     again.run()
     for key, t in trainer.sae.state_dict().items():
@@ -262,7 +262,7 @@ def test_no_tokens_by_features_matrix_is_made(name) -> None:
         pytest.skip("the references form tokens x features")
     kind, own = VARIANTS[name]
     n, d, f = 512, 8, 4096
-    own = {**own, "widths": (256, 1024, f)} if "widths" in own else dict(own)
+    own = {**own, "widths": (256, 1024, 2048, f)} if "widths" in own else dict(own)
     own.pop("d_out", None)
     own |= {"n_layers": 2} if "n_layers" in own else {}
     sae = kind(d, f, **own)

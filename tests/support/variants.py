@@ -105,20 +105,10 @@ def batch_of(sae: SAE, n: int = BATCH, seed: int = 1, weighted: bool = False) ->
     return Batch(x, target, weights)
 
 
-class Batches(TensorSource):
+def source_of(sae: SAE, n: int = 1024) -> TensorSource:
     """Shuffled batches of a variant's inputs and targets."""
-
-    def __init__(self, sae: SAE, n: int = 1024):
-        whole = batch_of(sae, n)
-        parts = [t for t in (whole.input, whole.target) if t is not None]
-        super().__init__(torch.cat(parts, -1), BATCH)
-        self.d = whole.input.shape[1]
-
-    def next_batch(self):
-        both = super().next_batch()
-        if both.shape[1] == self.d:
-            return both
-        return Batch(both[:, : self.d], both[:, self.d :])
+    whole = batch_of(sae, n)
+    return TensorSource(whole.input, BATCH, target=whole.target)
 
 
 def train(sae: SAE, steps: int = 20, out_dir=None, **settings):
@@ -126,5 +116,5 @@ def train(sae: SAE, steps: int = 20, out_dir=None, **settings):
         **{"total_tokens": steps * BATCH, "batch_size": BATCH, "lr": 3e-3, "log_every": 1}
         | settings
     )
-    trainer = Trainer(sae, Batches(sae), config, quiet=True, out_dir=out_dir)
+    trainer = Trainer(sae, source_of(sae), config, quiet=True, out_dir=out_dir)
     return trainer, trainer.run()
