@@ -35,8 +35,8 @@ VARIABLES = {
     VIOLET: "violet",
     TEAL: "teal",
 }
-# inches; on a phone an inch is as wide as on a page, and so is a letter
-WIDE, NARROW = 7.6, 3.7
+# inches, so that letters are of the page's size in a column of a page and on a phone
+WIDE, NARROW = 8.6, 3.7
 SIZES = {"wide": WIDE, "narrow": NARROW}
 STYLE: Any = {
     "svg.fonttype": "none",

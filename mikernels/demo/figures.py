@@ -16,7 +16,7 @@ from mikernels.demo.drawing import INK, OURS, STYLE, THEIRS, WIDE, plt, svg
 
 PARTS = {
     "encode": THEIRS,
-    "decode": "#5fa8d3",
+    "decode": "#a5d4ea",
     "gradients": OURS,
     "optimizer": "#edae49",
     "other": "#9aa5b1",

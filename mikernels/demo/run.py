@@ -22,10 +22,10 @@ from mikernels.demo.data import (
 )
 from mikernels.demo.judge import judge, variants_table
 from mikernels.demo.options import DemoOptions
-from mikernels.demo.variants import OTHERS, TOPK, sae_settings
+from mikernels.demo.variants import OTHERS, TOPK, Variant, sae_settings
 from mikernels.evaluate import variance_unexplained
 from mikernels.files import explained, partial_of, read_json, write_json
-from mikernels.nn import SAE
+from mikernels.nn import ARCHITECTURES, SAE
 from mikernels.owning import LOCK, owned
 from mikernels.schema import Result, check
 from mikernels.training import load_sae
@@ -69,36 +69,35 @@ def _run(options: DemoOptions, out: Path, console: Console, started: float) -> b
         folder = mnist_shards(out)
     rows, metadata = load_rows(folder)
     x, held = rows["activations"].float(), held_out(rows, options.seed)
-    features = options.expansion * x.shape[1]
+    variants = {name: TOPK for name in NAMES}
+    if options.variants:
+        variants |= {variant.folder: variant for variant in OTHERS}
+    # what cannot be trained or cleared is refused before the first run
+    specs = {
+        name: _spec(variant, options, folder, x.shape[1], None if name == "dense" else out / name)
+        for name, variant in variants.items()
+    }
+    for name in variants:
+        _clear(out / name)
 
-    def train(name: str, title: str, architecture: str) -> dict[str, Any]:
-        config = options.baseline_config(features) if name == "dense" else options.config
-        spec = {
-            "activations": str(folder),
-            "seed": options.seed,
-            # plain PyTorch's weights are of no use afterwards
-            "out_dir": None if name == "dense" else str(out / name),
-            "architecture": architecture,
-            "sae": sae_settings(architecture, options, features),
-            "config": config.to_dict(),
-        }
-        size = f"{config.total_steps:,} steps of {options.batch_size:,} tokens"
-        console.print(f"training {size}: {title}")
-        return _train(out / name, title, spec)
+    def train(name: str) -> dict[str, Any]:
+        title = NAMES.get(name, f"{variants[name].title}, fused")
+        steps = options.baseline_steps if name == "dense" else options.steps
+        console.print(f"training {steps:,} steps of {options.batch_size:,} tokens: {title}")
+        return _train(out / name, title, specs[name])
 
-    results = {name: train(name, title, TOPK.architecture) for name, title in NAMES.items()}
+    results = {name: train(name) for name in NAMES}
     comparison = compare(results["dense"]["rows"], results["fused"]["rows"])
     # what a user does with a checkpoint and the activations that are stored beside it
     sae = _trained(out / TOPK.folder, options)
     summary = summarise(results, options.batch_size, variance_unexplained(sae, x[held]))
     console.print(results_table(summary))
     console.print(comparison["message"], style="green" if comparison["agree"] else "bold red")
-
     outcomes = []
     if options.variants:
         outcomes.append(judge(TOPK, results[TOPK.folder], sae, x, held))
         for variant in OTHERS:
-            result = train(variant.folder, f"{variant.title}, fused", variant.architecture)
+            result = train(variant.folder)
             trained = _trained(out / variant.folder, options)
             outcomes.append(judge(variant, result, trained, x, held))
         console.print(variants_table(outcomes))
@@ -112,15 +111,37 @@ def _run(options: DemoOptions, out: Path, console: Console, started: float) -> b
     return comparison["agree"]
 
 
+def _spec(
+    variant: Variant, options: DemoOptions, folder: Path, d: int, run_dir: Path | None
+) -> dict[str, Any]:
+    """`run.json` of a fused run into `run_dir`, or of plain PyTorch, whose weights are of no use
+    afterwards."""
+    features = options.expansion * d
+    settings = sae_settings(variant.architecture, options, features)
+    ARCHITECTURES[variant.architecture].config_type(d, **settings)
+    config = options.baseline_config(features) if run_dir is None else options.config
+    return {
+        "activations": str(folder),
+        "seed": options.seed,
+        "out_dir": None if run_dir is None else str(run_dir),
+        "architecture": variant.architecture,
+        "sae": settings,
+        "config": config.to_dict(),
+    }
+
+
+def _clear(run_dir: Path) -> None:
+    with explained("demo", "a training run", run_dir, "choose another --out"):
+        run_dir.mkdir(exist_ok=True)
+    with owned(run_dir, "demo"):
+        clear_run(run_dir)
+
+
 def _trained(run_dir: Path, options: DemoOptions) -> SAE:
     return load_sae(run_dir / f"checkpoint-{options.steps}").eval()
 
 
 def _train(run_dir: Path, title: str, spec: dict[str, Any]) -> dict[str, Any]:
-    with explained("demo", "a training run", run_dir, "choose another --out"):
-        run_dir.mkdir(exist_ok=True)
-    with owned(run_dir, "demo"):
-        clear_run(run_dir)
     path = run_dir / SPEC
     with explained("demo", "the settings of a run", path, "free space"):
         write_json(path, spec)

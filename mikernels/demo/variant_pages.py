@@ -7,10 +7,10 @@ from typing import Any
 
 from markupsafe import Markup
 
-from mikernels.demo.drawing import both
+from mikernels.demo.drawing import VARIABLES, both
 from mikernels.demo.judge import COLUMNS, Outcome
 from mikernels.demo.options import DemoOptions
-from mikernels.demo.variant_figures import density_multiples, learning_curves
+from mikernels.demo.variant_figures import COLOURS, density_multiples, learning_curves
 
 COUNTS = ("No", "One", "Two", "Three", "Four", "Five", "Six")
 
@@ -24,15 +24,16 @@ def side_by_side(
     many = COUNTS[len(outcomes)]
     return {
         "title": f"{many} variants on the same {unit}",
-        "note": (
+        "notes": (
             f"Every variant has as many features, starts from the same decoder, sees the same "
             f"{tokens:,} {unit} ({options.steps} steps) in the same order with the same learning "
             f"rates, aims at {options.k} active features at a time, and is trained with the fused "
-            f"step. Read FVU together with L0: whoever uses more features explains more. TopK and "
-            f"its kin meet {options.k} by construction in training; with thresholds, in use, L0 is "
-            f"what comes out. Matryoshka gives up some FVU so that its first features can stand "
-            f"alone, and what that is good for no column here shows. So short a run with one seed "
-            f"says how fast a variant learns with these settings, not which is the best."
+            f"step.",
+            f"Read FVU together with L0: more active features explain more. Only TopK meets "
+            f"{options.k} by construction; where a threshold decides, L0 is what comes out. "
+            f"Matryoshka gives up some FVU so that its first features can stand alone, and no "
+            f"column here shows what that is good for. So short a run from one seed says how fast "
+            f"a variant learns with these settings, not which is the best.",
         ),
         "columns": COLUMNS,
         "rows": [(outcome.variant.title, *outcome.cells()) for outcome in outcomes],
@@ -56,7 +57,12 @@ def side_by_side(
             for outcome, drawing in zip(outcomes, drawings, strict=True)
         ],
         "sources": [
-            (outcome.variant.title, outcome.variant.idea, outcome.variant.source)
+            {
+                "title": outcome.variant.title,
+                "idea": outcome.variant.idea,
+                "paper": outcome.variant.source,
+                "colour": VARIABLES[COLOURS[outcome.variant.architecture]],
+            }
             for outcome in outcomes
         ],
     }

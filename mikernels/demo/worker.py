@@ -71,7 +71,8 @@ def train(spec: dict[str, Any]) -> dict[str, Any]:
     del rows
     config = TrainConfig(**spec["config"])
     generator = torch.Generator().manual_seed(spec["seed"])
-    sae = ARCHITECTURES[spec["architecture"]](x.shape[1], generator=generator, **spec["sae"])
+    variant: Any = ARCHITECTURES[spec["architecture"]]
+    sae = variant(x.shape[1], generator=generator, **spec["sae"])
     source = TensorSource(x, config.batch_size, spec["seed"])
     # matmul's own buffers and thread stacks are there before the peak starts
     sae.w_enc.detach() @ x[0]
