@@ -171,6 +171,65 @@ def plot(
     typer.echo(f"wrote {out}")
 
 
+@app.command()
+def quality(
+    tasks: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[TASK]...", help="synthetic, smollm2; none is both."),
+    ] = None,
+    contenders: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--contender",
+            help="library:setting=value,... of mikernels, saelens or dictionary_learning; may be "
+            "repeated, the first is what CPU time is set equal to.",
+        ),
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds of everyone.")] = 3,
+    share: Annotated[
+        float, typer.Option(min=0.001, help="Of the task's steps; 1 is what is reported.")
+    ] = 1.0,
+    equal_cpu: Annotated[
+        bool, typer.Option(help="Train the others once more, for our CPU time.")
+    ] = True,
+    json_folder: Annotated[
+        Path | None, typer.Option("--json", help="Keep finished runs in quality-TASK.json here.")
+    ] = None,
+    cache: Annotated[Path, typer.Option(help="For activations and samples.")] = Path("out/quality"),
+) -> None:
+    """Train the same SAE by several libraries on the same batches: quality and CPU time.
+
+    Variance unexplained, known features found (synthetic), cross-entropy recovered (smollm2) and
+    dead features, at equal tokens and at equal CPU time, one thread.
+
+    A quick look: bench quality synthetic --share 0.02 --seeds 2
+    """
+    from .quality import session, tables
+    from .quality.tasks import TASKS
+
+    console = Console()
+    if not console.is_terminal:
+        console.width = 240
+    threads = torch.get_num_threads()
+    try:
+        for name in tasks or TASKS:
+            if name not in TASKS:
+                raise ValueError(
+                    f"bench quality: a task must be one of {', '.join(TASKS)}, got {name!r}"
+                )
+            torch.set_num_threads(1)
+            file = None if json_folder is None else json_folder / f"quality-{name}.json"
+            with results.written(file):
+                task = TASKS[name](cache, console).of(share)
+                chosen = contenders or list(session.DEFAULT)
+                found = session.measure(task, chosen, seeds, file, equal_cpu, console)
+            tables.show(found, console)
+    except (ValueError, TypeError, ImportError, OSError) as error:
+        raise typer.BadParameter(str(error)) from error
+    finally:
+        torch.set_num_threads(threads)
+
+
 def _list(console: Console) -> None:
     for name in names():
         bench = load(name)

@@ -16,6 +16,7 @@ from mikernels.ops.sae.batch_topk_encode import batch_topk_encode
 from mikernels.ops.sae.decode import sparse_decode
 from mikernels.ops.sae.encode import topk_encode
 from mikernels.ops.sae.gradients import by_feature
+from mikernels.ops.sae.groupmax_encode import groupmax_encode
 from mikernels.ops.sae.jump import jump, step_above
 from mikernels.ops.sae.threshold_encode import threshold_encode
 from mikernels.ops.select.mass_threshold import mass_threshold
@@ -38,6 +39,7 @@ __all__ = [
     "feature_edges",
     "force_level",
     "grad_gram",
+    "groupmax_encode",
     "jump",
     "mass_threshold",
     "pairwise_products",

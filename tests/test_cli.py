@@ -7,13 +7,16 @@ import sys
 import pytest
 import torch
 import typer
+from decoder_cases import saved_tokenizer, tiny
 
 import mikernels
 from mikernels import _ext, cli
 from mikernels._dispatch import OPS
-from mikernels.activations import write_shards
+from mikernels.activations import ModelSource, write_shards
 from mikernels.cli.train import count
+from mikernels.nn import ARCHITECTURES
 from mikernels.training import load_sae
+from mikernels.training.state.checkpoint import checkpoints
 
 
 @pytest.fixture
@@ -89,7 +92,7 @@ def test_every_option_explains_itself():
             assert parameter.help, f"{command.name} {parameter.name}"
 
 
-@pytest.mark.parametrize("name", ["info", "demo", "train"])
+@pytest.mark.parametrize("name", ["info", "demo", "train", "eval"])
 def test_help_shows_examples_and_groups(command, monkeypatch, name):
     monkeypatch.setenv("COLUMNS", "120")
     code, out, _ = command(name, "--help")
@@ -144,6 +147,107 @@ def test_train_takes_every_kind_of_step_and_schedule(command, acts, tmp_path, op
     assert losses(tmp_path / "run")
 
 
+@pytest.fixture
+def model(tmp_path):
+    tiny("llama", torch.float32).save_pretrained(tmp_path / "model")
+    saved_tokenizer(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.mark.parametrize(
+    ("sites", "d"),
+    [
+        (("--layer", 0, "--layer", 1), 48),
+        (("--layer", 1, "--site", "mlp_in", "--target-site", "mlp_out"), 24),
+        (("--layer", 0, "--layer", 1, "--target-layer", 1, "--target-layer", 2), 48),
+    ],
+)
+def test_train_reads_a_model_at_the_sites_asked_for(
+    command, model, tmp_path, monkeypatch, sites, d
+):
+    made = []
+    inner = ModelSource.__init__
+
+    def init(self, *arguments, **options):
+        inner(self, *arguments, **options)
+        made.append(self)
+
+    monkeypatch.setattr(ModelSource, "__init__", init)
+    text = tmp_path / "text.txt"
+    text.write_text("a b c d e f g h i j k l m n o p q r s t u v w x y z " * 40)
+    code, _, err = command(
+        "train", "--model", model, "--text", text, *sites, "--context", 16, "--tokens", 300,
+        "--out", tmp_path / "run", *SMALL,
+    )  # fmt: skip
+    assert code == 0, err
+    assert len(losses(tmp_path / "run")) == 6
+    assert load_sae(tmp_path / "run" / "checkpoint-6").config.d == d
+    (source,) = made
+    layers = [value for name, value in zip(sites, sites[1:], strict=False) if name == "--layer"]
+    place = "mlp_in" if "--site" in sites else "residual"
+    assert source.sites == tuple(f"{layer}.{place}" for layer in layers)
+    assert source.target_sites == {
+        4: (), 6: ("1.mlp_out",), 8: ("1.residual", "2.residual"),
+    }[len(sites)]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        (("--layer", 3), "blocks.3.hook_resid_post"),
+        (("--layer", 3, "--site", "mlp_out"), "blocks.3.hook_mlp_out"),
+        (("--layer", 3, "--site", "mlp_in"), None),
+        (("--layer", 3, "--layer", 4), None),
+        ((), None),
+    ],
+)
+def test_train_names_the_place_for_saelens(command, acts, tmp_path, arguments, name):
+    folder = tmp_path / "saelens"
+    code, _, err = command(
+        "train", "--activations", acts, "--out", tmp_path / "run", *SMALL, *arguments,
+        "--export-saelens", folder,
+    )  # fmt: skip
+    assert code == 0, err
+    text = (folder / "cfg.json").read_text()
+    assert (f'"{name}"' in text) if name else ("hook_resid" not in text and "blocks." not in text)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_train_takes_every_architecture(command, tmp_path, arch):
+    x = torch.randn(600, 8)
+    targets = x.tanh() if ARCHITECTURES[arch].needs_target else None
+    given = [x] if targets is None else [{"activations": x, "targets": targets}]
+    write_shards(tmp_path / "acts", given)
+    layers = {
+        "crosscoder": ["--set", "n_layers=2"],
+        "cross_layer_transcoder": ["--set", "n_layers=2"],
+    }
+    code, out, err = command(
+        "train", "--activations", tmp_path / "acts", "--out", tmp_path / "run", *SMALL,
+        "--tokens", 300, "--arch", arch, *layers.get(arch, []),
+    )  # fmt: skip
+    assert code == 0, err
+    sae = load_sae(checkpoints(tmp_path / "run")[-1])
+    assert sae.architecture == arch and type(sae).__name__ in out
+    assert "FVU" in out
+
+
+def test_train_sets_what_an_architecture_has(command, acts, tmp_path):
+    code, _, err = command(
+        "train", "--activations", acts, "--out", tmp_path / "run", *SMALL, "--tokens", 300,
+        "--arch", "matryoshka", "--set", "widths=[8,16]", "--set", "detach=true",
+    )  # fmt: skip
+    assert code == 0, err
+    config = load_sae(checkpoints(tmp_path / "run")[-1]).config
+    assert config.widths == (8, 16) and config.detach is True
+    for setting in ("target_l0=3", "widths"):
+        code, _, err = command(
+            "train", "--activations", acts, "--out", tmp_path / "other", *SMALL,
+            "--arch", "matryoshka", "--set", setting,
+        )  # fmt: skip
+        assert code == 2 and "--set must be name=value with a name among" in err
+
+
 def test_train_exports_for_saelens(command, acts, tmp_path):
     from mikernels.integrations import saelens
 
@@ -171,6 +275,9 @@ def test_train_exports_for_saelens(command, acts, tmp_path):
         (("--activations", "nowhere"), "existing folder of safetensors shards, got nowhere"),
         (("--model", "nowhere"), "--model needs --layer NUMBER and --text FILE"),
         (("--model", "nowhere", "--layer", "0", "--text", "absent.txt"), "absent.txt must be"),
+        (("--activations", "{acts}", "--site", "mlp"), "--site must be one of residual, mlp_in"),
+        (("--activations", "{acts}", "--target-site", "mlp"), "--target-site must be one of"),
+        (("--activations", "{acts}", "--target-layer", "1"), "must go with --model, got them with"),
         (("--model", "nowhere", "--layer", "0", "--text", "{text}"), "existing model folder"),
         (("--activations", "{acts}", "--k", "500"), "k must be in 1..16"),
         (("--activations", "{acts}", "--lr", "-1"), "lr must be finite and above 0, got -1"),

@@ -171,3 +171,26 @@ def saelens_trainer(
         device=where,
     )
     return trainer.SAETrainer(schedule, sae, iter(()))
+
+
+def saelens_run(
+    architecture: str, batches: Iterator[torch.Tensor], sae: dict[str, Any], run: dict[str, Any]
+) -> Any:
+    """SAELens' SAETrainer of a new SAE, its weights from torch's global generator; `.fit()` trains.
+
+    Args:
+        architecture: "topk" or "batchtopk".
+        sae: settings of its configuration (d_in, d_sae, k, ...). run: those of SAETrainerConfig.
+    """
+    sae_lens = _module("sae_lens", "sae-lens")
+    config = _module("sae_lens.config", "sae-lens")
+    trainer = _module("sae_lens.training.sae_trainer", "sae-lens")
+    name = {"topk": "TopKTrainingSAE", "batchtopk": "BatchTopKTrainingSAE"}[architecture]
+    new = getattr(sae_lens, name)(getattr(sae_lens, f"{name}Config")(**sae))
+    return trainer.SAETrainer(config.SAETrainerConfig(**run), new, batches)
+
+
+def dictionary_learning_run(settings: dict[str, Any]) -> Any:
+    """dictionary_learning's TopKTrainer of a new SAE; `.update(step, x)` trains on a batch."""
+    top_k = _module("dictionary_learning.trainers.top_k", "dictionary-learning")
+    return top_k.TopKTrainer(layer=0, lm_name="none", device="cpu", **settings)

@@ -72,8 +72,8 @@ def _make(kind: type[SAE], batch: SAEBatch) -> SAE:
         TopKSAE: {"k": s.k},
         BatchTopKSAE: {"k": s.k},
         JumpReLUSAE: {"target_l0": s.k},
-        MatryoshkaSAE: {"k": s.k, "widths": default_widths(s.f, LEVELS)},
-        LISTAMatryoshkaSAE: {"k": s.k, "widths": default_widths(s.f, LEVELS)},
+        MatryoshkaSAE: {"k": s.k, "widths": default_widths(s.f, s.k, LEVELS)},
+        LISTAMatryoshkaSAE: {"k": s.k, "widths": default_widths(s.f, s.k, LEVELS)},
         Transcoder: {"k": s.k},
         SkipTranscoder: {"k": s.k},
         Crosscoder: {"k": s.k, "n_layers": LAYERS},
@@ -127,7 +127,7 @@ def _saelens(architecture: str) -> Callable[[SAEBatch, str], Runner]:
                 "target_l0": batch.k,
             }
         elif architecture == "matryoshka_batchtopk":
-            settings = {"matryoshka_widths": default_widths(batch.shape.f, LEVELS)}
+            settings = {"matryoshka_widths": default_widths(batch.shape.f, batch.k, LEVELS)}
         trainer = peers.saelens_trainer(
             batch.weights(), batch.k, LR, batch.shape.n, architecture, settings
         )

@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import torch
 
-# scores of a chunk, and numbers of w_enc that are widened to float32 at a time
-PAIRS = 1 << 22
+from .chunk_scores import scores, tokens_at_once
 
 
 def _keys(scores: torch.Tensor) -> torch.Tensor:
@@ -33,19 +32,6 @@ def _best(keys: torch.Tensor, total: int) -> torch.Tensor:
     return at.new_empty(total + 1).scatter_(0, places, at)[:total]
 
 
-def _scores(
-    x: torch.Tensor, w_enc: torch.Tensor, b_enc: torch.Tensor | None, b_dec: torch.Tensor | None
-) -> torch.Tensor:
-    """`[n, F]` float32."""
-    centred = x.float() if b_dec is None else x.float() - b_dec.float()
-    h = torch.empty(x.shape[0], w_enc.shape[0], dtype=torch.float32, device=x.device)
-    features = max(1, PAIRS // max(1, w_enc.shape[1]))
-    for first in range(0, w_enc.shape[0], features):
-        here = slice(first, first + features)
-        h[:, here] = centred @ w_enc[here].float().T
-    return h if b_enc is None else h.add_(b_enc.float())
-
-
 def batch_topk_encode(
     x: torch.Tensor,
     w_enc: torch.Tensor,
@@ -60,14 +46,14 @@ def batch_topk_encode(
     numbers = dict(dtype=torch.float32, device=x.device)
     values, ranked = torch.empty(0, **numbers), torch.empty(0, **numbers)
     flat = torch.empty(0, dtype=torch.int64, device=x.device)
-    tokens = max(1, PAIRS // max(1, f))
+    tokens = tokens_at_once(f)
     for first in range(0, n, tokens) if total else ():
-        h = _scores(x[first : first + tokens], w_enc, b_enc, b_dec)
-        scores = h if scale is None else h * scale.float()
+        h = scores(x[first : first + tokens], w_enc, b_enc, b_dec)
+        ranks = h if scale is None else h * scale.float()
         places = torch.arange(first * f, first * f + h.numel(), device=x.device)
         values, ranked, flat = (
             torch.cat([kept, new.reshape(-1)])
-            for kept, new in ((values, h), (ranked, scores), (flat, places))
+            for kept, new in ((values, h), (ranked, ranks), (flat, places))
         )
         if len(flat) > total:
             chosen = _best(_keys(ranked), total)

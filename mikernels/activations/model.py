@@ -221,7 +221,7 @@ class ModelSource(Source):
 
     def _found(self) -> str:
         single = self.n_layers == 1 and not self.target_sites
-        where = f"layer {self.layer!r}" if single else "a site"
+        where = f"layer {self._named()!r}" if single else "a site"
         return (
             f"NaN or inf at {where} in {self.dropped['nonfinite']} of "
             f"{self._judged()} tokens (first in {self._nonfinite})"
@@ -275,9 +275,13 @@ class ModelSource(Source):
 
     def read(self) -> Iterator[Rows]:
         """One epoch in reading order, a few windows at a time, for caching with `write_shards`."""
+        return self.read_windows(self.token_windows())
+
+    def read_windows(self, windows: Iterable[torch.Tensor]) -> Iterator[Rows]:
+        """The same of any windows `[t]` of token ids."""
         held: list[torch.Tensor] = []
         number = 0
-        for window in self.token_windows():
+        for window in windows:
             held.append(window)
             if len(held) == self._per_forward:
                 yield self._forward(held, number)
@@ -305,18 +309,21 @@ class ModelSource(Source):
         self._judge()
         return rows
 
+    def _named(self) -> int | str | list[str]:
+        """The sites of the input: the residual stream after a layer is that layer's number."""
+        if self.n_layers > 1:
+            return list(self.sites)
+        (site,) = self._inputs
+        if isinstance(site, Site) and site.place == "residual":
+            return site.layer
+        return str(site)
+
     def _identity(self) -> dict[str, Any]:
-        # the residual stream of one layer is that layer's number, as positions were always saved
-        layer: Any = list(self.sites)
-        if self.n_layers == 1:
-            (site,) = self._inputs
-            plain = isinstance(site, Site) and site.place == "residual"
-            layer = site.layer if isinstance(site, Site) and plain else str(site)
         target = {"d_out": self.d_out, "target": list(self.target_sites)} if self._targets else {}
         return {
             **target,
             "d": self.d,
-            "layer": layer,
+            "layer": self._named(),
             "context": self.context,
             "windows_per_block": self._windows_per_block,
             "max_tokens": self.max_tokens,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The `mikernels` command: info, demo, train, bench, tune."""
+"""The `mikernels` command: info, demo, train, eval, bench, tune."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from mikernels._version import __version__
+from mikernels.cli.eval import evaluate
 from mikernels.cli.train import train
 
 app = typer.Typer(
@@ -143,6 +144,7 @@ def demo(
 
 
 app.command()(train)
+app.command("eval")(evaluate)
 
 
 @app.command(

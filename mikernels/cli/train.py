@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`mikernels train`: a TopK SAE on the user's own activations, or on those of a local model."""
+"""`mikernels train`: an SAE on the user's own activations, or on those of a local model."""
 
 from __future__ import annotations
 
+import json
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,7 +13,7 @@ import typer
 if TYPE_CHECKING:
     import torch
 
-    from mikernels.activations import Source
+    from mikernels.activations import Site, Source
 
 ACTIVATIONS, SAE, TRAINING, OUTPUT = "Activations", "SAE", "Training", "Output"
 SUFFIXES = {"k": 10**3, "m": 10**6, "b": 10**9}
@@ -48,8 +50,27 @@ def train(
         str | None, option("The GGUF file's name, if the folder has several.", ACTIVATIONS)
     ] = None,
     layer: Annotated[
-        int | None,
-        option("Decoder layer, from 0: the residual stream after it.", ACTIVATIONS),
+        list[int] | None,
+        option(
+            "Decoder layer, from 0; may be repeated: the activations of several are joined.",
+            ACTIVATIONS,
+        ),
+    ] = None,
+    site: Annotated[
+        str,
+        option(
+            "Of each layer: residual (the stream after it), mlp_in (what its MLP reads), mlp_out "
+            "or attn_out (what MLP or attention add).",
+            ACTIVATIONS,
+        ),
+    ] = "residual",
+    target_site: Annotated[
+        str | None,
+        option("Reconstruct this site, not the input.", ACTIVATIONS, show_default="the input"),
+    ] = None,
+    target_layer: Annotated[
+        list[int] | None,
+        option("Of these layers; may be repeated.", ACTIVATIONS, show_default="--layer"),
     ] = None,
     text: Annotated[
         list[Path] | None,
@@ -63,8 +84,32 @@ def train(
         int | None, option("F, the number of features.", SAE, show_default="expansion x d")
     ] = None,
     expansion: Annotated[int, option("F / d, if --features is not given.", SAE)] = 16,
-    arch: Annotated[str, option("topk or batch_topk.", SAE)] = "topk",
-    k: Annotated[float, option("Active features per token; with batch_topk on average.", SAE)] = 32,
+    arch: Annotated[
+        str,
+        option(
+            "topk, batch_topk, jumprelu, matryoshka, lista_matryoshka, gated, relu, transcoder, "
+            "skip_transcoder, crosscoder or cross_layer_transcoder.",
+            SAE,
+        ),
+    ] = "topk",
+    k: Annotated[
+        float,
+        option(
+            "Active features per token: of each with topk, else on average; jumprelu's target. "
+            "gated and relu have none.",
+            SAE,
+        ),
+    ] = 32,
+    settings: Annotated[
+        list[str] | None,
+        option(
+            "A setting of the architecture, name=value; may be repeated, e.g. "
+            "--set widths=\\[1024,4096,16384] --set l1_coefficient=2.",
+            SAE,
+            "--set",
+            metavar="NAME=VALUE",
+        ),
+    ] = None,
     k_aux: Annotated[
         int | None, option("Dead features a token revived by AuxK.", SAE, show_default="d / 2")
     ] = None,
@@ -116,6 +161,9 @@ def train(
         int | None, option("Begin with this k ...", TRAINING, show_default="k")
     ] = None,
     k_anneal: Annotated[int, option("... and reach --k after so many steps.", TRAINING)] = 0,
+    sparsity_warmup: Annotated[
+        int, option("Steps in which penalties on codes grow from 0.", TRAINING)
+    ] = 0,
     clip_norm: Annotated[float, option("Limit on the gradient norm; 0 is none.", TRAINING)] = 1.0,
     dtype: Annotated[str, option("Of the weights: float32 or bfloat16.", TRAINING)] = "float32",
     step: Annotated[
@@ -146,16 +194,22 @@ def train(
         Path | None, option("Also write the SAE for SAELens to this folder.", OUTPUT)
     ] = None,
 ) -> None:
-    """Train a TopK SAE on your own activations, or on those of a local model over text.
+    """Train an SAE or transcoder on your own activations, or on those of a local model over text.
 
-    Activations are shards of safetensors files with a tensor "activations" of \\[rows, d], as
-    written by mikernels.activations.write_shards, or any file with a single 2-D tensor.
+    Activations are shards of safetensors files with a tensor "activations" of \\[rows, d], and
+    perhaps "targets" to be reconstructed from them, as written by
+    mikernels.activations.write_shards, or any file with a single 2-D tensor.
 
     Examples:
 
         mikernels train --activations acts/ --expansion 32 --k 32 --out out/sae
 
         mikernels train --model ~/models/gpt2 --layer 6 --text corpus.txt --tokens 10M
+
+        mikernels train --activations acts/ --arch jumprelu --k 64 --set bandwidth=0.1
+
+        mikernels train --model gpt2 --layer 6 --site mlp_in --target-site mlp_out --text a.txt \\
+            --arch transcoder
 
         mikernels train --activations acts/ --out out/sae --resume --export-saelens out/saelens
     """
@@ -166,6 +220,7 @@ def train(
 
     if arch not in ARCHITECTURES:
         raise ValueError(f"train: --arch must be one of {sorted(ARCHITECTURES)}, got {arch!r}")
+    own = _own_settings(arch, k, settings or [])
     if optimizer is not None and step == "fused":
         raise ValueError(
             f"train: --optimizer needs --step autograd or dense, got --optimizer {optimizer} with "
@@ -178,7 +233,17 @@ def train(
         torch.set_num_threads(threads)
     target = _device(device)
     source = _source(
-        activations, model, gguf_file, layer, text, context, skip_first, batch_size, seed, target
+        activations,
+        model,
+        gguf_file,
+        _sites("--site", site, layer),
+        _targets(target_site, target_layer, site, layer),
+        text,
+        context,
+        skip_first,
+        batch_size,
+        seed,
+        target,
     )
     if tokens is None:
         tokens = getattr(source, "n_rows", None)
@@ -195,6 +260,7 @@ def train(
         decay_steps=decay_steps,
         k_start=k_start,
         k_anneal_steps=k_anneal,
+        sparsity_warmup_steps=sparsity_warmup,
         clip_norm=clip_norm or None,
         dtype=dtype,
         scale_activations=scale,
@@ -204,18 +270,18 @@ def train(
         seed=seed,
     )
     variant = ARCHITECTURES[arch]
-    settings = variant.config_type(
-        source.d,
-        expansion * source.d if features is None else features,
-        k_aux,
-        aux_coefficient,
-        dead_after,
-        loss,
-        k=int(k) if arch == "topk" and k.is_integer() else k,
-    )
-    sae = variant.of(
-        settings, generator=torch.Generator().manual_seed(seed), encoder_scale=encoder_scale
-    ).to(target)
+    names = {f.name for f in fields(variant.config_type)}
+    # what the source says, unless it is given
+    if "n_layers" in names:
+        own.setdefault("n_layers", getattr(source, "n_layers", 1))
+    if "d_out" in names:
+        own.setdefault("d_out", getattr(source, "d_out", source.d))
+    width = source.d // own.get("n_layers", 1)
+    own.setdefault("n_features", expansion * width if features is None else features)
+    given = {"k_aux": k_aux, "aux_coefficient": aux_coefficient, "dead_after": dead_after}
+    generator = torch.Generator().manual_seed(seed)
+    more = {"generator": generator, "encoder_scale": encoder_scale}
+    sae = variant(source.d, **{**given, "loss": loss, **own, **more}).to(target)  # type: ignore[call-arg, arg-type]
     chosen = None
     if make_optimizer is not None:
         rate = config.peak_lr(sae.config.n_features)
@@ -224,8 +290,9 @@ def train(
     if resume:
         print(f"resumed at step {trainer.resume():,} of {config.total_steps:,}")
     print(
-        f"{sae.name}: d {source.d:,}, F {sae.config.n_features:,}, k {k:g}; {tokens:,} "
-        f"tokens to {out}\nlr {trainer.config.lr:.1e}, warm-up {config.warmup:,} and decay "
+        f"{sae.name}: d {source.d:,}, F {sae.config.n_features:,}, "
+        f"{sparsity(sae)}; {tokens:,} tokens to {out}\n"
+        f"lr {trainer.config.lr:.1e}, warm-up {config.warmup:,} and decay "
         f"{config.decay_length:,} of {config.total_steps:,} steps"
     )
     history = trainer.run()
@@ -238,9 +305,43 @@ def train(
     if export_saelens is not None:
         from mikernels.integrations.saelens import export_sae
 
-        hook = f"blocks.{layer}.hook_resid_post" if layer is not None else None
+        hook = _hook_name(site, layer) if target_site is None and target_layer is None else None
         export_sae(sae, export_saelens, model_name=model.name if model else None, hook_name=hook)
         print(f"SAELens: sae_lens.SAE.load_from_disk({str(export_saelens)!r})")
+
+
+def _own_settings(arch: str, k: float, given: list[str]) -> dict[str, Any]:
+    """Settings of an architecture by name: k where it has one, and `name=value` as JSON."""
+    from mikernels.nn import ARCHITECTURES
+
+    names = {f.name for f in fields(ARCHITECTURES[arch].config_type)}
+    own: dict[str, Any] = {}
+    if "k" in names:
+        whole = k.is_integer() and arch in ("topk", "cross_layer_transcoder")
+        own["k"] = int(k) if whole else k
+    elif "target_l0" in names:
+        own["target_l0"] = k
+    for setting in given:
+        name, sign, text = setting.partition("=")
+        if not sign or name not in names:
+            raise ValueError(
+                f"train: --set must be name=value with a name among {sorted(names)} for --arch "
+                f"{arch}, got {setting!r}"
+            )
+        try:
+            value = json.loads(text)
+        except ValueError:
+            value = text  # a word needs no quotes
+        own[name] = value
+    return own
+
+
+def sparsity(sae: Any) -> str:
+    """How many features are meant to be active, in words."""
+    if sae.k is not None:
+        return f"k {sae.k:g}"
+    target = getattr(sae.config, "target_l0", None)
+    return "L0 by its penalty" if target is None else f"target L0 {target:g}"
 
 
 def _optimizer_class(name: str) -> Any:
@@ -273,11 +374,39 @@ def _device(name: str | None) -> torch.device:
     return device
 
 
+def _sites(name: str, site: str, layers: list[int] | None) -> list[Site]:
+    """The same place of each layer."""
+    from mikernels.activations import Site
+    from mikernels.models.sites import PLACES
+
+    if site not in PLACES:
+        raise ValueError(f"train: {name} must be one of {', '.join(PLACES)}, got {site!r}")
+    return [Site(layer, site) for layer in layers or ()]
+
+
+def _targets(
+    target_site: str | None, target_layers: list[int] | None, site: str, layers: list[int] | None
+) -> list[Site] | None:
+    """What is left out is as of the input; None where all is."""
+    if target_site is None and not target_layers:
+        return None
+    return _sites("--target-site", target_site or site, target_layers or layers)
+
+
+def _hook_name(site: str, layers: list[int] | None) -> str | None:
+    """TransformerLens' name of one site; what an MLP reads has none (its norm is folded there)."""
+    hooks = {"residual": "resid_post", "mlp_out": "mlp_out", "attn_out": "attn_out"}
+    if site not in hooks or layers is None or len(layers) != 1:
+        return None
+    return f"blocks.{layers[0]}.hook_{hooks[site]}"
+
+
 def _source(
     activations: Path | None,
     model: Path | None,
     gguf_file: str | None,
-    layer: int | None,
+    sites: list[Site],
+    targets: list[Site] | None,
     text: list[Path] | None,
     context: int,
     skip_first: int,
@@ -292,8 +421,14 @@ def _source(
     if activations is not None:
         from mikernels.activations import ShardSource
 
+        if targets is not None:
+            raise ValueError(
+                f"train: --target-site and --target-layer must go with --model, got them with "
+                f"--activations {activations}, whose shards hold their targets or none; leave "
+                f"them out"
+            )
         return ShardSource(activations, batch_size, seed)
-    if layer is None or not text:
+    if not sites or not text:
         raise ValueError("train: --model needs --layer NUMBER and --text FILE")
     from mikernels.activations import ModelSource, TextFiles
     from mikernels.models.load import load_model
@@ -304,10 +439,11 @@ def _source(
     return ModelSource(
         network.to(device),
         tokenizer,
-        layer,
+        sites,
         texts,
         batch_size,
         seed,
+        target=targets,
         context=context,
         skip_first=skip_first,
     )

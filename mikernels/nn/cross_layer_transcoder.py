@@ -5,10 +5,10 @@
     y_m = b_dec[m] + sum over l <= m of codes_l w_dec[l][:, m - l]   and write to every layer m >= l
 
 x and the target hold the layers side by side, `[L d_in]` and `[L d_out]`: what every MLP reads, and
-what it writes. The decoder of layer l's features is a matrix `[F, (L - l) d_out]` of the layers from
-l on; all of them lie in one flat parameter, without a hole and without a copy, and one gather of a
-row serves all layers that it writes to. The loss is the sum over layers, in units where each has
-a mean norm near sqrt(d).
+what it writes. The decoder of layer l's features is a matrix `[F, (L - l) d_out]` of the layers
+from l on; all of them lie in one flat parameter, without a hole and without a copy, and one gather
+of a row serves all layers that it writes to. The loss is the sum over layers, in units where each
+has a mean norm near sqrt(d).
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from mikernels._dispatch import accumulate_dtype
 from mikernels.nn import losses
 from mikernels.nn.config import split_settings
 from mikernels.nn.crosscoder import check_layers, layer_scales, scaled_layers
-from mikernels.nn.sae import SAE, Parts, SAEOutput, codes_of, unit_rows
+from mikernels.nn.entries import codes_of
+from mikernels.nn.sae import SAE, Parts, SAEOutput, unit_rows
 from mikernels.nn.terms import Term, Terms, Workspace
 from mikernels.nn.topk_sae import TopKConfig
 from mikernels.ops.sae.decode import sparse_decode
@@ -45,6 +46,12 @@ class CrossLayerTranscoderConfig(TopKConfig):
             object.__setattr__(self, "d_out", self.d)
         super().__post_init__()
         check_layers(self, self.n_layers, ("d", "d_out"))
+        form = self.auxk
+        if form.residual_gradient or form.bias != "none" or form.normaliser == "target":
+            raise ValueError(
+                f"{self.owner}: aux_form must be one of a layer's residual alone, got "
+                f"{self.aux_form!r}; take 'mikernels', 'dictionary_learning' or 'saelens'"
+            )
         if self.normalize_decoder:
             raise ValueError(
                 f"{self.owner}: normalize_decoder must be False, got True; decoders of different "
@@ -249,8 +256,9 @@ class CrossLayerTranscoder(SAE):
                 continue
             inner = self._aux_codes_of(batch.input, features, layer)
             revived = sparse_decode(inner, self.decoder(layer).index_select(0, features))
-            r = -error[:, layer * self._out :].detach()
-            total = total + self.aux_loss(batch, revived.to(error.dtype), r, measure)
+            e = error[:, layer * self._out :]
+            revived = revived.to(error.dtype)
+            total = total + self._aux_loss(batch, revived, e, features.numel(), measure)
         return total
 
     def _aux_codes_of(self, x: torch.Tensor, dead: torch.Tensor, layer: int) -> SparseCodes:
@@ -296,8 +304,8 @@ class CrossLayerTranscoder(SAE):
                 best = alone.relu().topk(count, sorted=False)
                 some = torch.zeros_like(alone).scatter(-1, best.indices, best.values)
                 revived = some @ self.decoder(layer).index_select(0, features)
-                r = -error[:, layer * self._out :].detach()
-                aux = aux + self.aux_loss(batch, revived, r, measure)
+                e = error[:, layer * self._out :]
+                aux = aux + self._aux_loss(batch, revived, e, features.numel(), measure)
         codes = codes_of(torch.cat(all_acts, -1))
         return self._sum(batch, y, codes, [error], aux, None)
 
@@ -369,14 +377,12 @@ class CrossLayerTranscoder(SAE):
             )
         residual = error[:, layer * self._out :]
         with work.part("decode"):
-            left = sparse_decode(outer, self.decoder(layer)).to(error.dtype).add_(residual)
-        by_square = losses.aux_per_square(
-            self.config.loss, measure, losses.spread(residual, batch.weights)
+            revived = sparse_decode(outer, self.decoder(layer)).to(error.dtype)
+        own = self._input_of(x, layer)
+        term, aux = self._aux_gradient(
+            batch, outer, revived, residual, features, measure, share, own
         )
-        aux_loss = losses.weighted(losses.squares(left), batch.weights) * by_square
-        by_aux = share * (2 * self.config.aux_coefficient * by_square)
-        dy = left.mul_(by_aux if batch.weights is None else (by_aux * batch.weights)[:, None])
-        return aux_loss, Term(outer, dy, self._input_of(x, layer), part=layer)
+        return aux.loss, term._replace(part=layer)
 
     @torch.no_grad()
     def prepare_(self, batch: Batch, init_b_dec: bool) -> None:

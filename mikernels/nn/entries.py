@@ -44,3 +44,12 @@ class Entries:
             return per_token.sum() / max(1, per_token.shape[0])
         count = self.weights.sum()
         return (per_token * self.weights).sum() / count.masked_fill(count == 0, 1)
+
+
+def codes_of(acts: torch.Tensor) -> SparseCodes:
+    """The ragged codes of activations `[n, F]` that are not 0."""
+    n, f = acts.shape
+    tokens, indices = acts.detach().nonzero(as_tuple=True)
+    offsets = torch.zeros(n + 1, dtype=torch.int64, device=acts.device)
+    offsets[1:] = torch.bincount(tokens, minlength=n).cumsum(0)
+    return SparseCodes._trusted(acts[tokens, indices], indices, f, offsets)

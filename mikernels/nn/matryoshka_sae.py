@@ -46,7 +46,7 @@ class MatryoshkaConfig(BatchTopKConfig):
             raise ValueError(
                 f"{self.owner}: widths must ascend from above 0 to n_features = "
                 f"{self.n_features}, got {list(widths)}; e.g. "
-                f"{default_widths(self.n_features)}"
+                f"{default_widths(self.n_features, self.k)}"
             )
         if self.k > widths[0]:
             raise ValueError(
@@ -64,12 +64,17 @@ class MatryoshkaConfig(BatchTopKConfig):
             for weight in weights:
                 check_number(self.owner, "level_weights", weight, least=0)
             object.__setattr__(self, "level_weights", weights)
+        if self.auxk.residual_gradient:
+            raise ValueError(
+                f"{self.owner}: aux_form must be one whose residual is a constant, got "
+                f"{self.aux_form!r}; nested reconstructions have several"
+            )
         check_number(self.owner, "frequency_rate", self.frequency_rate, above=0, most=1)
 
 
-def default_widths(n_features: int, levels: int = 5) -> list[int]:
-    """Widths that double to F: F / 16, F / 8, ..., F for five levels."""
-    return sorted({max(1, n_features >> (levels - 1 - p)) for p in range(levels)})
+def default_widths(n_features: int, k: float = 1, levels: int = 5) -> list[int]:
+    """Widths that double to F, F / 16, F / 8, ..., F for five levels, of those at least k."""
+    return sorted({w for p in range(levels) if (w := n_features >> p) >= max(1, k)})
 
 
 class MatryoshkaSAE(BatchTopKSAE):
@@ -78,7 +83,8 @@ class MatryoshkaSAE(BatchTopKSAE):
     Args:
         d, n_features: width of the activations, number of features.
         k: mean number of active features per token, at most the first level's width.
-        widths: features of each level, ascending; the last is n_features.
+        widths: features of each level, ascending; the last is n_features. By default F / 16, F / 8,
+            F / 4, F / 2 and F, as far as they are at least k.
         level_weights: of the levels in the main loss; None is 1 each, as in SAELens.
         detach: each level trains its own features alone, on what the levels before leave, and the
             last one all of them.
@@ -107,7 +113,7 @@ class MatryoshkaSAE(BatchTopKSAE):
 
     def __init__(self, d: int, n_features: int, k: float, **settings: Any):
         form = type(self).config_type
-        settings.setdefault("widths", default_widths(n_features))
+        settings.setdefault("widths", default_widths(n_features, k))
         config, more = split_settings(form, settings)
         SAE.__init__(self, form(d, n_features, k=k, **config), **more)
         self.register_buffer("threshold", torch.zeros((), dtype=torch.float32))

@@ -36,9 +36,11 @@ from torch import nn
 
 from mikernels._dispatch import FLOATS, accumulate_dtype
 from mikernels.nn import losses
+from mikernels.nn.auxk import AuxKGradient, auxk_gradient, auxk_loss
 from mikernels.nn.config import SAEConfig
-from mikernels.nn.entries import Entries
+from mikernels.nn.entries import Entries, codes_of
 from mikernels.nn.geometric_median import geometric_median
+from mikernels.nn.shaped import Shaped
 from mikernels.nn.terms import Levels, Term, Terms, Workspace
 from mikernels.ops.sae.decode import decode_error, sparse_decode
 from mikernels.ops.sae.decode_levels import decode_levels
@@ -99,6 +101,7 @@ class SAE(nn.Module):
         loss: "mse" or "fvu".
         normalize_decoder: training keeps decoder rows at norm 1 (the trainer's or optimiser's job:
             `remove_parallel_gradient_` before and `normalize_decoder_` after an update).
+        aux_form: whose auxiliary loss, one of mikernels.nn.auxk.FORMS.
 
     Attributes:
         w_enc, w_dec: `[F, d]`, features as rows. b_enc: `[F]`. b_dec: `[d]`.
@@ -330,7 +333,7 @@ class SAE(nn.Module):
                 if self.shaped:
                     entries = Entries(slots, batch.weights)
                     codes = self._activated(slots, entries)
-                    penalty = self._penalty(slots.values, codes.values, entries, self.norms())
+                    penalty = self.shared_penalty(slots.values, codes.values, entries, self.norms())
                     if (extra := self.extra_loss(slots, batch)) is not None:
                         penalty = penalty + extra
         with clock.part("decode"):
@@ -346,13 +349,14 @@ class SAE(nn.Module):
         values = self.activate(slots.values.to(acc), entries)
         return slots.with_values(values.to(self.w_dec.dtype))
 
-    def _penalty(
+    def shared_penalty(
         self,
         h: torch.Tensor,
         values: torch.Tensor,
         entries: Entries,
         norms: torch.Tensor | None,
     ) -> torch.Tensor:
+        """`penalty` in the accumulation dtype, times `sparsity_share`."""
         acc = accumulate_dtype(h.dtype)
         return self.sparsity_share * self.penalty(h.to(acc), values.to(acc), entries, norms)
 
@@ -441,22 +445,34 @@ class SAE(nn.Module):
         measure = self.measure(batch, batch.output.to(acc))
         total = torch.zeros((), dtype=acc, device=errors[-1].device)
         for features, error in self.aux_parts(dead, errors):
-            inner = self._aux_codes(self.aux_input(batch.input, errors), features)
+            inner = self._aux_codes(batch.input, features)
+            if not self.config.auxk.encoder_gradient:
+                inner = inner.detach()
             revived = sparse_decode(inner, self.w_dec.index_select(0, features)).to(acc)
-            total = total + self.aux_loss(batch, revived, -error.detach(), measure)
+            total = total + self._aux_loss(batch, revived, error, features.numel(), measure)
         return total
 
-    def aux_input(self, x: torch.Tensor, errors: list[torch.Tensor] | torch.Tensor) -> torch.Tensor:
-        """What the encoder scores the dead features of: here its own input."""
-        return x
-
-    def aux_loss(
-        self, batch: Batch, revived: torch.Tensor, r: torch.Tensor, measure: losses.Measure
+    def _aux_loss(
+        self,
+        batch: Batch,
+        revived: torch.Tensor,
+        error: torch.Tensor,
+        n_dead: int,
+        measure: losses.Measure,
     ) -> torch.Tensor:
-        """0-dim: what `revived` leaves of the residual r, both `[N, d_out]`."""
-        left = losses.weighted((revived - r).square().sum(-1), batch.weights)
-        residual_spread = losses.spread(r, batch.weights)
-        return left * losses.aux_per_square(self.config.loss, measure, residual_spread)
+        """0-dim: what `revived` leaves of the residual -error, both `[N, d_out]`."""
+        return auxk_loss(
+            self.config.auxk,
+            revived,
+            -error,
+            batch.output.to(error.dtype),
+            self.b_dec.to(error.dtype),
+            n_dead,
+            self.config.k_aux,
+            batch.weights,
+            loss=self.config.loss,
+            measure=measure,
+        )
 
     # ---- the loss in plain PyTorch
 
@@ -466,7 +482,7 @@ class SAE(nn.Module):
             h, acts, codes = self.dense_encode(batch.input, k)
             penalty = None
             if self.shaped:
-                penalty = self._penalty(h, acts, Entries(None, batch.weights), self.norms())
+                penalty = self.shared_penalty(h, acts, Entries(None, batch.weights), self.norms())
                 if (extra := self.dense_extra_loss(h, batch)) is not None:
                     penalty = penalty + extra
         with clock.part("decode"):
@@ -490,13 +506,15 @@ class SAE(nn.Module):
                 with clock.part("encode"):
                     is_dead = torch.zeros(h.shape[-1], dtype=torch.bool, device=h.device)
                     is_dead[features] = True
-                    alone = self.dense_aux_scores(h, errors).where(is_dead, -torch.inf)
+                    alone = h.where(is_dead, -torch.inf)
                     count = min(self.config.k_aux, features.numel())
                     best = alone.topk(count, sorted=False)
-                    some = torch.zeros_like(h).scatter(-1, best.indices, best.values.relu())
+                    kept = best.values.relu() if self.config.auxk.acts == "relu" else best.values
+                    kept = kept if self.config.auxk.encoder_gradient else kept.detach()
+                    some = torch.zeros_like(h).scatter(-1, best.indices, kept)
                 with clock.part("decode"):
                     revived = some @ self.w_dec
-                aux = aux + self.aux_loss(batch, revived, -error.detach(), measure)
+                aux = aux + self._aux_loss(batch, revived, error, features.numel(), measure)
         return self._sum(batch, ys[-1], codes, errors, aux, penalty)
 
     def dense_encode(
@@ -510,10 +528,6 @@ class SAE(nn.Module):
     def dense_extra_loss(self, h: torch.Tensor, batch: Batch) -> torch.Tensor | None:
         """`extra_loss` from all pre-activations `[n, F]`."""
         return None
-
-    def dense_aux_scores(self, h: torch.Tensor, errors: list[torch.Tensor]) -> torch.Tensor:
-        """`[n, F]`: what AuxK ranks the dead features by."""
-        return h
 
     def nest(self, rings: list[torch.Tensor]) -> list[torch.Tensor]:
         """Reconstructions of the levels from what the features of each level alone add."""
@@ -545,7 +559,7 @@ class SAE(nn.Module):
             codes = slots = self.slots(batch.input, k) if slots is None else slots
             shape = None
             if self.shaped:
-                shape = _Shape(self, slots, batch.weights)
+                shape = Shaped(self, slots, batch.weights)
                 codes = shape.codes
         target = batch.output
         if (more := self.past_codes(batch.input)) is not None:
@@ -569,15 +583,24 @@ class SAE(nn.Module):
             loss = (levels.weights.to(mains.dtype) * mains).sum()
         x = self._encoder_input(batch.input, work)
         found = []
+        aux_direct = through_error = None
         if dead is not None and dead.numel() and self.config.aux_coefficient:
             for features, e in self.aux_parts(dead, errors):
-                some, term = self._aux_term(batch, features, e, errors, measure, share, x, work)
-                aux_loss = aux_loss + some
+                term, aux = self._aux_term(batch, features, e, measure, share, x, work)
+                aux_loss = aux_loss + aux.loss
                 found.append(term)
+                if aux.d_b_dec is not None:
+                    aux_direct = aux.d_b_dec if aux_direct is None else aux_direct + aux.d_b_dec
+                if aux.d_residual is not None:
+                    through_error = term.dy
             loss = loss + self.config.aux_coefficient * aux_loss
         factor = share * (2 * losses.per_square(self.config.loss, measure))
         dy = _scaled_(mixed, factor, batch.weights)
+        if through_error is not None:
+            dy[0] += through_error
         direct = {"b_dec": dy[0].sum(0)}
+        if aux_direct is not None:
+            direct["b_dec"] += share * self.config.aux_coefficient * aux_direct
         dh = shrink = None
         sparsity = torch.zeros_like(aux_loss)
         if shape is not None:
@@ -639,23 +662,46 @@ class SAE(nn.Module):
         batch: Batch,
         features: torch.Tensor,
         error: torch.Tensor,
-        errors: torch.Tensor,
         measure: losses.Measure,
         share: float | torch.Tensor,
         x: torch.Tensor,
         work: Workspace,
-    ) -> tuple[torch.Tensor, Term]:
+    ) -> tuple[Term, AuxKGradient]:
+        """AuxK's term, and the loss with its other gradients, which nothing has scaled yet."""
         with work.part("encode"):
-            inner = self._aux_codes(self.aux_input(batch.input, errors), features, work)
+            inner = self._aux_codes(batch.input, features, work)
             outer = SparseCodes._trusted(inner.values, features[inner.indices], self.b_enc.shape[0])
         with work.part("decode"):
-            # y_aux - r, with the residual r = -error
-            left = sparse_decode(outer, self.w_dec).to(error.dtype).add_(error)
-        residual_spread = losses.spread(error, batch.weights)
-        by_square = losses.aux_per_square(self.config.loss, measure, residual_spread)
-        aux_loss = losses.weighted(losses.squares(left), batch.weights) * by_square
-        by_aux = share * (2 * self.config.aux_coefficient * by_square)
-        return aux_loss, Term(outer, _scaled_(left, by_aux, batch.weights), x)
+            revived = sparse_decode(outer, self.w_dec).to(error.dtype)
+        return self._aux_gradient(batch, outer, revived, error, features, measure, share, x)
+
+    def _aux_gradient(
+        self,
+        batch: Batch,
+        codes: SparseCodes,
+        revived: torch.Tensor,
+        error: torch.Tensor,
+        features: torch.Tensor,
+        measure: losses.Measure,
+        share: float | torch.Tensor,
+        x: torch.Tensor,
+    ) -> tuple[Term, AuxKGradient]:
+        form = self.config.auxk
+        aux = auxk_gradient(
+            form,
+            revived,
+            -error,
+            batch.output,
+            self.b_dec.to(error.dtype),
+            features.numel(),
+            self.config.k_aux,
+            batch.weights,
+            loss=self.config.loss,
+            measure=measure,
+        )
+        dy = aux.d_reconstruction.mul_(share * self.config.aux_coefficient)
+        dh = None if form.encoder_gradient else torch.zeros_like(codes.values, dtype=dy.dtype)
+        return Term(codes, dy, x, dh), aux
 
     def _aux_codes(
         self, x: torch.Tensor, dead: torch.Tensor, work: Workspace | None = None
@@ -670,6 +716,7 @@ class SAE(nn.Module):
             self.b_enc.index_select(0, dead),
             k=min(self.config.k_aux, dead.numel()),
             b_dec=self.b_dec if self.centred else None,
+            relu=self.config.auxk.acts == "relu",
         )
 
     # ---- what training does beside the loss
@@ -755,49 +802,11 @@ class SAE(nn.Module):
             )
 
 
-class _Shape:
-    """Activations and penalty of slots, recorded on the slots alone."""
-
-    def __init__(self, sae: SAE, slots: SparseCodes, weights: torch.Tensor | None):
-        acc = accumulate_dtype(slots.values.dtype)
-        # matrices get their gradients from the slots
-        held = {id(sae.w_enc), id(sae.b_dec), *map(id, sae.decoders())}
-        self._others = {
-            name: p for name, p in sae.named_parameters() if id(p) not in held and p.requires_grad
-        }
-        norms = sae.norms()
-        with torch.enable_grad():
-            self._h = slots.values.detach().to(acc).requires_grad_()
-            self._norms = None if norms is None else norms.detach().requires_grad_()
-            entries = Entries(slots, weights)
-            self._values = sae.activate(self._h, entries)
-            self.penalty = sae._penalty(self._h, self._values, entries, self._norms)
-        self.codes = slots.with_values(self._values.detach().to(sae.w_dec.dtype))
-
-    def backward(
-        self, d_values: torch.Tensor, d_penalty: float | torch.Tensor
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor | None]:
-        """Gradients at the slots' pre-activations, of parameters by name, and `Terms.shrink`.
-
-        Args:
-            d_values: at the activations. d_penalty: at the penalty.
-        """
-        # inactive slots are no part of the reconstruction, but carry what an estimator says
-        inputs = [self._h, *self._others.values()]
-        inputs += [] if self._norms is None else [self._norms]
-        outputs, gradients = [self._values], [d_values]
-        if self.penalty.requires_grad:
-            outputs.append(self.penalty)
-            gradients.append(torch.as_tensor(d_penalty).to(self.penalty).reshape(()))
-        found = torch.autograd.grad(outputs, inputs, gradients, allow_unused=True)
-        dh = torch.zeros_like(self._h) if found[0] is None else found[0]
-        others = {
-            name: g for name, g in zip(self._others, found[1:], strict=False) if g is not None
-        }
-        shrink = None
-        if self._norms is not None and found[-1] is not None:
-            shrink = found[-1] / self._norms.detach().clamp_min(torch.finfo(dh.dtype).tiny)
-        return dh, others, shrink
+def _scaled_(
+    rows: torch.Tensor, factor: float | torch.Tensor, weights: torch.Tensor | None
+) -> torch.Tensor:
+    """`rows *= factor weights[:, None]`."""
+    return rows.mul_(factor if weights is None else (factor * weights)[:, None])
 
 
 def unit_rows(
@@ -807,19 +816,3 @@ def unit_rows(
     rows = torch.randn(n, d, generator=generator, dtype=accumulate_dtype(dtype))
     rows /= torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
     return rows.to(dtype)
-
-
-def codes_of(acts: torch.Tensor) -> SparseCodes:
-    """The ragged codes of activations `[n, F]` that are not 0."""
-    n, f = acts.shape
-    tokens, indices = acts.detach().nonzero(as_tuple=True)
-    offsets = torch.zeros(n + 1, dtype=torch.int64, device=acts.device)
-    offsets[1:] = torch.bincount(tokens, minlength=n).cumsum(0)
-    return SparseCodes._trusted(acts[tokens, indices], indices, f, offsets)
-
-
-def _scaled_(
-    rows: torch.Tensor, factor: float | torch.Tensor, weights: torch.Tensor | None
-) -> torch.Tensor:
-    """`rows *= factor weights[:, None]`."""
-    return rows.mul_(factor if weights is None else (factor * weights)[:, None])

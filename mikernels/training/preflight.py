@@ -26,7 +26,7 @@ from mikernels.training.state.optimizer_state import unpack_optimizer
 
 # what the fused and the dense step compute in their own way
 METHODS = (
-    *("encode", "slots", "select", "activate", "penalty", "decode", "run", "score", "aux_loss"),
+    *("encode", "slots", "select", "activate", "penalty", "decode", "run", "score"),
     *("remove_parallel_gradient_", "normalize_decoder_"),
 )
 

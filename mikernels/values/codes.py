@@ -239,8 +239,9 @@ class SparseCodes:
         used = slots < counts[:, None]
         places = (self.row_offsets[:-1, None] + slots).where(used, 0)
         if not self.values.numel():
-            empty = used.shape
-            values, indices = self.values.new_zeros(empty), self.indices.new_zeros(empty)
+            # the sum of nothing keeps them part of the graph
+            values = self.values.sum().expand(used.shape)
+            indices = self.indices.new_zeros(used.shape)
             return SparseCodes._trusted(values, indices, self.n_features)
         values, indices = self.values[places].where(used, 0), self.indices[places].where(used, 0)
         return SparseCodes._trusted(values, indices, self.n_features)

@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from decoder_cases import Characters
+from decoder_cases import Characters, saved_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import identical
@@ -556,14 +556,6 @@ def test_load_model_says_that_the_tokeniser_is_missing(tmp_path):
     tiny("llama").save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="must hold a tokeniser"):
         load_model(tmp_path)
-
-
-def saved_tokenizer(folder):
-    tokenizers = pytest.importorskip("tokenizers")
-    transformers = pytest.importorskip("transformers")
-    vocabulary = {"<s>": 0} | {chr(97 + i): 1 + i for i in range(26)}
-    raw = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<s>"))
-    transformers.PreTrainedTokenizerFast(tokenizer_object=raw).save_pretrained(folder)
 
 
 @pytest.fixture

@@ -7,12 +7,12 @@ from batch_cases import check
 from oracle import randint, randn
 
 from mikernels import batch_topk_encode
-from mikernels.kernels.sae import batch_topk_encode as launcher
+from mikernels.kernels.sae import chunk_scores
 
 
-@pytest.fixture(params=[launcher.PAIRS, 700], ids=["one chunk", "chunks"])
+@pytest.fixture(params=[chunk_scores.PAIRS, 700], ids=["one chunk", "chunks"])
 def pairs(request, monkeypatch):
-    monkeypatch.setattr(launcher, "PAIRS", request.param)
+    monkeypatch.setattr(chunk_scores, "PAIRS", request.param)
 
 
 @pytest.mark.parametrize(

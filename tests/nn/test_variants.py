@@ -11,10 +11,13 @@ from torch.utils._pytree import tree_leaves
 from variants import BATCH, VARIANTS, D, batch_of, make, source_of, train
 
 from mikernels.nn import ARCHITECTURES
+from mikernels.nn.auxk import FORMS
 from mikernels.training import TrainConfig, Trainer, load_sae
 from mikernels.training.state.metrics import Clock, History, Means
 from mikernels.training.steps.autograd import dense_forward, sparse_forward
 from mikernels.training.steps.fused import FusedStep, Scratch
+
+CLT = "cross_layer_transcoder"
 
 
 @pytest.fixture(autouse=True)
@@ -50,6 +53,9 @@ def scales(sae, batches, dead) -> dict[str, float]:
         for term in found.terms:
             codes = term.codes.to(torch.float64)
             dense, dy = codes.to_dense().abs(), term.dy.double().abs()
+            if sae.config.auxk.residual_gradient and term is found.terms[0]:
+                # of which the loss of dead features is a part, of the other sign
+                dy = dy + sum(2 * other.dy.double().abs() for other in found.terms[1:])
             w_dec = sae.rows("w_dec", sae.w_dec, term.part).detach().double()
             level = torch.zeros(len(w_dec), dtype=torch.int64)
             level = level if term.levels is None else term.levels
@@ -137,6 +143,46 @@ def test_gradients_of_all_steps_are_those_of_the_dense_form_in_fp64(name, loss, 
             else:
                 scale = relative[key] or None
                 assert_accurate(found, exact[key], eager[key], scale=scale)
+
+
+AUX = [
+    (name, form)
+    for name in ("topk", "matryoshka", "transcoder, unit", "jumprelu", "cross_layer_transcoder")
+    for form in FORMS
+    if name in ("topk", "transcoder, unit", "jumprelu")
+    or not (FORMS[form].residual_gradient or (FORMS[form].bias, name) == ("both", CLT))
+]
+
+
+@pytest.mark.parametrize(("name", "form"), AUX)
+def test_auxk_has_one_gradient_in_every_form(name, form) -> None:
+    if name == CLT and form not in ("mikernels", "dictionary_learning", "saelens"):
+        with pytest.raises(ValueError, match="aux_form must be one of a layer's residual alone"):
+            make(name, aux_form=form)
+        return
+    sae = started(name, aux_form=form, aux_coefficient=0.1)
+    dead = torch.arange(0, 24, 2)
+    with torch.no_grad():
+        sae.b_enc[dead] -= 0.3
+    batch = sae.in_units(batch_of(sae, weighted=True))
+
+    def gradients(dtype, forward):
+        sae.to(dtype).zero_grad()
+        given = batch.to(torch.device("cpu"), dtype)
+        out = forward(sae, given, sae.k, dead, clock())
+        assert out.aux_loss > 0
+        out.loss.backward()
+        return {key: p.grad for key, p in sae.named_parameters() if p.grad is not None}
+
+    exact, eager = gradients(torch.float64, dense_forward), gradients(torch.float32, dense_forward)
+    ours = gradients(torch.float32, sparse_forward)
+    step = FusedStep(sae, TrainConfig(total_tokens=100, batch_size=BATCH, clip_norm=None))
+    step.optimizer.apply_gradients = lambda gradients: None  # type: ignore[method-assign]
+    step([batch], sae.k, dead, Means(), clock())
+    relative = scales(sae, [batch], dead)
+    for key, p in sae.named_parameters():
+        for found in (ours[key], step.gradients[p]):
+            assert_accurate(found, exact[key], eager[key], scale=relative[key] or None)
 
 
 @pytest.mark.parametrize("name", VARIANTS)

@@ -13,6 +13,7 @@ from mikernels import (
     batch_topk_encode,
     edge_mix,
     edge_scores,
+    groupmax_encode,
     pairwise_products,
     row_topk,
     sparse_decode,
@@ -61,6 +62,16 @@ FUNCTIONS = {
             batch_topk_encode(x, w.T, b, k=K, scale=SCALE, relu=False, impl=impl)[0].values
         ),
         [(1, N, D), (D, F), (F,)],
+    ),
+    "groupmax_encode": (
+        lambda impl, x, w, b, c: groupmax_encode(x, w, b, k=3, b_dec=c, impl=impl).values,
+        [(N, D), (F - 1, D), (F - 1,), (D,)],
+    ),
+    "groupmax_encode scale": (
+        lambda impl, x, w: (
+            groupmax_encode(x, w.T, k=6, scale=SCALE[1:], relu=False, impl=impl).values
+        ),
+        [(1, N, D), (D, F - 1)],
     ),
     "ragged to_dense": (
         lambda impl, v: SparseCodes.ragged(v, *RAGGED, F).to_dense(),
@@ -188,6 +199,10 @@ def encode_in_torch(x, w, b, c):
     return h.gather(-1, topk_encode(x, w, b, k=K, b_dec=c).indices).relu()
 
 
+def groupmax_in_torch(x, w, b, c):
+    return ((x - c) @ w.T + b).relu().unflatten(-1, (3, -1)).max(-1).values
+
+
 def decode_in_torch(v, w, b):
     return v.new_zeros(N, F).scatter(-1, INDICES, v) @ w + b
 
@@ -196,6 +211,7 @@ def decode_in_torch(v, w, b):
 IN_TORCH = {
     "row_topk": row_topk_in_torch,
     "topk_encode": encode_in_torch,
+    "groupmax_encode": groupmax_in_torch,
     "sparse_decode": decode_in_torch,
     "pairwise_products": lambda a, b, w: torch.einsum("bid,d,bjd->ij", a, w, b),
     "pairwise_products of one side": lambda a, w: torch.einsum("bid,d,bjd->ij", a, w, a),

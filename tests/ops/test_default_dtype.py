@@ -86,6 +86,7 @@ PUBLIC = {
     "sparse_decode": lambda: mk.sparse_decode(CODES, ROWS, X[0], prefixes=[4, F]),
     "topk_encode": lambda: mk.topk_encode(X, ROWS, ROWS[:, 0], k=3, b_dec=X[0]),
     "batch_topk_encode": lambda: mk.batch_topk_encode(X, ROWS, ROWS[:, 0], k=2.5),
+    "groupmax_encode": lambda: mk.groupmax_encode(X, ROWS, ROWS[:, 0], k=4, b_dec=X[0]),
     "codes": lambda: (CODES.l0(), CODES.fired(), CODES.to_dense()),
 }
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tiny random decoders, token ids and padded batches for them, and a tokeniser without files."""
+"""Tiny random decoders, token ids and padded batches for them, and tokenisers."""
 
 import pytest
 import torch
@@ -76,3 +76,13 @@ class Characters:
 
     def __call__(self, text, **options):
         return {"input_ids": [1 + ord(c) % 90 for c in text]}
+
+
+def saved_tokenizer(folder):
+    """A tokeniser of one token a word, which knows the letters, beside a model."""
+    tokenizers = pytest.importorskip("tokenizers")
+    transformers = pytest.importorskip("transformers")
+    vocabulary = {"<s>": 0} | {chr(97 + i): 1 + i for i in range(26)}
+    raw = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<s>"))
+    raw.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=raw).save_pretrained(folder)

@@ -68,6 +68,14 @@ def batch_topk_encode_samples(make, n, dtype):
     yield x, w, b_enc, b_dec, scale, n, False
 
 
+def groupmax_encode_samples(make, n, dtype):
+    x, w = make(n, D, dtype=dtype), make(F, D, dtype=dtype, seed=1)
+    b_enc, b_dec, scale = (make(size, dtype=dtype, seed=2) for size in (F, D, F))
+    yield x, w, None, None, None, 4, True
+    for k in (1, F):
+        yield x, w, b_enc, b_dec, scale, k, False
+
+
 def decode_samples(make, n, dtype):
     values, w = make(n, K, dtype=dtype), make(F, D, dtype=dtype, seed=1)
     yield values, slots(n)[0], None, w, None
@@ -140,6 +148,7 @@ SAMPLES = {
     "row_topk": row_topk_samples,
     "encode": encode_samples,
     "batch_topk_encode": batch_topk_encode_samples,
+    "groupmax_encode": groupmax_encode_samples,
     "decode": decode_samples,
     "decode_error": decode_error_samples,
     "gather_dot": gather_dot_samples,
@@ -191,6 +200,13 @@ HOSTILE = {
         "batch_topk_encode",
         (X, W, None, None, None, 5 * F + 1, True),
     ),
+    "groupmax_encode: long b_enc": (
+        "groupmax_encode",
+        (X, W, torch.zeros(F + 1), None, None, 4, True),
+    ),
+    "groupmax_encode: k = 0": ("groupmax_encode", (X, W, None, None, None, 0, True)),
+    "groupmax_encode: k > F": ("groupmax_encode", (X, W, None, None, None, 2 * F, True)),
+    "groupmax_encode: uneven groups": ("groupmax_encode", (X, W, None, None, None, K, True)),
     "decode: values and ragged indices": (
         "decode",
         (V, ragged_slots(5)[0], ragged_slots(5)[1], W, None),

@@ -61,6 +61,11 @@ def plain_batch_encode(x, w, b, c):
     return h.gather(0, h.sort(descending=True, stable=True).indices[: total_of(x, w)].sort().values)
 
 
+def plain_groupmax(x, w, b, c):
+    h = ((x - c) @ w.T + b).relu()
+    return h.unflatten(-1, (4, len(w) // 4)).max(-1).values
+
+
 def ragged_codes(values, w):
     """[N, K] values as codes of 0 to 2 K - 1 slots a token."""
     n, k = values.shape
@@ -124,6 +129,13 @@ PUBLIC = {
         ),
         plain_batch_encode,
         {"F": "k must be above 0 and at most 0"},
+        differentiable=True,
+    ),
+    "groupmax_encode": Public(
+        ["Nd", "Fd", "F", "d"],
+        lambda impl, x, w, b, c: mk.groupmax_encode(x, w, b, k=4, b_dec=c, impl=impl).values,
+        plain_groupmax,
+        {"F": "k must be in 1..0"},
         differentiable=True,
     ),
     "sparse_decode ragged": Public(

@@ -317,7 +317,7 @@ def _other_shape(path: Path) -> None:
         (
             "state.json",
             _truncate,
-            "mikernels-checkpoint, version 1 or 2, got no JSON",
+            "mikernels-checkpoint, version 1 to 3, got no JSON",
         ),
         ("state.json", _foreign_json, "got format 'another', version 2"),
         ("state.json", _lacks_entries, "must hold source: field required, got nothing"),
@@ -561,7 +561,7 @@ def test_version_1_loads_with_a_warning_and_is_checked_as_far_as_it_goes(uninter
         assert longer.resume() == STEPS
     assert longer.means.read() == trainer.means.read()
     assert longer.run().rows[-1]["step"] == 20
-    assert json.loads((whole / "checkpoint-20" / "state.json").read_text())["version"] == 2
+    assert json.loads((whole / "checkpoint-20" / "state.json").read_text())["version"] == 3
 
 
 @pytest.mark.parametrize("uninterrupted", [FIRST | {"decay": "linear"}], indirect=True)

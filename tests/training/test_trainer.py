@@ -139,7 +139,7 @@ def test_fused_gradients_are_those_of_autograd(loss, n_dead) -> None:
     terms = torch.zeros(F, D)
     with torch.no_grad():
         for part in x:
-            for codes, dy, _ in sae.terms(Batch(part), K, dead, 0.5, Scratch()).terms:
+            for codes, dy, *_ in sae.terms(Batch(part), K, dead, 0.5, Scratch()).terms:
                 terms += codes.to_dense().abs().T @ dy.abs()
     eagers, oracles = gradients(torch.float32, False), gradients(torch.float64, False)
     scales = terms.max().item(), None, None

@@ -51,12 +51,16 @@ class BatchEncoder : EncodePanels<T> {
  private:
   // one thread's, for tokens first..last, whose bounds it raises
   struct Buffer {
+    static constexpr bool kFloors = false;
+
     BatchEncoder& encoder;
     float* tau;
     std::unique_ptr<C[]> list{new C[kBuffered]};
     int64_t size = 0, first = 0, last = 0;
 
     Buffer(BatchEncoder& owner, float* bounds) : encoder(owner), tau(bounds) {}
+
+    const float* bounds(const Tokens& tokens, int64_t, int64_t n) const { return tokens.tau + n; }
 
     void add(int64_t token, int64_t feature, float score, float slack) {
       list[size++] = {score, slack, 0.f, static_cast<int32_t>(feature),

@@ -31,6 +31,8 @@ struct Panel {
   int64_t count;
   int64_t first_feature;
   const float *scale, *bias, *rank, *p, *q, *r;
+  // for a Found with kFloors: what a score has to reach, in place of its token's tau
+  const float* floor;
 };
 
 // quantised tokens: x[n] is sx[n] * q; ex and nx bound |x - x^| and |x^|; tau is the best known
@@ -47,11 +49,15 @@ struct Tokens {
 // the candidates of every token, `capacity` each; make_room(context, token) is called on a full
 // list and leaves space in it
 struct Lists {
+  static constexpr bool kFloors = false;
+
   Candidate* candidates;
   int32_t* sizes;
   int64_t capacity;
   void* context;
   void (*make_room)(void* context, int64_t token);
+
+  const float* bounds(const Tokens& tokens, int64_t, int64_t n) const { return tokens.tau + n; }
 
   void add(int64_t token, int64_t feature, float score, float slack) {
     Candidate* list = candidates + token * capacity;

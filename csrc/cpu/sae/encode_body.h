@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // The screen of encode: 16-bit products of a feature block and a token tile, then the bound;
-// compiled per level. Found.add(token, feature, score, slack) takes what may be selected.
+// compiled per level. Found.add(token, feature, score, slack) takes what may be selected: what may
+// reach its feature's floor if Found::kFloors, else Found.bounds(tokens, feature, n) of tokens n,
+// n + 1, ..
 
 #include "cpu/screen/screen_tile_body.h"
 
@@ -11,14 +13,18 @@ static inline void screen_tokens(const Panel& panel, int64_t row, const Tokens& 
   const float_vector scale = set(panel.scale[row]), bias = set(panel.bias[row]),
                      rank = set(panel.rank[row]), p = set(panel.p[row]), q = set(panel.q[row]),
                      r = set(panel.r[row]);
+  const int64_t feature = panel.first_feature + row;
+  float_vector bound;
+  if constexpr (Found::kFloors) bound = set(panel.floor[row]);
   for (int t = 0; t < kTileTokens; t += kLanes) {
     const int64_t n = first + t;
     const float_vector units = multiply(scale, load(tokens.sx + n));
     const float_vector score = multiply(multiply_add(load(products + t), units, bias), rank);
     const float_vector slack =
         multiply_add(load(tokens.ex + n), p, multiply_add(load(tokens.nx + n), q, r));
+    if constexpr (!Found::kFloors) bound = load(found.bounds(tokens, feature, n));
     // not below rather than at least: NaN passes
-    unsigned mask = not_below(add(score, slack), load(tokens.tau + n));
+    unsigned mask = not_below(add(score, slack), bound);
     if (__builtin_expect(mask == 0, 1)) continue;
     float scores[kLanes], slacks[kLanes];
     store(scores, score);
@@ -27,7 +33,7 @@ static inline void screen_tokens(const Panel& panel, int64_t row, const Tokens& 
       const int lane = __builtin_ctz(mask);
       const int64_t token = n + lane;
       if (token >= tokens.count) break;
-      found.add(token, panel.first_feature + row, scores[lane], slacks[lane]);
+      found.add(token, feature, scores[lane], slacks[lane]);
     }
   }
 }

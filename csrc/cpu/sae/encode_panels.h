@@ -54,7 +54,7 @@ class EncodePanels {
         x_(data<T>(x) + first * x.stride(0)),
         ldx_(x.stride(0)),
         w_(w),
-        padded_(round_up(d_, kDimPadding)),
+        padded_(std::max(round_up(d_, kDimPadding), kDimPadding)),
         b_enc_(data_or_null<T>(b_enc)),
         b_dec_(data_or_null<T>(b_dec)),
         scale_(data_or_null<T>(scale)) {}
@@ -68,6 +68,8 @@ class EncodePanels {
   // strided rows of w are copied a panel at a time: exact() then serves the panel at hand only
   const bool transposed_;
   std::unique_ptr<float[]> tau_;
+  // [F], where the bound is a feature's
+  const float* floor_ = nullptr;
 
   // whether every score is computed exactly
   bool is_direct() const {
@@ -94,6 +96,29 @@ class EncodePanels {
     return {scale_ == nullptr ? h : h * static_cast<float>(scale_[f]), h};
   }
 
+  // h of `count` features of one token, as the above has them
+  void exact(const double* x, const int32_t* features, int64_t count, float* h) const {
+    const auto all = [&](auto row_of) {
+      constexpr int64_t some = 16;
+      decltype(row_of(0)) rows[some];
+      double dots[some];
+      for (int64_t begin = 0; begin < count; begin += some) {
+        const int64_t now = std::min(some, count - begin);
+        for (int64_t i = 0; i < now; ++i) rows[i] = row_of(features[begin + i]);
+        exact_dots(x, rows, now, d_, dots);
+        for (int64_t i = 0; i < now; ++i) {
+          const int32_t f = features[begin + i];
+          const double bias = b_enc_ == nullptr ? 0. : static_cast<float>(b_enc_[f]);
+          h[begin + i] = static_cast<float>(dots[i] + bias);
+        }
+      }
+    };
+    if (transposed_)
+      all([&](int64_t f) -> const float* { return panel_copy_.get() + (f - first_) * d_; });
+    else
+      all([&](int64_t f) -> const T* { return data<T>(w_) + f * w_.stride(0); });
+  }
+
   // f(panel, tokens, begin, end, block) for each panel and each thread's token tiles begin..end, of
   // which a block of `block` stays in cache; done() after each panel
   template <class F, class Done>
@@ -114,7 +139,8 @@ class EncodePanels {
       pack_panel(count, rows);
       const float* t = terms_.get();
       const Panel panel{panel_.get(), padded_,      count,        first_,       t,
-                        t + rows,     t + 2 * rows, t + 3 * rows, t + 4 * rows, t + 5 * rows};
+                        t + rows,     t + 2 * rows, t + 3 * rows, t + 4 * rows, t + 5 * rows,
+                        floor_ == nullptr ? nullptr : floor_ + first_};
       parallel(token_slots_ / kTokenPadding, 1, [&](int64_t begin, int64_t end) {
         // the units of the split are two tiles, so that every level's token block fits
         f(panel, tokens, 2 * begin, 2 * end, block);

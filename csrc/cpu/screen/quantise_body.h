@@ -17,25 +17,47 @@ static inline wide_doubles load_doubles(const W* at) {
   return __builtin_convertvector(narrow, wide_doubles);
 }
 
-// <x, w> in fp64 with a fixed order of 16 sums: products of two fp32 numbers are exact in fp64, so
-// every level returns the same bits
-template <class W>
-static double exact_dot(const double* x, const W* w, int64_t d) {
+// out[r] = <x, w[r]> in fp64 with a fixed order of 16 sums: products of two fp32 numbers are exact in
+// fp64, so every level returns the same bits
+template <int R, class W>
+static inline void dot_rows(const double* x, const W* const* w, int64_t d, double* out) {
   constexpr int vectors = 16 / kDoubles;
-  wide_doubles sums[vectors] = {};
+  wide_doubles sums[R][vectors] = {};
   int64_t i = 0;
   for (; i + 16 <= d; i += 16) {
 #pragma GCC unroll 8
-    for (int v = 0; v < vectors; ++v)
-      sums[v] += load_wide<wide_doubles>(x + i + v * kDoubles) * load_doubles(w + i + v * kDoubles);
+    for (int v = 0; v < vectors; ++v) {
+      const wide_doubles part = load_wide<wide_doubles>(x + i + v * kDoubles);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) sums[r][v] += part * load_doubles(w[r] + i + v * kDoubles);
+    }
   }
-  double lane_sums[16];
-  __builtin_memcpy(lane_sums, sums, sizeof(lane_sums));
-  for (int64_t j = 0; i < d; ++i, ++j)
-    lane_sums[j] += x[i] * static_cast<double>(static_cast<float>(w[i]));
-  for (int width = 8; width > 0; width /= 2)
-    for (int j = 0; j < width; ++j) lane_sums[j] += lane_sums[j + width];
-  return lane_sums[0];
+  for (int r = 0; r < R; ++r) {
+    double lane_sums[16];
+    __builtin_memcpy(lane_sums, sums[r], sizeof(lane_sums));
+    for (int64_t j = 0; i + j < d; ++j)
+      lane_sums[j] += x[i + j] * static_cast<double>(static_cast<float>(w[r][i + j]));
+    for (int width = 8; width > 0; width /= 2)
+      for (int j = 0; j < width; ++j) lane_sums[j] += lane_sums[j + width];
+    out[r] = lane_sums[0];
+  }
+}
+
+template <class W>
+static double exact_dot(const double* x, const W* w, int64_t d) {
+  double dot;
+  dot_rows<1>(x, &w, d, &dot);
+  return dot;
+}
+
+// rows at a time: 8 sums hide the latency of the multiply-add
+template <class W>
+static void exact_dots_of(const double* x, const W* const* w, int64_t count, int64_t d,
+                          double* out) {
+  constexpr int rows = kDoubles / 2;
+  int64_t r = 0;
+  for (; r + rows <= count; r += rows) dot_rows<rows>(x, w + r, d, out + r);
+  for (; r < count; ++r) dot_rows<1>(x, w + r, d, out + r);
 }
 
 // row = scale * q + error with 16-bit q; returns norms in fp64. bf16 keeps 8 bits of every element,

@@ -42,4 +42,18 @@ double exact_dot(const double* x, const torch::headeronly::Half* w, int64_t d) {
   return MIK_AT_LEVEL(exact_dot<torch::headeronly::Half>)(x, w, d);
 }
 
+void exact_dots(const double* x, const float* const* rows, int64_t count, int64_t d, double* out) {
+  MIK_AT_LEVEL(exact_dots_of<float>)(x, rows, count, d, out);
+}
+
+void exact_dots(const double* x, const torch::headeronly::BFloat16* const* rows, int64_t count,
+                int64_t d, double* out) {
+  MIK_AT_LEVEL(exact_dots_of<torch::headeronly::BFloat16>)(x, rows, count, d, out);
+}
+
+void exact_dots(const double* x, const torch::headeronly::Half* const* rows, int64_t count,
+                int64_t d, double* out) {
+  MIK_AT_LEVEL(exact_dots_of<torch::headeronly::Half>)(x, rows, count, d, out);
+}
+
 }  // namespace mik

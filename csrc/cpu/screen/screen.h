@@ -47,4 +47,11 @@ double exact_dot(const double* x, const float* w, int64_t d);
 double exact_dot(const double* x, const torch::headeronly::BFloat16* w, int64_t d);
 double exact_dot(const double* x, const torch::headeronly::Half* w, int64_t d);
 
+// exact_dot of `count` rows, several at a time
+void exact_dots(const double* x, const float* const* rows, int64_t count, int64_t d, double* out);
+void exact_dots(const double* x, const torch::headeronly::BFloat16* const* rows, int64_t count,
+                int64_t d, double* out);
+void exact_dots(const double* x, const torch::headeronly::Half* const* rows, int64_t count,
+                int64_t d, double* out);
+
 }  // namespace mik

@@ -168,7 +168,7 @@ def check_operands(
     return w_enc.shape
 
 
-class _Encode(torch.autograd.Function):
+class Encode(torch.autograd.Function):
     @staticmethod
     def forward(x, w_enc, b_enc, b_dec, scale, k, relu, impl):
         return encode_op(x, w_enc, b_enc, b_dec, scale, k, relu, impl=impl)
@@ -236,7 +236,7 @@ def topk_encode(
     operands: tuple[torch.Tensor | None, ...] = (rows, w_enc, b_enc, b_dec, ranks)
     if precision is not None:
         operands = tuple(None if t is None else t.to(precision) for t in operands)
-    values, indices = _Encode.apply(*operands, k, relu, impl)
+    values, indices = Encode.apply(*operands, k, relu, impl)
     shape = (*x.shape[:-1], k)
     values = values.to(out_dtype).reshape(shape)
     return SparseCodes._trusted(values, indices.reshape(shape), n_features)

@@ -59,6 +59,7 @@ threshold_encode_op = Op(
         "b_dec": "T[d]",
         "floor": "acc[F]",
     },
+    triton="sae.threshold_encode:threshold_encode",
 )
 
 

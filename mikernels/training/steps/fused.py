@@ -117,8 +117,8 @@ class FusedStep:
                 # b_dec's part through the encoder's input
                 db_enc, db_dec = self.gradients[self.sae.b_enc], self.gradients[self.sae.b_dec]
                 db_dec -= weighted_row_sum(db_enc, self.sae.w_enc)
-        for p, gradient in self._past_input.items():
-            self.gradients[p] += gradient
+        for bias, gradient in self._past_input.items():
+            self.gradients[bias] += gradient
         with clock.part("optimizer"):
             self._apply(self.gradients)
             self.sae.project_()
