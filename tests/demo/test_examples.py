@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which features are shown, and the inputs that activate them most."""
+
+import math
+
+import pytest
+import torch
+from demo_cases import token_data
+
+from mikernels.demo.examples import choose_features, encode_all, token_card
+from mikernels.evaluate import variance_unexplained
+
+
+def test_encode_all_finds_where_each_feature_fires():
+    sae, rows, _ = token_data()
+    firing = encode_all(sae, rows["activations"], batch=128)
+    for feature in range(12):
+        where, values = firing.of(feature)
+        mine = (rows["token_ids"] == feature).nonzero().squeeze(-1)
+        assert torch.equal(where.sort().values, mine)
+        assert torch.equal(values, values.sort(descending=True).values)
+        assert torch.equal(rows["activations"][where].amax(-1), values.detach())
+        assert firing.counts[feature] == mine.numel()
+        assert firing.maxima[feature] == values[0]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_rows_that_are_not_finite_are_refused(value):
+    sae, rows, _ = token_data()
+    x = rows["activations"].clone()
+    x[[3, 500], 4] = value
+    with pytest.raises(ValueError, match="x must give finite codes, got NaN or inf in 2 of 600"):
+        encode_all(sae, x)
+    with pytest.raises(ValueError, match="variance_unexplained: x must be finite"):
+        variance_unexplained(sae, x)
+    with torch.no_grad():
+        sae.b_dec[2] = value
+    with pytest.raises(ValueError, match="the reconstructions of sae must be finite"):
+        variance_unexplained(sae, rows["activations"])
+
+
+def test_choose_features_keeps_to_the_shares_and_one_label_each():
+    sae, rows, _ = token_data()
+    firing = encode_all(sae, rows["activations"])
+    everything = choose_features(firing, rows["token_ids"], shares=(0.01, 0.5))
+    assert sorted(everything) == list(range(12))
+    assert len(choose_features(firing, rows["token_ids"], shares=(0.01, 0.5), n=5)) == 5
+    assert choose_features(firing, rows["token_ids"], shares=(0.3, 0.5)) == []
+    one = torch.zeros_like(rows["token_ids"])
+    assert len(choose_features(firing, one, shares=(0.01, 0.5))) == 1
+    start = torch.zeros_like(one)
+    assert choose_features(firing, one, start, shares=(0.01, 0.5)) == []
+
+
+def test_token_card_shows_the_strongest_tokens_within_their_window():
+    sae, rows, pieces = token_data()
+    firing = encode_all(sae, rows["activations"])
+    card = token_card(firing, 3, rows, pieces)
+    peaks = [[token for token in example if token[2]] for example in card["examples"]]
+    assert all(len(peak) == 1 and peak[0][0] == pieces["3"] for peak in peaks)
+    assert peaks[0][0][1] == pytest.approx(card["maximum"])
+    assert all(len(example) <= 23 for example in card["examples"])
+    assert card["tokens"] == [(pieces["3"], pytest.approx(1.0))]
+    assert sum(card["histogram"]) == card["count"]
