@@ -16,8 +16,10 @@ from mikernels import (
     pairwise_products,
     row_topk,
     sparse_decode,
+    threshold_encode,
     topk_encode,
 )
+from mikernels.ops.sae.threshold_encode import slots_above
 
 N, D, F, K = 3, 3, 19, 2
 
@@ -60,6 +62,16 @@ FUNCTIONS = {
         lambda impl, x, w, b: (
             batch_topk_encode(x, w.T, b, k=K, scale=SCALE, relu=False, impl=impl)[0].values
         ),
+        [(1, N, D), (D, F), (F,)],
+    ),
+    "threshold_encode": (
+        lambda impl, x, w, b, c: (
+            threshold_encode(x, w, b, threshold=0.3, b_dec=c, impl=impl).values
+        ),
+        [(N, D), (F, D), (F,), (D,)],
+    ),
+    "slots_above": (
+        lambda impl, x, w, b: slots_above(x, w.T, b, None, SCALE - 1, impl=impl).values,
         [(1, N, D), (D, F), (F,)],
     ),
     "ragged to_dense": (
