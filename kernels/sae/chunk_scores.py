@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pre-activations of a few tokens at a time, by torch's product: what operators choose from that
-keep another number of slots for every token."""
+"""Pre-activations of some tokens at a time, by torch's product, for operators of ragged codes."""
 
 from __future__ import annotations
 

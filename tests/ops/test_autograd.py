@@ -17,8 +17,10 @@ from mikernels import (
     pairwise_products,
     row_topk,
     sparse_decode,
+    threshold_encode,
     topk_encode,
 )
+from mikernels.ops.sae.threshold_encode import slots_above
 
 N, D, F, K = 3, 3, 19, 2
 
@@ -72,6 +74,16 @@ FUNCTIONS = {
             groupmax_encode(x, w.T, k=6, scale=SCALE[1:], relu=False, impl=impl).values
         ),
         [(1, N, D), (D, F - 1)],
+    ),
+    "threshold_encode": (
+        lambda impl, x, w, b, c: (
+            threshold_encode(x, w, b, threshold=0.3, b_dec=c, impl=impl).values
+        ),
+        [(N, D), (F, D), (F,), (D,)],
+    ),
+    "slots_above": (
+        lambda impl, x, w, b: slots_above(x, w.T, b, None, SCALE - 1, impl=impl).values,
+        [(1, N, D), (D, F), (F,)],
     ),
     "ragged to_dense": (
         lambda impl, v: SparseCodes.ragged(v, *RAGGED, F).to_dense(),

@@ -87,6 +87,12 @@ PUBLIC = {
     "topk_encode": lambda: mk.topk_encode(X, ROWS, ROWS[:, 0], k=3, b_dec=X[0]),
     "batch_topk_encode": lambda: mk.batch_topk_encode(X, ROWS, ROWS[:, 0], k=2.5),
     "groupmax_encode": lambda: mk.groupmax_encode(X, ROWS, ROWS[:, 0], k=4, b_dec=X[0]),
+    "threshold_encode": lambda: mk.threshold_encode(X, ROWS, ROWS[:, 0], threshold=0.5),
+    "threshold_encode of a bandwidth": lambda: mk.threshold_encode(
+        X, ROWS, threshold=ROWS[:, 1].abs(), bandwidth=0.3
+    ),
+    "jump": lambda: mk.jump(X, 0.3, bandwidth=0.1),
+    "step_above": lambda: mk.step_above(X, X[0], bandwidth=0.1),
     "codes": lambda: (CODES.l0(), CODES.fired(), CODES.to_dense()),
 }
 

@@ -76,6 +76,14 @@ def groupmax_encode_samples(make, n, dtype):
         yield x, w, b_enc, b_dec, scale, k, False
 
 
+def threshold_encode_samples(make, n, dtype):
+    x, w = make(n, D, dtype=dtype), make(F, D, dtype=dtype, seed=1)
+    floor = make(F, dtype=accumulate_dtype(dtype), seed=3)
+    yield x, w, None, None, floor
+    b_enc, b_dec = make(F, dtype=dtype, seed=2), make(D, dtype=dtype, seed=2)
+    yield x, w, b_enc, b_dec, floor
+
+
 def decode_samples(make, n, dtype):
     values, w = make(n, K, dtype=dtype), make(F, D, dtype=dtype, seed=1)
     yield values, slots(n)[0], None, w, None
@@ -149,6 +157,7 @@ SAMPLES = {
     "encode": encode_samples,
     "batch_topk_encode": batch_topk_encode_samples,
     "groupmax_encode": groupmax_encode_samples,
+    "threshold_encode": threshold_encode_samples,
     "decode": decode_samples,
     "decode_error": decode_error_samples,
     "gather_dot": gather_dot_samples,
@@ -207,6 +216,17 @@ HOSTILE = {
     "groupmax_encode: k = 0": ("groupmax_encode", (X, W, None, None, None, 0, True)),
     "groupmax_encode: k > F": ("groupmax_encode", (X, W, None, None, None, 2 * F, True)),
     "groupmax_encode: uneven groups": ("groupmax_encode", (X, W, None, None, None, K, True)),
+    "threshold_encode: narrow x": ("threshold_encode", (X[:, :2], W, None, None, W[:, 0])),
+    "threshold_encode: short floor": ("threshold_encode", (X, W, None, None, W[:3, 0])),
+    "threshold_encode: floor of another dtype": (
+        "threshold_encode",
+        (X, W, None, None, W[:, 0].double()),
+    ),
+    "threshold_encode: floor of the dtype of 16-bit x": (
+        "threshold_encode",
+        (X.half(), W.half(), None, None, W[:, 0].half()),
+    ),
+    "threshold_encode: short b_dec": ("threshold_encode", (X, W, None, X[0, :2], W[:, 0])),
     "decode: values and ragged indices": (
         "decode",
         (V, ragged_slots(5)[0], ragged_slots(5)[1], W, None),

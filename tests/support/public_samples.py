@@ -66,6 +66,11 @@ def plain_groupmax(x, w, b, c):
     return h.unflatten(-1, (4, len(w) // 4)).max(-1).values
 
 
+def plain_threshold(x, w, b, c):
+    h = (x - c) @ w.T + b
+    return h.where(h > 0.5, 0)
+
+
 def ragged_codes(values, w):
     """[N, K] values as codes of 0 to 2 K - 1 slots a token."""
     n, k = values.shape
@@ -137,6 +142,25 @@ PUBLIC = {
         plain_groupmax,
         {"F": "k must be in 1..0"},
         differentiable=True,
+    ),
+    "threshold_encode": Public(
+        ["Nd", "Fd", "F", "d"],
+        lambda impl, x, w, b, c: mk.threshold_encode(
+            x, w, b, threshold=0.5, b_dec=c, impl=impl
+        ).to_dense(),
+        plain_threshold,
+        differentiable=True,
+    ),
+    "jump": Public(
+        ["NF", "F"],
+        lambda impl, h, t: mk.jump(h, t, bandwidth=0.0),
+        lambda h, t: h.where(h > t, 0),
+        differentiable=True,
+    ),
+    "step_above": Public(
+        ["NF", "F"],
+        lambda impl, h, t: mk.step_above(h, t, bandwidth=0.5),
+        lambda h, t: (h > t).to(h.dtype),
     ),
     "sparse_decode ragged": Public(
         ["NK", "Fd", "d"],

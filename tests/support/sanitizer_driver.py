@@ -22,10 +22,12 @@ from encode_cases import ADVERSARIAL, NON_FINITE  # noqa: E402
 from op_samples import HOSTILE, LAYOUTS, SAMPLES, copies, mangled  # noqa: E402
 from oracle import DTYPES, randint, randn  # noqa: E402
 from pairwise_cases import POWERS, SPECIAL, near_ties  # noqa: E402
+from threshold_cases import at_scores  # noqa: E402
 
 import mikernels  # noqa: E402
 from mikernels import SparseCodes, row_topk, sparse_decode, topk_encode  # noqa: E402
 from mikernels._dispatch import OPS  # noqa: E402
+from mikernels.ops.sae.threshold_encode import slots_above  # noqa: E402
 
 
 def samples() -> None:
@@ -53,6 +55,8 @@ def sizes() -> None:
         for weights in (w, w.T.contiguous().T):
             codes = topk_encode(x, weights, k=k)
             sparse_decode(codes, weights)
+            for floor in (0.0, float("-inf")):
+                slots_above(x, weights, None, None, floor)
 
 
 def cases() -> None:
@@ -61,6 +65,9 @@ def cases() -> None:
         arguments = case()
         arguments.pop("fp32_sums_overflow", None)
         topk_encode(**arguments)
+        arguments = at_scores(name)
+        operands = (arguments.get(o) for o in ("x", "w_enc", "b_enc", "b_dec", "floor"))
+        OPS["threshold_encode"].default(*operands)
     for name, poison in NON_FINITE.items():
         print("encode", name)
         operands = randint(9, 12), randint(301, 12, seed=1), randint(301, seed=2), randint(12)

@@ -7,6 +7,16 @@ that what is kept does not hang on the rounding of 16-bit values. NaN is kept, s
 run shows it; h at the floor is not; a floor of -inf keeps all but -inf. The number of slots is a
 shape that hangs on the data: a GPU is waited for.
 
+On the CPU the screen of mikernels/ops/sae/encode.py finds the pairs, with the feature's floor in
+place of the token's bound. Its |h - s| <= e is of h as it is compared, an fp64 sum rounded once,
+and e covers the rounding of s + e too; the floor enters unrounded, as the other side of the
+comparison. So a pair with s + e < floor has h < floor, and every other one is computed, also where
+e is not finite. Those wait, 16,384 to a thread, and then a token's are computed together: where
+most pass, the rows of w_enc stay in cache meanwhile, and the time is that of the products in fp64.
+Neither the N x F matrix nor a sort is made. Scratch: encode's panels, 64 MB of packed tokens at
+most, 16 MB of scores for up to 8 tokens, and 8 bytes a slot. On a GPU the scores of some tokens at
+a time are torch's own product (mikernels/kernels/sae/threshold_encode.py).
+
 JumpReLU (arXiv 2407.14435) is `threshold_encode`: slots above the thresholds, then
 mikernels/ops/sae/jump.py. With a bandwidth, slots reach as far below the threshold as its
 straight-through gradient does; there their value is 0, and so they are inactive.
