@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The by-feature operators in Triton; for the CPU: tests/ops/test_gradients.py."""
 
+import gradient_cases
 import numpy as np
 import pytest
 import torch
@@ -229,6 +230,49 @@ def test_sae_gradients_are_one_function_of_their_input(device, chunk, widest):
     operands = sae_operands(15, 33, 9, 4, torch.float32)
     first = run(device, operands)
     assert all(map(identical, run(device, operands), first))
+
+
+@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize("form", gradient_cases.FORMS)
+def test_sae_gradients_of_levels_widths_and_given_gradients(
+    device, dtype, chunk, widest, form, accumulate
+):
+    for sizes in gradient_cases.WIDTHS:
+        o = gradient_cases.operands(*sizes, dtype, **gradient_cases.FORMS[form])
+        gradient_cases.check(o, "triton", device, accumulate)
+
+
+def test_sae_gradients_of_levels_layouts(device, chunk, widest):
+    gradient_cases.check_layouts(torch.float32, "triton", device)
+
+
+def test_sae_gradients_read_what_is_selected(device, chunk, widest):
+    gradient_cases.check_skips("triton", device)
+
+
+def test_one_level_is_none(device, dtype, chunk, widest):
+    gradient_cases.check_one_level_is_none(dtype, "triton", device)
+
+
+@pytest.mark.parametrize("levels", [0, 3])
+def test_given_dots_are_the_dots(device, dtype, levels):
+    gradient_cases.check_given_dots(dtype, "triton", device, levels)
+
+
+def test_gather_dot_by_level(device, dtype):
+    gradient_cases.check_dots_by_level(dtype, "triton", device)
+
+
+def test_levels_outside_count_as_the_nearest(device, chunk, widest):
+    o = gradient_cases.operands(12, 8, 5, 9, 2, torch.float32, levels=3)
+    dots = [t.to(device) for t in (o.dy, o.w_dec, o.indices)]
+    expected = o.run("triton", device)
+    by_level = gather_dot_op(*dots, None, o.levels.to(device), impl="triton")
+    o.levels[o.levels == 0] = -(2**40)
+    o.levels[o.levels == 2] = 2**40
+    assert all(map(identical, o.run("triton", device), expected))
+    found = gather_dot_op(*dots, None, o.levels.to(device), impl="triton")
+    assert identical(found, by_level)
 
 
 def test_rows_beyond_2_to_the_31_elements(device):

@@ -41,6 +41,11 @@ def test_feature_sum(device, dtype, chunk, case):
     ragged_cases.check_feature_sum(case, dtype, "triton", device)
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_levels(device, chunk, widest, case):
+    ragged_cases.check_levels(case, torch.float32, "triton", device)
+
+
 @pytest.mark.parametrize("accumulate", [False, True])
 @pytest.mark.parametrize("case", CASES)
 def test_sae_gradients(device, chunk, widest, case, accumulate):

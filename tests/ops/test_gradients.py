@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The by-feature operators; test_autograd.py has the gradients that are made of them."""
 
+import gradient_cases
 import pytest
 import torch
 from gradient_cases import feature_sum, gather_dot
@@ -198,6 +199,61 @@ def test_gather_dot_of_an_index_out_of_range_raises(level, index):
     gather_dot_op.resolve("cpp", torch.device("cpu"))
     with pytest.raises(RuntimeError, match="indices must be in"):
         gather_dot_op(randn(2, 3), randn(9, 3), torch.tensor([[0, 1], [2, index]]), None, None)
+
+
+@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("form", gradient_cases.FORMS)
+def test_sae_gradients_of_levels_widths_and_given_gradients(impl, dtype, form, accumulate):
+    for sizes in gradient_cases.WIDTHS:
+        o = gradient_cases.operands(*sizes, dtype, **gradient_cases.FORMS[form])
+        gradient_cases.check(o, impl, accumulate=accumulate)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sae_gradients_of_levels_layouts(impl, dtype):
+    gradient_cases.check_layouts(dtype, impl)
+
+
+def test_sae_gradients_read_what_is_selected(impl):
+    gradient_cases.check_skips(impl)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_one_level_is_none(impl, dtype):
+    gradient_cases.check_one_level_is_none(dtype, impl)
+
+
+@pytest.mark.parametrize("levels", [0, 3])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_given_dots_are_the_dots(impl, dtype, levels):
+    gradient_cases.check_given_dots(dtype, impl, levels=levels)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gather_dot_by_level(impl, dtype):
+    gradient_cases.check_dots_by_level(dtype, impl)
+
+
+@pytest.mark.parametrize("form", gradient_cases.FORMS)
+def test_sae_gradients_of_levels_are_one_function_of_their_input(impl, form):
+    o = gradient_cases.operands(101, 33, 21, 40, 4, torch.float32, **gradient_cases.FORMS[form])
+    first = o.run(impl)
+    for threads in (1, 2, 2):
+        with num_threads(threads):
+            assert all(map(identical, o.run(impl), first))
+
+
+@one_level
+@pytest.mark.parametrize("bad", [3, -1, 2**40, -(2**62)])
+def test_a_level_out_of_range_raises(level, bad):
+    o = gradient_cases.operands(5, 3, 3, 9, 2, torch.float32, levels=3)
+    o.levels[4] = bad
+    for impl in ("reference", "cpp"):
+        with pytest.raises((RuntimeError, ValueError), match=r"levels must be in 0\.\.2, got"):
+            o.run(impl)
+        with pytest.raises((RuntimeError, ValueError), match=r"levels must be in 0\.\.2, got"):
+            gather_dot_op(o.dy, o.w_dec, o.indices, None, o.levels, impl=impl)
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])

@@ -35,6 +35,12 @@ def test_feature_sum(impl, dtype, case):
     ragged_cases.check_feature_sum(case, dtype, impl)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", CASES)
+def test_levels(impl, dtype, case):
+    ragged_cases.check_levels(case, dtype, impl)
+
+
 @pytest.mark.parametrize("accumulate", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", CASES)

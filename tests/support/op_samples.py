@@ -97,6 +97,12 @@ def decode_error_samples(make, n, dtype):
         yield *arguments, x
 
 
+def decode_levels_samples(make, n, dtype):
+    x = make(n, D, dtype=accumulate_dtype(dtype), seed=3)
+    for arguments in decode_samples(make, n, dtype):
+        yield *arguments, x, LEVELS, make(3, 3, dtype=torch.float32, seed=4)
+
+
 def gather_dot_samples(make, n, dtype):
     rows, w = make(n, D, dtype=dtype), make(F, D, dtype=dtype, seed=1)
     yield rows, w, slots(n)[0], None, None
@@ -160,6 +166,7 @@ SAMPLES = {
     "threshold_encode": threshold_encode_samples,
     "decode": decode_samples,
     "decode_error": decode_error_samples,
+    "decode_levels": decode_levels_samples,
     "gather_dot": gather_dot_samples,
     "feature_sum": feature_sum_samples,
     "sae_gradients_": sae_gradients_samples,
@@ -182,6 +189,26 @@ HOSTILE = {
     "decode_error: short x": ("decode_error", (V, slots(5)[0], None, W, None, X[:2])),
     "decode_error: narrow x": ("decode_error", (V, slots(5)[0], None, W, None, X[:, :2])),
     "decode_error: x of another dtype": ("decode_error", (V, slots(5)[0], None, W, None, X.half())),
+    "decode_levels: short x": (
+        "decode_levels",
+        (V, slots(5)[0], None, W, None, X[:2], LEVELS, torch.ones(3, 3)),
+    ),
+    "decode_levels: short levels": (
+        "decode_levels",
+        (V, slots(5)[0], None, W, None, X, LEVELS[:2], torch.ones(3, 3)),
+    ),
+    "decode_levels: a level too many": (
+        "decode_levels",
+        (V, slots(5)[0], None, W, None, X, LEVELS, torch.ones(2, 2)),
+    ),
+    "decode_levels: no levels": (
+        "decode_levels",
+        (V, slots(5)[0], None, W, None, X, LEVELS, torch.ones(0, 0)),
+    ),
+    "decode_levels: a mix that is not square": (
+        "decode_levels",
+        (V, slots(5)[0], None, W, None, X, LEVELS, torch.ones(3, 4)),
+    ),
     "gather_dot: short rows": ("gather_dot", (X[:2], W, slots(5)[0], None, None)),
     "gather_dot: narrow rows": ("gather_dot", (X[:, :2], W, slots(5)[0], None, None)),
     "gather_dot: levels of one matrix": ("gather_dot", (X, W, slots(5)[0], None, LEVELS)),

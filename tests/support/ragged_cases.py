@@ -125,6 +125,33 @@ def check_gather_dot(name, dtype, impl, device="cpu"):
             assert_accurate(dots, exact, eager)
 
 
+def check_levels(name, dtype, impl, device="cpu"):
+    """gather_dot and sae_gradients_ with levels, two widths and given gradients."""
+    r = ragged(name, dtype)
+    wide = torch.float64 if dtype == torch.float64 and impl == "reference" else torch.float32
+    levels = torch.arange(r.f) % 3
+    dy, x = randint(3, r.n, r.d, dtype=dtype), randint(r.n, r.d + 2, dtype=dtype, seed=1)
+    w = randint(r.f, r.d, dtype=dtype, seed=2)
+    given = on(device, dy, w, r.indices, r.row_offsets, levels)
+    dots = gather_dot_op(*given, impl=impl).cpu()
+    padded_dots = gather_dot_op(*on(device, dy, w, r.padded_indices, None, levels), impl=impl).cpu()
+    assert identical(dots, padded_dots.reshape(-1)[r.places])
+    padded_pre = torch.zeros_like(padded_dots).reshape(-1)
+    padded_pre[r.places] = dots
+    (values, *slots), (padded, *padded_slots) = both_ways(r)
+    for d_pre, padded_given in ((None, None), (dots, padded_pre.view_as(padded_dots))):
+        results = []
+        for operands, pre in (
+            ((values, r.indices, *slots), d_pre),
+            ((padded, r.padded_indices, *padded_slots, None), padded_given),
+        ):
+            out = [randint(*s, seed=3).to(wide) for s in ((r.f, r.d), (r.f, r.d + 2), (r.f,))]
+            out = on(device, *out)
+            sae_gradients_op(*on(device, *operands, dy, x, w, levels, pre), *out, True, impl=impl)
+            results.append(out)
+        assert all(map(identical, *results))
+
+
 def both_ways(r: Ragged):
     slots = by_feature(r.indices, r.f)
     return (r.values, *slots, r.tokens()), (
