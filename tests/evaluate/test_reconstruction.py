@@ -206,3 +206,17 @@ def test_variance_unexplained_is_the_fvu():
         variance_unexplained(sae, x[:1])
     with pytest.raises(ValueError, match="variance_unexplained: rows of x must differ"):
         variance_unexplained(sae, x[:1].expand(5, -1))
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("normalize", ["none", "layer_norm"])
+def test_an_sae_of_saelens_is_judged_as_it_stands(normalize):
+    sae_lens = pytest.importorskip("sae_lens")
+    config = sae_lens.StandardSAEConfig(d_in=D, d_sae=F, normalize_activations=normalize)
+    sae, x = sae_lens.StandardSAE(config), rows().float()
+    found = measure_reconstruction(sae, x)
+    with torch.no_grad():
+        # decode undoes the norms that the last encode saw
+        right = (sae(x) - x).double().square().sum() / (x - x.mean(0)).double().square().sum()
+    assert found.fvu == pytest.approx(float(right), rel=1e-5)
+    assert found.l0 == pytest.approx(float((sae.encode(x) != 0).sum(-1).float().mean()), rel=1e-6)
