@@ -33,6 +33,7 @@ from mikernels.nn.matryoshka_sae import default_widths
 from mikernels.ops.sae.batch_topk_encode import batch_topk_encode
 from mikernels.training.config import TrainConfig
 from mikernels.training.state.metrics import PARTS, Clock, Means
+from mikernels.training.steps.autograd import AutogradStep, dense_forward
 from mikernels.training.steps.fused import FusedStep
 from mikernels.values.batch import Batch
 
@@ -117,6 +118,25 @@ def _ours(kind: type[SAE]) -> Callable[[SAEBatch, str], Runner]:
     return build
 
 
+def _eager(batch: SAEBatch, mode: str) -> Runner:
+    """TopK in plain PyTorch, with tokens x features matrices."""
+    sae = _make(TopKSAE, batch)
+    truth = torch.tensor(_exact_error(_make(TopKSAE, batch), Batch(batch.x)), dtype=torch.float64)
+    config = TrainConfig(
+        total_tokens=batch.shape.n, batch_size=batch.shape.n, lr=LR, eps=EPS, clip_norm=CLIP
+    )
+    step = AutogradStep(sae, config, None, dense_forward)
+    clock = Clock(dict.fromkeys(PARTS, 0.0))
+
+    def run() -> Outputs:
+        means = Means()
+        step([Batch(batch.x)], batch.k, sae.dead().nonzero().squeeze(-1), means, clock)
+        mse = torch.tensor(means.means()["mse"], dtype=torch.float64)
+        return {"mse": mse, "exact": truth}
+
+    return Runner(run)
+
+
 def _saelens(architecture: str) -> Callable[[SAEBatch, str], Runner]:
     def build(batch: SAEBatch, mode: str) -> Runner:
         settings: dict[str, Any] = {}
@@ -185,6 +205,7 @@ BENCHMARK = Benchmark(
             Provider(f"ours:{kind.architecture}", _ours(kind), screens=True, devices=(CPU,))
             for kind in _KINDS
         ),
+        Provider("eager", _eager),
         *(
             Provider(f"sae_lens:{name}", _saelens(name), devices=(CPU,))
             for name in ("topk", "batchtopk", "jumprelu", "matryoshka_batchtopk")
