@@ -129,7 +129,6 @@ class Recorder:
     def __init__(self, model: torch.nn.Module, sites: Sequence[Site | str], where: str):
         self._model, self._where = model, where
         self._decoder: Decoder | None = None
-        self._taps: dict[str, _Tap] = {}
         self._placed = {str(site) for site in sites if isinstance(site, Site)}
         self._written = sorted(
             {s.layer for s in sites if isinstance(s, Site) and s.place in ("mlp_out", "attn_out")}
@@ -144,7 +143,7 @@ class Recorder:
             block = self._known().blocks[layer].module
             self._claimed |= {f"{layer}.input": _Tap(block, True), f"{layer}.residual": _Tap(block)}
         probe = torch.zeros(1, 1, dtype=torch.int64)
-        first = next(iter(sites))
+        first = sites[0]
         if len(sites) > 1 or (isinstance(first, Site) and first.place != "residual"):
             self._pass(probe, self._taps, whole=True)
         self.widths: dict[str, int] = {}
