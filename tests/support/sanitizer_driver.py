@@ -19,13 +19,20 @@ sys.modules["mikernels._C"] = extension
 sys.path.append(str(Path(__file__).parent))
 
 from encode_cases import ADVERSARIAL, NON_FINITE  # noqa: E402
+from groupmax_cases import group_counts  # noqa: E402
 from op_samples import HOSTILE, LAYOUTS, SAMPLES, copies, mangled  # noqa: E402
 from oracle import DTYPES, randint, randn  # noqa: E402
 from pairwise_cases import POWERS, SPECIAL, near_ties  # noqa: E402
 from threshold_cases import at_scores  # noqa: E402
 
 import mikernels  # noqa: E402
-from mikernels import SparseCodes, row_topk, sparse_decode, topk_encode  # noqa: E402
+from mikernels import (  # noqa: E402
+    SparseCodes,
+    groupmax_encode,
+    row_topk,
+    sparse_decode,
+    topk_encode,
+)
 from mikernels._dispatch import OPS  # noqa: E402
 from mikernels.ops.sae.threshold_encode import slots_above  # noqa: E402
 
@@ -57,6 +64,8 @@ def sizes() -> None:
             sparse_decode(codes, weights)
             for floor in (0.0, float("-inf")):
                 slots_above(x, weights, None, None, floor)
+            for groups in group_counts(n_features)[:2]:
+                groupmax_encode(x, weights, k=groups)
 
 
 def cases() -> None:
@@ -68,11 +77,14 @@ def cases() -> None:
         arguments = at_scores(name)
         operands = (arguments.get(o) for o in ("x", "w_enc", "b_enc", "b_dec", "floor"))
         OPS["threshold_encode"].default(*operands)
+        for groups in group_counts(len(arguments["w_enc"])):
+            groupmax_encode(**{**arguments, "k": groups})
     for name, poison in NON_FINITE.items():
         print("encode", name)
         operands = randint(9, 12), randint(301, 12, seed=1), randint(301, seed=2), randint(12)
         poison(*operands)
         codes = topk_encode(*operands[:3], k=33, b_dec=operands[3])
+        groupmax_encode(*operands[:3], k=43, b_dec=operands[3])
         row_topk(codes.values, 5)
         sparse_decode(codes, operands[1])
 
