@@ -44,6 +44,8 @@ class Spliced:
         ]
         self.tokens = torch.stack(chosen[:WINDOWS])
         self.windows = len(self.tokens)
+        # SmolLM2's head is its embedding
+        self.head = self.model.get_input_embeddings().weight
         self.block = decoder_layers(self.model, "bench quality", "")[layer]
         self.clean = self.cross_entropy(None)
         self.ablated = self.cross_entropy(lambda x: mean.expand_as(x))
@@ -72,8 +74,9 @@ class Spliced:
         try:
             total = 0.0
             for window in self.tokens:
-                logits = self.model(input_ids=window[None], use_cache=False).logits[0]
-                total += float(torch.nn.functional.cross_entropy(logits[:-1].float(), window[1:]))
+                found = self.model(input_ids=window[None], use_cache=False).last_hidden_state[0]
+                logits = found[:-1] @ self.head.T
+                total += float(torch.nn.functional.cross_entropy(logits, window[1:]))
         finally:
             if handle is not None:
                 handle.remove()
