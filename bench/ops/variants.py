@@ -72,7 +72,8 @@ def _make(kind: type[SAE], batch: SAEBatch) -> SAE:
     settings: dict[type[SAE], dict[str, Any]] = {
         TopKSAE: {"k": s.k},
         BatchTopKSAE: {"k": s.k},
-        JumpReLUSAE: {"target_l0": s.k},
+        # a penalty that is computed, and leaves L0 as it is
+        JumpReLUSAE: {"target_l0": s.k, "l0_coefficient": 0.0},
         MatryoshkaSAE: {"k": s.k, "widths": default_widths(s.f, s.k, LEVELS)},
         LISTAMatryoshkaSAE: {"k": s.k, "widths": default_widths(s.f, s.k, LEVELS)},
         Transcoder: {"k": s.k},
@@ -145,6 +146,7 @@ def _saelens(architecture: str) -> Callable[[SAEBatch, str], Runner]:
                 "jumprelu_init_threshold": float(_cut(batch)),
                 "jumprelu_sparsity_loss_mode": "quadratic",
                 "target_l0": batch.k,
+                "l0_coefficient": 0.0,
             }
         elif architecture == "matryoshka_batchtopk":
             settings = {"matryoshka_widths": default_widths(batch.shape.f, batch.k, LEVELS)}

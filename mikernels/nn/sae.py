@@ -564,6 +564,10 @@ class SAE(nn.Module):
         target = batch.output
         if (more := self.past_codes(batch.input)) is not None:
             target = target - more
+        # this buffer is free again before the encoder's input is needed
+        rows = work.buffer("rows", batch.output.shape, batch.output)
+        measure = losses.Measure(batch.count, losses.spread(batch.output, batch.weights, out=rows))
+        factor = share * (2 * losses.per_square(self.config.loss, measure))
         levels = self.levels()
         with work.part("decode"):
             if levels is None:
@@ -571,11 +575,11 @@ class SAE(nn.Module):
                 totals = [losses.weighted(squares, batch.weights)]
                 mixed = errors = error[None]
             else:
+                # the factor goes into the mix: a pass over [L, N, d] less
+                levels = levels._replace(mix=levels.mix * factor)
                 mixed, errors, squares = self._decode_levels(codes, target, levels, dead)
                 totals = [losses.weighted(s, batch.weights) for s in squares]
-        # this buffer is free again before the encoder's input is needed
-        rows = work.buffer("rows", batch.output.shape, batch.output)
-        measure = losses.Measure(batch.count, losses.spread(batch.output, batch.weights, out=rows))
+                factor = 1.0
         values = {"mse": losses.mse(totals[-1], measure), "fvu": losses.fvu(totals[-1], measure)}
         loss, aux_loss = values[self.config.loss], torch.zeros_like(totals[-1])
         if levels is not None:
@@ -594,7 +598,6 @@ class SAE(nn.Module):
                 if aux.d_residual is not None:
                     through_error = term.dy
             loss = loss + self.config.aux_coefficient * aux_loss
-        factor = share * (2 * losses.per_square(self.config.loss, measure))
         dy = _scaled_(mixed, factor, batch.weights)
         if through_error is not None:
             dy[0] += through_error
@@ -806,6 +809,8 @@ def _scaled_(
     rows: torch.Tensor, factor: float | torch.Tensor, weights: torch.Tensor | None
 ) -> torch.Tensor:
     """`rows *= factor weights[:, None]`."""
+    if weights is None and isinstance(factor, float) and factor == 1:
+        return rows
     return rows.mul_(factor if weights is None else (factor * weights)[:, None])
 
 
