@@ -383,6 +383,15 @@ def _scalar(
     return made[value, dtype, device]
 
 
+# numbers of a row of a long vector: one row would be one thread's
+ROW, LONG = 1024, 1 << 20
+
+
 def _rows(t: torch.Tensor) -> torch.Tensor:
-    """A matrix view: biases are one row, further dimensions are columns."""
-    return t.reshape(1, -1) if t.dim() < 2 else t.reshape(t.shape[0], -1)
+    """A matrix view: biases are one row, further dimensions are columns.
+
+    A long vector (a cross-layer transcoder's decoders) is as many rows as divide it.
+    """
+    if t.dim() >= 2:
+        return t.reshape(t.shape[0], -1)
+    return t.reshape(math.gcd(t.numel(), ROW) if t.numel() >= LONG else 1, -1)

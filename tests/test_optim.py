@@ -422,3 +422,17 @@ def test_states_of_other_optimizers_are_refused(kind) -> None:
     theirs.step()
     with pytest.raises(ValueError, match="RowAdam: param_groups.0"):
         RowAdam([q]).load_state_dict(theirs.state_dict())
+
+
+def test_a_long_vector_is_stepped_as_a_matrix_would_be() -> None:
+    from mikernels import optim
+
+    values, gradient = randn(1 << 20, seed=1), randn(1 << 20, seed=2)
+    stepped = []
+    for shape in ((1 << 20,), (1 << 10, 1 << 10)):
+        p = torch.nn.Parameter(values.reshape(shape).clone())
+        p.grad = gradient.reshape(shape).clone()
+        RowAdam([p], lr=0.1).step()
+        stepped.append(p.detach().reshape(-1))
+    assert torch.equal(*stepped)
+    assert optim._rows(values).shape[0] > 1 and optim._rows(values[:-1]).shape[0] == 1
