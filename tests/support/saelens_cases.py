@@ -128,7 +128,7 @@ def write_peer(
 ) -> Path:
     """A folder as SAELens writes it, by default with weights of the configuration's kind."""
     config = peer_config() if config is None else config
-    known = config.get("architecture") in BECOMES
+    known = str(config.get("architecture")) in BECOMES
     weights = weights or peer_weights(config["architecture"] if known else "topk")
     folder.mkdir(exist_ok=True)
     (folder / "cfg.json").write_text(json.dumps(config))
