@@ -82,6 +82,7 @@ def test_saelens_load_keeps_a_zero_decoder_row(tmp_path):
     write_peer(tmp_path, peer_config(rescale_acts_by_decoder_norm=True), weights)
     sae = load_sae(tmp_path)
     assert (sae.w_dec[3] == 0).all()
+    assert sae.config.normalize_decoder
     assert sae(oracle.randn(20, D)).reconstruction.isfinite().all()
 
 

@@ -152,6 +152,8 @@ def test_decoder_norms_are_kept_where_they_are_unit(tmp_path):
     weights["W_dec"][5] *= 1.1
     save_file(weights, path)
     assert not load_sae(tmp_path).config.normalize_decoder
+    free = ReLUSAE(D, F, normalize_decoder=False)
+    assert not load_sae(export_sae(free, tmp_path)).config.normalize_decoder
 
 
 def old_config(activation: str = "topk", **changes) -> dict:

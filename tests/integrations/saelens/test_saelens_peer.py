@@ -7,6 +7,7 @@ from types import ModuleType
 import oracle
 import pytest
 import torch
+import variants
 from saelens_cases import (
     BECOMES,
     D_OUT,
@@ -74,6 +75,19 @@ def test_saelens_reads_our_export(tmp_path, sae_lens, name):
     assert theirs.cfg.metadata.hook_name == "blocks.6.hook_resid_post"
     assert theirs.cfg.metadata.sae_lens_training_version is None
     assert_same(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["topk", "batch_topk", "matryoshka", "jumprelu", "gated", "relu", "transcoder"]
+    + ["skip_transcoder"],
+)
+def test_saelens_reads_what_a_trainer_made(tmp_path, sae_lens, name):
+    ours = variants.make(name)
+    variants.train(ours, steps=10, step="autograd")
+    theirs = sae_lens.SAE.load_from_disk(export_sae(ours.eval(), tmp_path))
+    assert_same(ours, theirs, variants.activations(200, seed=5))
+    assert_same(load_sae(tmp_path), theirs, variants.activations(200, seed=5))
 
 
 @pytest.mark.parametrize("dtype", oracle.DTYPES, ids=str)
