@@ -184,12 +184,14 @@ def test_k_of_a_batch_topk_sae_of_saelens(command, place, tmp_path):
     sae.threshold.fill_(0.5)
     export_sae(sae, tmp_path / "lens")
     config = json.loads((tmp_path / "lens" / "cfg.json").read_text())
-    del config["metadata"]["batch_topk_k"]
+    del config["metadata"]["mikernels_sae"]
     (tmp_path / "lens" / "cfg.json").write_text(json.dumps(config))
     given = (tmp_path / "lens", "--activations", place / "acts")
-    assert command(*given)[0] == 2
+    # SAELens keeps the threshold alone, which makes it a JumpReLUSAE
+    code, out, err = command(*given)
+    assert code == 0 and "JumpReLUSAE" in out, err
     code, out, err = command(*given, "--k", 3)
-    assert code == 0 and "k 3" in out, err
+    assert code == 0 and "BatchTopKSAE" in out and "k 3" in out, err
 
 
 def test_probes_are_printed_with_what_is_not_told_apart(command, place, tmp_path, monkeypatch):

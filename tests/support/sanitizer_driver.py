@@ -74,11 +74,11 @@ def cases() -> None:
         arguments = case()
         arguments.pop("fp32_sums_overflow", None)
         topk_encode(**arguments)
-        arguments = at_scores(name)
-        operands = (arguments.get(o) for o in ("x", "w_enc", "b_enc", "b_dec", "floor"))
-        OPS["threshold_encode"].default(*operands)
         for groups in group_counts(len(arguments["w_enc"])):
             groupmax_encode(**{**arguments, "k": groups})
+        floors = at_scores(name)
+        operands = (floors.get(o) for o in ("x", "w_enc", "b_enc", "b_dec", "floor"))
+        OPS["threshold_encode"].default(*operands)
     for name, poison in NON_FINITE.items():
         print("encode", name)
         operands = randint(9, 12), randint(301, 12, seed=1), randint(301, seed=2), randint(12)
