@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // threshold_encode: every pair above its feature's floor; the method is in
-// mikernels/ops/sae/threshold_encode.py and encode.py. encode_panels.h packs and deals out the work,
-// encode_body.h screens, ragged_slots.h puts what was found in order.
+// mikernels/ops/sae/threshold_encode.py and encode.py. encode_panels.h packs and deals out the
+// work, encode_body.h screens, ragged_slots.h puts what was found in order.
 #include "common.h"
 #include "cpu/sae/encode.h"
 #include "cpu/sae/ragged_slots.h"
@@ -58,9 +58,9 @@ class ThresholdEncoder : EncodePanels<T> {
         [&](const Panel& panel, const Tokens& tokens, int64_t begin, int64_t end, int64_t block) {
           Survivors survivors(*this, block * kTileTokens);
           for (int64_t tile = begin; tile < end; tile += block) {
+            const int64_t last = std::min(tile + block, end);
             survivors.first = tile * kTileTokens;
-            MIK_SCREEN(screen<Survivors>)
-            (panel, tokens, tile, std::min(tile + block, end), survivors);
+            MIK_SCREEN(screen<Survivors>)(panel, tokens, tile, last, survivors);
             survivors.flush();
           }
           slots_.add(std::move(survivors.part));

@@ -17,8 +17,8 @@ static inline wide_doubles load_doubles(const W* at) {
   return __builtin_convertvector(narrow, wide_doubles);
 }
 
-// out[r] = <x, w[r]> in fp64 with a fixed order of 16 sums: products of two fp32 numbers are exact in
-// fp64, so every level returns the same bits
+// out[r] = <x, w[r]> in fp64 with a fixed order of 16 sums: products of two fp32 numbers are exact
+// in fp64, so every level returns the same bits
 template <int R, class W>
 static inline void dot_rows(const double* x, const W* const* w, int64_t d, double* out) {
   constexpr int vectors = 16 / kDoubles;
