@@ -60,7 +60,7 @@ def one(task: Task, contender: Contender, seed: int) -> dict[str, Any]:
         "settings": trained.settings,
         "figures": {
             "fvu": unexplained(trained.view, task.held),
-            **task.judge(trained.view, seed),
+            **task.judge(trained.view),
             "dead": dead(trained.view, task.train[:ALIVE_IN]),
             "tokens": steps * task.sizes.batch,
             "cpu_s": feed.seconds,
@@ -117,17 +117,30 @@ def measure(
             share = mine["figures"]["cpu_s"] / other["figures"]["cpu_s"] * contender.share
             cut = Contender(contender.text, contender.library, contender.settings, min(share, 64))
             run(cut, contender.text + AT_EQUAL_CPU, seed)
-    names = list(dict.fromkeys(run["contender"] for run in whole["runs"]))
-    whole["comparisons"] = [
-        figures.compare(whole["runs"], ours, theirs)
-        for ours in names
-        if ours.startswith("mikernels")
-        for theirs in names
-        if not theirs.startswith("mikernels")
-    ]
+    whole["comparisons"] = comparisons(whole["runs"], chosen[0].text)
     if file is not None:
         results.save(file, whole)
     return whole
+
+
+def comparisons(runs: list[dict[str, Any]], first: str) -> list[dict[str, Any]]:
+    """Each of ours with each of the others, the best of these by FVU first.
+
+    What was trained for the CPU time of the first contender is compared with that one alone.
+    """
+    names = list(dict.fromkeys(run["contender"] for run in runs))
+    ours = [name for name in names if name.startswith("mikernels")]
+
+    def mean_fvu(name: str) -> float:
+        return figures.interval([r["figures"]["fvu"] for r in runs if r["contender"] == name]).mean
+
+    theirs = sorted((name for name in names if name not in ours), key=mean_fvu)
+    return [
+        figures.compare(runs, mine, other)
+        for mine in ours
+        for other in theirs
+        if mine == first or not other.endswith(AT_EQUAL_CPU)
+    ]
 
 
 def _started(task: Task, facts: dict[str, Any], file: Path | None) -> dict[str, Any]:

@@ -35,7 +35,7 @@ class Task:
     """What is given to everyone.
 
     Attributes:
-        train, held: `[n, d]`, disjoint. judge: more figures of a trained SAE's view, with the seed.
+        train, held: `[n, d]`, disjoint. judge: more figures of a trained SAE's view.
         note: what the figures are of, for the table and the file.
     """
 
@@ -43,7 +43,7 @@ class Task:
     sizes: Sizes
     train: torch.Tensor
     held: torch.Tensor
-    judge: Callable[[Any, int], dict[str, float]]
+    judge: Callable[[Any], dict[str, float]]
     note: str
 
     def of(self, share: float) -> Task:
@@ -79,7 +79,7 @@ def synthetic_task(folder: Path, console: Console, size: str = "small") -> Task:
     x = read_tensors(path)["x"]
     train, held = x[HELD:], x[:HELD]
 
-    def judge(view: Any, seed: int) -> dict[str, float]:
+    def judge(view: Any) -> dict[str, float]:
         found = synthetic.judge(view, world, HELD, seed=2)
         return {name: found[name] for name in ("f1", "precision", "recall", "mcc", "uniqueness")}
 
@@ -104,7 +104,7 @@ def smollm2_task(folder: Path, console: Console) -> Task:
     train = x[~held]
     model = Spliced(LAYER, TOKENS, rows["windows"][held].unique(), train.mean(0))
 
-    def judge(view: Any, seed: int) -> dict[str, float]:
+    def judge(view: Any) -> dict[str, float]:
         return {"ce_recovered": model.recovered(lambda part: view.decode(view.encode(part)))}
 
     return Task(

@@ -17,10 +17,9 @@ from mikernels.bench.quality.feed import Feed, orders
 SIZES = contenders.Sizes(16, 48, 4, 32, 6)
 
 
-def task(**more: object) -> tasks.Task:
+def task() -> tasks.Task:
     x = torch.randn(300, 16, generator=torch.Generator().manual_seed(3))
-    found = tasks.Task("toy", SIZES, x[:200], x[200:], lambda view, seed: {"f1": 0.5}, "a toy")
-    return found
+    return tasks.Task("toy", SIZES, x[:200], x[200:], lambda view: {"f1": 0.5}, "a toy")
 
 
 def test_orders_show_every_row_once_an_epoch() -> None:
@@ -165,6 +164,30 @@ def test_a_session_saves_goes_on_and_is_shown(tmp_path) -> None:
     tables.show(whole, wide)
     text = wide.export_text()
     assert "ours against theirs" in text and "saelens" in text
+
+
+def test_the_best_of_the_others_comes_first() -> None:
+    pytest.importorskip("scipy.stats")
+    point = {"step": 1, "tokens": 1, "cpu": 1.0}
+
+    def run(name: str, fvu: float) -> dict:
+        return {
+            "contender": name,
+            "seed": 0,
+            "figures": {"fvu": fvu, "cpu_s": 1.0},
+            "curve": [point | {"fvu": fvu}],
+        }
+
+    equal = "b" + session.AT_EQUAL_CPU
+    runs = [run(*r) for r in (("mikernels", 0.2), ("mikernels:x=1", 0.1), ("a", 0.4), ("b", 0.3))]
+    pairs = session.comparisons([*runs, run(equal, 0.35)], "mikernels")
+    assert [(pair["ours"], pair["theirs"]) for pair in pairs] == [
+        ("mikernels", "b"),
+        ("mikernels", equal),
+        ("mikernels", "a"),
+        ("mikernels:x=1", "b"),
+        ("mikernels:x=1", "a"),
+    ]
 
 
 def test_the_command_refuses_other_tasks() -> None:
