@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from mikernels import force_level
+from mikernels._ext import LEVELS
 
 from .. import load
 from .spec import FAMILIES, Runner
@@ -63,7 +64,7 @@ def _child(pipe: Connection, op: str, shape: str, mode: str, name: str, threads:
         shapes = FAMILIES[benchmark.family]
         provider = benchmark.provider(name)
         _, _, level = name.partition(":")
-        with force_level(level) if level else nullcontext():
+        with force_level(level) if level in LEVELS else nullcontext():
             small = benchmark.inputs(shapes["smoke"], mode, 0)
             _call(provider.build(small, mode))
             inputs = benchmark.inputs(shapes[shape], mode, 0)

@@ -6,7 +6,7 @@ gives dv and the sum for dw_dec, then dv serves x's row, so N k d is read twice 
 memory. Slots are taken in tiles, so that several rows are in flight; hot features as in
 `gradients_hot`. Rows whose value is 0 are not read, so that a NaN in them does not come out as
 0 * NaN. Where dv is given (d_pre), x's row is read where dv is not 0, and w_dec is not read. Rows
-wider than 4096 go through dv in memory instead.
+wider than 4096 (2048 where x and dy have two widths) go through dv in memory instead.
 """
 
 from __future__ import annotations
@@ -167,7 +167,8 @@ ROW_TILES = {
     2048: (2, 8),
     4096: (1, 8),
 }
-WIDEST = 4096
+# two masks of 4096 columns spill (sm_90, fp32)
+WIDEST, WIDEST_APART = 4096, 2048
 
 
 def row_tile(
@@ -200,7 +201,7 @@ def sae_gradients_(
     k, tokens = gradients_hot.owners(values, tokens, x.shape[0])
     if n_features == 0 or (accumulate and slots == 0):
         return
-    if max(d, d_x) > WIDEST:
+    if max(d, d_x) > (WIDEST if d == d_x else WIDEST_APART):
         dvalues = d_pre
         if dvalues is None:
             dvalues = gather_dots(dy, w_dec, indices, tokens, levels, torch.float32)
@@ -259,7 +260,8 @@ def cases() -> list[offline.Case]:
                 (kind + way, {**typed, **more}, {**constants, **fixed})
                 for kind, typed, constants in gradients_hot.FORMS
                 for way, more, fixed in ways
-                if (not kind and not way) or block_d in (1024, WIDEST)
+                if (not kind and not way) or block_d in (1024, WIDEST_APART, WIDEST)
+                if block_d <= WIDEST_APART or "two widths" not in way
             ]
             for kind, typed, constants in forms:
                 tile = dict(
