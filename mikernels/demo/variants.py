@@ -84,9 +84,6 @@ def sae_settings(architecture: str, options: DemoOptions, n_features: int) -> di
     if architecture == "jumprelu":
         return {**settings, "target_l0": options.k, "initial_l0": options.k, **JUMPRELU}
     settings["k"] = options.k
-    if architecture != "topk":
-        # a threshold of use that forgets the first batches within a tenth of the run
-        settings["threshold_rate"] = min(1.0, max(0.01, 10 / options.steps))
     if "matryoshka" in architecture:
         widths = [width for width in default_widths(n_features) if width >= options.k]
         settings["widths"] = widths

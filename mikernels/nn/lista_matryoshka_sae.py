@@ -199,8 +199,7 @@ class LISTAMatryoshkaSAE(MatryoshkaSAE):
         super().track_(codes)
         for number, smallest in enumerate(self._smallest):
             held = self.earlier_thresholds[number]
-            rate = self.config.threshold_rate
-            new = torch.where(held > 0, held.lerp(smallest, rate), smallest)
+            new = torch.where(held > 0, held.lerp(smallest, self.rate), smallest)
             held.copy_(torch.where(smallest.isfinite(), new, held))
 
     @torch.no_grad()

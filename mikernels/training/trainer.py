@@ -15,6 +15,7 @@ import torch
 from mikernels._autocast import in_own_dtype
 from mikernels.files import explained
 from mikernels.nn import SAE
+from mikernels.nn.batch_topk_sae import THRESHOLD_RATE
 from mikernels.nn.sae import DEAD_AFTER
 from mikernels.owning import owned
 from mikernels.training.batches import BatchSource, power_of_two_scale, take_batches
@@ -30,7 +31,7 @@ from mikernels.training.preflight import (
 from mikernels.training.progress import Reporter
 from mikernels.training.state.checkpoint import checkpoints, save_checkpoint
 from mikernels.training.state.metrics import Clock, History, JsonLines, Means
-from mikernels.training.state.snapshot import restore, take_snapshot
+from mikernels.training.state.snapshot import OPEN, restore, take_snapshot
 from mikernels.training.steps.autograd import AutogradStep, dense_forward, sparse_forward
 from mikernels.training.steps.fused import FusedStep
 from mikernels.training.steps.graph import GraphedStep
@@ -76,7 +77,8 @@ class Trainer:
         if optimizer is not None:
             check_optimizer(sae, optimizer, config)
         # what was left open here, a resumed run takes from its checkpoint
-        self.open = {"lr": config.lr is None, "dead_after": sae.config.dead_after is None}
+        self.open = {"lr": config.lr is None}
+        self.open |= {name: getattr(sae.config, name, 0) is None for name in OPEN}
         config = replace(config, lr=config.peak_lr(sae.config.n_features))
         self.sae, self.source, self.config, self.quiet = sae, source, config, quiet
         # where it is now: the process may go to another folder before it writes
@@ -91,9 +93,12 @@ class Trainer:
         self.optimizer: torch.optim.Optimizer = self._update.optimizer
         # the SAE changes only once nothing is refused any more
         sae.to(config.weights_dtype(sae.w_dec.dtype))
-        if sae.config.dead_after is None:
+        if self.open["dead_after"]:
             after = max(1, min(DEAD_AFTER, config.total_tokens // 6))
             sae.config = replace(sae.config, dead_after=after)
+        if self.open["threshold_rate"]:
+            rate = min(1.0, max(THRESHOLD_RATE, 20 / config.total_steps))
+            sae.config = replace(sae.config, threshold_rate=rate)
         self.history = History()
         self.step = self.tokens = 0
         self.means = Means()

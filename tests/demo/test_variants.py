@@ -58,13 +58,6 @@ def test_settings_fit_the_variant_and_aim_at_k(variant, k):
     assert config.dead_after == options.config.total_tokens // 6
 
 
-def test_a_threshold_of_use_forgets_the_first_batches_of_a_short_run():
-    for steps in (3, 60, 400, 100_000):
-        options = DemoOptions(steps=steps, baseline_steps=1)
-        rate = sae_settings("batch_topk", options, 4096)["threshold_rate"]
-        assert 0.01 <= rate <= 1 and (1 - rate) ** steps < 1e-4
-
-
 def test_a_variant_is_judged_on_rows_that_were_held_out():
     sae, rows, _ = token_data()
     x = rows["activations"] + 0.1 * randn(600, 12).float()

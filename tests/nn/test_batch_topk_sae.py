@@ -189,3 +189,16 @@ def test_the_real_saelens_reads_it(tmp_path) -> None:
 def test_bad_settings_are_refused(settings, message) -> None:
     with pytest.raises((TypeError, ValueError), match=f"BatchTopKSAE: {message}"):
         BatchTopKSAE(**{"d": D, "n_features": F, **settings})
+
+
+def test_a_short_run_forgets_the_threshold_of_its_beginning() -> None:
+    trainer, _ = train(make_sae(), steps=60)
+    assert trainer.sae.config.threshold_rate == 20 / 60
+    assert trainer.open["threshold_rate"]
+    trainer, _ = train(make_sae(threshold_rate=0.5), steps=3)
+    assert trainer.sae.config.threshold_rate == 0.5
+    assert make_sae().rate == 0.01
+    sae = make_sae().eval()
+    _, history = train(sae, steps=100)
+    l0 = float(sae.encode(activations(500)).l0().double().mean())
+    assert l0 == pytest.approx(K, rel=0.3)

@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 # the schedule of that length
 FREE = ("total_tokens", "log_every", "checkpoint_every", "keep_checkpoints", "cuda_graph")
 GENERATOR = "torch_generator"
+# settings of an SAE that a Trainer fills in by the length of its run
+OPEN = ("dead_after", "threshold_rate")
 
 
 class Run(Protocol):
@@ -95,8 +97,9 @@ def restore(trainer: Run, folder: Path) -> None:
     # what was left open then is a number now, and goes on
     if trainer.open["lr"]:
         mine = replace(mine, lr=config.lr)
-    if trainer.open["dead_after"]:
-        my_sae = replace(my_sae, dead_after=sae_config.dead_after)
+    for name in OPEN:
+        if trainer.open[name] and hasattr(sae_config, name):
+            my_sae = replace(my_sae, **{name: getattr(sae_config, name)})
     check_equal(
         path,
         {"architecture": state.sae["architecture"], **asdict(sae_config)},
