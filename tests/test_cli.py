@@ -280,6 +280,12 @@ def test_train_exports_for_saelens(command, acts, tmp_path):
         (("--activations", "{acts}", "--target-layer", "1"), "must go with --model, got them with"),
         (("--model", "nowhere", "--layer", "0", "--text", "{text}"), "existing model folder"),
         (("--activations", "{acts}", "--k", "500"), "k must be in 1..16"),
+        (
+            ("--activations", "{acts}", "--arch", "crosscoder", "--export-saelens", "out"),
+            "--export-saelens must go with an architecture that SAELens has",
+        ),
+        (("--activations", "{acts}", "--arch", "transcoder"), "must be a Batch with a target"),
+        (("--activations", "{acts}", "--arch", "vae"), "--arch must be one of"),
         (("--activations", "{acts}", "--lr", "-1"), "lr must be finite and above 0, got -1"),
         (("--activations", "{acts}", "--decay", "wild"), "decay must be one of"),
         (("--activations", "{acts}", "--tokens", "many"), "expected a number such as 500k"),

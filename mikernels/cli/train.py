@@ -221,6 +221,14 @@ def train(
     if arch not in ARCHITECTURES:
         raise ValueError(f"train: --arch must be one of {sorted(ARCHITECTURES)}, got {arch!r}")
     own = _own_settings(arch, k, settings or [])
+    if export_saelens is not None:
+        from mikernels.integrations.saelens.form import ARCHITECTURES as THEIRS
+
+        if arch not in THEIRS:
+            raise ValueError(
+                f"train: --export-saelens must go with an architecture that SAELens has, one of "
+                f"{sorted(THEIRS)}, got --arch {arch}; leave it out"
+            )
     if optimizer is not None and step == "fused":
         raise ValueError(
             f"train: --optimizer needs --step autograd or dense, got --optimizer {optimizer} with "

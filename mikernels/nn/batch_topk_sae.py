@@ -54,8 +54,7 @@ class BatchTopKSAE(SAE):
         k: mean number of active features per token, above 0, at most F; it may be fractional.
         threshold_rate: weight of a batch in the running threshold. None is 0.01, as in SAELens, or
             20 / steps of the first Trainer's run if that is more: the mean is over a twentieth of
-            the run, where a run of few hundred steps would keep the threshold of its beginning. (SmolLM2's layer 14, F 4096, 100 steps: @fvu of the
-            variance unexplained in use at 0.01, @now so.)
+            the run, where a run of few hundred steps would keep the threshold of its beginning.
         settings: as in SAE.
 
     Attributes:
