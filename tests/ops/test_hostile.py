@@ -101,6 +101,23 @@ def test_operands_say_what_they_must_be():
         Operands("op", ("a",), {"b": "T[N]"})
 
 
+def test_operands_that_depend_on_two_others():
+    rules = {"a": "T[N,k] or T[S] with t", "b": "T[N,d] or T[L,N,d] with l", "t": "i64[S]"}
+    names = ("a", "b", "t", "l")
+    operands = Operands("op", names, rules | {"l": "i64[F]"}, {"t", "l"})
+    padded, ragged, tokens = torch.ones(2, 3), torch.ones(5), torch.zeros(5, dtype=torch.int64)
+    one, each, levels = torch.ones(2, 4), torch.ones(3, 2, 4), torch.zeros(6, dtype=torch.int64)
+    for a, t in ((padded, None), (ragged, tokens)):
+        for b, given in ((one, None), (each, levels)):
+            operands.check((a, b, t, given))
+            for bad in (
+                (padded if a is ragged else ragged, b, t, given),
+                (a, each if b is one else one, t, given),
+            ):
+                with pytest.raises(ValueError, match="op: [ab] must be"):
+                    operands.check(bad)
+
+
 VALUES, INDICES = torch.ones(2, 3), torch.tensor([[0, 1, 2], [3, 4, 5]])
 
 
