@@ -262,7 +262,7 @@ def cases() -> list[offline.Case]:
                 (kind + way, {**typed, **pointers}, {**constants, **fixed})
                 for kind, typed, constants in gradients_hot.FORMS
                 for way, pointers, fixed in more
-                if not kind or block_d in (1024, WIDEST_APART, WIDEST)
+                if not kind or block_d in (1024, WIDEST) or (way and block_d == WIDEST_APART)
                 if block_d <= WIDEST_APART or "two widths" not in way
             ]
             for kind, typed, constants in forms:
