@@ -75,7 +75,7 @@ def judge(
 def variants_table(outcomes: list[Outcome]) -> Table:
     """All of them for the console."""
     table = Table(header_style="bold")
-    table.add_column("variant, fused")
+    table.add_column("variant, fused", no_wrap=True)
     for name in COLUMNS:
         table.add_column(name, justify="right")
     for outcome in outcomes:

@@ -78,7 +78,7 @@ class DemoOptions:
         """The defaults for a data set, with what is given and not None in their place."""
         options = cls(data=data)
         if data == "mnist":
-            options = replace(options, tokens=5000, expansion=2, k=20, batch_size=500, steps=600)
+            options = replace(options, tokens=5000, expansion=2, k=20, batch_size=500, steps=300)
         if quick:
             steps = options.steps // 3
             options = replace(

@@ -32,6 +32,8 @@ COLOURS = {
 # points between the labels of two curves
 GAP = 14.0
 BINS = 36
+# of the FVU; 1 is the mean alone, and what starts far above it would press all else together
+TOP = 1.2
 
 
 def learning_curves(outcomes: list[Outcome], width: float = WIDE) -> str:
@@ -43,6 +45,7 @@ def learning_curves(outcomes: list[Outcome], width: float = WIDE) -> str:
             fvu = [row["fvu"] for row in outcome.rows]
             axes.plot(steps, fvu, color=COLOURS[outcome.variant.architecture], lw=1.4)
         axes.set_yscale("log")
+        axes.set_ylim(top=min(TOP, axes.get_ylim()[1]))
         axes.set_ylabel("FVU of the batch")
         axes.set_xlabel("step")
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))

@@ -10,7 +10,7 @@ from markupsafe import Markup
 from mikernels.demo.drawing import VARIABLES, both
 from mikernels.demo.judge import COLUMNS, Outcome
 from mikernels.demo.options import DemoOptions
-from mikernels.demo.variant_figures import COLOURS, density_multiples, learning_curves
+from mikernels.demo.variant_figures import COLOURS, TOP, density_multiples, learning_curves
 
 COUNTS = ("No", "One", "Two", "Three", "Four", "Five", "Six")
 
@@ -44,8 +44,9 @@ def side_by_side(
         ),
         "curves": both(lambda width: learning_curves(outcomes, width)),
         "curves_note": (
-            "Fraction of variance unexplained of each training batch, of all features; lower is "
-            "better."
+            f"Fraction of variance unexplained of each training batch, of all features; lower is "
+            f"better, and 1 is what the mean alone leaves{_cut(outcomes)}. Curves drop where the "
+            f"same {unit} come round again; the held-out FVU is free of that."
         ),
         "densities": [
             {
@@ -66,3 +67,9 @@ def side_by_side(
             for outcome in outcomes
         ],
     }
+
+
+def _cut(outcomes: list[Outcome]) -> str:
+    """Which curves the figure does not show from their start."""
+    high = [outcome.variant.title for outcome in outcomes if outcome.rows[0]["fvu"] > TOP]
+    return f" ({' and '.join(high)} starts further above than the figure shows)" if high else ""

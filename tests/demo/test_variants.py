@@ -114,6 +114,19 @@ def test_every_learning_curve_is_drawn_and_labelled(width):
     assert scales == pytest.approx([scales[0]] * len(scales), rel=1e-4) and scales[0] < 0
 
 
+def test_a_curve_that_starts_far_above_the_mean_alone_leaves_the_others_their_room():
+    found = outcomes()
+    last = found[-1]
+    high = [*found[:-1], replace(last, rows=history([90.0, *(r["fvu"] for r in last.rows[1:])]))]
+    ends = []
+    for given in (found, high):
+        points = path_of(learning_curves(given), TOPK, "stroke")
+        ends.append(points[-1][1] - points[0][1])
+    assert ends[1] > 0.5 * ends[0]
+    said = [side_by_side(o, DemoOptions(), 100, "tokens")["curves_note"] for o in (found, high)]
+    assert ["LISTA-Matryoshka starts further" in note for note in said] == [False, True]
+
+
 def test_labels_that_would_touch_are_moved_apart_and_no_others():
     assert apart([0.0, 100.0, 50.0], 10) == [0.0, 100.0, 50.0]
     assert apart([5.0, 5.0, 80.0], 10) == [0.0, 10.0, 80.0]
