@@ -37,7 +37,8 @@ _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 
 def _address(t: torch.Tensor) -> int:
     """Where `t` begins; 0 for one that is empty, or has no memory yet."""
-    if type(t) is FakeTensor or _is_wrapped(t):  # torch.compile's, or vmap's
+    # torch.compile's, vmap's, or a meta tensor, whose address is its offset alone
+    if type(t) is FakeTensor or _is_wrapped(t) or t.is_meta:
         return 0
     return t.data_ptr()
 

@@ -136,6 +136,11 @@ def evaluate(
             "eval: give either --activations FOLDER, or --model FOLDER with --layer and --text, or "
             "--synthetic SIZE"
         )
+    if synthetic is not None:
+        from mikernels.evaluate.synthetic import SIZES
+
+        if synthetic not in SIZES:
+            raise ValueError(f"eval: --synthetic must be one of {list(SIZES)}, got {synthetic!r}")
     if model is not None and (layer is None or not text):
         raise ValueError("eval: --model needs --layer NUMBER and --text FILE")
     if probes:
@@ -169,10 +174,8 @@ def evaluate(
     found: dict[str, Any] = {"sae": str(sae), "architecture": judged.architecture, "seed": seed}
     found["config"] = judged.config.to_dict()
     if synthetic is not None:
-        from mikernels.evaluate.synthetic import SIZES, judge, world
+        from mikernels.evaluate.synthetic import judge, world
 
-        if synthetic not in SIZES:
-            raise ValueError(f"eval: --synthetic must be one of {list(SIZES)}, got {synthetic!r}")
         known = judge(judged, world(synthetic), tokens or TOKENS, seed=seed + 2)
         found |= {"synthetic": synthetic, "known": known}
         for name, value in known.items():

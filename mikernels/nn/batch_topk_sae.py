@@ -76,20 +76,14 @@ class BatchTopKSAE(SAE):
     threshold: torch.Tensor
 
     def __init__(self, d: int, n_features: int, k: float, **settings: Any):
-        config, more = split_settings(BatchTopKConfig, settings)
-        super().__init__(BatchTopKConfig(d, n_features, k=k, **config), **more)
+        form = type(self).config_type
+        config, more = split_settings(form, settings)
+        super().__init__(form(d, n_features, k=k, **config), **more)
         self.register_buffer("threshold", torch.zeros((), dtype=torch.float32))
 
     @classmethod
     def tensors(cls, config: Any) -> dict[str, tuple[tuple[int, ...], torch.dtype | None]]:
         return {**super().tensors(config), "threshold": ((), torch.float32)}
-
-    def _apply(self, fn: Any, recurse: bool = True) -> BatchTopKSAE:
-        # in the weights' bfloat16 a running mean would stand still
-        exact = self.threshold
-        super()._apply(fn, recurse)
-        self.threshold = exact.to(self.threshold.device)
-        return self
 
     @property
     def rate(self) -> float:
@@ -133,15 +127,23 @@ class BatchTopKSAE(SAE):
     def track_(self, codes: SparseCodes) -> None:
         """Count what fired, and average the smallest activation into the threshold."""
         super().track_(codes)
-        values = codes.values.detach().float()
-        if not values.numel():
-            return
-        smallest = values.masked_fill(~(values > 0), torch.inf).amin()
-        new = torch.where(self.threshold > 0, self.threshold.lerp(smallest, self.rate), smallest)
-        # a batch without an active feature says nothing
-        self.threshold.copy_(torch.where(smallest.isfinite(), new, self.threshold))
+        average_(self.threshold, smallest_active(codes), self.rate)
 
     @torch.no_grad()
     def rescale_(self, scale: float) -> None:
         super().rescale_(scale)
         self.threshold.mul_(scale)
+
+
+def smallest_active(codes: SparseCodes) -> torch.Tensor:
+    """0-dim float32: the smallest positive activation; inf where there is none."""
+    values = codes.values.detach().float()
+    if not values.numel():
+        return values.new_full((), torch.inf)
+    return values.masked_fill(~(values > 0), torch.inf).amin()
+
+
+def average_(threshold: torch.Tensor, smallest: torch.Tensor, rate: float) -> None:
+    """Move a running threshold, 0-dim; 0 takes the first value, and inf says nothing."""
+    new = torch.where(threshold > 0, threshold.lerp(smallest, rate), smallest)
+    threshold.copy_(torch.where(smallest.isfinite(), new, threshold))

@@ -129,12 +129,6 @@ class CrossLayerTranscoder(SAE):
             "target_scale": ((count,), torch.float32),
         }
 
-    def _apply(self, fn: Any, recurse: bool = True) -> CrossLayerTranscoder:
-        exact = self.layer_scale, self.target_scale
-        super()._apply(fn, recurse)
-        self.layer_scale, self.target_scale = (t.to(self.b_enc.device) for t in exact)
-        return self
-
     @property
     def _out(self) -> int:
         return self.config.d_out // self.config.n_layers  # type: ignore[operator]

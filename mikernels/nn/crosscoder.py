@@ -18,8 +18,8 @@ from typing import Any, ClassVar
 import torch
 
 from mikernels.nn.batch_topk_sae import BatchTopKConfig, BatchTopKSAE
-from mikernels.nn.config import SAEConfig, split_settings
-from mikernels.nn.sae import SAE, SAEOutput
+from mikernels.nn.config import SAEConfig
+from mikernels.nn.sae import SAEOutput
 from mikernels.values.batch import Batch, as_batch
 from mikernels.values.codes import SparseCodes
 
@@ -95,12 +95,9 @@ class Crosscoder(BatchTopKSAE):
     layer_scale: torch.Tensor
 
     def __init__(self, d: int, n_features: int, k: float, **settings: Any):
-        form = type(self).config_type
-        config, more = split_settings(form, settings)
-        if "n_layers" not in config:
+        if "n_layers" not in settings:
             raise TypeError("Crosscoder: n_layers must be given, got none; pass n_layers=L")
-        SAE.__init__(self, form(d, n_features, k=k, **config), **more)
-        self.register_buffer("threshold", torch.zeros((), dtype=torch.float32))
+        super().__init__(d, n_features, k, **settings)
         ones = torch.ones(self.config.n_layers, dtype=torch.float32)
         self.register_buffer("layer_scale", ones)
 
@@ -108,12 +105,6 @@ class Crosscoder(BatchTopKSAE):
     def tensors(cls, config: Any) -> dict[str, tuple[tuple[int, ...], torch.dtype | None]]:
         scale = {"layer_scale": ((config.n_layers,), torch.float32)}
         return {**super().tensors(config), **scale}
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Crosscoder:
-        exact = self.layer_scale
-        super()._apply(fn, recurse)
-        self.layer_scale = exact.to(self.layer_scale.device)
-        return self
 
     def in_units(self, batch: Batch) -> Batch:
         target = None if batch.target is None else scaled_layers(batch.target, self.layer_scale)

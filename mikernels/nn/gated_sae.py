@@ -114,17 +114,16 @@ class GatedSAE(SAE):
         return self.config.l1_coefficient * entries.mean(entries.per_token(gate))
 
     def extra_loss(self, slots: SparseCodes, batch: Batch) -> torch.Tensor:
-        gate = self._gate(slots)
-        frozen = self.config.frozen_decoder
-        w_dec = self.w_dec.detach() if frozen else self.w_dec
-        b_dec = self.b_dec.detach() if frozen else self.b_dec
-        return self._gate_loss(sparse_decode(gate, w_dec, b_dec), batch)
+        return self._gate_loss(sparse_decode(self._gate(slots), *self._gate_decoder()), batch)
 
     def dense_extra_loss(self, h: torch.Tensor, batch: Batch) -> torch.Tensor:
-        frozen = self.config.frozen_decoder
-        w_dec = self.w_dec.detach() if frozen else self.w_dec
-        b_dec = self.b_dec.detach() if frozen else self.b_dec
+        w_dec, b_dec = self._gate_decoder()
         return self._gate_loss(h.relu() @ w_dec + b_dec, batch)
+
+    def _gate_decoder(self) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.config.frozen_decoder:
+            return self.w_dec.detach(), self.b_dec.detach()
+        return self.w_dec, self.b_dec
 
     def _gate(self, slots: SparseCodes) -> SparseCodes:
         return slots.with_values(slots.values.relu().to(self.w_dec.dtype))

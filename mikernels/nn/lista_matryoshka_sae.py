@@ -20,8 +20,10 @@ from typing import Any, ClassVar
 
 import torch
 
+from mikernels.nn.batch_topk_sae import average_, smallest_active
 from mikernels.nn.config import check_number
 from mikernels.nn.matryoshka_sae import MatryoshkaConfig, MatryoshkaSAE
+from mikernels.nn.sae import in_shape_of
 from mikernels.nn.terms import Term, Terms, Workspace
 from mikernels.ops.sae.batch_topk_encode import batch_topk_encode
 from mikernels.ops.sae.decode import sparse_decode
@@ -86,12 +88,6 @@ class LISTAMatryoshkaSAE(MatryoshkaSAE):
         earlier = {"earlier_thresholds": ((config.iterations,), torch.float32)}
         return {**super().tensors(config), **earlier}
 
-    def _apply(self, fn: Any, recurse: bool = True) -> LISTAMatryoshkaSAE:
-        exact = self.earlier_thresholds
-        super()._apply(fn, recurse)
-        self.earlier_thresholds = exact.to(self.earlier_thresholds.device)
-        return self
-
     def encode(self, x: torch.Tensor, k: float | None = None) -> SparseCodes:
         """The features of every token of x `[..., d]` above the last threshold, after T steps.
 
@@ -105,16 +101,10 @@ class LISTAMatryoshkaSAE(MatryoshkaSAE):
         current = start
         thresholds = [*self.earlier_thresholds, self.threshold]
         for number, threshold in enumerate(thresholds):
-            floor = threshold.expand(self.config.n_features)
-            codes = slots_above(current, self.w_enc, self.b_enc, None, floor)
+            codes = slots_above(current, self.w_enc, self.b_enc, None, threshold)
             if number < self.config.iterations:
                 current = self._refined(current, start, sparse_decode(codes, self.w_dec))
-        if x.dim() == 2:
-            return codes
-        padded = codes.padded()
-        shape = *x.shape[:-1], padded.k
-        values, indices = padded.values.reshape(shape), padded.indices.reshape(shape)
-        return SparseCodes._trusted(values, indices, codes.n_features)
+        return in_shape_of(codes, x)
 
     def _refined(self, current: torch.Tensor, start: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         return current + self.config.eta * (start - y)
@@ -128,10 +118,10 @@ class LISTAMatryoshkaSAE(MatryoshkaSAE):
         inputs, found = [start], []
         self._smallest = []
         for number in range(self.config.iterations + 1):
-            codes, smallest = batch_topk_encode(inputs[-1], self.w_enc, self.b_enc, k=k)
+            codes, _ = batch_topk_encode(inputs[-1], self.w_enc, self.b_enc, k=k)
             found.append(codes)
             if number < self.config.iterations:
-                self._smallest.append(_smallest(codes.values))
+                self._smallest.append(smallest_active(codes))
                 y = sparse_decode(codes, self.w_dec)
                 inputs.append(self._refined(inputs[-1], start, y))
         return inputs, found
@@ -150,7 +140,7 @@ class LISTAMatryoshkaSAE(MatryoshkaSAE):
             first = h if first is None else first
             acts, codes = self.dense_acts(h, k)
             if number < self.config.iterations:
-                self._smallest.append(_smallest(codes.values))
+                self._smallest.append(smallest_active(codes))
                 current = self._refined(current, start, acts @ self.w_dec)
         assert first is not None
         return first, acts, codes
@@ -179,7 +169,7 @@ class LISTAMatryoshkaSAE(MatryoshkaSAE):
             dh = dh.masked_fill_(found[-1].values == 0, 0)
         terms = [main._replace(x=inputs[-1].to(acc), dh=dh)]
         direct = dict(whole.direct)
-        w_enc, w_dec = (w.detach().to(acc) for w in (self.w_enc, self.w_dec))
+        w_enc = self.w_enc.to(acc)
         later = torch.zeros_like(batch.input)
         for t in range(self.config.iterations, 0, -1):
             with work.part("gradients"):
@@ -198,19 +188,9 @@ class LISTAMatryoshkaSAE(MatryoshkaSAE):
         """Count what fired, and average the smallest activations into the thresholds."""
         super().track_(codes)
         for number, smallest in enumerate(self._smallest):
-            held = self.earlier_thresholds[number]
-            new = torch.where(held > 0, held.lerp(smallest, self.rate), smallest)
-            held.copy_(torch.where(smallest.isfinite(), new, held))
+            average_(self.earlier_thresholds[number], smallest, self.rate)
 
     @torch.no_grad()
     def rescale_(self, scale: float) -> None:
         super().rescale_(scale)
         self.earlier_thresholds.mul_(scale)
-
-
-def _smallest(values: torch.Tensor) -> torch.Tensor:
-    """0-dim float32: the smallest positive one; inf of none."""
-    found = values.detach().float()
-    if not found.numel():
-        return found.new_full((), torch.inf)
-    return found.masked_fill(~(found > 0), torch.inf).amin()

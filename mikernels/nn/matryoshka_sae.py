@@ -18,8 +18,7 @@ from typing import Any, ClassVar
 import torch
 
 from mikernels.nn.batch_topk_sae import BatchTopKConfig, BatchTopKSAE
-from mikernels.nn.config import check_number, split_settings
-from mikernels.nn.sae import SAE
+from mikernels.nn.config import check_number
 from mikernels.nn.terms import Levels
 from mikernels.ops.sae.decode import sparse_decode
 from mikernels.ops.sae.decode_levels import decode_levels
@@ -110,52 +109,46 @@ class MatryoshkaSAE(BatchTopKSAE):
     config_type: ClassVar[Any] = MatryoshkaConfig
     config: MatryoshkaConfig  # type: ignore[assignment]
     frequency: torch.Tensor
+    _widths: torch.Tensor
+    _mix: torch.Tensor
+    _weights: torch.Tensor
 
     def __init__(self, d: int, n_features: int, k: float, **settings: Any):
-        form = type(self).config_type
         settings.setdefault("widths", default_widths(n_features, k))
-        config, more = split_settings(form, settings)
-        SAE.__init__(self, form(d, n_features, k=k, **config), **more)
-        self.register_buffer("threshold", torch.zeros((), dtype=torch.float32))
+        super().__init__(d, n_features, k, **settings)
         self.register_buffer("frequency", torch.zeros(n_features, dtype=torch.float32))
+        # settings as tensors: a step that made them would wait for their way to a GPU
+        widths, given = self.config.widths, self.config.level_weights
+        weights = torch.tensor(given or (1.0,) * len(widths), dtype=torch.float32)
+        if self.config.detach:
+            mix = torch.diag(weights)
+            mix[:, -1] = weights[-1]
+        else:
+            mix = weights.expand(len(widths), -1).triu()
+        own = {"_widths": torch.tensor(widths), "_mix": mix, "_weights": weights}
+        for name, t in own.items():
+            self.register_buffer(name, t, persistent=False)
 
     @classmethod
     def tensors(cls, config: Any) -> dict[str, tuple[tuple[int, ...], torch.dtype | None]]:
         return {**super().tensors(config), "frequency": ((config.n_features,), torch.float32)}
 
-    def _apply(self, fn: Any, recurse: bool = True) -> MatryoshkaSAE:
-        exact = self.frequency
-        super()._apply(fn, recurse)
-        self.frequency = exact.to(self.frequency.device)
-        return self
-
     def level_of(self) -> torch.Tensor:
         """`[F]` int64: the first level that a feature belongs to."""
-        device = self.frequency.device
-        rank = torch.arange(self.config.n_features, device=device)
+        rank = torch.arange(self.config.n_features, device=self.frequency.device)
         if self.config.by_frequency:
             order = self.frequency.argsort(descending=True, stable=True)
             rank = torch.empty_like(rank).scatter_(0, order, rank)
-        widths = torch.tensor(self.config.widths, device=device)
-        return torch.searchsorted(widths, rank, right=True)
+        return torch.searchsorted(self._widths, rank, right=True)
 
     def levels(self) -> Levels:
-        count = len(self.config.widths)
-        device = self.frequency.device
-        given = self.config.level_weights or (1.0,) * count
-        weights = torch.tensor(given, dtype=torch.float32, device=device)
-        if self.config.detach:
-            mix = torch.diag(weights)
-            mix[:, -1] = weights[-1]
-        else:
-            mix = weights.expand(count, count).triu()
-        return Levels(self.level_of(), mix, weights)
+        return Levels(self.level_of(), self._mix, self._weights)
 
     def decode_levels(self, codes: SparseCodes) -> list[torch.Tensor]:
         """The reconstruction `[..., d]` of each level."""
-        return [*self.inner(codes, codes.values), self.decode(codes)]
+        return [*self.inner(codes), self.decode(codes)]
 
-    def inner(self, codes: SparseCodes, x: torch.Tensor) -> list[torch.Tensor]:
+    def inner(self, codes: SparseCodes) -> list[torch.Tensor]:
         level = self.level_of()[codes.indices]
         rings = [
             sparse_decode(codes.with_values(codes.values.where(level == p, 0)), self.w_dec)

@@ -174,6 +174,17 @@ class SAE(nn.Module):
             "tokens_since_fired": ((f,), torch.int64),
         }
 
+    def _apply(self, fn: Any, recurse: bool = True) -> SAE:
+        # thresholds, scales and running means stay float32: in the weights' bfloat16 a mean would
+        # stand still
+        before = dict(self.named_buffers(recurse=False))
+        super()._apply(fn, recurse)
+        for name, t in before.items():
+            now = self._buffers[name]
+            if now is not None and now.dtype != t.dtype:
+                self._buffers[name] = t.to(now.device)
+        return self
+
     @property
     def name(self) -> str:
         """Of the class, for messages."""
@@ -219,12 +230,7 @@ class SAE(nn.Module):
             threshold.detach(),
             wide=wide,
         )
-        if x.dim() == 2:
-            return codes
-        padded = codes.padded()
-        shape = *x.shape[:-1], padded.k
-        values, indices = padded.values.reshape(shape), padded.indices.reshape(shape)
-        return SparseCodes._trusted(values, indices, codes.n_features)
+        return in_shape_of(codes, x)
 
     def activate(self, h: torch.Tensor, entries: Entries) -> torch.Tensor:
         """The activations of pre-activations, in their dtype, differentiable; 0 is inactive."""
@@ -393,13 +399,13 @@ class SAE(nn.Module):
         acc = accumulate_dtype(reconstruction.dtype)
         target = flat.output.to(acc)
         error = reconstruction.reshape(target.shape).to(acc) - target
-        inner = [y.to(acc) - target for y in self.inner(codes, flat.input)]
+        inner = [y.to(acc) - target for y in self.inner(codes)]
         aux = None
         if dead is not None and dead.numel() and self.config.aux_coefficient:
             aux = self._aux(flat, dead, [*inner, error])
         return self._sum(batch, reconstruction, codes, [*inner, error], aux, penalty)
 
-    def inner(self, codes: SparseCodes, x: torch.Tensor) -> list[torch.Tensor]:
+    def inner(self, codes: SparseCodes) -> list[torch.Tensor]:
         """The reconstructions `[n, d_out]` of all levels but the last, under autograd."""
         return []
 
@@ -804,6 +810,16 @@ class SAE(nn.Module):
                 f"{self.name}: x must be [..., {d}], got {list(x.shape)}; the SAE was made for "
                 f"activations of width {d}"
             )
+
+
+def in_shape_of(codes: SparseCodes, x: torch.Tensor) -> SparseCodes:
+    """Ragged codes of the tokens of x `[..., d]`: as they are for `[n, d]`, else padded."""
+    if x.dim() == 2:
+        return codes
+    padded = codes.padded()
+    shape = *x.shape[:-1], padded.k
+    values, indices = padded.values.reshape(shape), padded.indices.reshape(shape)
+    return SparseCodes._trusted(values, indices, codes.n_features)
 
 
 def _scaled_(

@@ -18,8 +18,7 @@ import torch
 from torch import nn
 
 from mikernels.nn.batch_topk_sae import BatchTopKConfig, BatchTopKSAE
-from mikernels.nn.config import split_settings
-from mikernels.nn.sae import SAE, unit_rows
+from mikernels.nn.sae import unit_rows
 
 
 @dataclass(frozen=True)
@@ -73,12 +72,6 @@ class Transcoder(BatchTopKSAE):
     centred: ClassVar[bool] = False
     needs_target: ClassVar[bool] = True
     config: TranscoderConfig  # type: ignore[assignment]
-
-    def __init__(self, d: int, n_features: int, k: float, **settings: Any):
-        form = type(self).config_type
-        config, more = split_settings(form, settings)
-        SAE.__init__(self, form(d, n_features, k=k, **config), **more)
-        self.register_buffer("threshold", torch.zeros((), dtype=torch.float32))
 
     def _make_weights(
         self, dtype: torch.dtype, generator: torch.Generator | None, encoder_scale: float

@@ -77,7 +77,7 @@ class TrainConfig:
         keep_checkpoints: the newest ones that are kept.
         seed: torch's global generator at step 0.
         cuda_graph: record the fused step in a CUDA graph and replay it, to the same bits; for a
-            CUDA device and step "fused". Steps with AuxK run eagerly.
+            CUDA device, step "fused" and variants with a k. Steps with AuxK run eagerly.
 
     Raises:
         TypeError, ValueError: for a setting outside the above, by name.

@@ -61,6 +61,11 @@ def check_fit(sae: SAE, source: BatchSource, config: TrainConfig) -> None:
             f"Trainer: source.batch_size must be config.batch_size = {config.batch_size}, got "
             f"{size}; make the source with that batch size"
         )
+    if config.cuda_graph and sae.shaped:
+        raise ValueError(
+            f"Trainer: cuda_graph must be False for {sae.name}, whose number of slots is known "
+            f"only once they are found, got True; leave cuda_graph out"
+        )
     _check_bypassed(sae, config.step)
     if not any(p.requires_grad for p in sae.parameters()):
         raise ValueError(

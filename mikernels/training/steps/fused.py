@@ -14,9 +14,9 @@ applies them while they are in registers (`sae_update_`), and none is in memory.
 A parameter whose requires_grad is False is neither moved nor part of the norm that is clipped.
 Gradients are fp32 also for bfloat16 weights, where autograd rounds them to bfloat16.
 
-A step without AuxK never reads a device back and keeps its shapes and addresses, so it can be
-recorded in a CUDA graph (mikernels/training/steps/graph.py). AuxK cannot: the number of dead
-features, a result of the steps before, decides the shapes of its pass.
+A step of a variant that is not `shaped` and without AuxK never reads a device back and keeps its
+shapes and addresses, so it can be recorded in a CUDA graph (mikernels/training/steps/graph.py). The
+others cannot: how many slots are above their threshold, or features dead, decides the shapes.
 """
 
 from __future__ import annotations
@@ -95,6 +95,8 @@ class FusedStep:
         self.optimizer = row_adam(sae, config) if optimizer is None else optimizer
         # made when first needed: sae_update_ does without those of the matrices
         self.gradients: dict[torch.Tensor, torch.Tensor] = {}
+        # by bias: what reaches it past the encoder's input, in this step
+        self._past_input: dict[torch.Tensor, torch.Tensor] = {}
         self._scratch = Scratch()
 
     @torch.no_grad()
@@ -109,7 +111,7 @@ class FusedStep:
         for p in self.sae.parameters():
             if p not in self.gradients:
                 self.gradients[p] = torch.zeros_like(p, dtype=torch.float32)
-        self._past_input: dict[torch.Tensor, torch.Tensor] = {}
+        self._past_input = {}
         for number, (batch, share) in enumerate(zip(batches, shares(batches), strict=True)):
             self._accumulate(batch, k, dead, share, number > 0, means)
         if self.sae.centred:
