@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from mikernels.integrations.handle import Handle
+from mikernels.integrations.rebind import rebound
 from mikernels.models.hooks import check_uncompiled
 
 # the operands of (z * w).sum(-2), as the library writes them: heads' results, split inputs
@@ -99,19 +100,6 @@ def _hidden(function: Any) -> bool:
     return hasattr(function, "__wrapped__") and _broadcasts(inspect.unwrap(function))
 
 
-def _rebound(function: Any, **names: object) -> FunctionType:
-    """The same code with other values of these global names, which only this copy sees."""
-    copy = FunctionType(
-        function.__code__,
-        {**function.__globals__, **names},
-        function.__name__,
-        function.__defaults__,
-        function.__closure__,
-    )
-    copy.__kwdefaults__ = function.__kwdefaults__
-    return copy
-
-
 def _products(attention: torch.nn.Module, cfg: Any, handle: Handle) -> dict[str, FunctionType]:
     """The methods of an attention module that form a broadcast product, without it."""
     found: dict[str, FunctionType] = {}
@@ -120,14 +108,14 @@ def _products(attention: torch.nn.Module, cfg: Any, handle: Handle) -> dict[str,
     forward: Any = _checked(type(attention).forward)
     if getattr(cfg, "use_attn_result", False) and _broadcasts(forward):
         einops = _Einops(forward.__globals__["einops"], handle)
-        found["forward"] = _rebound(forward, einops=einops)
+        found["forward"] = rebound(forward, einops=einops)
     method: Any = _checked(getattr(type(attention), "calculate_qkv_matrices", None))
     linear: Any = _checked(getattr(method, "__globals__", {}).get("complex_attn_linear"))
     split = getattr(cfg, "use_split_qkv_input", False) or getattr(cfg, "use_attn_in", False)
     if split and _broadcasts(linear):
         einops = _Einops(linear.__globals__["einops"], handle)
-        fast = _rebound(linear, einops=einops)
-        found["calculate_qkv_matrices"] = _rebound(method, complex_attn_linear=fast)
+        fast = rebound(linear, einops=einops)
+        found["calculate_qkv_matrices"] = rebound(method, complex_attn_linear=fast)
     return found
 
 

@@ -141,7 +141,7 @@ def batch_topk_encode(
     Raises:
         TypeError, ValueError: for dtypes, devices, shapes or k other than the above.
     """
-    n_features, d = check_operands("batch_topk_encode", x, w_enc, b_enc, b_dec, scale)
+    n_features, _ = check_operands("batch_topk_encode", x, w_enc, b_enc, b_dec, scale)
     if isinstance(k, bool) or not isinstance(k, int | float | torch.SymInt | torch.SymFloat):
         raise TypeError(f"batch_topk_encode: k must be a number, got {type(k).__name__}")
     if not (0 < k <= n_features) or not math.isfinite(k):
@@ -149,9 +149,28 @@ def batch_topk_encode(
             f"batch_topk_encode: k must be above 0 and at most {n_features} (rows of w_enc), got "
             f"{k}"
         )
+    total = torch.sym_int(k * x.shape[:-1].numel())
+    return batch_topk_total(
+        x, w_enc, b_enc, total=total, b_dec=b_dec, scale=scale, relu=relu, impl=impl
+    )
+
+
+@in_own_dtype
+def batch_topk_total(
+    x: torch.Tensor,
+    w_enc: torch.Tensor,
+    b_enc: torch.Tensor | None,
+    *,
+    total: int,
+    b_dec: torch.Tensor | None = None,
+    scale: torch.Tensor | None = None,
+    relu: bool = True,
+    impl: str | None = None,
+) -> tuple[SparseCodes, torch.Tensor]:
+    """`batch_topk_encode` of checked operands, for a number of pairs in all."""
+    n_features, d = w_enc.shape
     impl = batch_topk_encode_op.resolve(impl, x.device)
     rows = x.reshape(x.shape[:-1].numel(), d)
-    total = torch.sym_int(k * rows.shape[0])
     ranks = None if scale is None else scale.detach()
     values, indices, row_offsets, threshold = _BatchEncode.apply(
         rows, w_enc, b_enc, b_dec, ranks, total, relu, impl

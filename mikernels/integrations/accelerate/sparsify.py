@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""sparsify: SparseCoder (top-k, group-max, multi-top-k, transcoders, skip) and its trainer.
+
+Its `fused_encoder` gives activations, indices and all ReLU'd pre-activations, of which the last
+become lazy; its `decoder_impl` becomes `sparse_decode`. Of its backward pass two things are known
+to be wrong and kept: pre-activations have no gradient, so that AuxK and multi-top-k teach the
+encoder nothing, and activations of 0 have one. `correct=True` mends both.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+from mikernels.integrations.accelerate.plan import Method, Plan, refuse_overrides
+from mikernels.integrations.lazy import Ledger
+from mikernels.integrations.lazy.product import leave
+from mikernels.integrations.lazy.tensor import lazy
+from mikernels.integrations.rebind import rebound, within
+from mikernels.ops.sae.decode import sparse_decode
+from mikernels.ops.sae.groupmax_encode import groupmax_encode
+from mikernels.values.codes import SparseCodes
+
+PACKAGE = "sparsify"
+NAMES = ("encode", "decode", "forward")
+D, F, K = 12, 45, 5
+
+
+def plan(obj: Any, *, correct: bool = False) -> Plan:
+    if isinstance(getattr(obj, "saes", None), dict):
+        plans = [plan(sae, correct=correct) for sae in obj.saes.values()]
+        if not plans:
+            raise ValueError("accelerate: expected a trainer of at least one SparseCoder, got none")
+        whole = plans[0]
+        for more in plans[1:]:
+            whole = whole.with_more(more)
+        whole.optimizers = list(getattr(obj, "optimizers", []))
+        return whole
+    kind = refuse_overrides(obj, PACKAGE, NAMES)
+    if kind.__name__ != "SparseCoder" and not hasattr(obj, "encoder"):
+        raise TypeError(
+            f"accelerate: sparsify's {kind.__name__} is not supported; supported are SparseCoder "
+            f"and its trainer"
+        )
+    return Plan(
+        _library(),
+        [Method(obj, name, _maker(kind, name, correct)) for name in NAMES],
+        [obj],
+        [],
+        lambda: _twin(kind, obj.cfg),
+    )
+
+
+def _library() -> str:
+    try:
+        return f"eai-sparsify {version('eai-sparsify')}"
+    except PackageNotFoundError:
+        return "sparsify (from source)"
+
+
+def _maker(kind: type, name: str, correct: bool) -> Callable[[Ledger], Callable[..., Any]]:
+    function: Any = getattr(kind, name)
+
+    def make(ledger: Ledger) -> Callable[..., Any]:
+        def change(inner: Any) -> Any:
+            used, known = inner.__code__.co_names, inner.__globals__
+            stand_ins: dict[str, Any] = {}
+            if "fused_encoder" in used:
+                output = known["fused_encoder"].__globals__["EncoderOutput"]
+                stand_ins["fused_encoder"] = _encoder(output, ledger, correct)
+            if "decoder_impl" in used:
+                stand_ins["decoder_impl"] = _decode
+            return rebound(inner, **stand_ins) if stand_ins else inner
+
+        return within(function, change)
+
+    return make
+
+
+def _encoder(output: Any, ledger: Ledger, correct: bool) -> Callable[..., Any]:
+    def fused_encoder(input: Any, weight: Any, bias: Any, k: int, activation: str) -> Any:
+        product = leave(input, weight, bias, ledger).like(relu=True)
+        if activation == "topk":
+            values, indices = product.like(relu=False).op_topk(k)
+        elif activation == "groupmax":
+            x, w, b = product.operands()
+            codes = groupmax_encode(x, w, b, k=k, relu=False)
+            shape = (*product.leading, k)
+            values, indices = codes.values.reshape(shape), codes.indices.reshape(shape)
+        else:
+            raise ValueError(f"Unknown activation: {activation}")
+        if correct:
+            return output(values.relu(), indices, lazy(product))
+        # the library's backward passes the gradient of zeros on
+        values = values + (values.relu() - values).detach()
+        return output(values, indices, lazy(product.detached()))
+
+    return fused_encoder
+
+
+def _decode(top_indices: torch.Tensor, top_acts: torch.Tensor, W_dec: torch.Tensor) -> torch.Tensor:
+    """`W_dec` is `[d, F]`, as the library passes it."""
+    codes = SparseCodes._trusted(top_acts, top_indices, W_dec.shape[1])
+    return sparse_decode(codes, W_dec.mT)
+
+
+def _twin(kind: Any, cfg: Any) -> tuple[Any, Callable[[Any], dict[str, torch.Tensor]]]:
+    changes: dict[str, Any] = {"num_latents": F, "k": K}
+    if cfg.multi_topk:
+        # four times as many must be there
+        changes["k"] = 3
+    small = dataclasses.replace(cfg, **changes)
+    made = kind(D, small)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+        # every token has more positive pre-activations than slots
+        made.encoder.bias.add_(1.0)
+    x = torch.randn(17, D)
+    y = torch.randn(17, D) if cfg.transcode else None
+    dead = torch.rand(F) < 0.4
+
+    def step(sae: Any) -> dict[str, torch.Tensor]:
+        out = sae(x, y, dead_mask=dead)
+        (out.fvu + out.auxk_loss / 32 + out.multi_topk_fvu / 8).backward()
+        return {
+            "sae_out": out.sae_out.detach(),
+            "fvu": out.fvu.detach(),
+            "auxk_loss": out.auxk_loss.detach(),
+            "multi_topk_fvu": out.multi_topk_fvu.detach(),
+            "latent_acts": out.latent_acts.detach().sort(-1).values,
+            "latent_indices": out.latent_indices.sort(-1).values.float(),
+            **{f"gradient of {n}": p.grad for n, p in sae.named_parameters() if p.grad is not None},
+        }
+
+    return made, step

@@ -1,0 +1,328 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`Lazy`: a torch.Tensor whose numbers are made when somebody looks.
+
+What it stands for is its `node`, which answers the operations that it knows by methods `op_<name>`;
+such a method returns NotImplemented where its arguments are other than it knows. Every operation
+that is not answered is given the dense tensor instead: `dense()`, made once, with its gradient.
+From then on that tensor may be changed in place, so before a node answers again it is asked whether
+the dense one still says the same (its version, which views share).
+
+Where autograd takes a tensor without asking its type (torch.autograd.Function), it finds a node in
+the graph that is entered by `_Enter`: the gradient is that of `dense()`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import threading
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+# what is known without the numbers: the wrapper itself has it
+KNOWN = {
+    *("shape", "dtype", "device", "layout", "ndim", "is_sparse", "is_cuda", "is_cpu", "is_meta"),
+    *("is_quantized", "is_mkldnn", "is_nested", "is_sparse_csr", "is_xpu", "is_mps", "itemsize"),
+    *("requires_grad", "grad_fn", "is_leaf", "output_nr", "names", "_version", "nbytes"),
+    *("size", "dim", "numel", "nelement", "ndimension", "get_device", "element_size", "is_complex"),
+    *(
+        "is_floating_point",
+        "is_signed",
+        "is_inference",
+        "has_names",
+        "__len__",
+        "is_conj",
+        "is_neg",
+    ),
+    *("is_same_size", "_is_view", "is_tensor", "is_contiguous", "stride", "storage_offset"),
+    *("__hash__", "is_neg", "_backward_hooks", "_base", "is_shared"),
+}
+# what makes gradients visible at the tensor itself, which codes do not have
+WATCHED = {"retain_grad", "register_hook", "register_post_accumulate_grad_hook", "grad"}
+
+
+class Ledger:
+    """What was computed without the dense tensor, and what asked for it.
+
+    Attributes:
+        calls: products with the encoder that were left.
+        dense: name of an operation -> how often it was given a dense tokens x features tensor.
+        crowded_from: the share of active pairs from which the dense tensor is made, since codes of
+            24 bytes a pair would be no smaller. crowded: how often that was so.
+        within: whether this thread is in a call whose products are left.
+    """
+
+    def __init__(self, name: str):
+        self.name = name
+        self.calls = 0
+        self.dense: Counter[str] = Counter()
+        self.crowded_from = 0.1
+        self.crowded = 0
+        self.within = threading.local()
+
+    def looked(self, what: str, shape: Sequence[int]) -> None:
+        if what not in self.dense:
+            warnings.warn(
+                f"{self.name}: {what} needs the dense {list(shape)} tensor, which is made for it; "
+                f"report.dense counts such operations",
+                RuntimeWarning,
+                stacklevel=5,
+            )
+        self.dense[what] += 1
+
+
+class Node:
+    """What a Lazy tensor stands for.
+
+    Attributes:
+        shape, dtype, device: of the dense tensor.
+        ledger: where looks are counted.
+    """
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+    ledger: Ledger
+
+    def tensors(self) -> list[torch.Tensor]:
+        """What it is a function of."""
+        raise NotImplementedError
+
+    def with_tensors(self, tensors: Sequence[torch.Tensor]) -> Node:
+        """The same function of others."""
+        raise NotImplementedError
+
+    def dense(self) -> torch.Tensor:
+        """The numbers, under autograd."""
+        raise NotImplementedError
+
+    def detached(self) -> Node:
+        return self.with_tensors([t.detach() for t in self.tensors()])
+
+    def op_detach(self) -> Node:
+        return self.detached()
+
+
+class _Enter(torch.autograd.Function):
+    """Puts a wrapper into autograd's graph: its gradient is that of the dense tensor."""
+
+    @staticmethod
+    def forward(ctx, wrapper, node, *tensors):
+        ctx.node = node
+        ctx.save_for_backward(*tensors)
+        ctx.mark_dirty(wrapper)
+        return wrapper
+
+    @staticmethod
+    def backward(ctx, grad):
+        leaves = [t.detach().requires_grad_(t.requires_grad) for t in ctx.saved_tensors]
+        wanted = [t for t in leaves if t.requires_grad]
+        with torch.enable_grad():
+            dense = ctx.node.with_tensors(leaves).dense()
+        grads = iter(torch.autograd.grad(dense, wanted, grad, allow_unused=True))
+        return (None, None, *(next(grads) if t.requires_grad else None for t in leaves))
+
+
+class Lazy(torch.Tensor):
+    """See the module's docstring; made by `lazy(node)`."""
+
+    _node: Node
+    _dense: torch.Tensor | None
+    _seen: int
+    _used: bool
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = _name(func)
+        if name in KNOWN:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        if name in WATCHED:
+            for t in _lazies(args):
+                t._watch(name)
+        elif (found := _answer(name, args, kwargs)) is not NotImplemented:
+            return found
+        return func(*_given(name, args), **_given(name, kwargs))
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        # below autograd: the numbers alone
+        if func is torch.ops.aten.detach.default and isinstance(args[0], Lazy):
+            return lazy(args[0]._node.detached())
+        name = func.overloadpacket.__name__
+        with torch.no_grad():
+            args, kwargs = _given(name, args), _given(name, kwargs or {})
+        return func(*args, **kwargs)
+
+    def _current(self) -> bool:
+        """Whether the node still says what the tensor is."""
+        return self._dense is None or self._dense._version == self._seen
+
+    def _watch(self, name: str) -> None:
+        if self._used and name != "grad":
+            raise RuntimeError(
+                f"{self._node.ledger.name}: {name} must come before the tensor is used, got one "
+                f"that went into a product by its codes; call it in a hook, or report.restore() "
+                f"first"
+            )
+        self._seen = -1
+
+    def _look(self, what: str) -> torch.Tensor:
+        made = self._dense
+        if made is None:
+            self._node.ledger.looked(what, self.shape)
+            made = self._dense = self._node.dense()
+            if self._seen != -1:
+                self._seen = made._version
+        return made
+
+    def _become(self, node: Node) -> Lazy:
+        """Change in place."""
+        self._node, self._dense, self._seen = node, None, 0
+        _enter(self)
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
+        return self._look("deepcopy").detach().clone()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self._look("pickle").detach().clone().__reduce_ex__(protocol)
+
+
+def lazy(node: Node) -> Lazy:
+    made = torch.Tensor._make_wrapper_subclass(
+        Lazy, node.shape, dtype=node.dtype, device=node.device
+    )
+    made._node, made._dense, made._seen, made._used = node, None, 0, False
+    _enter(made)
+    return made
+
+
+def _enter(made: Lazy) -> None:
+    if torch.is_grad_enabled() and made._node.dtype.is_floating_point:
+        tensors = made._node.tensors()
+        if any(t.requires_grad for t in tensors):
+            with torch._C.DisableTorchFunctionSubclass():
+                _Enter.apply(made, made._node, *tensors)
+
+
+def _name(func: Any) -> str:
+    name = getattr(func, "__name__", "")
+    if name in ("__get__", "__set__", "__delete__"):
+        return getattr(func.__self__, "__name__", name)
+    return name
+
+
+def _lazies(values: Any) -> Iterator[Lazy]:
+    if isinstance(values, Lazy):
+        yield values
+    elif isinstance(values, list | tuple):
+        for value in values:
+            yield from _lazies(value)
+    elif isinstance(values, dict):
+        yield from _lazies(list(values.values()))
+
+
+def _given(name: str, values: Any) -> Any:
+    """`values` with dense tensors in the place of lazy ones."""
+    if isinstance(values, Lazy):
+        return values._look(name)
+    if isinstance(values, list | tuple):
+        parts = [_given(name, value) for value in values]
+        return type(values)(*parts) if hasattr(values, "_fields") else type(values)(parts)
+    if isinstance(values, dict):
+        return {key: _given(name, value) for key, value in values.items()}
+    return values
+
+
+# the same operation under its other names
+SAME = {
+    **{
+        f"__{name}__": name
+        for name in ("add", "mul", "sub", "matmul", "gt", "ge", "ne", "eq", "abs")
+    },
+    **{"__radd__": "add", "__rmul__": "mul"},
+    **{"__truediv__": "div", "true_divide": "div", "divide": "div", "multiply": "mul"},
+    **{"__itruediv__": "idiv", "__rsub__": "rsub", "subtract": "sub", "mm": "matmul"},
+    **{"greater": "gt", "greater_equal": "ge", "not_equal": "ne", "__neg__": "neg"},
+    **{"__pow__": "pow", "view": "reshape", "absolute": "abs"},
+    **{"__getitem__": "getitem", "__setitem__": "setitem"},
+}
+# with the operands exchanged
+REFLECTED = {"add": "add", "mul": "mul", "radd": "add", "rmul": "mul", "sub": "rsub"}
+
+
+def _answer(name: str, args: Any, kwargs: dict[str, Any]) -> Any:
+    """What the node of the first lazy argument says, or NotImplemented."""
+    if not args:
+        return NotImplemented
+    name = SAME.get(name, name)
+    at = 0
+    if name == "rsub":
+        # torch.rsub(a, b) is b - a
+        args = (args[1], args[0], *args[2:])
+        name = "sub"
+    if not isinstance(args[0], Lazy):
+        at = next((i for i, value in enumerate(args) if isinstance(value, Lazy)), -1)
+        if at < 0:
+            return NotImplemented
+        name = f"where{at}" if name == "where" else REFLECTED.get(name, name)
+    owner = args[at]
+    if not all(t._current() for t in _lazies(args)) or any(True for _ in _lazies(kwargs)):
+        return NotImplemented
+    method: Any = getattr(owner._node, f"op_{name}", None)
+    if method is None:
+        return NotImplemented
+    others = (*args[:at], *args[at + 1 :])
+    in_place = getattr(method, "in_place", False)
+    if not _fits(method.__func__, others, kwargs):
+        return NotImplemented
+    with contextlib.suppress(_Unknown):
+        found = method(*others, **kwargs)
+        if found is NotImplemented:
+            return found
+        owner._used |= torch.is_grad_enabled()
+        if in_place:
+            return owner._become(found)
+        return lazy(found) if isinstance(found, Node) else _wrapped(found)
+    return NotImplemented
+
+
+def _fits(function: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+    """Whether a method takes these arguments (4 us a call)."""
+    try:
+        _signature(function).bind(None, *args, **kwargs)
+    except TypeError:
+        return False
+    return True
+
+
+@functools.cache
+def _signature(function: Any) -> inspect.Signature:
+    return inspect.signature(function)
+
+
+def _wrapped(found: Any) -> Any:
+    if type(found) is tuple or type(found) is list:
+        return type(found)(lazy(f) if isinstance(f, Node) else f for f in found)
+    return found
+
+
+class _Unknown(Exception):
+    """Arguments that a node does not know."""
+
+
+def known(condition: object) -> None:
+    """Has the operation computed on the dense tensor unless the condition holds."""
+    if not condition:
+        raise _Unknown
