@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -157,10 +158,10 @@ def _dictionary_learning(batch: SAEBatch, mode: str) -> Runner:
     return Runner(run)
 
 
-def _sparsify(batch: SAEBatch, mode: str) -> Runner:
-    """The body of its Trainer.fit for one hookpoint, with optimizer="adam"."""
-    sae = peers.sparsify_sae(batch.weights(), batch.k)
-    optimizer = torch.optim.Adam(sae.parameters(), lr=LR)
+def sparsify_step(
+    batch: SAEBatch, sae: Any, optimizer: torch.optim.Optimizer
+) -> Callable[[], Outputs]:
+    """The body of its Trainer.fit for one hookpoint."""
     did_fire = torch.zeros(batch.shape.f, dtype=torch.bool)
     since_fired = torch.zeros(batch.shape.f, dtype=torch.long)
 
@@ -179,7 +180,12 @@ def _sparsify(batch: SAEBatch, mode: str) -> Runner:
         did_fire.zero_()
         return {"mse": fvu * variance.double() / batch.shape.n}
 
-    return Runner(run)
+    return run
+
+
+def _sparsify(batch: SAEBatch, mode: str) -> Runner:
+    sae = peers.sparsify_sae(batch.weights(), batch.k)
+    return Runner(sparsify_step(batch, sae, torch.optim.Adam(sae.parameters(), lr=LR)))
 
 
 def _check(batch: SAEBatch, mode: str, outputs: Outputs, eager: Outputs) -> Verdict:

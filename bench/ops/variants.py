@@ -138,18 +138,23 @@ def _eager(batch: SAEBatch, mode: str) -> Runner:
     return Runner(run)
 
 
+def saelens_settings(batch: SAEBatch, architecture: str) -> dict[str, Any]:
+    """Of SAELens' training SAE, at the L0 and the levels of ours."""
+    if architecture == "jumprelu":
+        return {
+            "jumprelu_init_threshold": float(_cut(batch)),
+            "jumprelu_sparsity_loss_mode": "quadratic",
+            "target_l0": batch.k,
+            "l0_coefficient": 0.0,
+        }
+    if architecture == "matryoshka_batchtopk":
+        return {"matryoshka_widths": default_widths(batch.shape.f, batch.k, LEVELS)}
+    return {}
+
+
 def _saelens(architecture: str) -> Callable[[SAEBatch, str], Runner]:
     def build(batch: SAEBatch, mode: str) -> Runner:
-        settings: dict[str, Any] = {}
-        if architecture == "jumprelu":
-            settings = {
-                "jumprelu_init_threshold": float(_cut(batch)),
-                "jumprelu_sparsity_loss_mode": "quadratic",
-                "target_l0": batch.k,
-                "l0_coefficient": 0.0,
-            }
-        elif architecture == "matryoshka_batchtopk":
-            settings = {"matryoshka_widths": default_widths(batch.shape.f, batch.k, LEVELS)}
+        settings = saelens_settings(batch, architecture)
         trainer = peers.saelens_trainer(
             batch.weights(), batch.k, LR, batch.shape.n, architecture, settings
         )

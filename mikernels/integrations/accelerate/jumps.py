@@ -7,6 +7,7 @@ tensor. A stand-in has `apply` alone; anything but a lazy tensor is the library'
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from mikernels.integrations.lazy.codes import Codes
 from mikernels.integrations.lazy.product import Product
 from mikernels.integrations.lazy.tensor import lazy
 from mikernels.ops.sae.jump import gather_features, jump, jump_floor, step_above
+from mikernels.values.codes import SparseCodes
 
 
 def _left(h: Any, kind: type) -> Any:
@@ -24,18 +26,31 @@ def _left(h: Any, kind: type) -> Any:
     return node if isinstance(node, kind) else None
 
 
-class JumpReLU:
-    """`h where h > threshold, else 0` with the straight-through gradient of its library."""
-
+class _StandIn:
     def __init__(self, function: Any, ledger: Ledger):
         self._function = function
         self._ledger = ledger
 
     def apply(self, h: Any, threshold: Any, bandwidth: float, ste_to_input: bool = False) -> Any:
+        # the products of what follows are no library's
+        with torch._C.DisableTorchFunction():
+            found = self._of(h, threshold, bandwidth, ste_to_input)
+            if found is not None:
+                return lazy(found)
+        more = (ste_to_input,) if ste_to_input else ()
+        return self._function.apply(h, threshold, bandwidth, *more)
+
+    def _of(self, h: Any, threshold: Any, bandwidth: float, ste_to_input: bool) -> Codes | None:
+        raise NotImplementedError
+
+
+class JumpReLU(_StandIn):
+    """`h where h > threshold, else 0` with the straight-through gradient of its library."""
+
+    def _of(self, h: Any, threshold: Any, bandwidth: float, ste_to_input: bool) -> Codes | None:
         found = _slots(h, threshold, bandwidth)
         if found is None:
-            more = (ste_to_input,) if ste_to_input else ()
-            return self._function.apply(h, threshold, bandwidth, *more)
+            return None
         node, slots = found
         values = jump(
             slots.values,
@@ -43,42 +58,26 @@ class JumpReLU:
             bandwidth=bandwidth,
             input_gradient="both" if ste_to_input else "gated",
         )
-        return lazy(node.ragged(values.to(node.dtype), slots))
+        return node.ragged(values.to(node.dtype), slots)
 
 
-class Step:
+class Step(_StandIn):
     """`1 where h > threshold, else 0`, of pre-activations (SAELens) or codes (dictionary_learning).
 
     Of codes a pair without a slot is 0, which is inside the gradient's window where the threshold
     is small: its part, of value 0, goes into the codes' `rest`.
     """
 
-    def __init__(self, function: Any, ledger: Ledger):
-        self._function = function
-        self._ledger = ledger
-
-    def apply(self, h: Any, threshold: Any, bandwidth: float, ste_to_input: bool = False) -> Any:
+    def _of(self, h: Any, threshold: Any, bandwidth: float, ste_to_input: bool) -> Codes | None:
         codes = _left(h, Codes)
         if codes is not None and codes.rest is None and not codes.flat and not ste_to_input:
             at = gather_features(threshold, codes.indices)
             values = step_above(codes.values, at, bandwidth=bandwidth)
-            nothing = torch.zeros_like(threshold)
-            rest = step_above(nothing, threshold, bandwidth=bandwidth)
-            return lazy(
-                Codes(
-                    values,
-                    codes.indices,
-                    codes.row_offsets,
-                    codes.f,
-                    codes.leading,
-                    codes.ledger,
-                    rest=rest,
-                )
-            )
+            rest = step_above(torch.zeros_like(threshold), threshold, bandwidth=bandwidth)
+            return replace(codes, values=values, rest=rest)
         found = _slots(h, threshold, bandwidth)
         if found is None:
-            more = (ste_to_input,) if ste_to_input else ()
-            return self._function.apply(h, threshold, bandwidth, *more)
+            return None
         node, slots = found
         values = step_above(
             slots.values,
@@ -86,10 +85,10 @@ class Step:
             bandwidth=bandwidth,
             to_input=ste_to_input,
         )
-        return lazy(node.ragged(values.to(node.dtype), slots))
+        return node.ragged(values.to(node.dtype), slots)
 
 
-def _slots(h: Any, threshold: torch.Tensor, bandwidth: float) -> Any:
+def _slots(h: Any, threshold: torch.Tensor, bandwidth: float) -> tuple[Product, SparseCodes] | None:
     """Pre-activations that are above their thresholds, or within their gradient's reach."""
     node = _left(h, Product)
     if node is None or node.scale is not None or node.relu or node.flat:
@@ -100,5 +99,4 @@ def _slots(h: Any, threshold: torch.Tensor, bandwidth: float) -> Any:
     floor = jump_floor(theta, bandwidth=bandwidth, inclusive=False, input_gradient="gated")
     if node.crowded(floor):
         return None
-    key = ("jump", threshold.data_ptr(), threshold._version, bandwidth)
-    return node, node.above(floor, key)
+    return node, node.above(floor, ("jump", threshold.data_ptr(), threshold._version, bandwidth))
