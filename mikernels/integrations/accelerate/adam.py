@@ -93,4 +93,4 @@ def _step(self: Any, closure: Callable[[], Any] | None = None) -> Any:
 
 _step.__name__ = "step"
 # what a scheduler asks before it warns of a step that it did not wrap
-_step._wrapped_by_lr_sched = True
+_step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
