@@ -96,7 +96,9 @@ def run(
         where = devices.get(device)
         if check and json_file is not None:
             raise ValueError("bench: --check measures nothing to save; leave out it or --json")
-        chosen = [load(name) for name in (names() if ops == ["all"] else ops)]
+        # without a shape of its own an operator is not measured on a GPU
+        everything = names(gpu=device != "cpu") if ops == ["all"] else ops
+        chosen = [load(name) for name in everything]
         cases = _cases(chosen, shape, mode, dtype, device)
         options = harness.Options(
             providers=tuple(providers.split(",")),

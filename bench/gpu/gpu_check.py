@@ -96,7 +96,9 @@ def parts(python: str = sys.executable) -> list[Part]:
         env = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
         return Part(tool, words, 100, tool="compute-sanitizer", env=env)
 
-    workers = ["-n", "8"] if importlib.util.find_spec("xdist") else []
+    # each worker compiles its kernels, a core each
+    cores = max(1, (os.cpu_count() or 1) - 2)
+    workers = ["-n", str(cores)] if importlib.util.find_spec("xdist") else []
     pytest = (python, "-m", "pytest", "-q", "--maxfail", "30", *workers)
     install = "-m pip install --no-build-isolation --no-deps --disable-pip-version-check -e ."
     ops = alone("bench/ops/__init__.py").names(gpu=True)
@@ -106,6 +108,8 @@ def parts(python: str = sys.executable) -> list[Part]:
         f"bench all --providers ours,compile --shape G2 --mode fwd,step {save}bench_compile.json"
     )
     quick = f"--providers *,!compile {save}bench.json"
+    # at G2 all trainers together would be 184 GB
+    libraries = f"bench integrations --shape G1 {save}bench.json"
     return [
         Part("build", (python, *install.split()), 240, env=build_env()),
         check("facts", 60),
@@ -114,6 +118,7 @@ def parts(python: str = sys.executable) -> list[Part]:
         check("determinism", 90),
         check("falsify", 60),
         *(cli(f"bench_{op}", 120, f"bench {op} {quick}", "bench.json") for op in ops),
+        cli("libraries", 120, libraries, "bench.json"),
         check("graph", 60),
         check("compile", 120),
         cli("tune", 60, "tune --device cuda", "cache/mikernels/tuned.json"),

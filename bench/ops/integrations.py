@@ -153,6 +153,4 @@ BENCHMARK = Benchmark(
     check=_check,
     flops=_flops,
     bytes=lambda s, mode, size: (2 * 28 + 4) * s.f * s.d,
-    gpu_shapes={"step": ("G1", "G2")},
-    gpu_dtypes=("fp32",),
 )

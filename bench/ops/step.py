@@ -185,7 +185,10 @@ def sparsify_step(
 
 def _sparsify(batch: SAEBatch, mode: str) -> Runner:
     sae = peers.sparsify_sae(batch.weights(), batch.k)
-    return Runner(sparsify_step(batch, sae, torch.optim.Adam(sae.parameters(), lr=LR)))
+    step = sparsify_step(batch, sae, torch.optim.Adam(sae.parameters(), lr=LR))
+    # its forward pass is under bf16 autocast on a GPU
+    low = batch.x.device.type == CUDA
+    return Runner(lambda: {name: t.bfloat16() if low else t for name, t in step().items()})
 
 
 def _check(batch: SAEBatch, mode: str, outputs: Outputs, eager: Outputs) -> Verdict:
