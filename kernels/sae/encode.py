@@ -7,7 +7,8 @@
    all scores, `row_topk` keeps the c highest of every token, panel after panel, in one read.
 2. The c candidates are scored exactly and the k best selected; the least of their upper bounds
    tells whether a feature that was left out could belong there.
-3. Tokens where it could (`encode_exact`) are done again without the screen. Almost always none.
+3. Tokens where it could (`encode_exact`) are done again without the screen. Almost always none;
+   where there were some, later calls keep more candidates (`encode_kept`).
 
 No step waits for the device, so a CUDA graph can hold them all. Scratch is planned to SCRATCH
 bytes, to which row_topk adds at most 64 MB, and shrinks when the device is full.
@@ -25,6 +26,7 @@ import triton
 from ..common.products import part
 from ..select.row_topk import TILE, select_into, warps
 from .encode_exact import EXACT, EXACT_WARPS, _encode_exact_kernel
+from .encode_kept import kept_of
 from .encode_plain import encode_plain
 from .encode_screen import (
     EXTRA,
@@ -50,7 +52,7 @@ from .encode_winners import (
 # that costs more (at G2 some 3 of 11 ms, predicted) than it tells
 PLAIN = (torch.bfloat16, torch.float16)
 # programs of encode_exact, each with a scratch of 8 bytes per feature
-EXACT_PROGRAMS = 128
+EXACT_PROGRAMS = 256
 
 
 def candidates(k: int, d: int, n_features: int, rounded: bool) -> int:
@@ -84,14 +86,14 @@ class Plan:
 def plan(n: int, f: int, width: int, c: int, scratch: int) -> Plan:
     """Sizes whose tensors fit in `scratch` bytes, as far as one panel of 16 x 256 allows."""
     features = MOST_FEATURES
-    while features > 256 and 2 * width * features > 0.33 * scratch:
+    while features > 256 and 2 * width * features > 0.31 * scratch:
         features //= 2
     # packed x, candidates, exact h and s
     token_bytes = 2 * width + Winners.token_bytes(c) + c * 8
-    tokens = min(n, max(16, int(0.38 * scratch) // token_bytes))
+    tokens = min(n, max(16, int(0.33 * scratch) // token_bytes))
     tokens = -(-n // -(-n // tokens))
-    rows = min(tokens, MOST_TOKENS, max(16, int(0.24 * scratch) // (2 * features)))
-    programs = max(1, int(0.05 * scratch) // (8 * f))
+    rows = min(tokens, MOST_TOKENS, max(16, int(0.21 * scratch) // (2 * features)))
+    programs = max(1, int(0.15 * scratch) // (8 * f))
     return Plan(tokens, rows, min(f, features), min(tokens, EXACT_PROGRAMS, programs))
 
 
@@ -200,21 +202,27 @@ def encode(
         return out
     if x.dtype in PLAIN and scale is None:
         return encode_plain(x, w_enc, b_enc, b_dec, k, relu, out)
-    c = candidates(k, d, f, rounds(x, b_dec, scale))
+    rounded = rounds(x, b_dec, scale)
+    c = candidates(k, d, f, rounded)
     if c > TILE:
         return dense(x, w_enc, b_enc, b_dec, scale, k, relu, out)
+    kept = kept_of(x.device, f, d, k, rounded)
+    c = kept.candidates(c, min(f, TILE))
 
     def buffers(scratch: int) -> tuple[Plan, Buffers]:
         sizes = plan(n, f, packed_width(d), c, scratch)
         return sizes, Buffers(x.device, d, f, c, sizes)
 
     sizes, b = within_memory(x.device, buffers)
+    uncertain = torch.zeros((), dtype=torch.int64, device=x.device)
     for first in range(0, n, sizes.tokens):
         tokens = x[first : first + sizes.tokens]
         here = tuple(t[first : first + sizes.tokens] for t in out)
         operands = tokens, w_enc, b_enc, b_dec, scale
-        kept, largest = screen(*operands, sizes, b)
-        settle(*operands, k, relu, kept, None, largest, b, here)
+        found, largest = screen(*operands, sizes, b)
+        settle(*operands, k, relu, found, None, largest, b, here)
+        uncertain += (b.certain[: len(tokens)] == 0).sum()
+    kept.count(uncertain, n)
     return out
 
 

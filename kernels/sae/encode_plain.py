@@ -12,7 +12,14 @@ from collections.abc import Iterator
 import torch
 
 from ..common.products import part
-from .encode_winners import MOST_FEATURES, MOST_TOKENS, Winners, full_sums, within_memory
+from .encode_winners import (
+    MOST_FEATURES,
+    MOST_TOKENS,
+    Winners,
+    full_sums,
+    reachable,
+    within_memory,
+)
 
 
 def plan(n: int, f: int, k: int, scratch: int) -> tuple[int, int, int]:
@@ -45,11 +52,11 @@ def encode_plain(
 
     tokens, rows, features, scratch, winners = within_memory(x.device, buffers)
     for begin in range(0, n, tokens):
-        chunk = x[begin : begin + tokens]
+        chunk = reachable(x[begin : begin + tokens])
         centred = chunk if b_dec is None else chunk - b_dec
         winners.begin(len(chunk))
         for first in range(0, f, features):
-            weights = w_enc[first : first + features]
+            weights = reachable(w_enc[first : first + features])
             bias = part(b_enc, first, first + features)
             panel = _panel(centred, weights, bias, rows, scratch)
             winners.add(panel, first, len(weights))

@@ -21,6 +21,11 @@ MOST_FEATURES, MOST_TOKENS = 32768, 4096
 WAITING = 3
 
 
+def reachable(t: torch.Tensor) -> torch.Tensor:
+    """`t`, or a copy where rows are 2^31 elements apart, which cuBLAS refuses."""
+    return t if max(t.stride(), default=0) < 2**31 else t.contiguous()
+
+
 class Winners:
     """The c highest scores of every token, panel after panel; ties to the lower feature.
 

@@ -5,7 +5,14 @@ from encode_cases import ADVERSARIAL, INF, NAN, NON_FINITE, check, scaled
 from oracle import far_apart, identical, randn, unchanged
 
 from mikernels import _triton, topk_encode
-from mikernels.kernels.sae import encode, encode_exact, encode_groups, encode_plain, encode_screen
+from mikernels.kernels.sae import (
+    encode,
+    encode_kept,
+    encode_exact,
+    encode_groups,
+    encode_plain,
+    encode_screen,
+)
 
 INTERPRETED = _triton.interpreting()
 
@@ -133,6 +140,21 @@ def test_encode_beyond_2_to_the_31_elements(device, scaled):
     near = topk_encode(x, w, k=1, scale=scale, impl="triton")
     far = topk_encode(far_apart(x), far_apart(w), k=1, scale=scale, impl="triton")
     assert identical(near.values, far.values) and torch.equal(near.indices, far.indices)
+
+
+def test_uncertain_tokens_have_later_calls_keep_more(device, monkeypatch):
+    """Of weights that are nearly one, the screen can leave out none; the codes stay the same."""
+    monkeypatch.setattr(encode_kept, "_KEPT", {})
+    x, w = randn(16, 64).to(device), (randn(1, 64, seed=1) + 1e-4 * randn(700, 64)).to(device)
+    first = topk_encode(x, w, k=3, impl="triton")
+    torch.cuda.synchronize() if device == "cuda" else None
+    again = topk_encode(x, w, k=3, impl="triton")
+    (kept,) = encode_kept._KEPT.values()
+    assert kept.factor > 1
+    assert identical(first.values, again.values) and torch.equal(first.indices, again.indices)
+    for _ in range(encode_kept.QUIET + 1):
+        kept._learn(0, 16)
+    assert kept.factor < encode_kept.MORE**2
 
 
 def test_encode_in_panels_and_chunks(device, monkeypatch, certain):

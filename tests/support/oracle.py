@@ -20,19 +20,23 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 def randn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
     """Normal data. In fp64 on a grid of 2^-8: sums of triple products are exact, so oracles are."""
-    data = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    # on the CPU whatever the default device: the numbers are the same everywhere
+    generator = torch.Generator("cpu").manual_seed(seed)
+    data = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
     return (data * 2**8).round() / 2**8 if dtype == torch.float64 else data.to(dtype)
 
 
 def randint(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
     """Integers in -2..2: exact in every dtype and every order of summation, with many ties."""
-    return torch.randint(-2, 3, shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return torch.randint(-2, 3, shape, generator=generator, device="cpu").to(dtype)
 
 
 def random_indices(n: int, k: int, n_features: int, *, seed: int = 0) -> torch.Tensor:
     """[n, k] distinct features of each row."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.rand(n, n_features, generator=generator).argsort(-1)[:, :k].contiguous()
+    generator = torch.Generator("cpu").manual_seed(seed)
+    scores = torch.rand(n, n_features, generator=generator, device="cpu")
+    return scores.argsort(-1)[:, :k].contiguous()
 
 
 def far_apart(rows: torch.Tensor) -> torch.Tensor:

@@ -38,8 +38,8 @@ class Public:
 
 def indices_for(values, w):
     if len(w) < values.shape[1]:
-        return torch.zeros(values.shape, dtype=torch.int64)
-    return random_indices(*values.shape, len(w))
+        return torch.zeros(values.shape, dtype=torch.int64, device=values.device)
+    return random_indices(*values.shape, len(w)).to(values.device)
 
 
 def plain_encode(x, w, b, c):

@@ -27,7 +27,12 @@ def certify(plan: Plan, replan: Callable[[Any], Plan]) -> None:
     """Raises ValueError where the accelerated step is another one, or makes a dense tensor."""
     if plan.twin is None:
         return
-    with torch.random.fork_rng(devices=[]), torch.enable_grad(), warnings.catch_warnings():
+    with (
+        torch.random.fork_rng(devices=[]),
+        torch.device("cpu"),
+        torch.enable_grad(),
+        warnings.catch_warnings(),
+    ):
         warnings.simplefilter("ignore")
         torch.manual_seed(0)
         twin, step = plan.twin()
