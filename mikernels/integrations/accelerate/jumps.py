@@ -14,7 +14,7 @@ import torch
 
 from mikernels.integrations.lazy import Lazy, Ledger
 from mikernels.integrations.lazy.codes import Codes
-from mikernels.integrations.lazy.product import Product
+from mikernels.integrations.lazy.product import Product, wide
 from mikernels.integrations.lazy.tensor import lazy
 from mikernels.ops.sae.jump import gather_features, jump, jump_floor, step_above
 from mikernels.values.codes import SparseCodes
@@ -31,14 +31,15 @@ class _StandIn:
         self._function = function
         self._ledger = ledger
 
-    def apply(self, h: Any, threshold: Any, bandwidth: float, ste_to_input: bool = False) -> Any:
+    def apply(self, h: Any, threshold: Any, bandwidth: float, *ste_to_input: bool) -> Any:
         # the products of what follows are no library's
         with torch._C.DisableTorchFunction():
-            found = self._of(h, threshold, bandwidth, ste_to_input)
+            found = self._of(h, threshold, bandwidth, any(ste_to_input))
             if found is not None:
                 return lazy(found)
-        more = (ste_to_input,) if ste_to_input else ()
-        return self._function.apply(h, threshold, bandwidth, *more)
+        if isinstance(h, Lazy):
+            h = h._look(type(self).__name__)
+        return self._function.apply(h, threshold, bandwidth, *ste_to_input)
 
     def _of(self, h: Any, threshold: Any, bandwidth: float, ste_to_input: bool) -> Codes | None:
         raise NotImplementedError
@@ -95,8 +96,8 @@ def _slots(h: Any, threshold: torch.Tensor, bandwidth: float) -> tuple[Product, 
         return None
     if threshold.shape != (node.f,) or bool((threshold.detach() < 0).any()):
         return None
-    theta = threshold.detach().to(torch.promote_types(node.x.dtype, torch.float32))
+    theta = threshold.detach().to(wide(node.x.dtype))
     floor = jump_floor(theta, bandwidth=bandwidth, inclusive=False, input_gradient="gated")
     if node.crowded(floor):
         return None
-    return node, node.above(floor, ("jump", threshold.data_ptr(), threshold._version, bandwidth))
+    return node, node.above(floor)

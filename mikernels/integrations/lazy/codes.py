@@ -16,15 +16,24 @@ from typing import Any
 import torch
 
 from mikernels._autocast import in_own_dtype
-from mikernels.integrations.lazy.tensor import Lazy, Ledger, Node, known
+from mikernels.integrations.lazy.tensor import Lazy, Ledger, Node, known, version_of
 from mikernels.ops.sae.decode import sparse_decode
 from mikernels.ops.sae.jump import gather_features
 from mikernels.values.codes import SparseCodes
 
 
-def tag(given: torch.Tensor, indices: torch.Tensor, row_offsets: torch.Tensor | None) -> None:
-    """Remember what a selection's indices are: of distinct features, ascending within tokens."""
-    given._slots = (indices, row_offsets)  # type: ignore[attr-defined]
+def tag(
+    given: torch.Tensor,
+    indices: torch.Tensor,
+    row_offsets: torch.Tensor | None,
+    order: torch.Tensor | None = None,
+) -> None:
+    """Remember what a selection's indices are: of distinct features, ascending within tokens.
+
+    Args:
+        given: what the library gets, in slots' order, or in `order` of each token's.
+    """
+    given._slots = (indices, row_offsets, order, version_of(given))  # type: ignore[attr-defined]
 
 
 def columns_of(index: Any, shape: torch.Size) -> slice:
@@ -67,8 +76,11 @@ class Zeros(Node):
         known(dim in (-1, len(self.shape) - 1) and isinstance(src, torch.Tensor))
         known(not isinstance(src, Lazy) and src.shape == index.shape and src.dtype == self.dtype)
         known(index.shape[:-1] == self.shape[:-1] and hasattr(index, "_slots"))
-        indices, row_offsets = index._slots
+        indices, row_offsets, order, version = index._slots
+        known(version == version_of(index))
         values = src.reshape(indices.shape)
+        if order is not None:
+            values = torch.zeros_like(values).scatter(-1, order, values)
         return Codes(values, indices, row_offsets, self.f, self.leading, self.ledger, self.flat)
 
     def op_scatter_(self, dim: int, index: Any, src: Any) -> Codes:
@@ -116,6 +128,9 @@ class Codes(Node):
 
     def tensors(self) -> list[torch.Tensor]:
         return [self.values] if self.rest is None else [self.values, self.rest]
+
+    def sources(self) -> list[torch.Tensor]:
+        return [*self.tensors(), self.indices]
 
     def with_tensors(self, tensors: Sequence[torch.Tensor]) -> Codes:
         return replace(self, values=tensors[0], rest=tensors[1] if len(tensors) > 1 else None)
@@ -428,6 +443,9 @@ class Absent(Node):
 
     def tensors(self) -> list[torch.Tensor]:
         return []
+
+    def sources(self) -> list[torch.Tensor]:
+        return self.there.sources()
 
     def with_tensors(self, tensors: Sequence[torch.Tensor]) -> Absent:
         return self

@@ -19,7 +19,16 @@ from torch.utils.checkpoint import checkpoint
 
 from mikernels._autocast import in_own_dtype
 from mikernels.integrations.lazy.codes import Codes, Zeros, columns_of, tag
-from mikernels.integrations.lazy.tensor import Lazy, Ledger, Node, known
+from mikernels.integrations.lazy.tensor import (
+    Lazy,
+    Ledger,
+    Node,
+    Snapshot,
+    changed,
+    known,
+    snapshot,
+    unchanged,
+)
 from mikernels.ops.sae.batch_topk_encode import batch_topk_total
 from mikernels.ops.sae.encode import topk_encode
 from mikernels.ops.sae.gradients import gather_dot_op, gather_dots
@@ -41,6 +50,11 @@ def of_features(t: Any, f: int) -> bool:
         and t.numel() == f
         and t.shape[-1:] == (f,)
     )
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """In which floors are."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def _not_negative(t: torch.Tensor) -> bool:
@@ -71,8 +85,15 @@ class Product(Node):
     scale: torch.Tensor | None = None
     relu: bool = False
     flat: bool = False
-    # slots found once: of which floor, and the pre-activations above it
-    found: dict[Any, SparseCodes] = field(default_factory=dict)
+    # slots found once: above which floor, whether with a graph, and their pre-activations
+    found: list[tuple[torch.Tensor, bool, SparseCodes]] = field(default_factory=list)
+    # its tensors as they were when they came to it
+    before: Snapshot = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        known_ones = {id(t): (t, version, place) for t, version, place in self.before}
+        before = [known_ones.get(id(t)) or snapshot([t])[0] for t in self.tensors()]
+        object.__setattr__(self, "before", before)
 
     @property
     def f(self) -> int:
@@ -98,11 +119,23 @@ class Product(Node):
     def like(self, **changes: Any) -> Product:
         """Another function of pre-activations; of the same ones, what was found stays known."""
         if changes.keys() & {"x", "w", "bias"}:
-            changes["found"] = {}
+            self._ask("an operation")
+            changes["found"] = []
         return replace(self, **changes)
+
+    def fresh(self) -> bool:
+        return unchanged(self.before)
+
+    def _ask(self, what: str) -> None:
+        if not self.fresh():
+            raise changed(self.ledger, what, self.shape)
 
     @in_own_dtype
     def dense(self) -> torch.Tensor:
+        if self.relu and not self.fresh():
+            # of before, if codes were taken then
+            return self.positive().dense()
+        self._ask("an operation")
         h = self.x @ self.w.T
         if self.bias is not None:
             h = h + self.bias
@@ -113,6 +146,7 @@ class Product(Node):
         return h.to(self.dtype).reshape(self.shape)
 
     def operands(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        self._ask("a selection")
         return self.x, self.w, None if self.bias is None else self.bias.to(self.x.dtype)
 
     # ---- values at pairs
@@ -135,20 +169,23 @@ class Product(Node):
             h = h + gather_features(bias, indices)
         return self.shaped(h, indices, relu=self.relu)
 
-    def above(self, floor: torch.Tensor | float, key: Any) -> SparseCodes:
-        """Pre-activations above a floor, without scale and ReLU; `key` names the floor."""
-        key = (key, torch.is_grad_enabled())
-        if key not in self.found:
-            known(not self.crowded(floor))
-            self.found.clear()
-            self.found[key] = slots_above(*self.operands(), None, floor, wide=True)
-        return self.found[key]
+    def above(self, floor: torch.Tensor) -> SparseCodes:
+        """Pre-activations above a floor, 0-dim or `[F]`, without scale and ReLU."""
+        for before, graph, slots in self.found:
+            if graph >= torch.is_grad_enabled() and torch.equal(before, floor):
+                return slots
+        known(not self.crowded(floor))
+        slots = slots_above(*self.operands(), None, floor, wide=True)
+        # a floor may be a parameter, or memory that is used again
+        self.found[:] = [(floor.clone(), torch.is_grad_enabled(), slots)]
+        return slots
 
     @torch.no_grad()
     def crowded(self, floor: torch.Tensor | float) -> bool:
         """Whether so many pairs pass that the dense tensor is smaller, judged by some tokens."""
         if self.ledger.crowded_from >= 1 or not self.x.shape[0]:
             return False
+        self._ask("a selection")
         some = self.x[:: -(-self.x.shape[0] // SAMPLE)]
         h = some @ self.w.T
         if self.bias is not None:
@@ -165,7 +202,7 @@ class Product(Node):
     def positive(self) -> Codes:
         """ReLU'd ones as codes."""
         known(self.relu)
-        slots = self.above(0.0, 0.0)
+        slots = self.above(self.x.new_zeros((), dtype=wide(self.x.dtype)))
         return self.ragged(self.shaped(slots.values, slots.indices, relu=False), slots)
 
     # ---- the operations
@@ -243,14 +280,17 @@ class Product(Node):
         else:
             codes = topk_encode(x, w, bias, k=k, scale=scale, relu=self.relu)
         values = self.shaped(codes.values, codes.indices, relu=False)
-        indices = codes.indices
+        indices, order = codes.indices, None
         if self.flat:
             assert codes.tokens is not None
             indices = codes.tokens * self.f + indices
         else:
+            if sorted:
+                order = values.detach().argsort(-1, descending=True)
+                values, indices = values.gather(-1, order), indices.gather(-1, order)
             shape = (*self.leading, k)
             values, indices = values.reshape(shape), indices.reshape(shape)
-        tag(indices, codes.indices, codes.row_offsets)
+        tag(indices, codes.indices, codes.row_offsets, order)
         return torch.return_types.topk((values, indices))  # type: ignore[attr-defined]
 
     def op_where1(self, condition: Any, other: Any) -> Only:
@@ -334,6 +374,12 @@ class Only(Node):
     def tensors(self) -> list[torch.Tensor]:
         return self.product.tensors()
 
+    def sources(self) -> list[torch.Tensor]:
+        return [self.live]
+
+    def fresh(self) -> bool:
+        return self.product.fresh()
+
     def with_tensors(self, tensors: Sequence[torch.Tensor]) -> Only:
         return replace(self, product=self.product.with_tensors(tensors))
 
@@ -350,9 +396,10 @@ class Only(Node):
             for n, t in (("w", p.w), ("bias", p.bias), ("scale", p.scale))
             if t is not None
         }
-        values, indices = p.like(**chosen).op_topk(k, dim)
+        values, indices = p.like(**chosen).op_topk(k, dim, largest, sorted)
+        slots, _, order, _ = indices._slots
         indices = columns[indices]
-        tag(indices, indices.reshape(-1, k), None)
+        tag(indices, columns[slots], None, order)
         return torch.return_types.topk((values, indices))  # type: ignore[attr-defined]
 
 
@@ -380,6 +427,12 @@ class Above(Node):
         # a comparison has no gradient
         return []
 
+    def sources(self) -> list[torch.Tensor]:
+        return [self.floor]
+
+    def fresh(self) -> bool:
+        return self.product.fresh()
+
     def with_tensors(self, tensors: Sequence[torch.Tensor]) -> Above:
         return self
 
@@ -397,13 +450,13 @@ class Above(Node):
             floor = torch.where(floor < 0, -torch.inf, floor)
         if values.relu and self.same(values):
             floor = floor.clamp_min(0)
-        floor = floor.to(torch.promote_types(values.x.dtype, torch.float32))
+        floor = floor.to(wide(values.x.dtype))
         if self.same(values):
-            slots = values.above(floor, (floor.data_ptr(), floor._version))
+            slots = values.above(floor)
             found = values.shaped(slots.values, slots.indices, relu=values.relu)
             return values.ragged(found, slots)
         with torch.no_grad():
-            slots = self.product.above(floor, (floor.data_ptr(), floor._version))
+            slots = self.product.above(floor)
         return values.ragged(values.at(slots.indices, slots.row_offsets), slots)
 
     def same(self, other: Product) -> bool:

@@ -4,11 +4,15 @@
 What it stands for is its `node`, which answers the operations that it knows by methods `op_<name>`;
 such a method returns NotImplemented where its arguments are other than it knows. Every operation
 that is not answered is given the dense tensor instead: `dense()`, made once, with its gradient.
-From then on that tensor may be changed in place, so before a node answers again it is asked whether
-the dense one still says the same (its version, which views share).
+
+A node answers only while it says what the tensor is. It does not where the dense one was made and
+changed in place (its version), where what it is computed from was changed, or where the tensor's
+place in autograd's graph is another one. Views of a tensor, detached ones too, become views of its
+dense one, and while there are any nothing is changed in place without it.
 
 Where autograd takes a tensor without asking its type (torch.autograd.Function), it finds a node in
-the graph that is entered by `_Enter`: the gradient is that of `dense()`.
+the graph that is entered by `_Enter`: the gradient is that of `dense()`. What such a function
+returns, or what somebody makes a leaf, has a gradient of its own: `_Leave`.
 """
 
 from __future__ import annotations
@@ -18,8 +22,9 @@ import functools
 import inspect
 import threading
 import warnings
+import weakref
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -28,7 +33,8 @@ import torch
 KNOWN = {
     *("shape", "dtype", "device", "layout", "ndim", "is_sparse", "is_cuda", "is_cpu", "is_meta"),
     *("is_quantized", "is_mkldnn", "is_nested", "is_sparse_csr", "is_xpu", "is_mps", "itemsize"),
-    *("requires_grad", "grad_fn", "is_leaf", "output_nr", "names", "_version", "nbytes"),
+    *("requires_grad", "requires_grad_", "grad_fn", "is_leaf", "output_nr", "names", "_version"),
+    "nbytes",
     *("size", "dim", "numel", "nelement", "ndimension", "get_device", "element_size", "is_complex"),
     *(
         "is_floating_point",
@@ -44,6 +50,37 @@ KNOWN = {
 }
 # what makes gradients visible at the tensor itself, which codes do not have
 WATCHED = {"retain_grad", "register_hook", "register_post_accumulate_grad_hook", "grad"}
+# what gives the numbers to somebody whose changes no version counts
+ESCAPES = {
+    *("data", "numpy", "__array__", "__dlpack__", "__cuda_array_interface__", "data_ptr", "set_"),
+    *("storage", "untyped_storage", "share_memory_", "_typed_storage"),
+}
+
+
+def version_of(t: torch.Tensor) -> int:
+    """What a change in place raises; tensors made in inference mode have no such number."""
+    return 0 if t.is_inference() else t._version
+
+
+# tensors, their versions and where they lie
+Snapshot = list[tuple[torch.Tensor, int, int]]
+
+
+def snapshot(tensors: Sequence[torch.Tensor]) -> Snapshot:
+    return [(t, version_of(t), t.data_ptr()) for t in tensors]
+
+
+def unchanged(before: Snapshot) -> bool:
+    """Whether nobody has written to them, or (`p.data = ...`) put other tensors in their place."""
+    return all(version_of(t) == v and t.data_ptr() == p for t, v, p in before)
+
+
+def changed(ledger: Ledger, what: str, shape: Sequence[int]) -> RuntimeError:
+    return RuntimeError(
+        f"{ledger.name}: {what} needs numbers of a {list(shape)} tensor that nobody has asked for "
+        f"yet, and the input or a parameter that they are computed from was changed since; use the "
+        f"tensor before the optimizer's step, or report.restore() first"
+    )
 
 
 class Ledger:
@@ -97,6 +134,14 @@ class Node:
         """The same function of others."""
         raise NotImplementedError
 
+    def sources(self) -> list[torch.Tensor]:
+        """What it reads that must not be changed as long as it is asked."""
+        return []
+
+    def fresh(self) -> bool:
+        """Whether all of its numbers can be had: what they are computed from was not changed."""
+        return True
+
     def dense(self) -> torch.Tensor:
         """The numbers, under autograd."""
         raise NotImplementedError
@@ -128,13 +173,32 @@ class _Enter(torch.autograd.Function):
         return (None, None, *(next(grads) if t.requires_grad else None for t in leaves))
 
 
+class _Leave(torch.autograd.Function):
+    """The dense tensor with the gradient that autograd knows of the wrapper."""
+
+    @staticmethod
+    def forward(ctx, wrapper, dense):
+        return dense.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None
+
+
 class Lazy(torch.Tensor):
     """See the module's docstring; made by `lazy(node)`."""
 
     _node: Node
+    # what the node reads, as it was
+    _sources: Snapshot
+    # made once, and its version then; -1: the node is not asked any more
     _dense: torch.Tensor | None
     _seen: int
     _used: bool
+    # what it is a view of, and how that is taken; its own views
+    _of: weakref.ref[Lazy] | None
+    _how: Callable[[torch.Tensor], torch.Tensor]
+    _views: list[weakref.ref[Lazy]]
 
     @classmethod
     def __torch_function__(
@@ -142,13 +206,17 @@ class Lazy(torch.Tensor):
     ) -> Any:
         kwargs = kwargs or {}
         name = _name(func)
-        if name in KNOWN:
+        if name in KNOWN or (name == "grad" and _is_leaf(args[0])):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         if name in WATCHED:
             for t in _lazies(args):
                 t._watch(name)
-        elif (found := _answer(name, args, kwargs)) is not NotImplemented:
+        elif name in ESCAPES:
+            for t in _lazies(args):
+                t._look(name)
+                t._escape()
+        elif (found := _answer(func, name, args, kwargs)) is not NotImplemented:
             return found
         return func(*_given(name, args), **_given(name, kwargs))
 
@@ -158,15 +226,61 @@ class Lazy(torch.Tensor):
     ) -> Any:
         # below autograd: the numbers alone
         if func is torch.ops.aten.detach.default and isinstance(args[0], Lazy):
-            return lazy(args[0]._node.detached())
+            return args[0]._shared(lazy(args[0]._node.detached()), torch.Tensor.detach)
         name = func.overloadpacket.__name__
-        with torch.no_grad():
-            args, kwargs = _given(name, args), _given(name, kwargs or {})
-        return func(*args, **kwargs)
+        found = func(*_given(name, args), **_given(name, kwargs or {}))
+        return args[0] if func._schema.is_mutable and isinstance(args[0], Lazy) else found
 
     def _current(self) -> bool:
-        """Whether the node still says what the tensor is."""
-        return self._dense is None or self._dense._version == self._seen
+        """Whether the node says what the tensor is."""
+        made = self._dense
+        if made is not None and not (version_of(made) == self._seen and self._node.fresh()):
+            return False
+        return unchanged(self._sources) and self._in_graph() == _has_gradient(self._node)
+
+    def _in_graph(self) -> bool:
+        with torch._C.DisableTorchFunctionSubclass():
+            return self.requires_grad
+
+    def _shared(self, view: Lazy, how: Callable[[torch.Tensor], torch.Tensor]) -> Lazy:
+        """`view` of the same numbers, as one that sees what becomes of them."""
+        base = None if self._of is None else self._of()
+        if base is not None:
+            # of what may outlive this one
+            mine = self._how
+            return base._shared(view, lambda dense: how(mine(dense)))
+        view._of, view._how = weakref.ref(self), how
+        self._views.append(weakref.ref(view))
+        if self._dense is not None:
+            view._keep(self._taken(view))
+            if self._seen == -1:
+                view._seen = -1
+        return view
+
+    def _family(self) -> Iterator[Lazy]:
+        for reference in (self._of, *self._views):
+            if reference is not None and (t := reference()) is not None:
+                yield t
+
+    def _taken(self, view: Lazy) -> torch.Tensor:
+        """A view's dense tensor."""
+        assert self._dense is not None
+        with _plainly(), torch.set_grad_enabled(view._in_graph()):
+            return view._how(self._dense)
+
+    def _keep(self, made: torch.Tensor) -> None:
+        self._dense = made
+        if self._seen != -1:
+            self._seen = version_of(made)
+        for reference in self._views:
+            if (view := reference()) is not None and view._dense is None:
+                view._keep(self._taken(view))
+
+    def _escape(self) -> None:
+        self._seen = -1
+        for t in self._family():
+            if t._seen != -1:
+                t._escape()
 
     def _watch(self, name: str) -> None:
         if self._used and name != "grad":
@@ -178,17 +292,35 @@ class Lazy(torch.Tensor):
         self._seen = -1
 
     def _look(self, what: str) -> torch.Tensor:
+        if self._dense is None:
+            base = None if self._of is None else self._of()
+            if base is not None:
+                base._look(what)
+            else:
+                self._node.ledger.looked(what, self.shape)
+                self._keep(self._made(what))
         made = self._dense
-        if made is None:
-            self._node.ledger.looked(what, self.shape)
-            made = self._dense = self._node.dense()
-            if self._seen != -1:
-                self._seen = made._version
+        assert made is not None
+        if self._in_graph() and not made.requires_grad:
+            # made below autograd, or made a leaf since
+            with _plainly(), torch.enable_grad():
+                made = self._dense = _Leave.apply(self, made)
         return made
+
+    def _made(self, what: str) -> torch.Tensor:
+        """The dense tensor; that nobody asks for a gradient now does not say that nobody will."""
+        if not unchanged(self._sources):
+            raise changed(self._node.ledger, what, self.shape)
+        node = self._node
+        if self._in_graph() != _has_gradient(node):
+            node = node.detached()
+        with _plainly(), torch.enable_grad():
+            return node.dense()
 
     def _become(self, node: Node) -> Lazy:
         """Change in place."""
-        self._node, self._dense, self._seen = node, None, 0
+        self._node, self._sources = node, snapshot(node.sources())
+        self._dense, self._seen = None, 0
         _enter(self)
         return self
 
@@ -199,11 +331,34 @@ class Lazy(torch.Tensor):
         return self._look("pickle").detach().clone().__reduce_ex__(protocol)
 
 
+@contextlib.contextmanager
+def _plainly() -> Iterator[None]:
+    """What is computed in it is no product of a library's, and may have a gradient."""
+    with torch._C.DisableTorchFunction(), torch.inference_mode(False):
+        yield
+
+
+def _has_gradient(node: Node) -> bool:
+    return any(t.requires_grad for t in node.tensors())
+
+
+def _is_leaf(t: Any) -> bool:
+    """Whether gradients are collected at the wrapper itself."""
+    if not isinstance(t, Lazy):
+        return False
+    with torch._C.DisableTorchFunctionSubclass():
+        return t.requires_grad and t.is_leaf
+
+
 def lazy(node: Node) -> Lazy:
+    if not torch.is_grad_enabled() and _has_gradient(node):
+        # a later use of it, with gradients, has none beyond here
+        node = node.detached()
     made = torch.Tensor._make_wrapper_subclass(
         Lazy, node.shape, dtype=node.dtype, device=node.device
     )
     made._node, made._dense, made._seen, made._used = node, None, 0, False
+    made._sources, made._of, made._views = snapshot(node.sources()), None, []
     _enter(made)
     return made
 
@@ -211,7 +366,7 @@ def lazy(node: Node) -> Lazy:
 def _enter(made: Lazy) -> None:
     if torch.is_grad_enabled() and made._node.dtype.is_floating_point:
         tensors = made._node.tensors()
-        if any(t.requires_grad for t in tensors):
+        if _has_gradient(made._node):
             with torch._C.DisableTorchFunctionSubclass():
                 _Enter.apply(made, made._node, *tensors)
 
@@ -262,7 +417,12 @@ SAME = {
 REFLECTED = {"add": "add", "mul": "mul", "radd": "add", "rmul": "mul", "sub": "rsub"}
 
 
-def _answer(name: str, args: Any, kwargs: dict[str, Any]) -> Any:
+# what gives a view, and what gives the tensor itself where it is of that dtype already
+VIEWS = {"detach", "getitem", "split", "reshape", "flatten"}
+ITSELF = {"contiguous", "to_dense", "to", "type", "float", "double", "bool", "int", "long"}
+
+
+def _answer(func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Any:
     """What the node of the first lazy argument says, or NotImplemented."""
     if not args:
         return NotImplemented
@@ -285,6 +445,10 @@ def _answer(name: str, args: Any, kwargs: dict[str, Any]) -> Any:
         return NotImplemented
     others = (*args[:at], *args[at + 1 :])
     in_place = getattr(method, "in_place", False)
+    no_graph = owner._in_graph() and not torch.is_grad_enabled()
+    if in_place and (no_graph or next(owner._family(), None) is not None):
+        # others see it too, or the graph does not
+        return NotImplemented
     if not _fits(method.__func__, others, kwargs):
         return NotImplemented
     with contextlib.suppress(_Unknown):
@@ -294,8 +458,22 @@ def _answer(name: str, args: Any, kwargs: dict[str, Any]) -> Any:
         owner._used |= torch.is_grad_enabled()
         if in_place:
             return owner._become(found)
-        return lazy(found) if isinstance(found, Node) else _wrapped(found)
+        if name in ITSELF and found.dtype == owner.dtype:
+            return owner
+        made = lazy(found) if isinstance(found, Node) else _wrapped(found)
+        if name in VIEWS:
+            views = list(_lazies(made))
+            for i, view in enumerate(views):
+                one = isinstance(made, Lazy)
+                how = functools.partial(_part, func, others, kwargs, None if one else i)
+                owner._shared(view, how)
+        return made
     return NotImplemented
+
+
+def _part(func: Any, others: Any, kwargs: Any, i: int | None, dense: torch.Tensor) -> torch.Tensor:
+    found = func(dense, *others, **kwargs)
+    return found if i is None else found[i]
 
 
 def _fits(function: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
