@@ -36,6 +36,15 @@ def tag(
     given._slots = (indices, row_offsets, order, version_of(given))  # type: ignore[attr-defined]
 
 
+def dtype_of_product(a: torch.Tensor, b: torch.Tensor) -> torch.dtype | None:
+    """In which torch multiplies matrices, or None where it refuses to."""
+    device = a.device.type
+    # autocast leaves fp64 as it is
+    if torch.is_autocast_enabled(device) and torch.float64 not in (a.dtype, b.dtype):
+        return torch.get_autocast_dtype(device)
+    return a.dtype if a.dtype == b.dtype else None
+
+
 def columns_of(index: Any, shape: torch.Size) -> slice:
     """The columns of `t[..., a:b]`."""
     known(isinstance(index, tuple) and index and isinstance(index[-1], slice))
@@ -165,9 +174,11 @@ class Codes(Node):
         known(self.rest is None)
         return replace(self, values=function(self.values))
 
-    def op_to(self, *args: Any, **kwargs: Any) -> Codes:
-        known(not kwargs and len(args) == 1 and isinstance(args[0], torch.dtype))
-        return self.map(lambda v: v.to(args[0]))
+    def op_to(self, *args: Any, dtype: Any = None) -> Codes:
+        known(len(args) == (dtype is None))
+        wanted = args[0] if args else dtype
+        known(isinstance(wanted, torch.dtype))
+        return self.map(lambda v: v.to(wanted))
 
     def op_type(self, dtype: Any) -> Codes:
         known(isinstance(dtype, torch.dtype))
@@ -256,7 +267,7 @@ class Codes(Node):
             # inf times 0 is NaN
             known(isinstance(other, int | float | bool) and math.isfinite(other))
             return other
-        known(not self.flat)
+        known(not self.flat and other.dim() <= len(self.shape))
         if other.numel() == 1:
             return other.reshape(())
         if other.shape[-1] == self.f and other.numel() == self.f:
@@ -348,9 +359,8 @@ class Codes(Node):
 
     def decode(self, w: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         known(self.rest is None and self.dtype.is_floating_point)
-        dtype = torch.promote_types(self.dtype, w.dtype)
-        if torch.is_autocast_enabled(self.device.type):
-            dtype = torch.get_autocast_dtype(self.device.type)
+        dtype = dtype_of_product(self.values, w)
+        known(dtype is not None)
         codes = replace(self, values=self.values.to(dtype)).codes
         out = sparse_decode(codes, w.to(dtype), None if bias is None else bias.to(dtype))
         return out.reshape(*self.leading, w.shape[1])
@@ -387,7 +397,7 @@ class Codes(Node):
         )
 
     def op_setitem(self, index: Any, value: Any) -> Codes:
-        known(isinstance(value, int | float) and value == 0 and self.rest is None)
+        known(isinstance(value, int | float) and value == 0 and self.rest is None and not self.flat)
         part = columns_of(index, self.shape)
         outside = (self.indices < part.start) | (self.indices >= part.stop)
         return self.map(lambda v: v.where(outside, 0))
@@ -406,6 +416,7 @@ class Codes(Node):
 
     def op_reshape(self, *shape: Any) -> Codes:
         if len(shape) == 1 and not isinstance(shape[0], int):
+            known(isinstance(shape[0], tuple | list))
             shape = tuple(shape[0])
         size = self.shape.numel()
         if -1 in shape:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from mikernels.integrations.lazy.codes import dtype_of_product
 from mikernels.integrations.lazy.product import leave
 from mikernels.integrations.lazy.tensor import Lazy, Ledger, lazy
 
@@ -74,6 +75,7 @@ class _Leaving(TorchFunctionMode):
             and x.dim() > 0
             and x.shape[-1] == self.d
             and x.dtype.is_floating_point
+            and dtype_of_product(x, w) is not None
         )
 
     def _is_matrix(self, w: Any) -> bool:

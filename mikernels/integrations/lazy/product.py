@@ -18,7 +18,13 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from mikernels._autocast import in_own_dtype
-from mikernels.integrations.lazy.codes import Codes, Zeros, columns_of, tag
+from mikernels.integrations.lazy.codes import (
+    Codes,
+    Zeros,
+    columns_of,
+    dtype_of_product,
+    tag,
+)
 from mikernels.integrations.lazy.tensor import (
     Lazy,
     Ledger,
@@ -42,13 +48,14 @@ PANEL = 16 << 20
 SAMPLE = 64
 
 
-def of_features(t: Any, f: int) -> bool:
-    """Whether a tensor is one number per feature."""
+def of_features(t: Any, shape: torch.Size) -> bool:
+    """Whether a tensor is one number per feature of activations of a shape."""
     return (
         isinstance(t, torch.Tensor)
         and not isinstance(t, Lazy)
-        and t.numel() == f
-        and t.shape[-1:] == (f,)
+        and t.numel() == shape[-1]
+        and t.shape[-1:] == shape[-1:]
+        and t.dim() <= len(shape)
     )
 
 
@@ -208,7 +215,7 @@ class Product(Node):
     # ---- the operations
 
     def op_add(self, other: Any, *, alpha: float = 1) -> Product:
-        known(of_features(other, self.f) and alpha == 1 and not self.relu and not self.flat)
+        known(of_features(other, self.shape) and alpha == 1 and not self.relu and not self.flat)
         w, bias = self.w, self.bias
         if self.scale is not None:
             scale = self.scale.to(w.dtype)
@@ -219,7 +226,8 @@ class Product(Node):
         return self.like(w=w, bias=more if bias is None else bias + more, scale=None, dtype=dtype)
 
     def op_rsub(self, other: Any) -> Product:
-        known(of_features(other, self.f) and self.scale is None and not self.relu and not self.flat)
+        known(of_features(other, self.shape) and self.scale is None)
+        known(not self.relu and not self.flat)
         bias = other.reshape(-1) if self.bias is None else other.reshape(-1) - self.bias
         return self.like(x=-self.x, bias=bias, dtype=torch.promote_types(self.dtype, bias.dtype))
 
@@ -229,7 +237,7 @@ class Product(Node):
             known(isinstance(mask, Above))
             assert isinstance(mask, Above)
             return mask.times(self)
-        known(of_features(other, self.f) and not self.flat and _not_negative(other))
+        known(of_features(other, self.shape) and not self.flat and _not_negative(other))
         scale = other.reshape(-1)
         dtype = self.dtype
         if scale.dtype.is_floating_point:
@@ -242,12 +250,19 @@ class Product(Node):
         return self.like(relu=True)
 
     def op_flatten(self, start_dim: int = 0, end_dim: int = -1) -> Product:
-        known(start_dim == 0 and end_dim in (-1, len(self.shape) - 1))
-        return self.like(flat=True)
+        dims = len(self.shape)
+        known(start_dim == 0 and not self.flat)
+        if end_dim in (-1, dims - 1):
+            return self.like(flat=True)
+        known(end_dim in (-2, dims - 2))
+        return self.like(leading=torch.Size((self.leading.numel(),)))
 
-    def op_to(self, *args: Any, **kwargs: Any) -> Product:
-        known(not kwargs and len(args) == 1)
-        wanted = args[0].dtype if isinstance(args[0], torch.Tensor) else args[0]
+    def op_to(self, *args: Any, dtype: Any = None) -> Product:
+        known(len(args) == (dtype is None))
+        wanted = args[0] if args else dtype
+        if isinstance(wanted, torch.Tensor):
+            known(wanted.device == self.device)
+            wanted = wanted.dtype
         known(wanted == self.dtype or (isinstance(wanted, torch.dtype) and wanted.itemsize > 2))
         known(wanted.is_floating_point)
         return self.like(dtype=wanted)
@@ -256,6 +271,7 @@ class Product(Node):
         return self.op_to(torch.float32)
 
     def op_getitem(self, index: Any) -> Product:
+        known(not self.flat)
         columns = columns_of(index, self.shape)
         parts = {
             n: t[columns]
@@ -294,16 +310,17 @@ class Product(Node):
         return torch.return_types.topk((values, indices))  # type: ignore[attr-defined]
 
     def op_where1(self, condition: Any, other: Any) -> Only:
-        known(of_features(condition, self.f) and condition.dtype is torch.bool and not self.flat)
-        known(isinstance(other, float) and other == -torch.inf)
+        known(of_features(condition, self.shape) and condition.dtype is torch.bool)
+        known(isinstance(other, float) and other == -torch.inf and not self.flat)
         return Only(self, condition.reshape(-1))
 
     def op_gt(self, other: Any) -> Above:
         # of ReLU'd ones too, whose codes may be asked for next
         known(self.scale is None and not self.flat)
         if not isinstance(other, torch.Tensor):
-            other = torch.full((), float(other), device=self.device)
-        known(not isinstance(other, Lazy) and (other.dim() == 0 or of_features(other, self.f)))
+            known(isinstance(other, int | float))
+            other = torch.full((), other, dtype=wide(self.x.dtype), device=self.device)
+        known(not isinstance(other, Lazy) and (other.dim() == 0 or of_features(other, self.shape)))
         return Above(self, other.detach().reshape(-1) if other.dim() else other.detach())
 
     def op_sum(self, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
@@ -480,9 +497,7 @@ class Above(Node):
 
 def leave(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, ledger: Ledger) -> Product:
     """`x w^T + bias` in the dtype that it would have, under autocast too."""
-    dtype = torch.promote_types(x.dtype, w.dtype)
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
+    dtype = dtype_of_product(x, w) or torch.promote_types(x.dtype, w.dtype)
     ledger.calls += 1
     return Product(
         x.reshape(x.shape[:-1].numel(), x.shape[-1]).to(dtype),

@@ -167,7 +167,7 @@ class _Enter(torch.autograd.Function):
     def backward(ctx, grad):
         leaves = [t.detach().requires_grad_(t.requires_grad) for t in ctx.saved_tensors]
         wanted = [t for t in leaves if t.requires_grad]
-        with torch.enable_grad():
+        with _plainly(), torch.enable_grad():
             dense = ctx.node.with_tensors(leaves).dense()
         grads = iter(torch.autograd.grad(dense, wanted, grad, allow_unused=True))
         return (None, None, *(next(grads) if t.requires_grad else None for t in leaves))

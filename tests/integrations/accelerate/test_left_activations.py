@@ -286,3 +286,66 @@ def test_copies_are_dense_and_their_own():
         assert not isinstance(made, Lazy)
         made.zero_()
         torch.testing.assert_close(acts.sum(), Coder().encode(X).sum())
+
+
+def test_a_number_is_compared_in_the_dtype_of_the_activations():
+    def use(coder: Coder) -> Tensor:
+        h = coder.before(X)
+        # between the number and what fp32 makes of it
+        floor = float(h.detach().abs().flatten()[5]) - 1e-12
+        return (h.abs() * 0 + h * (h > floor)).sum(-1)
+
+    assert_same(use)
+
+
+def test_parts_of_a_flat_tensor_are_not_features():
+    def use(coder: Coder) -> list[Tensor]:
+        h = coder.before(X)
+        values, indices = h.flatten().topk(12, sorted=False)
+        flat = torch.zeros_like(h.flatten()).scatter_(-1, indices, values)
+        part = flat[..., 30:70].sum()
+        with torch.no_grad():
+            flat = flat.detach()
+            flat[..., 30:] = 0
+        return [part, flat.sum(), coder.encode(X).flatten()[..., 3:9], h.flatten()[..., 7:50]]
+
+    assert_same(use)
+
+
+def test_what_torch_does_not_multiply_is_not_multiplied():
+    for coder in pair()[:2]:
+        with pytest.raises(RuntimeError, match="dtype"):
+            coder.encode(X.float())
+        acts = coder.encode(X).float()
+        with pytest.raises(RuntimeError, match="dtype"):
+            _ = acts @ coder.out
+
+
+def test_autocast_leaves_fp64_as_it_is():
+    def use(coder: Coder) -> list[Tensor]:
+        with torch.autocast("cpu", torch.bfloat16):
+            acts = coder.encode(X)
+            out = acts @ coder.out
+            out.square().sum().backward()
+        return [out, acts.sum(-1)]
+
+    assert_same(use)
+
+
+def test_operands_with_more_axes_broadcast():
+    def use(coder: Coder) -> list[Tensor]:
+        acts, h = coder.encode(X[0]), coder.before(X[0])
+        row = torch.arange(1.0, F + 1, dtype=FP64)[None]
+        return [acts * row, h * row, h + row, acts / row, h > row, acts.bool().double() * row]
+
+    assert_same(use)
+
+
+def test_conversions_are_answered():
+    def use(coder: Coder) -> list[Tensor]:
+        acts = coder.encode(X.reshape(3, 3, D))
+        rows = torch.flatten(acts, start_dim=0, end_dim=-2).to(dtype=torch.float32)
+        view = acts.view(torch.int64)
+        return [rows.sum(0), acts.to(FP64).sum(-1), acts.float().sum(-1), view.clone()]
+
+    assert_same(use)
