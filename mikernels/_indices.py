@@ -24,6 +24,9 @@ def check_indices(op: str, name: str, indices: torch.Tensor, limit: int) -> None
         raise TypeError(f"{op}: {name} must be int64, got {indices.dtype}; pass {name}.long()")
     if indices.is_meta:
         return
+    if limit == 0 and indices.numel():
+        # known on the host: a failed assertion on a device ends the process's use of it
+        raise ValueError(f"{op}: {name} must be none, for there is nothing to index, got some")
     # a fake tensor has another type and no numbers
     if (
         indices.device.type != "cpu"
@@ -37,5 +40,6 @@ def check_indices(op: str, name: str, indices: torch.Tensor, limit: int) -> None
         return
     low, high = (int(end) for end in indices.aminmax())
     if low < 0 or high >= limit:
-        allowed = f"in 0..{limit - 1}" if limit else "none, for there is nothing to index"
-        raise ValueError(f"{op}: {name} must be {allowed}, got {low if low < 0 else high}")
+        raise ValueError(
+            f"{op}: {name} must be in 0..{limit - 1}, got {low if low < 0 else high}"
+        )

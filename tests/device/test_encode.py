@@ -7,9 +7,9 @@ from oracle import far_apart, identical, randn, unchanged
 from mikernels import _triton, topk_encode
 from mikernels.kernels.sae import (
     encode,
-    encode_kept,
     encode_exact,
     encode_groups,
+    encode_kept,
     encode_plain,
     encode_screen,
 )
