@@ -129,6 +129,9 @@ def _unclipped(batch: SAEBatch, mode: str) -> Runner:
     return Runner(lambda: {"mse": inner.run()["mse"]})
 
 
+fused = _trainer_step(FusedStep)
+
+
 def _batch_topk(batch: SAEBatch, mode: str) -> Runner:
     inner = _trainer_step(FusedStep, BatchTopKSAE)(batch, mode)
     return Runner(lambda: {"batch_mse": inner.run()["mse"]})
@@ -287,7 +290,7 @@ BENCHMARK = Benchmark(
     providers=(
         Provider(
             "ours",
-            _trainer_step(FusedStep),
+            fused,
             ours=True,
             screens=True,
         ),

@@ -9,9 +9,13 @@ encoder nothing, and activations of 0 have one. `correct=True` mends both.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+import functools
+import inspect
+from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
+from types import MethodType
 from typing import Any
 
 import torch
@@ -108,6 +112,28 @@ def _decode(top_indices: torch.Tensor, top_acts: torch.Tensor, W_dec: torch.Tens
     return sparse_decode(codes, W_dec.mT)
 
 
+@contextlib.contextmanager
+def _eager_decoder(sae: Any, kind: type) -> Iterator[None]:
+    """While it is entered a plain object on the CPU decodes by the library's eager decoder: where
+    there is a GPU its own would be a kernel for that."""
+    plain = not any(name in vars(sae) for name in NAMES)
+    put: list[str] = []
+    for name in ("decode", "forward") if plain else ():
+        function: Any = getattr(kind, name)
+        inner = inspect.unwrap(function)
+        decoder = inner.__globals__.get("decoder_impl")
+        eager = getattr(decoder, "__globals__", {}).get("eager_decode")
+        if "decoder_impl" in inner.__code__.co_names and eager not in (None, decoder):
+            changed = within(function, functools.partial(rebound, decoder_impl=eager))
+            setattr(sae, name, MethodType(changed, sae))
+            put.append(name)
+    try:
+        yield
+    finally:
+        for name in put:
+            delattr(sae, name)
+
+
 def _twin(kind: Any, cfg: Any) -> tuple[Any, Callable[[Any], dict[str, torch.Tensor]]]:
     changes: dict[str, Any] = {"num_latents": F, "k": K}
     if cfg.multi_topk:
@@ -125,7 +151,8 @@ def _twin(kind: Any, cfg: Any) -> tuple[Any, Callable[[Any], dict[str, torch.Ten
     dead = torch.rand(F) < 0.4
 
     def step(sae: Any) -> dict[str, torch.Tensor]:
-        out = sae(x, y, dead_mask=dead)
+        with _eager_decoder(sae, kind):
+            out = sae(x, y, dead_mask=dead)
         (out.fvu + out.auxk_loss / 32 + out.multi_topk_fvu / 8).backward()
         return {
             "sae_out": out.sae_out.detach(),
