@@ -27,7 +27,7 @@ demo: $(VENV)/.installed ## train an SAE on a language model twice, plain and fu
 demo-mnist: $(VENV)/.installed ## the same on handwritten digits
 	$(VENV)/bin/mikernels demo --data mnist $(ARGS)
 
-test: $(VENV)/.saelens $(VENV)/.circuits $(VENV)/.triton-oldest ## lint, types, all tests, then installs in fresh environments
+test: $(VENV)/.saelens $(VENV)/.circuits $(VENV)/.integrations $(VENV)/.triton-oldest ## lint, types, all tests, then installs in fresh environments
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
@@ -80,6 +80,11 @@ $(VENV)/.saelens: $(VENV)/.installed requirements/saelens.txt
 # the real circuit-tracer, for the tests of its integration; transformer-lens comes with .saelens
 $(VENV)/.circuits: $(VENV)/.saelens requirements/circuits.txt
 	$(call PIP,$(VENV)) --no-deps -r requirements/circuits.txt
+	@touch $@
+
+# the real dictionary_learning and sparsify, for the tests of accelerate
+$(VENV)/.integrations: $(VENV)/.saelens requirements/integrations.txt
+	$(call PIP,$(VENV)) --no-deps -r requirements/integrations.txt
 	@touch $@
 
 # the oldest Triton that is supported, beside the newest: kernels must compile on both

@@ -83,7 +83,9 @@ def refuse_overrides(obj: Any, package: str, names: Sequence[str]) -> type:
                 f"{owner.__module__}.{owner.__qualname__}, which may compute something else; "
                 f"accelerate a {known.__name__}, or leave {name} as it is"
             )
-        if name in vars(obj):
+        # a copy through pickle has the class's own, bound to it
+        own = vars(obj).get(name)
+        if own is not None and getattr(own, "__func__", None) is not getattr(kind, name, None):
             raise ValueError(
                 f"accelerate: expected {known.__name__}.{name} of the class, got a method of this "
                 f"object's own (accelerated already, or compiled); restore it first"
