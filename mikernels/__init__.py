@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fast, exact kernels for mechanistic interpretability."""
 
+from typing import TYPE_CHECKING, Any
+
 from mikernels._ext import cpu_level, force_level, supported_levels
 from mikernels._version import __version__
 from mikernels.ops.pairs.block_norms import block_norms
@@ -24,10 +26,14 @@ from mikernels.ops.select.row_topk import row_topk
 from mikernels.values.codes import SparseCodes
 from mikernels.values.interactions import Interactions
 
+if TYPE_CHECKING:
+    from mikernels.integrations.accelerate import accelerate
+
 __all__ = [
     "Interactions",
     "SparseCodes",
     "__version__",
+    "accelerate",
     "batch_topk_encode",
     "block_norms",
     "by_feature",
@@ -54,3 +60,12 @@ __all__ = [
     "threshold_encode",
     "topk_encode",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # 20 ms of imports that the operators need not
+    if name == "accelerate":
+        from mikernels.integrations.accelerate import accelerate
+
+        return accelerate
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

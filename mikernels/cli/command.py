@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The `mikernels` command: info, demo, train, eval, bench, tune."""
+"""The `mikernels` command: info, demo, train, eval, accelerate, bench, tune."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from mikernels._version import __version__
+from mikernels.cli.accelerate import accelerate
 from mikernels.cli.eval import evaluate
 from mikernels.cli.train import train
 
@@ -145,6 +146,7 @@ def demo(
 
 app.command()(train)
 app.command("eval")(evaluate)
+app.command()(accelerate)
 
 
 @app.command(
