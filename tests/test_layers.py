@@ -39,7 +39,7 @@ LAYERS = (
 BASE = ("files", "machine", "owning", "schema", "tensor_files")
 # import -> why it stands although it points up, or closes a circle
 EXCEPTIONS = {
-    ("mikernels", "mikernels.integrations.accelerate"): "a public name, imported when it is asked for",
+    ("mikernels", "mikernels.integrations.accelerate"): "a public name, imported when asked for",
     ("mikernels.values.codes", "mikernels.ops.sae.gradients"): "by_feature() keeps what one gave",
     ("mikernels.values.codes", "mikernels.ops.select.row_topk"): "from_dense() selects",
     ("mikernels.ops.sae.gradients", "mikernels.ops.sae.decode"): "each is the other's derivative",
