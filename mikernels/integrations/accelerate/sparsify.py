@@ -20,12 +20,15 @@ from typing import Any
 
 import torch
 
+from mikernels._autocast import in_own_dtype
 from mikernels.integrations.accelerate.plan import Method, Plan, refuse_overrides
 from mikernels.integrations.lazy import Ledger
+from mikernels.integrations.lazy.codes import dtype_of_product
 from mikernels.integrations.lazy.product import leave
 from mikernels.integrations.lazy.tensor import lazy
 from mikernels.integrations.rebind import rebound, within
 from mikernels.ops.sae.decode import sparse_decode
+from mikernels.ops.sae.encode import encode_gradients, encode_op
 from mikernels.ops.sae.groupmax_encode import groupmax_encode
 from mikernels.values.codes import SparseCodes
 
@@ -71,13 +74,13 @@ def _maker(kind: type, name: str, correct: bool) -> Callable[[Ledger], Callable[
 
     def make(ledger: Ledger) -> Callable[..., Any]:
         def change(inner: Any) -> Any:
-            used, known = inner.__code__.co_names, inner.__globals__
+            known = inner.__globals__
+            used = [name for name in inner.__code__.co_names if name in known]
             stand_ins: dict[str, Any] = {}
             if "fused_encoder" in used:
-                output = known["fused_encoder"].__globals__["EncoderOutput"]
-                stand_ins["fused_encoder"] = _encoder(output, ledger, correct)
+                stand_ins["fused_encoder"] = _encoder(known["fused_encoder"], ledger, correct)
             if "decoder_impl" in used:
-                stand_ins["decoder_impl"] = _decode
+                stand_ins["decoder_impl"] = functools.partial(_decode, known["decoder_impl"])
             return rebound(inner, **stand_ins) if stand_ins else inner
 
         return within(function, change)
@@ -85,29 +88,84 @@ def _maker(kind: type, name: str, correct: bool) -> Callable[[Ledger], Callable[
     return make
 
 
-def _encoder(output: Any, ledger: Ledger, correct: bool) -> Callable[..., Any]:
+def _encoder(own: Any, ledger: Ledger, correct: bool) -> Callable[..., Any]:
+    output: Any = getattr(own, "__globals__", {}).get("EncoderOutput")
+    if output is None:
+        raise ValueError(
+            f"accelerate: {_library()}: expected a fused_encoder that gives an EncoderOutput, got "
+            f"{own!r}; this version is not known"
+        )
+
     def fused_encoder(input: Any, weight: Any, bias: Any, k: int, activation: str) -> Any:
+        if not _selects(input, weight, k, activation):
+            # an error, or for sequences by group indices that are its own
+            ledger.looked("fused_encoder", (*input.shape[:-1], len(weight)))
+            return own(input, weight, bias, k, activation)
         product = leave(input, weight, bias, ledger).like(relu=True)
-        if activation == "topk":
-            values, indices = product.like(relu=False).op_topk(k)
-        elif activation == "groupmax":
-            x, w, b = product.operands()
-            codes = groupmax_encode(x, w, b, k=k, relu=False)
-            shape = (*product.leading, k)
-            values, indices = codes.values.reshape(shape), codes.indices.reshape(shape)
-        else:
-            raise ValueError(f"Unknown activation: {activation}")
-        if correct:
-            return output(values.relu(), indices, lazy(product))
-        # the library's backward passes the gradient of zeros on
-        values = values + (values.relu() - values).detach()
-        return output(values, indices, lazy(product.detached()))
+        with torch.no_grad():
+            if activation == "topk":
+                values, indices = product.like(relu=False).op_topk(k, sorted=False)
+            else:
+                codes = groupmax_encode(*product.operands(), k=k, relu=False)
+                values, indices = codes.values.to(product.dtype), codes.indices
+        values = _Chosen.apply(values, indices, input, weight, bias, correct)
+        return output(values, indices, lazy(product if correct else product.detached()))
 
     return fused_encoder
 
 
-def _decode(top_indices: torch.Tensor, top_acts: torch.Tensor, W_dec: torch.Tensor) -> torch.Tensor:
+class _Chosen(torch.autograd.Function):
+    """ReLU of selected pre-activations, with the gradient of the library's encoder: of what it was
+    given, not of what autocast made of it, and, unless `correct`, of zeros too."""
+
+    @staticmethod
+    def forward(values, indices, x, weight, bias, correct):
+        return values.relu()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, indices, x, weight, bias, ctx.correct = inputs
+        ctx.save_for_backward(output, indices, x, weight, bias)
+
+    @staticmethod
+    @in_own_dtype
+    def backward(ctx, grad):
+        values, indices, x, weight, bias = ctx.saved_tensors
+        k = indices.shape[-1]
+        found = encode_gradients(
+            grad.to(weight.dtype).reshape(-1, k),
+            x.to(weight.dtype).reshape(-1, x.shape[-1]),
+            weight,
+            None,
+            values.reshape(-1, k),
+            indices.reshape(-1, k),
+            None,
+            ctx.correct,
+            [*ctx.needs_input_grad[2:5], False],
+            encode_op.resolve(None, x.device),
+        )
+        pairs = zip(found, (x, weight, bias), strict=False)
+        grads = [None if g is None else g.to(t.dtype).reshape(t.shape) for g, t in pairs]
+        return None, None, *grads, None
+
+
+def _selects(x: torch.Tensor, weight: torch.Tensor, k: int, activation: str) -> bool:
+    """Whether the library's own encoder selects k features of each token."""
+    f = len(weight)
+    if not 0 < k <= f or x.dim() < 1 or x.shape[-1] != weight.shape[1]:
+        return False
+    if dtype_of_product(x, weight) is None:
+        return False
+    return activation == "topk" or (activation == "groupmax" and x.dim() == 2 and f % k == 0)
+
+
+def _decode(
+    own: Any, top_indices: torch.Tensor, top_acts: torch.Tensor, W_dec: torch.Tensor
+) -> torch.Tensor:
     """`W_dec` is `[d, F]`, as the library passes it."""
+    if top_indices.dim() != 2 or top_acts.dtype != W_dec.dtype:
+        # which it does not decode
+        return own(top_indices, top_acts, W_dec)
     codes = SparseCodes._trusted(top_acts, top_indices, W_dec.shape[1])
     return sparse_decode(codes, W_dec.mT)
 
