@@ -268,6 +268,8 @@ class Codes(Node):
             known(isinstance(other, int | float | bool) and math.isfinite(other))
             return other
         known(not self.flat and other.dim() <= len(self.shape))
+        # on a GPU this would be a wait at every step
+        known(other.device.type != "cpu" or bool(other.detach().isfinite().all()))
         if other.numel() == 1:
             return other.reshape(())
         if other.shape[-1] == self.f and other.numel() == self.f:
@@ -335,6 +337,7 @@ class Codes(Node):
         self, p: Any = "fro", dim: Any = None, keepdim: bool = False, dtype: Any = None
     ) -> torch.Tensor:
         known(p in (1, 1.0) and dtype is None and dim in (-1, len(self.shape) - 1) and not keepdim)
+        known(self.dtype.is_floating_point)
         return self.op_abs().op_sum(-1)
 
     def op_linalg_norm(
@@ -400,7 +403,7 @@ class Codes(Node):
         known(isinstance(value, int | float) and value == 0 and self.rest is None and not self.flat)
         part = columns_of(index, self.shape)
         outside = (self.indices < part.start) | (self.indices >= part.stop)
-        return self.map(lambda v: v.where(outside, 0))
+        return self.map(lambda v: v.masked_fill(~outside, 0))
 
     op_setitem.in_place = True  # type: ignore[attr-defined]
 

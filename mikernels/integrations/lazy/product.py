@@ -67,9 +67,10 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 def _not_negative(t: torch.Tensor) -> bool:
     if t.dtype is torch.bool:
         return True
-    fine = ~(t.detach() < 0).any()
     if t.device.type == "cpu":
-        return bool(fine)
+        # inf times a ReLU's 0 is NaN
+        return bool(((t.detach() >= 0) & t.detach().isfinite()).all())
+    fine = ~(t.detach() < 0).any()
     torch._assert_async(fine, "accelerate: factors of pre-activations must not be negative")
     return True
 
@@ -353,11 +354,15 @@ class Product(Node):
     def op_linear(self, weight: Any, bias: Any = None) -> torch.Tensor:
         return self.positive().op_linear(weight, bias)
 
-    def op_norm(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return self.positive().op_norm(*args, **kwargs)
+    def op_norm(
+        self, p: Any = "fro", dim: Any = None, keepdim: bool = False, dtype: Any = None
+    ) -> torch.Tensor:
+        return self.positive().op_norm(p, dim, keepdim, dtype)
 
-    def op_linalg_norm(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return self.positive().op_linalg_norm(*args, **kwargs)
+    def op_linalg_norm(
+        self, ord: Any = None, dim: Any = None, keepdim: bool = False, *, dtype: Any = None
+    ) -> torch.Tensor:
+        return self.positive().op_norm(ord, dim, keepdim, dtype)
 
     def op_pow(self, exponent: Any) -> Codes:
         return self.positive().op_pow(exponent)

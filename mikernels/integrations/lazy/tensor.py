@@ -50,6 +50,8 @@ KNOWN = {
 }
 # what makes gradients visible at the tensor itself, which codes do not have
 WATCHED = {"retain_grad", "register_hook", "register_post_accumulate_grad_hook", "grad"}
+# what takes a dtype and a device from a tensor, and nothing else
+LIKE = {"new_tensor", "new_zeros", "new_ones", "new_full", "new_empty", "new_empty_strided"}
 # what gives the numbers to somebody whose changes no version counts
 ESCAPES = {
     *("data", "numpy", "__array__", "__dlpack__", "__cuda_array_interface__", "data_ptr", "set_"),
@@ -209,6 +211,9 @@ class Lazy(torch.Tensor):
         if name in KNOWN or (name == "grad" and _is_leaf(args[0])):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
+        if name in LIKE:
+            none = torch.empty(0, dtype=args[0].dtype, device=args[0].device)
+            return func(none, *_given(name, args[1:]), **_given(name, kwargs))
         if name in WATCHED:
             for t in _lazies(args):
                 t._watch(name)
@@ -413,8 +418,8 @@ SAME = {
     **{"__pow__": "pow", "view": "reshape", "absolute": "abs"},
     **{"__getitem__": "getitem", "__setitem__": "setitem"},
 }
-# with the operands exchanged
-REFLECTED = {"add": "add", "mul": "mul", "radd": "add", "rmul": "mul", "sub": "rsub"}
+# with the operands exchanged; of what is not here the second operand cannot be left
+REFLECTED = {"add": "add", "mul": "mul", "sub": "rsub"}
 
 
 # what gives a view, and what gives the tensor itself where it is of that dtype already
@@ -436,7 +441,7 @@ def _answer(func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Any:
         at = next((i for i, value in enumerate(args) if isinstance(value, Lazy)), -1)
         if at < 0:
             return NotImplemented
-        name = f"where{at}" if name == "where" else REFLECTED.get(name, name)
+        name = f"where{at}" if name == "where" else REFLECTED.get(name, "")
     owner = args[at]
     if not all(t._current() for t in _lazies(args)) or any(True for _ in _lazies(kwargs)):
         return NotImplemented
@@ -451,7 +456,7 @@ def _answer(func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Any:
         return NotImplemented
     if not _fits(method.__func__, others, kwargs):
         return NotImplemented
-    with contextlib.suppress(_Unknown):
+    with contextlib.suppress(Unknown):
         found = method(*others, **kwargs)
         if found is NotImplemented:
             return found
@@ -496,11 +501,11 @@ def _wrapped(found: Any) -> Any:
     return found
 
 
-class _Unknown(Exception):
+class Unknown(Exception):
     """Arguments that a node does not know."""
 
 
 def known(condition: object) -> None:
     """Has the operation computed on the dense tensor unless the condition holds."""
     if not condition:
-        raise _Unknown
+        raise Unknown
