@@ -25,6 +25,8 @@ TOLERANCE = 1e-4
 
 def certify(plan: Plan, replan: Callable[[Any], Plan]) -> None:
     """Raises ValueError where the accelerated step is another one, or makes a dense tensor."""
+    for part in plan.others:
+        certify(part, replan)
     if plan.twin is None:
         return
     with (
@@ -43,10 +45,8 @@ def certify(plan: Plan, replan: Callable[[Any], Plan]) -> None:
         for method in replan(other).methods:
             setattr(method.owner, method.name, MethodType(method.make(ledger), method.owner))
         with torch.autocast("cpu", enabled=False):
-            torch.manual_seed(1)
-            expected = step(twin)
-            torch.manual_seed(1)
-            got = step(other)
+            expected = _tried(step, twin, "as it is", plan)
+            got = _tried(step, other, "accelerated", plan)
     name = type(twin).__name__
     if not ledger.calls:
         raise ValueError(
@@ -69,3 +69,15 @@ def certify(plan: Plan, replan: Callable[[Any], Plan]) -> None:
                 f"accelerate: {plan.library}: {key} of {name} would be off by {off:.1e} (of at "
                 f"most {bound:.1e}); this version, or this setting, is not known"
             )
+
+
+def _tried(step: Callable[[Any], Any], twin: Any, how: str, plan: Plan) -> Any:
+    torch.manual_seed(1)
+    try:
+        return step(twin)
+    except Exception as error:
+        raise ValueError(
+            f"accelerate: {plan.library}: a small {type(twin).__name__} of these settings, {how}, "
+            f"fails in its first step with {type(error).__name__}; this version, or this setting, "
+            f"is not known"
+        ) from error

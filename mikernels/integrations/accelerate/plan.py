@@ -34,6 +34,7 @@ class Plan:
         kept: what is not replaced -> why.
         twin: makes a small object of the same class and a function `step(object) -> {name:
             tensor}` that trains it for a step and says losses, gradients and outputs.
+        others: of a holder of several, the plans of the others, each with a twin of its own.
     """
 
     library: str
@@ -43,9 +44,10 @@ class Plan:
     twin: Callable[[], tuple[Any, Callable[[Any], dict[str, torch.Tensor]]]] | None
     optimizers: list[torch.optim.Optimizer] = field(default_factory=list)
     kept: dict[str, str] = field(default_factory=dict)
+    others: list[Plan] = field(default_factory=list)
 
     def with_more(self, other: Plan) -> Plan:
-        """Both; of the other what is left of this one's kind."""
+        """Both."""
         return Plan(
             self.library,
             self.methods + other.methods,
@@ -54,6 +56,7 @@ class Plan:
             self.twin,
             self.optimizers + other.optimizers,
             {**self.kept, **other.kept},
+            [*self.others, other],
         )
 
 
@@ -90,4 +93,9 @@ def refuse_overrides(obj: Any, package: str, names: Sequence[str]) -> type:
                 f"accelerate: expected {known.__name__}.{name} of the class, got a method of this "
                 f"object's own (accelerated already, or compiled); restore it first"
             )
+    if getattr(obj, "_compiled_call_impl", None) is not None:
+        raise ValueError(
+            f"accelerate: expected a {known.__name__} that is not compiled, got one whose "
+            f"compile() was called, which runs what it traced; accelerate one that is not"
+        )
     return known

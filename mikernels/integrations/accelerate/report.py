@@ -11,10 +11,29 @@ from mikernels.integrations.handle import Handle
 from mikernels.integrations.lazy import Lazy, Ledger
 from mikernels.integrations.lazy.codes import Codes
 from mikernels.integrations.lazy.product import Product
+from mikernels.integrations.lazy.tensor import Unknown
 from mikernels.values.codes import SparseCodes
 
 if TYPE_CHECKING:
     from mikernels.integrations.accelerate.plan import Plan
+
+
+def _codes_of(found: Lazy) -> SparseCodes | None:
+    """What a tensor is left as, where that is codes."""
+    node = found._node if found._current() else None
+    if isinstance(node, Product) and node.relu:
+        try:
+            node = node.positive()
+        except Unknown:
+            # too many are active
+            return None
+    if not isinstance(node, Codes):
+        return None
+    codes = node.codes
+    if node.row_offsets is not None:
+        return codes
+    shape = (*node.leading, node.values.shape[-1])
+    return SparseCodes._trusted(codes.values.reshape(shape), codes.indices.reshape(shape), node.f)
 
 
 class Report(Handle, Ledger):
@@ -69,20 +88,13 @@ class Report(Handle, Ledger):
                 values, indices = found[:2]
                 return SparseCodes(values, indices, found[2].shape[-1])
             found = found[0]
-        if isinstance(found, Lazy) and found._current():
-            node = found._node
-            if isinstance(node, Product) and node.relu:
-                node = node.positive()
-            if isinstance(node, Codes):
-                codes = node.codes
-                if node.row_offsets is None:
-                    shape = (*node.leading, node.values.shape[-1])
-                    return SparseCodes._trusted(
-                        codes.values.reshape(shape), codes.indices.reshape(shape), node.f
-                    )
+        if isinstance(found, Lazy):
+            codes = _codes_of(found)
+            if codes is not None:
                 return codes
             found = found._look("codes")
-        return SparseCodes.from_dense(found)
+        # SAELens' TopK may be set to make torch's own sparse tensors
+        return SparseCodes.from_dense(found.to_dense())
 
     def __str__(self) -> str:
         lines = [f"{self.library}: {', '.join(self.methods) or 'nothing'} accelerated"]

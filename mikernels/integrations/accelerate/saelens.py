@@ -8,6 +8,7 @@ norms are taken once a step. The trainer is left as it is: its statistics come f
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable
 from typing import Any
@@ -125,6 +126,8 @@ def _twin(kind: Any, cfg: Any) -> tuple[Any, Callable[[Any], dict[str, torch.Ten
     if "matryoshka_widths" in given:
         changes["matryoshka_widths"] = [7, 20, SMALL["d_sae"]]
     changes |= {"device": "cpu", "dtype": "float32", "reshape_activations": "none"}
+    # a configuration writes into its metadata what it was made with
+    changes["metadata"] = copy.deepcopy(cfg.metadata)
     small = dataclasses.replace(cfg, **{n: v for n, v in changes.items() if n in given})
     made = kind(small)
     with torch.no_grad():
@@ -158,8 +161,9 @@ def _twin(kind: Any, cfg: Any) -> tuple[Any, Callable[[Any], dict[str, torch.Ten
             "sae_out": output.sae_out.detach(),
             **{f"loss {n}": torch.as_tensor(v).detach() for n, v in output.losses.items()},
             **{f"gradient of {n}": p.grad for n, p in sae.named_parameters() if p.grad is not None},
-            "firing": firing.sum(0),
-            "l0": firing.sum(-1),
+            # of torch's sparse tensors too, which an SAE may be set to make
+            "firing": firing.sum(0).to_dense(),
+            "l0": firing.sum(-1).to_dense(),
         }
 
     return made, step
