@@ -13,11 +13,11 @@ SOURCES = pyproject.toml setup.py $(shell find csrc -name '*.cpp' -o -name '*.h'
 PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/pytest -rs -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-mnist test bench bench-peers format clean
+.PHONY: help setup demo demo-mnist test test-releases bench bench-peers format clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
-	@echo "PYTHON=$(PYTHON) TORCH=$(TORCH) VENV=$(VENV); ARGS=... is passed on to demo and bench"
+	@echo "PYTHON=$(PYTHON) TORCH=$(TORCH) VENV=$(VENV); ARGS=... is passed on to demo, bench and test-releases"
 
 setup: $(VENV)/.installed ## make the environment and build the extension
 
@@ -36,6 +36,9 @@ test: $(VENV)/.saelens $(VENV)/.circuits $(VENV)/.integrations $(VENV)/.triton-o
 	$(PYTEST) tests/test_offline.py
 	PYTHONPATH=$(VENV)/triton-oldest $(PYTEST) tests/test_offline.py -k "sm_90 and (bf16 or fp32) and not odd"
 	$(VENV)/bin/pytest -rs -m install
+
+test-releases: $(VENV)/.integrations ## tests of accelerate against other releases of the libraries, kept in out/releases
+	$(VENV)/bin/python tests/integrations/releases.py $(ARGS)
 
 bench: $(VENV)/.installed ## measure the operators against eager torch and torch.compile
 	$(VENV)/bin/mikernels bench $(or $(ARGS),all)

@@ -71,6 +71,7 @@ def test_20_steps_are_the_librarys(name, autocast):
         assert_same_training(train(trainer, data, autocast=autocast), exact, eager, low=autocast)
         assert not report.dense and not report.crowded
         assert report.calls == STEPS
+        assert report.library == f"dictionary_learning {library().__version__}"
         constrained = type(trainer.optimizer).__name__ == "ConstrainedAdam"
         assert bool(report.kept) == (optimizer and constrained)
     if name in SELECTING:

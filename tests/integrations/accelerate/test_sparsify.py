@@ -68,6 +68,7 @@ def test_20_steps_are_the_librarys(name, autocast):
         assert not report.dense and not report.crowded and not report.kept
         assert report.calls == STEPS
         assert ("Adam.step" in report.methods) == optimizer
+        assert report.library == f"eai-sparsify {library().__version__}"
     # AuxK was there
     assert (exact.aux > 0).sum() > STEPS // 2
 
@@ -190,6 +191,8 @@ def precision() -> Iterator[None]:
 @pytest.mark.parametrize("how", FITS)
 def test_its_trainer_is_the_same(how, tmp_path):
     sparsify = library()
+    if "seeds" in how and not hasattr(library("sparsify.trainer"), "get_saes_by_layer_name"):
+        pytest.skip("several seeds are a KeyError in this release's own trainer")
     datasets = pytest.importorskip("datasets", reason="datasets is not installed")
     tokens = torch.randint(50, (16, 8), generator=torch.Generator().manual_seed(3))
     data = datasets.Dataset.from_dict({"input_ids": tokens.tolist()}).with_format("torch")
