@@ -4,7 +4,9 @@
 Its `fused_encoder` gives activations, indices and all ReLU'd pre-activations, of which the last
 become lazy; its `decoder_impl` becomes `sparse_decode`. Of its backward pass two things are known
 to be wrong and kept: pre-activations have no gradient, so that AuxK and multi-top-k teach the
-encoder nothing, and activations of 0 have one. `correct=True` mends both.
+encoder nothing, and activations of 0 have one. `correct=True` mends both. Where a token has fewer
+than k positive pre-activations, the features that stand for zeros are the library's by the order in
+which torch.topk finds them; here they are those of the largest pre-activations.
 """
 
 from __future__ import annotations
