@@ -102,6 +102,12 @@ class _Leaving(TorchFunctionMode):
         return norms.unsqueeze(dim) if keepdim else norms
 
 
+def _transformed() -> bool:
+    """Whether torch.func or forward-mode AD is at work."""
+    active = torch._C._functorch.peek_interpreter_stack() is not None
+    return active or torch.autograd.forward_ad._current_level >= 0
+
+
 def leave_products(
     function: Callable[..., Any], d: int, f: int, ledger: Ledger
 ) -> Callable[..., Any]:
@@ -112,6 +118,10 @@ def leave_products(
     def run(*args: Any, **kwargs: Any) -> Any:
         within = ledger.within
         if getattr(within, "entered", False):
+            return function(*args, **kwargs)
+        if _transformed():
+            # the library knows these transforms, the operators here do not
+            ledger.looked("torch.func or forward-mode AD", ("...", f))
             return function(*args, **kwargs)
         within.entered = True
         try:

@@ -104,7 +104,7 @@ class Ledger:
         self.crowded = 0
         self.within = threading.local()
 
-    def looked(self, what: str, shape: Sequence[int]) -> None:
+    def looked(self, what: str, shape: Sequence[object]) -> None:
         if what not in self.dense:
             warnings.warn(
                 f"{self.name}: {what} needs the dense {list(shape)} tensor, which is made for it; "
@@ -214,7 +214,10 @@ class Lazy(torch.Tensor):
         if name in LIKE:
             none = torch.empty(0, dtype=args[0].dtype, device=args[0].device)
             return func(none, *_given(name, args[1:]), **_given(name, kwargs))
-        if name in WATCHED:
+        if func is torch.autograd.grad:
+            for t in _lazies([args[1:2], kwargs.get("inputs")]):
+                t._watch("torch.autograd.grad")
+        elif name in WATCHED:
             for t in _lazies(args):
                 t._watch(name)
         elif name in ESCAPES:
@@ -291,8 +294,8 @@ class Lazy(torch.Tensor):
         if self._used and name != "grad":
             raise RuntimeError(
                 f"{self._node.ledger.name}: {name} must come before the tensor is used, got one "
-                f"that went into a product by its codes; call it in a hook, or report.restore() "
-                f"first"
+                f"that went into a product by its codes; call retain_grad() of it in a hook, or "
+                f"report.restore() first"
             )
         self._seen = -1
 
@@ -325,7 +328,7 @@ class Lazy(torch.Tensor):
     def _become(self, node: Node) -> Lazy:
         """Change in place."""
         self._node, self._sources = node, snapshot(node.sources())
-        self._dense, self._seen = None, 0
+        self._dense, self._seen, self._used = None, 0, False
         _enter(self)
         return self
 
