@@ -113,6 +113,19 @@ def test_what_changes_between_steps_is_followed(how, name):
     assert not report.dense
 
 
+def test_activations_of_zero_move_a_threshold_that_is_near():
+    """The gradient of its L0 is taken of activations, of which those of 0 are in its window."""
+    name, settings = "JumpReluTrainer", dict(bandwidth=3.0)
+    trainer = make(name, **settings)
+    report = accelerated(trainer)
+    eager = train(make(name, **settings), batches())
+    assert_same_training(train(trainer, batches()), exactly(name, **settings), eager)
+    assert not report.dense
+    # fp64's are other ones without
+    near = unaccelerated(name)[0].numbers["threshold"]
+    assert rms(eager.numbers["threshold"] - near) > 1e-3
+
+
 @pytest.mark.parametrize("name", ["StandardTrainer", "PAnnealTrainer"])
 def test_dead_features_are_resampled_as_without(name):
     settings = dict(resample_steps=6)

@@ -256,13 +256,16 @@ def test_topk_is_sorted_where_it_is_asked_to_be(method):
     assert_same(use)
 
 
-def test_indices_that_somebody_changed_are_taken_as_they_are():
+@pytest.mark.parametrize("flat", [False, True])
+def test_indices_that_somebody_changed_are_taken_as_they_are(flat):
     def use(coder: Coder) -> Tensor:
         h = coder.before(X)
-        values, indices = h.topk(3, sorted=False)
-        indices[:] = torch.tensor([2, 3, 5])
+        given = h.flatten() if flat else h
+        values, indices = given.topk(3, sorted=False)
+        indices[:] = torch.tensor([5, 2, 3])
         with torch.no_grad():
-            return torch.zeros_like(h).scatter(-1, indices, values.abs().sort(-1).values).sum(-1)
+            ordered = values.abs().sort(-1).values
+            return torch.zeros_like(given).scatter(-1, indices, ordered).reshape(N, F) @ coder.out
 
     assert_same(use)
 
