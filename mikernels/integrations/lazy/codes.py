@@ -8,6 +8,7 @@ with a decoder, and columns `acts[:, a:b]` need no more. A library that scatters
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -22,18 +23,86 @@ from mikernels.ops.sae.jump import gather_features
 from mikernels.values.codes import SparseCodes
 
 
-def tag(
-    given: torch.Tensor,
-    indices: torch.Tensor,
-    row_offsets: torch.Tensor | None,
-    order: torch.Tensor | None = None,
-) -> None:
-    """Remember what a selection's indices are: of distinct features, ascending within tokens.
+@dataclass(eq=False)
+class Slots:
+    """What a selection's indices are: of distinct features, ascending within tokens.
 
-    Args:
-        given: what the library gets, in slots' order, or in `order` of each token's.
+    Attributes:
+        indices, row_offsets: as of codes. f: features. scores: by which what the library gets is
+            sorted, of the shape of the indices; None: it is in slots' order.
     """
-    given._slots = (indices, row_offsets, order, version_of(given))  # type: ignore[attr-defined]
+
+    indices: torch.Tensor
+    row_offsets: torch.Tensor | None
+    f: int
+    scores: torch.Tensor | None = None
+
+    @functools.cached_property
+    def order(self) -> torch.Tensor | None:
+        return None if self.scores is None else self.scores.argsort(-1, descending=True)
+
+    def sorted(self, t: torch.Tensor) -> torch.Tensor:
+        """As the library gets it."""
+        return t if self.order is None else t.gather(-1, self.order)
+
+    def unsorted(self, t: torch.Tensor) -> torch.Tensor:
+        """In slots' order."""
+        t = t.reshape(self.indices.shape)
+        return t if self.order is None else torch.zeros_like(t).scatter(-1, self.order, t)
+
+    def remember(self, given: torch.Tensor) -> torch.Tensor:
+        """Indices with a note of where they come from, until somebody changes them."""
+        given._slots = (self, version_of(given))  # type: ignore[attr-defined]
+        return given
+
+
+@dataclass(frozen=True, eq=False)
+class Ranked(Node):
+    """Values or places `[S]` that a selection over a whole batch gives, sorted when somebody looks.
+
+    A library that scatters them does not, and sorting S1's takes a tenth of a step.
+    """
+
+    numbers: torch.Tensor
+    slots: Slots
+    ledger: Ledger
+    places: bool
+
+    counted = False
+
+    @property
+    def shape(self) -> torch.Size:  # type: ignore[override]
+        return self.numbers.shape
+
+    @property
+    def dtype(self) -> torch.dtype:  # type: ignore[override]
+        return self.numbers.dtype
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        return self.numbers.device
+
+    def tensors(self) -> list[torch.Tensor]:
+        return [self.numbers]
+
+    def sources(self) -> list[torch.Tensor]:
+        return [self.numbers, self.slots.indices]
+
+    def with_tensors(self, tensors: Sequence[torch.Tensor]) -> Ranked:
+        return replace(self, numbers=tensors[0])
+
+    def dense(self) -> torch.Tensor:
+        found = self.slots.sorted(self.numbers)
+        return self.slots.remember(found) if self.places else found
+
+
+def slots_of(index: Any) -> Slots | None:
+    """Of a selection's indices, what is known of them."""
+    if isinstance(index, Lazy):
+        node = index._node
+        return node.slots if isinstance(node, Ranked) and node.places else None
+    slots, version = getattr(index, "_slots", (None, 0))
+    return slots if slots is not None and version == version_of(index) else None
 
 
 def dtype_of_product(a: torch.Tensor, b: torch.Tensor) -> torch.dtype | None:
@@ -83,14 +152,23 @@ class Zeros(Node):
 
     def op_scatter(self, dim: int, index: Any, src: Any) -> Codes:
         known(dim in (-1, len(self.shape) - 1) and isinstance(src, torch.Tensor))
-        known(not isinstance(src, Lazy) and src.shape == index.shape and src.dtype == self.dtype)
-        known(index.shape[:-1] == self.shape[:-1] and hasattr(index, "_slots"))
-        indices, row_offsets, order, version = index._slots
-        known(version == version_of(index))
-        values = src.reshape(indices.shape)
-        if order is not None:
-            values = torch.zeros_like(values).scatter(-1, order, values)
-        return Codes(values, indices, row_offsets, self.f, self.leading, self.ledger, self.flat)
+        known(src.shape == index.shape and src.dtype == self.dtype)
+        slots = slots_of(index)
+        known(slots is not None and index.shape[:-1] == self.shape[:-1] and slots.f == self.f)
+        assert slots is not None
+        tokens = len(slots.indices) if slots.row_offsets is None else len(slots.row_offsets) - 1
+        known(tokens == self.leading.numel())
+        if isinstance(src, Lazy):
+            ranked = src._node
+            known(isinstance(ranked, Ranked))
+            assert isinstance(ranked, Ranked)
+            known(ranked.slots is slots and not ranked.places)
+            values = ranked.numbers
+        else:
+            values = slots.unsorted(src)
+        return Codes(
+            values, slots.indices, slots.row_offsets, self.f, self.leading, self.ledger, self.flat
+        )
 
     def op_scatter_(self, dim: int, index: Any, src: Any) -> Codes:
         return self.op_scatter(dim, index, src)

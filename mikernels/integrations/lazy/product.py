@@ -20,10 +20,12 @@ from torch.utils.checkpoint import checkpoint
 from mikernels._autocast import in_own_dtype
 from mikernels.integrations.lazy.codes import (
     Codes,
+    Ranked,
+    Slots,
     Zeros,
     columns_of,
     dtype_of_product,
-    tag,
+    slots_of,
 )
 from mikernels.integrations.lazy.tensor import (
     Lazy,
@@ -32,6 +34,7 @@ from mikernels.integrations.lazy.tensor import (
     Snapshot,
     changed,
     known,
+    lazy,
     snapshot,
     unchanged,
 )
@@ -62,6 +65,10 @@ def of_features(t: Any, shape: torch.Size) -> bool:
 def wide(dtype: torch.dtype) -> torch.dtype:
     """In which floors are."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def _topk(values: torch.Tensor, indices: torch.Tensor) -> Any:
+    return torch.return_types.topk((values, indices))  # type: ignore[attr-defined]
 
 
 def _not_negative(t: torch.Tensor) -> bool:
@@ -297,18 +304,20 @@ class Product(Node):
         else:
             codes = topk_encode(x, w, bias, k=k, scale=scale, relu=self.relu)
         values = self.shaped(codes.values, codes.indices, relu=False)
-        indices, order = codes.indices, None
+        scores = values.detach() if sorted else None
+        slots = Slots(codes.indices, codes.row_offsets, self.f, scores)
         if self.flat:
             assert codes.tokens is not None
-            indices = codes.tokens * self.f + indices
-        else:
+            indices = codes.tokens * self.f + codes.indices
             if sorted:
-                order = values.detach().argsort(-1, descending=True)
-                values, indices = values.gather(-1, order), indices.gather(-1, order)
+                of_values = Ranked(values, slots, self.ledger, places=False)
+                of_places = Ranked(indices, slots, self.ledger, places=True)
+                return _topk(lazy(of_values), lazy(of_places))
+        else:
             shape = (*self.leading, k)
-            values, indices = values.reshape(shape), indices.reshape(shape)
-        tag(indices, codes.indices, codes.row_offsets, order)
-        return torch.return_types.topk((values, indices))  # type: ignore[attr-defined]
+            values = slots.sorted(values).reshape(shape)
+            indices = slots.sorted(codes.indices).reshape(shape)
+        return _topk(values, slots.remember(indices))
 
     def op_where1(self, condition: Any, other: Any) -> Only:
         known(of_features(condition, self.shape) and condition.dtype is torch.bool)
@@ -419,10 +428,10 @@ class Only(Node):
             if t is not None
         }
         values, indices = p.like(**chosen).op_topk(k, dim, largest, sorted)
-        slots, _, order, _ = indices._slots
-        indices = columns[indices]
-        tag(indices, columns[slots], None, order)
-        return torch.return_types.topk((values, indices))  # type: ignore[attr-defined]
+        slots = slots_of(indices)
+        assert slots is not None
+        slots = Slots(columns[slots.indices], None, self.shape[-1], slots.scores)
+        return _topk(values, slots.remember(columns[indices]))
 
 
 @dataclass(frozen=True, eq=False)

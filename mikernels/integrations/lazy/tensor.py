@@ -121,7 +121,10 @@ class Node:
     Attributes:
         shape, dtype, device: of the dense tensor.
         ledger: where looks are counted.
+        counted: whether they are: the tensor is one of tokens x features.
     """
+
+    counted = True
 
     shape: torch.Size
     dtype: torch.dtype
@@ -305,7 +308,8 @@ class Lazy(torch.Tensor):
             if base is not None:
                 base._look(what)
             else:
-                self._node.ledger.looked(what, self.shape)
+                if self._node.counted:
+                    self._node.ledger.looked(what, self.shape)
                 self._keep(self._made(what))
         made = self._dense
         assert made is not None

@@ -256,6 +256,40 @@ def test_topk_is_sorted_where_it_is_asked_to_be(method):
     assert_same(use)
 
 
+@pytest.mark.parametrize("sort", [True, False])
+def test_the_best_of_a_batch_are_sorted_where_they_are_looked_at(sort):
+    def use(coder: Coder) -> list[Tensor]:
+        h = coder.encode(X)
+        best = torch.topk(h.flatten(), 12, dim=-1, sorted=sort)
+        found, loss = [], torch.zeros((), dtype=FP64)
+        # as they are, then one of them looked at, then both
+        for factor in (1, 2, 3):
+            values = best.values if factor == 1 else best.values * factor
+            if factor == 3:
+                assert len(best.indices.tolist()) == 12
+            flat = torch.zeros_like(h.flatten()).scatter(-1, best.indices, values)
+            out = flat.reshape(h.shape) @ coder.out
+            loss = loss + out.square().sum()
+            found.append(out.detach())
+        loss.backward()
+        if sort:
+            found += [best.values.detach(), best.values[-1], best.indices[:3].float()]
+        return found
+
+    assert not {"scatter", "zeros_like", "matmul"} & {*assert_same(use).dense}
+
+
+def test_places_in_other_zeros_are_places_there():
+    def use(coder: Coder) -> list[Tensor]:
+        values, indices = coder.encode(X).flatten().topk(12)
+        h = coder.encode(X[:5])
+        taken = indices < h.numel()
+        here = torch.zeros_like(h.flatten()).scatter(-1, indices[taken], values[taken])
+        return [here.reshape(h.shape) @ coder.out]
+
+    assert_same(use)
+
+
 @pytest.mark.parametrize("flat", [False, True])
 def test_indices_that_somebody_changed_are_taken_as_they_are(flat):
     def use(coder: Coder) -> Tensor:
