@@ -98,9 +98,9 @@ def accelerate(obj: Any, *, correct: bool = False, optimizer: bool = False) -> R
         function = method.make(report)
         report.replace(method.owner, method.name, MethodType(function, method.owner))
         report.methods.append(f"{type(method.owner).__name__}.{method.name}")
-    modules = list(dict.fromkeys(module for module, _ in found.by_feature))
+    modules = list(dict.fromkeys(module for module, *_ in found.by_feature))
     for module in modules:
-        names = [name for owner, name in found.by_feature if owner is module]
+        names = {name: axis for owner, name, axis in found.by_feature if owner is module}
         lay_by_feature(report, module, names, found.optimizers)
     report.kept.update(found.kept)
     if optimizer:

@@ -81,12 +81,14 @@ def _plan_of_dictionary(ae: Any) -> Plan:
             f"{', '.join(sorted(DICTIONARIES))}, and {', '.join(sorted(TRAINERS))}"
         )
     d, f = _sizes(ae)
-    matrix = (ae, "W_enc") if hasattr(ae, "W_enc") else (ae.decoder, "weight")
+    linear = (
+        [(ae.encoder, "weight", 0), (ae.decoder, "weight", 1)] if hasattr(ae, "encoder") else []
+    )
     return Plan(
         _library(),
         [Method(ae, name, _maker(kind, name, d, f)) for name in ("encode", "forward")],
         [ae],
-        [matrix],
+        linear or [(ae, "W_enc", 1), (ae, "W_dec", 0)],
         lambda: _twin(kind),
     )
 

@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Matrices `[m, F]` that lie in memory by feature.
+"""Matrices of features that lie in memory by feature.
 
-SAELens stores the encoder as `[d, F]`, dictionary_learning the decoder so. Kernels read and write
-rows of a feature; with the parameter's storage transposed (its shape stays) neither the matrix nor
-its gradient is copied, and Adam's elementwise passes run as before. What `state_dict` gives is
-contiguous, as safetensors wants it.
+SAELens stores the encoder as `[d, F]`, dictionary_learning the decoder so, and some of its encoders
+`[F, d]` as a transpose. Kernels read and write rows of a feature; with the parameter's storage laid
+out so (its shape stays) neither the matrix nor its gradient is copied, and Adam's elementwise
+passes run as before. What `state_dict` gives is contiguous, as safetensors wants it.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -20,8 +21,9 @@ def lies_by_feature(t: torch.Tensor) -> bool:
     return t.dim() == 2 and t.T.is_contiguous()
 
 
-def _lay(t: torch.Tensor) -> torch.Tensor:
-    return t.T.contiguous().T
+def _laid(t: torch.Tensor, axis: int) -> torch.Tensor:
+    """With the features, of this axis, as rows in memory."""
+    return t.T.contiguous().T if axis else t.contiguous()
 
 
 def _contiguous(module: Any, state: Any, prefix: str, metadata: Any) -> None:
@@ -36,24 +38,31 @@ def _contiguous(module: Any, state: Any, prefix: str, metadata: Any) -> None:
 def lay_by_feature(
     handle: Handle,
     module: torch.nn.Module,
-    names: list[str],
+    names: dict[str, int],
     optimizers: list[torch.optim.Optimizer],
 ) -> None:
-    """Lays parameters out by feature, with the optimisers' state, until the handle is removed."""
-    parameters = [p for n in names if not lies_by_feature(p := module.get_parameter(n))]
+    """Lays parameters out by feature, with the optimisers' state, until the handle is removed.
+
+    Args:
+        names: of parameters, and which of their axes is the features'.
+    """
     hook = module.register_state_dict_post_hook(_contiguous)
     handle.on_remove(hook.remove)
+    for name, axis in names.items():
+        p = module.get_parameter(name)
+        if not (lies_by_feature(p) if axis else p.is_contiguous()):
+            # what lies neither way comes back contiguous
+            before = 1 if lies_by_feature(p) else 0
+            _change(p, axis, optimizers)
+            handle.on_remove(functools.partial(_change, p, before, optimizers))
 
-    def change(to: Any) -> None:
-        for p in parameters:
-            p.data = to(p.data)
-            if p.grad is not None:
-                p.grad = to(p.grad)
-            for optimizer in optimizers:
-                state = optimizer.state.get(p, {})
-                for key, value in state.items():
-                    if isinstance(value, torch.Tensor) and value.shape == p.shape:
-                        state[key] = to(value)
 
-    change(_lay)
-    handle.on_remove(lambda: change(torch.Tensor.contiguous))
+def _change(p: torch.nn.Parameter, axis: int, optimizers: list[torch.optim.Optimizer]) -> None:
+    p.data = _laid(p.data, axis)
+    if p.grad is not None:
+        p.grad = _laid(p.grad, axis)
+    for optimizer in optimizers:
+        state = optimizer.state.get(p, {})
+        for key, value in state.items():
+            if isinstance(value, torch.Tensor) and value.shape == p.shape:
+                state[key] = _laid(value, axis)

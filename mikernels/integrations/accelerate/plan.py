@@ -29,7 +29,7 @@ class Plan:
         library: name and version.
         methods: what runs with the encoder's products left.
         autoencoders: the modules with `encode`.
-        by_feature: (module, name of a parameter `[m, F]`) to be laid out by feature in memory.
+        by_feature: (module, name of a parameter, its axis of features), to be laid out by feature.
         optimizers: torch optimisers whose state follows that layout.
         kept: what is not replaced -> why.
         twin: makes a small object of the same class and a function `step(object) -> {name:
@@ -40,7 +40,7 @@ class Plan:
     library: str
     methods: list[Method]
     autoencoders: list[torch.nn.Module]
-    by_feature: list[tuple[torch.nn.Module, str]]
+    by_feature: list[tuple[torch.nn.Module, str, int]]
     twin: Callable[[], tuple[Any, Callable[[Any], dict[str, torch.Tensor]]]] | None
     optimizers: list[torch.optim.Optimizer] = field(default_factory=list)
     kept: dict[str, str] = field(default_factory=dict)

@@ -64,7 +64,7 @@ def plan(obj: Any, *, correct: bool = False) -> Plan:
         f"sae-lens {_version()}",
         methods,
         [obj],
-        [(obj, "W_enc")],
+        [(obj, "W_enc", 1)],
         lambda: _twin(kind, obj.cfg),
     )
 
