@@ -10,6 +10,7 @@ import dataclasses
 import importlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -226,6 +227,15 @@ def trainer(sae: Any, data: Iterable[torch.Tensor] = (), **settings: Any) -> Any
     return library("sae_lens.training.sae_trainer").SAETrainer(
         cfg=made, sae=sae, data_provider=iter(data)
     )
+
+
+def resume(made: Any, first: Any, folder: Path) -> None:
+    """Load what another trainer saved, with the weights of its SAE."""
+    made.sae.load_weights_from_checkpoint(folder)
+    made.load_trainer_state(folder)
+    # releases before 6.52 save how far a coefficient's schedule is, and load no value for it
+    for name, schedule in made.coefficient_schedulers.items():
+        schedule.current_value = first.coefficient_schedulers[name].current_value
 
 
 @dataclass
