@@ -40,6 +40,4 @@ def check_indices(op: str, name: str, indices: torch.Tensor, limit: int) -> None
         return
     low, high = (int(end) for end in indices.aminmax())
     if low < 0 or high >= limit:
-        raise ValueError(
-            f"{op}: {name} must be in 0..{limit - 1}, got {low if low < 0 else high}"
-        )
+        raise ValueError(f"{op}: {name} must be in 0..{limit - 1}, got {low if low < 0 else high}")

@@ -455,7 +455,28 @@ class Codes(Node):
             assert isinstance(mask, Codes)
             known(mask.dtype is torch.bool and mask.indices is self.indices and self.rest is None)
             return self.values[mask.values]
+        if isinstance(index, torch.Tensor) and index.dtype is torch.bool:
+            return self.tokens(index)
         return self.columns(columns_of(index, self.shape))
+
+    def tokens(self, mask: torch.Tensor) -> Codes:
+        """The codes of the tokens that a mask of the leading dimensions keeps."""
+        known(mask.shape == self.leading and self.rest is None and not self.flat)
+        mask = mask.reshape(-1)
+        count = torch.Size((int(mask.sum()),))
+        if self.row_offsets is None:
+            return replace(
+                self, values=self.values[mask], indices=self.indices[mask], leading=count
+            )
+        kept = mask[self.rows()]
+        counts = self.row_offsets.diff()[mask]
+        return replace(
+            self,
+            values=self.values[kept],
+            indices=self.indices[kept],
+            row_offsets=torch.cat([counts.new_zeros(1), counts.cumsum(0)]),
+            leading=count,
+        )
 
     @in_own_dtype
     def columns(self, part: slice) -> Codes:

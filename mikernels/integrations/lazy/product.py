@@ -278,7 +278,9 @@ class Product(Node):
     def op_float(self) -> Product:
         return self.op_to(torch.float32)
 
-    def op_getitem(self, index: Any) -> Product:
+    def op_getitem(self, index: Any) -> Any:
+        if isinstance(index, torch.Tensor) and index.dtype is torch.bool:
+            return self.positive().op_getitem(index)
         known(not self.flat)
         columns = columns_of(index, self.shape)
         parts = {

@@ -316,6 +316,21 @@ def test_every_floor_has_its_own_pairs():
     assert_same(use)
 
 
+def test_tokens_are_chosen_by_a_mask():
+    mask = torch.arange(N) % 3 > 0
+
+    def use(coder: Coder) -> list[Tensor]:
+        h = coder.before(X)
+        values, indices = h.topk(3, sorted=False)
+        best = torch.zeros_like(h).scatter_(-1, indices, values.relu())
+        found = [acts[mask] @ coder.out for acts in (h.relu(), best)]
+        found += [(best[mask] != 0).sum(-1), best[~mask].abs().sum(0)]
+        sum(t.sum() for t in found[:2]).backward()
+        return [t.detach() for t in found]
+
+    assert not assert_same(use).dense
+
+
 def test_copies_are_dense_and_their_own():
     _, left, _ = pair()
     with torch.no_grad():
