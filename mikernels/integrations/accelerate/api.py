@@ -12,6 +12,7 @@ from mikernels.integrations.accelerate.certify import certify
 from mikernels.integrations.accelerate.layout import lay_by_feature
 from mikernels.integrations.accelerate.plan import Page, Plan
 from mikernels.integrations.accelerate.report import Report
+from mikernels.integrations.accelerate.writes import keep_before_writes
 
 # package -> the module of this folder that knows it
 PAGES = {
@@ -98,6 +99,8 @@ def accelerate(obj: Any, *, correct: bool = False, optimizer: bool = False) -> R
         function = method.make(report)
         report.replace(method.owner, method.name, MethodType(function, method.owner))
         report.methods.append(f"{type(method.owner).__name__}.{method.name}")
+    for module in dict.fromkeys(found.autoencoders):
+        keep_before_writes(report, module)
     modules = list(dict.fromkeys(module for module, *_ in found.by_feature))
     for module in modules:
         names = {name: axis for owner, name, axis in found.by_feature if owner is module}

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 
 from mikernels.integrations.accelerate.jumps import JumpReLU, Step
 from mikernels.integrations.accelerate.plan import Method, Plan, refuse_overrides
-from mikernels.integrations.lazy import Ledger, leave_products
+from mikernels.integrations.lazy import Lazy, Ledger, leave_products
 from mikernels.integrations.rebind import rebound
 
 PACKAGE = "sae_lens"
@@ -36,6 +37,8 @@ KNOWN = {
 # what holds SAEs
 TRAINERS = ("SAETrainer", "MultiSAETrainer")
 RUNNERS = ("LanguageModelSAETrainingRunner", "SAETrainingRunner", "MultiSAETrainingRunner")
+
+ERROR_TERM = "an error term beside hooks"
 
 # sizes of the SAE that is tried: odd ones, d below F
 SMALL = {"d_in": 12, "d_sae": 45, "d_out": 10, "k": 5, "target_l0": 6.0}
@@ -86,9 +89,43 @@ def _maker(kind: type, name: str, d: int, f: int) -> Callable[[Ledger], Callable
         stand_ins = {n: c(known[n], ledger) for n, c in jumps.items() if n in used and n in known}
         if stand_ins:
             changed = rebound(function, **stand_ins)
-        return leave_products(changed, d, f, ledger)
+        left = leave_products(changed, d, f, ledger)
+        return _as_with_hooks(left, function, f, ledger) if name == "encode" else left
 
     return make
+
+
+def _as_with_hooks(
+    left: Callable[..., Any], own: Callable[..., Any], f: int, ledger: Ledger
+) -> Callable[..., Any]:
+    """`encode`, which gives a dense tensor where its hooks are disabled and with them it gave one:
+    an error term takes the one from the other, so that both must be rounded alike."""
+    last_was_dense = False
+
+    @functools.wraps(own)
+    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        nonlocal last_was_dense
+        hooks = self.hook_dict
+        if self.hook_sae_acts_post is hooks.get("hook_sae_acts_post"):
+            found = left(self, *args, **kwargs)
+            last_was_dense = not isinstance(found, Lazy)
+            return found
+        if last_was_dense and _is_hooked(hooks["hook_sae_acts_pre"]):
+            # what was selected from was dense already
+            ledger.looked(ERROR_TERM, ("...", f))
+            with ledger.within, torch._C.DisableTorchFunction():
+                return own(self, *args, **kwargs)
+        found = left(self, *args, **kwargs)
+        return found._look(ERROR_TERM) if last_was_dense and isinstance(found, Lazy) else found
+
+    return run
+
+
+def _is_hooked(module: torch.nn.Module) -> bool:
+    return any(
+        getattr(module, f"_{kind}_hooks")
+        for kind in ("forward_pre", "forward", "backward_pre", "backward")
+    )
 
 
 def _plan_of_holder(obj: Any, name: str) -> Plan:

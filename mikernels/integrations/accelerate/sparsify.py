@@ -85,7 +85,14 @@ def _maker(kind: type, name: str, correct: bool) -> Callable[[Ledger], Callable[
                 stand_ins["decoder_impl"] = functools.partial(_decode, known["decoder_impl"])
             return rebound(inner, **stand_ins) if stand_ins else inner
 
-        return within(function, change)
+        changed = within(function, change)
+
+        @functools.wraps(changed)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with ledger.within:
+                return changed(*args, **kwargs)
+
+        return run
 
     return make
 

@@ -116,18 +116,13 @@ def leave_products(
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
-        within = ledger.within
-        if getattr(within, "entered", False):
+        if ledger.within.entered:
             return function(*args, **kwargs)
         if _transformed():
             # the library knows these transforms, the operators here do not
             ledger.looked("torch.func or forward-mode AD", ("...", f))
             return function(*args, **kwargs)
-        within.entered = True
-        try:
-            with _Leaving(d, f, ledger):
-                return function(*args, **kwargs)
-        finally:
-            within.entered = False
+        with ledger.within, _Leaving(d, f, ledger):
+            return function(*args, **kwargs)
 
     return run

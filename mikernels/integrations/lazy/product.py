@@ -28,11 +28,13 @@ from mikernels.integrations.lazy.codes import (
     slots_of,
 )
 from mikernels.integrations.lazy.tensor import (
+    Copies,
     Lazy,
     Ledger,
     Node,
     Snapshot,
     changed,
+    copy_of,
     known,
     lazy,
     snapshot,
@@ -49,6 +51,8 @@ from mikernels.values.codes import SparseCodes
 PANEL = 16 << 20
 # tokens by which it is judged how many features are active
 SAMPLE = 64
+# of each dimension, how many numbers show whether a tensor is what it was
+SHOWN = 16
 
 
 def of_features(t: Any, shape: torch.Size) -> bool:
@@ -65,6 +69,14 @@ def of_features(t: Any, shape: torch.Size) -> bool:
 def wide(dtype: torch.dtype) -> torch.dtype:
     """In which floors are."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def _shown(t: torch.Tensor) -> torch.Tensor:
+    """Some of its bits."""
+    every = tuple(slice(None, None, max(1, -(-size // SHOWN))) for size in t.shape)
+    with torch._C.DisableTorchFunction():
+        some = t.detach()[every].clone(memory_format=torch.contiguous_format)
+        return some.reshape(-1).view(torch.uint8)
 
 
 def _topk(values: torch.Tensor, indices: torch.Tensor) -> Any:
@@ -102,13 +114,16 @@ class Product(Node):
     flat: bool = False
     # slots found once: above which floor, whether with a graph, and their pre-activations
     found: list[tuple[torch.Tensor, bool, SparseCodes]] = field(default_factory=list)
-    # its tensors as they were when they came to it
+    # its tensors as they were when they came to it, and some of their bits
     before: Snapshot = field(default_factory=list)
+    shown: list[torch.Tensor] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        known_ones = {id(t): (t, version, place) for t, version, place in self.before}
-        before = [known_ones.get(id(t)) or snapshot([t])[0] for t in self.tensors()]
-        object.__setattr__(self, "before", before)
+        pairs = zip(self.before, self.shown, strict=True)
+        known_ones = {id(seen[0]): (seen, bits) for seen, bits in pairs}
+        found = [known_ones.get(id(t)) or (snapshot([t])[0], _shown(t)) for t in self.tensors()]
+        object.__setattr__(self, "before", [seen for seen, _ in found])
+        object.__setattr__(self, "shown", [bits for _, bits in found])
 
     @property
     def f(self) -> int:
@@ -129,7 +144,10 @@ class Product(Node):
     def with_tensors(self, tensors: Sequence[torch.Tensor]) -> Product:
         given = iter(tensors)
         names = ("x", "w", "bias", "scale")
-        return self.like(**{n: next(given) for n in names if getattr(self, n) is not None})
+        if not unchanged(self.before):
+            raise changed(self.ledger, "an operation", self.shape)
+        new: dict[str, Any] = {n: next(given) for n in names if getattr(self, n) is not None}
+        return replace(self, found=[], **new)
 
     def like(self, **changes: Any) -> Product:
         """Another function of pre-activations; of the same ones, what was found stays known."""
@@ -139,11 +157,23 @@ class Product(Node):
         return replace(self, **changes)
 
     def fresh(self) -> bool:
-        return unchanged(self.before)
+        """Nobody has written to its tensors, past their versions (`p.data *= 2`, numpy) either: the
+        library's methods, of which it is a part, do not."""
+        if not unchanged(self.before):
+            return False
+        if self.ledger.within.entered:
+            return True
+        pairs = zip(self.tensors(), self.shown, strict=True)
+        return all(torch.equal(_shown(t), bits) for t, bits in pairs)
 
     def _ask(self, what: str) -> None:
         if not self.fresh():
             raise changed(self.ledger, what, self.shape)
+
+    def reading(self, copies: Copies) -> Product:
+        named = {n: t for n in ("w", "bias", "scale") if (t := getattr(self, n)) is not None}
+        new: dict[str, Any] = {n: copy_of(t, copies) for n, t in named.items()}
+        return replace(self, **new)
 
     @in_own_dtype
     def dense(self) -> torch.Tensor:
@@ -416,6 +446,9 @@ class Only(Node):
     def with_tensors(self, tensors: Sequence[torch.Tensor]) -> Only:
         return replace(self, product=self.product.with_tensors(tensors))
 
+    def reading(self, copies: Copies) -> Only:
+        return replace(self, product=self.product.reading(copies))
+
     def dense(self) -> torch.Tensor:
         return torch.where(self.live, self.product.dense(), -torch.inf)
 
@@ -468,6 +501,11 @@ class Above(Node):
 
     def with_tensors(self, tensors: Sequence[torch.Tensor]) -> Above:
         return self
+
+    def reading(self, copies: Copies) -> Above:
+        return replace(
+            self, product=self.product.reading(copies), floor=copy_of(self.floor, copies)
+        )
 
     def dense(self) -> torch.Tensor:
         with torch.no_grad():

@@ -85,6 +85,30 @@ def changed(ledger: Ledger, what: str, shape: Sequence[int]) -> RuntimeError:
     )
 
 
+# of tensors: where they lie and how -> the same numbers elsewhere
+Copies = dict[Any, torch.Tensor]
+
+
+def copy_of(t: torch.Tensor, copies: Copies) -> torch.Tensor:
+    key = (t.data_ptr(), t.shape, t.stride(), t.dtype)
+    if key not in copies:
+        with torch.inference_mode(False):
+            copies[key] = t.detach().clone()
+    return copies[key]
+
+
+class Within(threading.local):
+    """How many of a library's methods this thread is in."""
+
+    entered = 0
+
+    def __enter__(self) -> None:
+        self.entered += 1
+
+    def __exit__(self, *_: object) -> None:
+        self.entered -= 1
+
+
 class Ledger:
     """What was computed without the dense tensor, and what asked for it.
 
@@ -93,7 +117,8 @@ class Ledger:
         dense: name of an operation -> how often it was given a dense tokens x features tensor.
         crowded_from: the share of active pairs from which the dense tensor is made, since codes of
             24 bytes a pair would be no smaller. crowded: how often that was so.
-        within: whether this thread is in a call whose products are left.
+        within: whether this thread is in a call whose products are left, of code that does not
+            write to what it reads.
     """
 
     def __init__(self, name: str):
@@ -102,7 +127,17 @@ class Ledger:
         self.dense: Counter[str] = Counter()
         self.crowded_from = 0.1
         self.crowded = 0
-        self.within = threading.local()
+        self.within = Within()
+        # tensors that may be computed later, by id
+        self.unread: dict[int, weakref.ref[Lazy]] = {}
+
+    def keep(self) -> None:
+        """Have what may be computed later read copies of parameters that are about to be written to
+        past their versions."""
+        copies: Copies = {}
+        for reference in list(self.unread.values()):
+            if (t := reference()) is not None:
+                t._read_copies(copies)
 
     def looked(self, what: str, shape: Sequence[object]) -> None:
         if what not in self.dense:
@@ -146,6 +181,10 @@ class Node:
     def fresh(self) -> bool:
         """Whether all of its numbers can be had: what they are computed from was not changed."""
         return True
+
+    def reading(self, copies: Copies) -> Node:
+        """The same function of copies of the parameters that it reads."""
+        return self
 
     def dense(self) -> torch.Tensor:
         """The numbers, under autograd."""
@@ -329,6 +368,13 @@ class Lazy(torch.Tensor):
         with _plainly(), torch.enable_grad():
             return node.dense()
 
+    def _read_copies(self, copies: Copies) -> None:
+        if self._dense is not None:
+            self._escape()
+        elif unchanged(self._sources) and self._node.fresh():
+            self._node = self._node.reading(copies)
+            self._sources = snapshot(self._node.sources())
+
     def _become(self, node: Node) -> Lazy:
         """Change in place."""
         self._node, self._sources = node, snapshot(node.sources())
@@ -371,6 +417,9 @@ def lazy(node: Node) -> Lazy:
     )
     made._node, made._dense, made._seen, made._used = node, None, 0, False
     made._sources, made._of, made._views = snapshot(node.sources()), None, []
+    if type(node).reading is not Node.reading:
+        key, unread = id(made), node.ledger.unread
+        unread[key] = weakref.ref(made, lambda _: unread.pop(key, None))
     _enter(made)
     return made
 
