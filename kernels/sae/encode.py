@@ -7,7 +7,7 @@
    all scores, `row_topk` keeps the c highest of every token, panel after panel, in one read.
 2. The c candidates are scored exactly and the k best selected; the least of their upper bounds
    tells whether a feature that was left out could belong there.
-3. Tokens where it could (`encode_exact`) are done again without the screen. Almost always none;
+3. Tokens where it could (`encode_exact`) are done again without the screen. Usually none;
    where there were some, later calls keep more candidates (`encode_kept`).
 
 No step waits for the device, so a CUDA graph can hold them all. Scratch is planned to SCRATCH

@@ -3,7 +3,7 @@
 
 Not its number is asked but its arithmetic: a small object of the given one's class is trained for a
 step as it is, a copy of it accelerated, and losses, gradients, outputs and statistics must agree to
-fp32 rounding without one dense tensor made. 5 to 40 ms.
+fp32 rounding without one dense tensor made. 4 to 11 ms for SAELens' classes.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ its norms, is left as it is.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -65,7 +66,7 @@ def _maker(kind: type, name: str, d: int, f: int) -> Callable[[Ledger], Callable
     def make(ledger: Ledger) -> Callable[..., Any]:
         known, used = function.__globals__, function.__code__.co_names
         jumps = {"JumpReLUFunction": JumpReLU, "StepFunction": Step}
-        stand_ins = {n: c(known[n], ledger) for n, c in jumps.items() if n in used and n in known}
+        stand_ins = {n: c(known[n]) for n, c in jumps.items() if n in used and n in known}
         changed = rebound(function, **stand_ins) if stand_ins else function
         return leave_products(changed, d, f, ledger)
 
@@ -143,8 +144,6 @@ def _twin(kind: Any) -> tuple[Any, Callable[[Any], dict[str, torch.Tensor]]]:
 
 
 def _trainer_twin(kind: Any) -> tuple[Any, Callable[[Any], dict[str, torch.Tensor]]]:
-    import inspect
-
     offered = {
         "steps": 10,
         "activation_dim": D,

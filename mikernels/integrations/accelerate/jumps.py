@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from mikernels.integrations.lazy import Lazy, Ledger
+from mikernels.integrations.lazy import Lazy
 from mikernels.integrations.lazy.codes import Codes
 from mikernels.integrations.lazy.product import Product, wide
-from mikernels.integrations.lazy.tensor import lazy
+from mikernels.integrations.lazy.tensor import Unknown, lazy
 from mikernels.ops.sae.jump import gather_features, jump, jump_floor, step_above
 from mikernels.values.codes import SparseCodes
 
@@ -27,9 +27,8 @@ def _left(h: Any, kind: type) -> Any:
 
 
 class _StandIn:
-    def __init__(self, function: Any, ledger: Ledger):
+    def __init__(self, function: Any):
         self._function = function
-        self._ledger = ledger
 
     def apply(self, h: Any, threshold: Any, bandwidth: float, *ste_to_input: bool) -> Any:
         # the products of what follows are no library's
@@ -98,6 +97,8 @@ def _slots(h: Any, threshold: torch.Tensor, bandwidth: float) -> tuple[Product, 
         return None
     theta = threshold.detach().to(wide(node.x.dtype))
     floor = jump_floor(theta, bandwidth=bandwidth, inclusive=False, input_gradient="gated")
-    if node.crowded(floor):
+    try:
+        return node, node.above(floor)
+    except Unknown:
+        # too many are active
         return None
-    return node, node.above(floor)

@@ -46,7 +46,8 @@ class Report(Handle, Ledger):
         kept: what was not replaced -> why.
         calls: products with the encoder that were left.
         dense: name of an operation -> how often it was given the dense tokens x features tensor:
-            hooks, metrics and code of the user's own. Empty while nobody looks.
+            hooks, metrics, code of the user's own, and what finds too many features active. Empty
+            while nobody looks and `crowded` is 0.
         crowded: how often so many features were active that the dense tensor was made because it is
             smaller than codes.
     """

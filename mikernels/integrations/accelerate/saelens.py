@@ -86,7 +86,7 @@ def _maker(kind: type, name: str, d: int, f: int) -> Callable[[Ledger], Callable
         known = getattr(function, "__globals__", {})
         used = getattr(getattr(function, "__code__", None), "co_names", ())
         jumps = {"JumpReLU": JumpReLU, "Step": Step}
-        stand_ins = {n: c(known[n], ledger) for n, c in jumps.items() if n in used and n in known}
+        stand_ins = {n: c(known[n]) for n, c in jumps.items() if n in used and n in known}
         if stand_ins:
             changed = rebound(function, **stand_ins)
         left = leave_products(changed, d, f, ledger)

@@ -34,19 +34,10 @@ KNOWN = {
     *("shape", "dtype", "device", "layout", "ndim", "is_sparse", "is_cuda", "is_cpu", "is_meta"),
     *("is_quantized", "is_mkldnn", "is_nested", "is_sparse_csr", "is_xpu", "is_mps", "itemsize"),
     *("requires_grad", "requires_grad_", "grad_fn", "is_leaf", "output_nr", "names", "_version"),
-    "nbytes",
     *("size", "dim", "numel", "nelement", "ndimension", "get_device", "element_size", "is_complex"),
-    *(
-        "is_floating_point",
-        "is_signed",
-        "is_inference",
-        "has_names",
-        "__len__",
-        "is_conj",
-        "is_neg",
-    ),
+    *("is_floating_point", "is_signed", "is_inference", "has_names", "__len__", "is_conj"),
     *("is_same_size", "_is_view", "is_tensor", "is_contiguous", "stride", "storage_offset"),
-    *("__hash__", "is_neg", "_backward_hooks", "_base", "is_shared"),
+    *("__hash__", "is_neg", "_backward_hooks", "_base", "is_shared", "nbytes"),
 }
 # what makes gradients visible at the tensor itself, which codes do not have
 WATCHED = {"retain_grad", "register_hook", "register_post_accumulate_grad_hook", "grad"}
@@ -538,7 +529,7 @@ def _part(func: Any, others: Any, kwargs: Any, i: int | None, dense: torch.Tenso
 
 
 def _fits(function: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
-    """Whether a method takes these arguments (4 us a call)."""
+    """Whether a method takes these arguments (3 us a call)."""
     try:
         _signature(function).bind(None, *args, **kwargs)
     except TypeError:
