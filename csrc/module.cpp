@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "cpu/screen/screen.h"
 #include "cpu/simd/levels.h"
 #include "cpu/simd/peaks.h"
 
@@ -19,13 +20,15 @@ namespace {
 std::vector<std::string> supported_levels() {
   std::vector<std::string> names;
   for (int level = 0; level <= static_cast<int>(mik::best_level()); ++level)
-    names.push_back(mik::level_name(static_cast<Level>(level)));
+    if (mik::is_supported(static_cast<Level>(level)))
+      names.push_back(mik::level_name(static_cast<Level>(level)));
   return names;
 }
 
 void set_level(const std::string& name) {
   for (int level = 0; level <= static_cast<int>(mik::best_level()); ++level)
-    if (name == mik::level_name(static_cast<Level>(level)))
+    if (name == mik::level_name(static_cast<Level>(level)) &&
+        mik::is_supported(static_cast<Level>(level)))
       return mik::set_level(static_cast<Level>(level));
   throw std::invalid_argument("set_level: this processor has no level " + name);
 }
@@ -39,6 +42,7 @@ py::dict measure_peaks(bool all_threads) {
   py::dict result;
   result["fma_gflops"] = peaks.fma_gflops;
   result["madd16_gops"] = peaks.madd16_gops;
+  result["dot8_gops"] = peaks.dot8_gops;
   result["tile_gflops"] = peaks.tile_gflops;
   result["copy_gbs"] = peaks.copy_gbs;
   result["read_gbs"] = peaks.read_gbs;
@@ -49,6 +53,10 @@ py::dict measure_peaks(bool all_threads) {
 
 PYBIND11_MODULE(_C, m) {
   m.def("level", [] { return mik::level_name(mik::active_level()); });
+  m.def("screened_pairs", [] {
+    const mik::ScreenedSoFar so_far = mik::screened_so_far();
+    return std::pair(so_far.coarse, so_far.fine);
+  });
   m.def("set_level", &set_level);
   m.def("supported_levels", &supported_levels);
   m.def("measure_peaks", &measure_peaks, py::arg("all_threads") = true);

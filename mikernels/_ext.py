@@ -14,7 +14,7 @@ import torch  # noqa: F401  (the extension links to the libraries that torch loa
 
 from mikernels.files import read_json
 
-LEVELS = ("portable", "avx2", "avx512", "amx")
+LEVELS = ("portable", "avx2", "avxvnni", "avx512", "amx")
 
 
 def build_facts() -> dict[str, Any]:
@@ -50,7 +50,7 @@ C, MISSING = _load()
 
 
 def cpu_level() -> str | None:
-    """The instruction-set level in use: portable, avx2, avx512 or amx; None without extension."""
+    """The instruction-set level in use, one of LEVELS; None without extension."""
     return C.level() if C is not None else None
 
 

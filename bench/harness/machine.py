@@ -75,9 +75,9 @@ def _git() -> dict[str, Any] | None:
 def peaks(device: Cpu | None = None) -> dict[str, dict[str, float | None]]:
     """Ceilings measured now, for one thread and for all of torch's threads.
 
-    fma_gflops (fp32), tile_gflops (AMX bf16), madd16_gops (int16 products), copy_gbs, read_gbs; a
-    unit that is absent is None. Without the extension: torch's own sgemm and copy. On a GPU: the
-    one entry "gpu", of gpu.py.
+    fma_gflops (fp32), tile_gflops (AMX bf16), madd16_gops and dot8_gops (products of int16 and of
+    bytes), copy_gbs, read_gbs; a unit that is absent is None. Without the extension: torch's own
+    sgemm and copy. On a GPU: the one entry "gpu", of gpu.py.
     """
     if isinstance(device, Cuda):
         return {"gpu": gpu.peaks(device)}
@@ -96,6 +96,7 @@ def _peaks(all_threads: bool) -> dict[str, float | None]:
         return {
             "fma_gflops": 2 * 1536**3 / _best(lambda: a @ b) / 1e9,
             "madd16_gops": None,
+            "dot8_gops": None,
             "tile_gflops": None,
             "copy_gbs": 2 * source.nbytes / _best(lambda: target.copy_(source)) / 1e9,
             "read_gbs": source.nbytes / _best(lambda: source.sum()) / 1e9,
@@ -114,5 +115,8 @@ def _best(function: Callable[[], object]) -> float:
 
 
 def screen_gflops(peaks_all: dict[str, float | None], level: str | None) -> float | None:
-    """The ceiling of 16-bit screening at a level: AMX tiles, else int16 products."""
-    return peaks_all["tile_gflops"] if level == "amx" else peaks_all["madd16_gops"]
+    """The ceiling of screening at a level: AMX tiles, else products of bytes, else of int16."""
+    if level == "amx":
+        return peaks_all["tile_gflops"]
+    # results from before the coarse screen have no dot8_gops
+    return peaks_all.get("dot8_gops") or peaks_all["madd16_gops"]

@@ -114,8 +114,8 @@ class Provider:
         name: as shown; "eager" is the numerical yardstick of every benchmark.
         build: (inputs, mode) -> Runner; raises Unavailable with the reason.
         ours: also run at each instruction-set level below the one in use.
-        screens: its ceiling is the 16-bit unit (AMX tiles, int16 products; on a GPU the bf16 matrix
-            unit) rather than fp32 FMA.
+        screens: its ceiling is the narrow unit (AMX tiles, products of bytes or int16; on a GPU the
+            bf16 matrix unit) rather than fp32 FMA.
         devices: where it takes part.
     """
 

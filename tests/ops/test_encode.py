@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 import sys
+from contextlib import contextmanager
 
 import hypothesis.extra.numpy as hnp
 import pytest
 import torch
-from encode_cases import ADVERSARIAL, NON_FINITE, check
+from encode_cases import ADVERSARIAL, COARSE, NON_FINITE, check
 from hypothesis import given
 from hypothesis import strategies as st
 from oracle import (
@@ -18,7 +19,7 @@ from oracle import (
 )
 
 import mikernels
-from mikernels import topk_encode
+from mikernels import _ext, topk_encode
 
 SHAPES = [  # N, d, F, k
     (0, 17, 50, 3),
@@ -66,6 +67,51 @@ def test_encode_adversarial(impl, case):
     overflows = arguments.pop("fp32_sums_overflow", False)
     if impl == "cpp" or not overflows:
         check(impl, **arguments)
+
+
+COARSE_LEVELS = "avxvnni", "avx512"
+
+
+@contextmanager
+def screened():
+    """The pairs that are screened inside, [in 8 bits first, in 16 though 8 were to be had]."""
+    found: list[int] = []
+    before = _ext.C.screened_pairs()
+    yield found
+    found += [now - was for now, was in zip(_ext.C.screened_pairs(), before, strict=True)]
+
+
+@pytest.mark.parametrize("case", COARSE)
+def test_encode_in_bytes_first(level, case):
+    arguments = COARSE[case]()
+    with screened() as pairs:
+        codes = check("cpp", **arguments)
+    coarse, fine = pairs
+    if level not in COARSE_LEVELS:
+        assert coarse == fine == 0
+        return
+    # padded to whole blocks
+    assert coarse + fine == 320 * 3001
+    assert coarse > 0 or case in ("outlier numbers", "uneven rows")
+    # strided weights and 16-bit operands
+    w = arguments["w_enc"].T.contiguous().T
+    again = check("cpp", **{**arguments, "w_enc": w})
+    assert identical(again.values, codes.values)
+    assert torch.equal(again.indices, codes.indices)
+    for dtype in (torch.bfloat16, torch.float16):
+        short = {k: v.to(dtype) if torch.is_tensor(v) else v for k, v in arguments.items()}
+        check("cpp", **short)
+
+
+def test_encode_leaves_bytes_that_do_not_pay():
+    if mikernels.cpu_level() not in COARSE_LEVELS:
+        pytest.skip(f"no coarse screen at {mikernels.cpu_level()}")
+    shares = []
+    for case in ("random", "turning to the worse"):
+        with screened() as pairs:
+            topk_encode(**COARSE[case](), impl="cpp")
+        shares.append(pairs[0] / sum(pairs))
+    assert shares[0] > 0.6 and 0 < shares[1] < 0.3
 
 
 @pytest.mark.parametrize("relative", [1e-4, 1e-5])

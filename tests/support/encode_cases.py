@@ -17,6 +17,7 @@ from oracle import (
 from mikernels import topk_encode
 
 N, D, F, K = 33, 96, 501, 9
+WIDE = 500
 NAN, INF = float("nan"), float("inf")
 
 
@@ -218,4 +219,77 @@ NON_FINITE = {
     "nan in b_dec": lambda x, w, b, c: _put(c, NAN, (4,)),
     "inf in b_dec": lambda x, w, b, c: _put(c, INF, (4,)),
     "nan everywhere": lambda x, w, b, c: _put(x, NAN, (slice(None),)),
+}
+
+
+def many(**more) -> dict:
+    """Tokens and features enough for the coarse screen, in 8 bits."""
+    return {"x": randn(300, WIDE), "w_enc": randn(3001, WIDE, seed=1), "k": 4, **more}
+
+
+def near_ties_among_the_best() -> dict:
+    """The features that win are copies of each other but for the last digits."""
+    case = many()
+    best = case["w_enc"][:40].repeat(75, 1)
+    case["w_enc"][1:] = torch.where(
+        torch.arange(3000)[:, None] % 10 == 0,
+        3 * best * (1 + 1e-6 * randn(3000, WIDE, seed=2)),
+        best,
+    )
+    return case
+
+
+def outlier_columns() -> dict:
+    case = many()
+    case["x"][:, [3, 40, 77]] *= 1e3
+    case["w_enc"][:, [3, 40]] *= 1e-3
+    case["w_enc"][:, 5] = 0
+    case["x"][:, 6] = 0
+    return case
+
+
+def outlier_numbers() -> dict:
+    """One number per row far larger than the rest, so that bytes hold little else."""
+    case = many()
+    for t in (case["x"], case["w_enc"]):
+        t[torch.arange(len(t)), torch.arange(len(t)) % WIDE] *= 300
+    return case
+
+
+def non_finite_among_many() -> dict:
+    case = many(b_enc=randn(3001, seed=2))
+    x, w = case["x"], case["w_enc"]
+    x[7], x[8, 3], x[9, 4], x[200, 0] = NAN, NAN, INF, -INF
+    w[1500, 3], w[2000, 5], w[2500] = NAN, INF, 0
+    case["b_enc"][[40, 2600]], case["b_enc"][2700] = INF, NAN
+    return case
+
+
+def uneven_rows() -> dict:
+    case = many()
+    case["x"] *= 2.0 ** (torch.arange(300) % 120 - 60)[:, None]
+    case["w_enc"][::50] *= 2.0 ** (torch.arange(61) - 30)[:, None]
+    case["x"][::9] = 0
+    return case
+
+
+def turning_to_the_worse() -> dict:
+    """Half-way on every feature beats all earlier ones, so that 8 bits no longer pay."""
+    case = many()
+    case["x"][:] = case["x"][:1] + 0.01 * case["x"]
+    case["w_enc"][1500:] = case["x"][:1] * torch.linspace(1, 2, 1501)[:, None]
+    return case
+
+
+COARSE = {
+    "random": many,
+    "biased and ranked": lambda: many(
+        b_enc=randn(3001, seed=2), b_dec=randn(WIDE, seed=3), scale=randn(3001, seed=4)
+    ),
+    "near ties among the best": near_ties_among_the_best,
+    "outlier columns": outlier_columns,
+    "outlier numbers": outlier_numbers,
+    "non-finite": non_finite_among_many,
+    "uneven rows": uneven_rows,
+    "turning to the worse": turning_to_the_worse,
 }

@@ -51,7 +51,7 @@ class BatchEncoder : EncodePanels<T> {
  private:
   // one thread's, for tokens first..last, whose bounds it raises
   struct Buffer {
-    static constexpr bool kFloors = false;
+    static constexpr bool kFloors = false, kStrict = false;
 
     BatchEncoder& encoder;
     float* tau;

@@ -11,6 +11,9 @@
 #define MIK_BODY "cpu/sae/encode_body.h"
 #include "cpu/simd/each_screen_level.h"
 
+#define MIK_BODY "cpu/sae/encode_tighten_body.h"
+#include "cpu/simd/each_level.h"
+
 #include "cpu/sae/encode_lists.h"
 
 namespace mik {

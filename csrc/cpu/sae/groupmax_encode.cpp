@@ -52,7 +52,7 @@ class GroupEncoder : EncodePanels<T> {
   GroupEncoder(const Tensor& x, int64_t first, int64_t count, const Tensor& w,
                const OptionalTensor& b_enc, const OptionalTensor& b_dec,
                const OptionalTensor& scale, int64_t k)
-      : EncodePanels<T>(x, first, count, w, b_enc, b_dec, scale),
+      : EncodePanels<T>(x, first, count, w, b_enc, b_dec, scale, false),
         k_(k),
         group_(features_ / k),
         capacity_(list_capacity(k, features_)) {}
@@ -91,7 +91,7 @@ class GroupEncoder : EncodePanels<T> {
     GroupEncoder& encoder;
 
     // a group's first feature is always added, which opens the group
-    static constexpr bool kFloors = false;
+    static constexpr bool kFloors = false, kStrict = false;
 
     const float* bounds(const Tokens& tokens, int64_t feature, int64_t n) const {
       return encoder.opens_[feature] ? kNothing : tokens.tau + n;

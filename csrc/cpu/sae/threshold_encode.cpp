@@ -74,7 +74,7 @@ class ThresholdEncoder : EncodePanels<T> {
 
   // one thread's, of a panel and tokens first.. of a block
   struct Survivors {
-    static constexpr bool kFloors = true;
+    static constexpr bool kFloors = true, kStrict = false;
     struct Pair {
       int32_t token, feature;
     };

@@ -22,6 +22,12 @@ bool amx_granted() {
   return bf16 && tile && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 }
 
+// integer dot products in 256 bits, without AVX-512 (Alder Lake) or beside it (Zen 5)
+bool has_avxvnni() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && a & (1u << 4);
+}
+
 Level detect() {
   __builtin_cpu_init();
   if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") ||
@@ -31,10 +37,12 @@ Level detect() {
   if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
       !__builtin_cpu_supports("avx512vl") || !__builtin_cpu_supports("avx512dq") ||
       !__builtin_cpu_supports("avx512vnni"))
-    return Level::avx2;
+    return has_avxvnni() ? Level::avxvnni : Level::avx2;
   return amx_granted() ? Level::amx : Level::avx512;
 }
 #else
+bool has_avxvnni() { return false; }
+
 Level detect() { return Level::portable; }
 #endif
 
@@ -50,12 +58,16 @@ Level best_level() {
   return best;
 }
 
+bool is_supported(Level level) {
+  return level <= best_level() && (level != Level::avxvnni || has_avxvnni());
+}
+
 Level active_level() { return level_slot().load(std::memory_order_relaxed); }
 
 void set_level(Level level) { level_slot().store(level, std::memory_order_relaxed); }
 
 const char* level_name(Level level) {
-  constexpr const char* names[] = {"portable", "avx2", "avx512", "amx"};
+  constexpr const char* names[] = {"portable", "avx2", "avxvnni", "avx512", "amx"};
   return names[static_cast<int>(level)];
 }
 

@@ -7,10 +7,11 @@
 
 namespace mik {
 
-enum class Level { portable = 0, avx2 = 1, avx512 = 2, amx = 3 };
+enum class Level { portable = 0, avx2 = 1, avxvnni = 2, avx512 = 3, amx = 4 };
 
 Level active_level();
 Level best_level();
+bool is_supported(Level level);
 void set_level(Level level);
 const char* level_name(Level level);
 
@@ -18,10 +19,11 @@ const char* level_name(Level level);
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define MIK_X86_LEVELS 1
-// amx has bodies of its own for the screens only (MIK_SCREEN); elsewhere it runs the avx512 ones
+// avxvnni and amx have bodies of their own for the screens only (MIK_SCREEN); elsewhere they run the
+// avx2 and avx512 ones
 #define MIK_AT_LEVEL(...)                                              \
   (::mik::active_level() >= ::mik::Level::avx512 ? avx512::__VA_ARGS__ \
-   : ::mik::active_level() == ::mik::Level::avx2 ? avx2::__VA_ARGS__   \
+   : ::mik::active_level() >= ::mik::Level::avx2 ? avx2::__VA_ARGS__   \
                                                  : portable::__VA_ARGS__)
 #else
 #define MIK_X86_LEVELS 0

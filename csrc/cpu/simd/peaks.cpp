@@ -10,12 +10,8 @@
 #include <chrono>
 #include <vector>
 
-#if MIK_X86_LEVELS
-#include <immintrin.h>
-#endif
-
 #define MIK_BODY "cpu/simd/peaks_body.h"
-#include "cpu/simd/each_level.h"
+#include "cpu/simd/each_screen_level.h"
 
 namespace mik {
 namespace {
@@ -60,7 +56,9 @@ Peaks measure_peaks(bool all_threads) {
   peaks.fma_gflops =
       best_rate(workers, [&](int64_t w) { return MIK_AT_LEVEL(fma_flops)(kRounds, to[w].data()); });
   peaks.madd16_gops = best_rate(
-      workers, [&](int64_t w) { return MIK_AT_LEVEL(madd16_ops)(kRounds, to[w].data()); });
+      workers, [&](int64_t w) { return MIK_SCREEN(madd16_ops)(kRounds, to[w].data()); });
+  peaks.dot8_gops =
+      best_rate(workers, [&](int64_t w) { return MIK_SCREEN(dot8_ops)(kRounds, to[w].data()); });
   if (active_level() == Level::amx)
     peaks.tile_gflops = best_rate(workers, [&](int64_t) { return amx::tile_flops(kRounds); });
   peaks.copy_gbs = best_rate(workers, [&](int64_t w) {

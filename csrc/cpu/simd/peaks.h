@@ -5,7 +5,7 @@ namespace mik {
 
 // operations and bytes per second of this machine, measured now; 0 where a unit is absent
 struct Peaks {
-  double fma_gflops, madd16_gops, tile_gflops, copy_gbs, read_gbs;
+  double fma_gflops, madd16_gops, dot8_gops, tile_gflops, copy_gbs, read_gbs;
 };
 
 Peaks measure_peaks(bool all_threads);

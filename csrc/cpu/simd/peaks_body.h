@@ -40,12 +40,45 @@ static double madd16_ops(int64_t rounds, float* sink) {
     for (int i = 0; i < 6; ++i) {
       // opaque, or the compiler hoists the product out of the loop
       asm volatile("" : "+x"(x));
+#if defined(MIK_DOT_BYTES)
+      a[i] = _mm256_dpwssd_avx_epi32(a[i], x, y);
+#else
       a[i] = _mm256_add_epi32(a[i], _mm256_madd_epi16(x, y));
+#endif
     }
   }
   for (int i = 1; i < 6; ++i) a[0] = _mm256_add_epi32(a[0], a[i]);
   sink[0] = static_cast<float>(_mm256_extract_epi32(a[0], 0));
   return 2.0 * 6 * 16 * static_cast<double>(rounds);
+#else
+  (void)rounds;
+  (void)sink;
+  return 0;
+#endif
+}
+
+// products of bytes with int32 sums, as the coarse screens do them; 0 where there are none
+static double dot8_ops(int64_t rounds, float* sink) {
+#if defined(MIK_DOT_BYTES) && MIK_VECTOR_BYTES == 64
+  __m512i a[12], x = _mm512_set1_epi8(3), y = _mm512_set1_epi8(5);
+  for (int i = 0; i < 12; ++i) a[i] = _mm512_set1_epi32(i);
+  for (int64_t r = 0; r < rounds; ++r) {
+#pragma GCC unroll 12
+    for (int i = 0; i < 12; ++i) a[i] = _mm512_dpbusd_epi32(a[i], x, y);
+  }
+  for (int i = 1; i < 12; ++i) a[0] = _mm512_add_epi32(a[0], a[i]);
+  sink[0] = static_cast<float>(_mm512_reduce_add_epi32(a[0]));
+  return 2.0 * 12 * 64 * static_cast<double>(rounds);
+#elif defined(MIK_DOT_BYTES)
+  __m256i a[12], x = _mm256_set1_epi8(3), y = _mm256_set1_epi8(5);
+  for (int i = 0; i < 12; ++i) a[i] = _mm256_set1_epi32(i);
+  for (int64_t r = 0; r < rounds; ++r) {
+#pragma GCC unroll 12
+    for (int i = 0; i < 12; ++i) a[i] = _mm256_dpbusd_avx_epi32(a[i], x, y);
+  }
+  for (int i = 1; i < 12; ++i) a[0] = _mm256_add_epi32(a[0], a[i]);
+  sink[0] = static_cast<float>(_mm256_extract_epi32(a[0], 0));
+  return 2.0 * 12 * 32 * static_cast<double>(rounds);
 #else
   (void)rounds;
   (void)sink;

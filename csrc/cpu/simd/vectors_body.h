@@ -30,6 +30,9 @@ static inline float_vector absolute(float_vector a) { return _mm512_abs_ps(a); }
 static inline unsigned not_below(float_vector a, float_vector b) {
   return _mm512_cmp_ps_mask(a, b, _CMP_NLT_UQ);
 }
+static inline unsigned not_at_most(float_vector a, float_vector b) {
+  return _mm512_cmp_ps_mask(a, b, _CMP_NLE_UQ);
+}
 
 #elif MIK_VECTOR_BYTES == 32
 constexpr int kLanes = 8;
@@ -45,7 +48,11 @@ static inline int_vector broadcast_pair(const uint16_t* at) {
   return _mm256_set1_epi32(pair);
 }
 static inline int_vector add_pair_products(int_vector sum, int_vector a, int_vector b) {
+#if defined(MIK_DOT_BYTES)
+  return _mm256_dpwssd_avx_epi32(sum, a, b);
+#else
   return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b));
+#endif
 }
 static inline void pin(int_vector& a) { asm volatile("" : "+x"(a)); }
 static inline float_vector to_float(int_vector a) { return _mm256_cvtepi32_ps(a); }
@@ -62,6 +69,9 @@ static inline float_vector absolute(float_vector a) {
 }
 static inline unsigned not_below(float_vector a, float_vector b) {
   return static_cast<unsigned>(_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_NLT_UQ)));
+}
+static inline unsigned not_at_most(float_vector a, float_vector b) {
+  return static_cast<unsigned>(_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_NLE_UQ)));
 }
 
 #elif MIK_X86_LEVELS
@@ -94,6 +104,9 @@ static inline float_vector absolute(float_vector a) { return _mm_andnot_ps(_mm_s
 static inline unsigned not_below(float_vector a, float_vector b) {
   return static_cast<unsigned>(_mm_movemask_ps(_mm_cmpnlt_ps(a, b)));
 }
+static inline unsigned not_at_most(float_vector a, float_vector b) {
+  return static_cast<unsigned>(_mm_movemask_ps(_mm_cmpnle_ps(a, b)));
+}
 
 #else  // any other processor: one lane, left to the compiler
 constexpr int kLanes = 1;
@@ -122,4 +135,5 @@ static inline float_vector multiply_add(float_vector a, float_vector b, float_ve
 }
 static inline float_vector absolute(float_vector a) { return __builtin_fabsf(a); }
 static inline unsigned not_below(float_vector a, float_vector b) { return !(a < b); }
+static inline unsigned not_at_most(float_vector a, float_vector b) { return !(a <= b); }
 #endif

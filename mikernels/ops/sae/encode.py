@@ -5,25 +5,36 @@ Order: score descending, then feature ascending; NaN ranks first. ReLU follows t
 token with fewer than k positive winners carries zeros (with zero gradient) in the other slots.
 Slots are stored by ascending feature. The N x F matrix is never formed.
 
-How the CPU kernel is fast and exact. Scores are *screened* in 16 bits and only candidates are
-computed exactly. With x^ and w^ the rounded rows (per-row scale; bf16 for AMX, int16 elsewhere),
+How the CPU kernel is fast and exact. Scores are *screened* in 16 bits, before that in 8 where the
+processor has dot products of bytes, and only candidates are computed exactly. With x^ and w^ the
+rounded rows (per-row scale; bf16 for AMX, int16 elsewhere, int8 for the coarse screen),
 
     |<x, w> - <x^, w^>| = |<x - x^, w> + <x^, w - w^>| <= |x - x^| |w| + |x^| |w - w^|      (1)
 
 by Cauchy-Schwarz, with the *computed* norms of the rounding errors, rounded up. On top of (1) come
-  - accumulation: none for int16 (row norms stay below 2^15, so every partial sum is exact in int32,
-    again by Cauchy-Schwarz); at most 2 d u |x^| |w^| for AMX's fp32 sums of bf16 products, where
-    u = 2^-24 and rows are scaled to norms in 1..2, so that flushed denormals vanish beside it;
-  - the fp32 evaluation of `(s^ c + b_enc) scale` and of the bound itself: 16 u on every term.
+  - accumulation: none for int16 (row norms stay below 2^15, so every partial sum is exact in
+    int32, again by Cauchy-Schwarz) nor for bytes (numbers up to 127, rows up to 2^15 long); at
+    most 2 d u |x^| |w^| for AMX's fp32 sums of bf16 products, where u = 2^-24 and rows are scaled
+    to norms in 1..2, so that flushed denormals vanish beside it;
+  - before rounding to bytes, columns of x are divided and those of w multiplied by c_j, the root
+    of the ratio of their sizes in a sample, which leaves <x, w> but for 3 u |x| |w| of the
+    products' rounding: a row is as fine as its largest number allows, and real activations have
+    columns far larger than the others;
+  - the fp32 evaluation of `(s^ c + b_enc) scale` and of the bound itself: with the 3 u above less
+    than 16 u on every term.
 Let e[n, f] be the sum of these. Then s - e and s + e bracket the true score, so with tau[n] the
 k-th largest lower bound seen so far, a feature whose upper bound is below tau[n] has k features
-above it and cannot be selected. Everything else is kept and rescored: a dot product in fp64 rounded
-once to fp32, whose order is the fp32 order that is returned. Bounds that are not finite (NaN, inf
-or a norm outside 2^-40..2^40) pass the screen by construction, and a full candidate list is
-rescored on the spot, so the screen decides no case alone and no list overflows.
+above it and cannot be selected. Nor can one whose upper bound only equals tau: features come in
+ascending order, and the first win ties. Everything else is kept and rescored: a dot product in
+fp64 rounded once to fp32, whose order is the fp32 order that is returned. What passes in 8 bits is
+screened again in 16 at once, by a dot product of its own; where too much passes (at the start, or
+for adversarial rows) a block of tokens goes on in 16 bits (csrc/cpu/screen/coarse.h). Bounds that
+are not finite (NaN, inf or a norm outside 2^-40..2^40) pass the screen by construction, and a full
+candidate list is rescored on the spot, so the screen decides no case alone and no list overflows.
 
-Scratch: one 16-bit panel of w_enc (16 MB; 48 MB if its rows are strided) and, for chunks of tokens
-that fit 64 MB, x^ and 4k + 64 candidates of 16 bytes a token. Time O(N F d) in 16-bit products.
+Scratch: one panel of w_enc (16 MB, 4 MB in two widths; three times that if its rows are strided)
+and, for chunks of tokens that fit 64 MB, x^ and 4k + 64 candidates of 16 bytes per token. Time
+O(N F d) in products of bytes, or of 16 bits.
 
 On a GPU the same bound rides along in one bf16 product (mikernels/kernels/sae/encode_screen.py):
 values and selection are those of the CPU. bf16 and fp16 inputs without `scale` are ranked there, as
