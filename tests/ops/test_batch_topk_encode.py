@@ -5,10 +5,11 @@ import hypothesis.extra.numpy as hnp
 import pytest
 import torch
 from batch_cases import check
-from encode_cases import ADVERSARIAL, NON_FINITE
+from encode_cases import ADVERSARIAL, COARSE, NON_FINITE
 from hypothesis import given
 from hypothesis import strategies as st
 from oracle import DTYPES, identical, num_threads, randint, randn
+from screened import COARSE_LEVELS, screened
 
 import mikernels
 from mikernels import batch_topk_encode, topk_encode
@@ -61,6 +62,14 @@ def test_batch_topk_encode_adversarial(impl, case):
     if impl == "cpp" or not overflows:
         check(impl, **arguments)
         check(impl, **{**arguments, "w_enc": arguments["w_enc"].T.contiguous().T, "k": 0.4})
+
+
+@pytest.mark.parametrize("case", COARSE)
+def test_batch_topk_encode_in_bytes_first(level, case):
+    with screened() as pairs:
+        check("cpp", **COARSE[case]())
+    expected = level in COARSE_LEVELS
+    assert (pairs[0] > 0) == expected or case in ("outlier numbers", "uneven rows", "non-finite")
 
 
 @pytest.mark.parametrize("case", NON_FINITE)

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
 import sys
-from contextlib import contextmanager
 
 import hypothesis.extra.numpy as hnp
 import pytest
@@ -17,9 +16,10 @@ from oracle import (
     randint,
     randn,
 )
+from screened import COARSE_LEVELS, screened
 
 import mikernels
-from mikernels import _ext, topk_encode
+from mikernels import topk_encode
 
 SHAPES = [  # N, d, F, k
     (0, 17, 50, 3),
@@ -67,18 +67,6 @@ def test_encode_adversarial(impl, case):
     overflows = arguments.pop("fp32_sums_overflow", False)
     if impl == "cpp" or not overflows:
         check(impl, **arguments)
-
-
-COARSE_LEVELS = "avxvnni", "avx512"
-
-
-@contextmanager
-def screened():
-    """The pairs that are screened inside, [in 8 bits first, in 16 though 8 were to be had]."""
-    found: list[int] = []
-    before = _ext.C.screened_pairs()
-    yield found
-    found += [now - was for now, was in zip(_ext.C.screened_pairs(), before, strict=True)]
 
 
 @pytest.mark.parametrize("case", COARSE)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from oracle import DTYPES, far_apart, identical, num_threads, randint, randn
 from pairwise_cases import (
     INF,
+    MANY,
     NAN,
     POWERS,
     SPECIAL,
@@ -18,6 +19,7 @@ from pairwise_cases import (
     exact_scores,
     near_ties,
 )
+from screened import COARSE_LEVELS, screened
 
 from mikernels import pairwise_topk
 from mikernels.ops.pairs.pairwise_topk import pairwise_topk_op
@@ -85,6 +87,15 @@ def test_pairwise_topk_magnitudes(impl, name):
 @pytest.mark.parametrize("relative", [1e-3, 1e-5, 1e-6])
 def test_pairwise_topk_near_ties(impl, relative):
     every_way(impl, *near_ties(relative), 1, 40)
+
+
+@pytest.mark.parametrize("case", MANY)
+def test_pairwise_topk_in_bytes_first(level, case):
+    a, b, options = MANY[case]()
+    with screened() as pairs:
+        check("cpp", a, b, **options)
+    assert (pairs[0] > 0) == (level in COARSE_LEVELS)
+    check("cpp", a.T.contiguous().T.bfloat16(), None if b is None else b.bfloat16(), **options)
 
 
 @pytest.mark.parametrize("relative", [1e-5, 1e-6])

@@ -4,11 +4,12 @@ import sys
 import hypothesis.extra.numpy as hnp
 import pytest
 import torch
-from encode_cases import ADVERSARIAL, NON_FINITE
+from encode_cases import ADVERSARIAL, COARSE, NON_FINITE
 from hypothesis import given
 from hypothesis import strategies as st
 from one_level import one_impl
-from oracle import DTYPES, identical, num_threads, randint, randn
+from oracle import DTYPES, encode_scores, identical, num_threads, randint, randn
+from screened import COARSE_LEVELS, screened
 from threshold_cases import at_scores, check, floors
 
 import mikernels
@@ -84,6 +85,19 @@ def test_threshold_encode_adversarial(impl, case, layout):
         arguments["w_enc"] = arguments["w_enc"].T.contiguous().T
     if impl == "cpp" or case != "overflow":  # eager torch, and so the reference, sums in fp32
         check(impl, **arguments)
+
+
+@pytest.mark.parametrize("case", COARSE)
+def test_threshold_encode_in_bytes_first(level, case):
+    arguments = {k: v for k, v in COARSE[case]().items() if k not in ("k", "scale")}
+    # about one pair in 200
+    h = encode_scores(**arguments)[0].float()
+    floor = h.nan_to_num(0, 0, 0).quantile(0.995, dim=0)
+    with screened() as pairs:
+        check("cpp", **arguments, floor=floor)
+    # tokens too much alike for 8 bits, or too far apart in size
+    never = case in ("outlier numbers", "turning to the worse", "uneven rows")
+    assert (pairs[0] > 0) == (level in COARSE_LEVELS) or never
 
 
 def test_adversarial_floors_are_decided_by_rounding(level):

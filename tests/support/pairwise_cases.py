@@ -103,3 +103,35 @@ POWERS = {
 def near_ties(relative):
     base = randn(1, 48)
     return [base * (1 + relative * randn(70, 48, seed=seed)) for seed in (1, 2)]
+
+
+def _outlier_columns():
+    a, b = randn(700, 300), randn(610, 300, seed=1)
+    a[:, [3, 40]] *= 1e3
+    b[:, 40] *= 1e-3
+    b[:, 7] = 0
+    return a, b, {"k": 40}
+
+
+def _near_ties_among_the_strongest():
+    a, b = randn(700, 300), randn(610, 300, seed=1)
+    b[::10] = 3 * a[:61] * (1 + 1e-6 * randn(61, 300, seed=2))
+    a[100:161] = a[:61] * (1 + 1e-6 * randn(61, 300, seed=3))
+    return a, b, {"k": 40}
+
+
+def _special():
+    a, b = randn(700, 300), randn(610, 300, seed=1)
+    a[5], a[6, 3], b[600, 4], b[7] = 0, INF, NAN, 1e30
+    return a, b, {"k": 2000}
+
+
+# rows enough on both sides for the coarse screen, in 8 bits
+MANY = {
+    "random": lambda: (randn(700, 300), randn(610, 300, seed=1), {"k": 40}),
+    "by value": lambda: (randn(700, 300), randn(610, 300, seed=1), {"k": 7, "by": "value"}),
+    "symmetric": lambda: (randn(700, 300), None, {"k": 40, "upper": True}),
+    "outlier columns": _outlier_columns,
+    "near ties among the strongest": _near_ties_among_the_strongest,
+    "special values": _special,
+}

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "cpu/screen/coarse.h"
 #include "cpu/select/order.h"
 
 namespace mik {
@@ -33,6 +34,12 @@ struct ScreenSide {
   int64_t padded, first, count;
   const float *scale, *p, *q;
   const int64_t* rank;
+  // the same in bytes where there is a coarse screen, with what their products start at (dense rows),
+  // and what the tiles hold as dense rows of 16 bits
+  const void* bytes;
+  const int32_t* start;
+  const float *byte_scale, *byte_p, *byte_q;
+  const uint16_t* rows;
 };
 
 // a thread's pairs. make_room leaves space for two more and may raise tau, below which no strength
@@ -42,6 +49,7 @@ struct PairList {
   int64_t size, capacity;
   float tau;
   bool by_abs, mirrored;
+  CoarseCourse* course;  // null where there is no coarse screen
   void* context;
   void (*make_room)(PairList&);
 };

@@ -10,6 +10,7 @@
 #include "common.h"
 #include "cpu/sae/encode.h"
 #include "cpu/simd/scalar.h"
+#include "cpu/screen/columns.h"
 #include "cpu/screen/screen.h"
 
 namespace mik {
@@ -17,8 +18,6 @@ namespace mik {
 constexpr int64_t kPanelBytes = 16 << 20, kCoarsePanelBytes = 4 << 20;
 // fewer tokens do not pay for the weights in 8 bits
 constexpr int64_t kCoarseTokens = 256;
-// rows that tell the columns' sizes
-constexpr int64_t kSampledRows = 256;
 // below this packing the weights costs more than it saves
 constexpr int64_t kDirectTokens = 8, kDirectScores = 1 << 22;
 
@@ -224,8 +223,7 @@ class EncodePanels {
   std::unique_ptr<int32_t[]> start_;
   std::unique_ptr<float[]> sx_, ex_, nx_, byte_sx_, byte_ex_, byte_nx_, terms_, panel_copy_, centred_;
   std::vector<CoarseCourse> courses_;
-  // [d]: tokens and weights are multiplied by these before they are rounded; none where empty
-  std::vector<float> token_columns_, weight_columns_;
+  Columns columns_;
 
   float with_bias(double dot, int64_t f) const {
     return static_cast<float>(dot + (b_enc_ == nullptr ? 0. : static_cast<float>(b_enc_[f])));
@@ -235,21 +233,19 @@ class EncodePanels {
     return static_cast<float>(data<T>(w_)[f * w_.stride(0) + i * w_.stride(1)]);
   }
 
-  // Bytes are as fine as a row's largest number lets them be, so large columns of x are made smaller
-  // and those of w larger: the products stay, the bound of rows with outliers falls (from 1.40 to
-  // 0.25 standard deviations with columns 500 times as large)
   void balance_columns() {
     std::vector<double> x_squares(d_), w_squares(d_);
     std::vector<float> row(d_);
     const int64_t tokens = std::min(tokens_, kSampledRows);
     for (int64_t i = 0; i < tokens; ++i) {
       centred(i * (tokens_ / tokens), row.data());
-      for (int64_t j = 0; j < d_; ++j) x_squares[j] += static_cast<double>(row[j]) * row[j];
+      for (int64_t j = 0; j < d_; ++j)
+        x_squares[j] += static_cast<double>(row[j]) * row[j] / static_cast<double>(tokens);
     }
     const int64_t features = std::min(features_, kSampledRows);
     const auto add_feature = [&](int64_t i, int64_t j) {
       const double w = weight(i * (features_ / features), j);
-      w_squares[j] += w * w;
+      w_squares[j] += w * w / static_cast<double>(features);
     };
     // along memory
     if (transposed_) {
@@ -259,14 +255,7 @@ class EncodePanels {
       for (int64_t i = 0; i < features; ++i)
         for (int64_t j = 0; j < d_; ++j) add_feature(i, j);
     }
-    token_columns_.assign(d_, 1.f);
-    weight_columns_.assign(d_, 1.f);
-    for (int64_t j = 0; j < d_; ++j) {
-      const double ratio = std::sqrt(std::sqrt(x_squares[j] / w_squares[j] * features / tokens));
-      if (!(ratio > 0 && ratio < kLargestNorm)) continue;
-      weight_columns_[j] = static_cast<float>(std::clamp(ratio, 1e-9, 1e9));
-      token_columns_[j] = 1.f / weight_columns_[j];
-    }
+    columns_ = balanced(x_squares, w_squares);
   }
 
   void pack_tokens() {
@@ -308,7 +297,7 @@ class EncodePanels {
         tau_[n] = -kInfinity;
         if (coarse_) {
           uint16_t* fine = fine_rows_.get() + n * padded_;
-          const TwiceQuantised both = quantise_twice(row.data(), token_columns_.data(), d_, padded_,
+          const TwiceQuantised both = quantise_twice(row.data(), columns_.x.data(), d_, padded_,
                                                      scratch.data(), bytes.data(), fine);
           note(both.fine, n, sx_, ex_, nx_);
           note(both.coarse, n, byte_sx_, byte_ex_, byte_nx_);
@@ -374,7 +363,7 @@ class EncodePanels {
         QuantisedRow q;
         if (coarse_) {
           const TwiceQuantised both =
-              quantise_twice(source, weight_columns_.data(), d_, padded_, scratch.data(),
+              quantise_twice(source, columns_.w.data(), d_, padded_, scratch.data(),
                              byte_panel_.get() + f * padded_, panel_.get() + f * padded_);
           q = both.fine;
           // tokens are stored 128 too large
