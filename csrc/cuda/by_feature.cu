@@ -24,8 +24,7 @@ std::tuple<Tensor, Tensor> by_feature_cuda(Tensor indices, int64_t n_features) {
   const OnDevice on("by_feature_cuda", indices);
   indices = torch::stable::contiguous(indices);
   Tensor order = empty(indices, {slots});
-  if (slots == 0)
-    return {torch::stable::new_zeros(indices, {n_features + 1}), order};
+  if (slots == 0) return {torch::stable::new_zeros(indices, {n_features + 1}), order};
   Tensor offsets = empty(indices, {n_features + 1});
   const SortPlan plan = make_sort_plan(slots, n_features);
   Tensor counts = empty(indices, {plan.chunks, MAX_DIGITS}, ScalarType::Int);

@@ -116,7 +116,7 @@ __global__ void __launch_bounds__(SORT_THREADS, 2) by_feature_count_kernel(SortP
   pass.counts[blockIdx.x * MAX_DIGITS + threadIdx.x] = counts[threadIdx.x];
 }
 
-// the sum of what the threads before this one give; the barrier is in front of all reads that follow
+// The sum of what the threads before this one give, from behind a barrier.
 __device__ inline uint32_t sum_before(uint32_t value, uint32_t* totals) {
   const uint32_t upto = inclusive_sum(value), warp = threadIdx.x / 32;
   if (threadIdx.x % 32 == 31) totals[warp] = upto;
@@ -160,6 +160,7 @@ __device__ uint32_t sort_tile(const SortPass& pass, uint32_t first, uint32_t slo
   const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   uint16_t* ranks = work.ranks[warp];
   for (uint32_t d = lane; d < MAX_DIGITS; d += 32) ranks[d] = 0;
+  // the lanes meet again below, but a match orders no memory
   __syncwarp();
   uint32_t keys[SORT_ITEMS], from[SORT_ITEMS], places[SORT_ITEMS];
 #pragma unroll
@@ -277,7 +278,7 @@ void by_feature_kernels(const SortPlan& plan, SortPass pass, uint32_t* between,
     if (!last) pass.to_keys = half(p), pass.to = half(p) + pass.slots;
     const uint32_t counting = sizeof(uint32_t) * MAX_DIGITS;
     launch(first ? by_feature_count_kernel<true> : by_feature_count_kernel<false>, counting, pass);
-    launch(first  ? last ? by_feature_place_kernel<true, true> : by_feature_place_kernel<true, false>
+    launch(first ? last ? by_feature_place_kernel<true, true> : by_feature_place_kernel<true, false>
            : last ? by_feature_place_kernel<false, true>
                   : by_feature_place_kernel<false, false>,
            static_cast<uint32_t>(sizeof(SortWork)), pass);

@@ -24,8 +24,7 @@ void run(const Tensor& x, double fraction, bool absolute, const Tensor& out) {
   using Bits = typename Format::Bits;
   const OnDevice on("mass_threshold_cuda", x);
   Tensor scratch = torch::stable::new_zeros(x, {sizeof(MassScratch) / 8}, ScalarType::Long);
-  const uint32_t blocks =
-      mass_blocks<Format>(x.numel(), BLOCKS_PER_SM * on.multiprocessors());
+  const uint32_t blocks = mass_blocks<Format>(x.numel(), BLOCKS_PER_SM * on.multiprocessors());
   mass_threshold_kernels<Format>(blocks, [&](auto kernel, uint32_t grid) {
     kernel<<<grid, MASS_THREADS, sizeof(MassWork), on.stream>>>(
         data<Bits>(x), x.numel(), fraction, absolute,

@@ -37,9 +37,10 @@ struct MassDigits {
 
 // bits of a magnitude below those of this level and the ones before it
 template <class Format, uint32_t LEVEL>
-constexpr uint32_t mass_shift = LEVEL == 0 ? MassDigits<Format>::mantissa - MassDigits<Format>::first
-                                : LEVEL + 1 == MassDigits<Format>::levels ? 0
-                                                                          : 10;
+constexpr uint32_t mass_shift =
+    LEVEL == 0 ? MassDigits<Format>::mantissa - MassDigits<Format>::first
+    : LEVEL + 1 == MassDigits<Format>::levels ? 0
+                                              : 10;
 
 // What is known of the threshold behind a level, the same in every block.
 struct MassFound {
@@ -118,8 +119,8 @@ struct Entries {
 };
 
 template <class Format, uint32_t LEVEL>
-__device__ void add_masses(const typename Format::Bits* x, int64_t n, bool absolute,
-                           uint64_t* sums, MassWork& work) {
+__device__ void add_masses(const typename Format::Bits* x, int64_t n, bool absolute, uint64_t* sums,
+                           MassWork& work) {
   for (uint32_t b = threadIdx.x; b <= MASS_BINS; b += MASS_THREADS) work.low[b] = work.high[b] = 0;
   __syncthreads();
   const uint32_t prefix = LEVEL == 0 ? 0 : work.found.prefix;
@@ -140,7 +141,8 @@ __device__ void add_masses(const typename Format::Bits* x, int64_t n, bool absol
   }
   __syncthreads();
   for (uint32_t b = threadIdx.x; b <= MASS_BINS; b += MASS_THREADS) {
-    const unsigned long long sum = static_cast<unsigned long long>(work.high[b]) << 32 | work.low[b];
+    const unsigned long long sum =
+        static_cast<unsigned long long>(work.high[b]) << 32 | work.low[b];
     if (sum != 0) atomicAdd(reinterpret_cast<unsigned long long*>(sums) + b, sum);
   }
 }

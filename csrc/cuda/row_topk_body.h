@@ -197,8 +197,9 @@ __global__ void __launch_bounds__(MAX_THREADS, MIN_BLOCKS)
 
   const Cut cut = find_cut<Format>(elements, k, floor, work);
   // the maxima are no longer needed; without room there, 64 bits per index are what the output has
-  uint64_t* order = plan.sort_shared ? reinterpret_cast<uint64_t*>(maxima)
-                                     : static_cast<uint64_t*>(out.indices) + blockIdx.x * out.stride;
+  uint64_t* order = plan.sort_shared
+                        ? reinterpret_cast<uint64_t*>(maxima)
+                        : static_cast<uint64_t*>(out.indices) + blockIdx.x * out.stride;
   take<Format>(elements, cut, work, [&](uint32_t place, uint32_t slot, uint32_t j, uint32_t key) {
     const uint32_t index = elements.index(slot, j);
     if (sorted) {

@@ -25,11 +25,10 @@ std::string run(const Call& call) {
   const uint32_t blocks = mass_blocks<Format>(call.n, call.blocks);
   mass_threshold_kernels<Format>(blocks, [&](auto kernel, uint32_t grid) {
     if (!message.empty()) return;
-    message = emulator::launch(
-        grid, MASS_THREADS, shared_bytes, sizeof(MassWork), call.order, [&] {
-          kernel(static_cast<const Bits*>(call.x), call.n, call.fraction, call.absolute, &scratch,
-                 static_cast<Bits*>(call.out));
-        });
+    message = emulator::launch(grid, MASS_THREADS, shared_bytes, sizeof(MassWork), call.order, [&] {
+      kernel(static_cast<const Bits*>(call.x), call.n, call.fraction, call.absolute, &scratch,
+             static_cast<Bits*>(call.out));
+    });
   });
   return message;
 }

@@ -36,7 +36,8 @@ std::string run(const Call& call) {
   return emulator::launch(static_cast<uint32_t>(call.rows), plan.threads, shared_bytes,
                           plan.shared_bytes, call.order, [&] {
                             row_topk_kernel<Format>(static_cast<const Bits*>(call.scores),
-                                                    call.stride, columns, k, call.sorted, plan, out);
+                                                    call.stride, columns, k, call.sorted, plan,
+                                                    out);
                           });
 }
 
