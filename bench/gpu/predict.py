@@ -63,15 +63,20 @@ def row_topk(r: Rates, s: Shape, dtype: str) -> list[Part]:
 
 
 def by_feature(r: Rates, s: Shape, dtype: str) -> list[Part]:
-    """As csrc/cuda/by_feature_body.h goes about it: 9 bits a pass, tiles of 4096 slots."""
-    slots, passes = s.n * s.k, math.ceil(max(1, math.ceil(math.log2(s.f))) / 9)
+    """As csrc/cuda/by_feature_body.h goes about it: 9 bits a pass, 128 chunks of tiles."""
+    slots, bits = s.n * s.k, max(1, math.ceil(math.log2(s.f)))
+    passes = math.ceil(bits / 9)
+    tile = 512 * min(8, math.ceil(slots / (512 * 64)))
+    deep = math.ceil(slots / tile / 128)
+    chunks = math.ceil(slots / tile / deep)
     # first 8 bytes twice, then key and slot; 8 bytes of key and slot out, at last 8 of order
     traffic = slots * (16 + 8 + (passes - 1) * 20)
     rate = r.l2 if slots * 24 <= r.l2_bytes else r.copy
-    rounds = math.ceil(math.ceil(slots / 4096) / (2 * r.sms))
+    counts = passes * 4 * chunks * chunks * 2 ** math.ceil(bits / passes)
     return [
         ("launches", 2 * passes * r.launch, f"{passes} passes of two kernels"),
-        ("tiles", rounds * passes * 4e-6, "the way of a tile through a block, and the counts"),
+        ("tiles", deep * passes * 4e-6, "a tile's way through a block"),
+        ("counts", counts / r.l2, f"those of {chunks} chunks, read by each"),
         ("slots", traffic / rate, "keys and slots in and out"),
         ("offsets", 8 * s.f / r.copy, "written once"),
     ]

@@ -12,6 +12,7 @@
 // their offsets there: what came before the tile, and a binary search within it.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "cuda/select.h"
@@ -19,29 +20,34 @@
 namespace mik::cuda {
 
 constexpr uint32_t SORT_THREADS = 512;
-constexpr uint32_t SORT_ITEMS = 8;  // of a thread
+constexpr uint32_t SORT_ITEMS = 8;  // of a thread, at most
 constexpr uint32_t SORT_TILE = SORT_THREADS * SORT_ITEMS;
 constexpr uint32_t SORT_WARPS = SORT_THREADS / 32;
 // two passes for up to 2^18 features; a digit is a thread's
 constexpr uint32_t MAX_DIGIT_BITS = 9, MAX_DIGITS = 1 << MAX_DIGIT_BITS;
 static_assert(MAX_DIGITS == SORT_THREADS);
-// what each block reads of all counts is 2 kB a chunk
-constexpr uint32_t MAX_CHUNKS = 256;
+// every block reads all counts, 2 kB a chunk: 32 MB of the L2 at 128
+constexpr uint32_t MAX_CHUNKS = 128;
+// below it tiles are smaller, for more blocks to share the work
+constexpr uint32_t FEW_CHUNKS = 64;
 
 struct SortPlan {
   uint32_t passes, digit_bits;  // the last digit may have fewer
   uint32_t bits;                // of a feature
+  uint32_t items;               // of a thread
   uint32_t chunks;
   uint32_t tiles;  // of a chunk, the last one's may be fewer
 };
 
-inline SortPlan make_sort_plan(uint64_t slots, uint64_t features,
-                               uint64_t most_chunks = MAX_CHUNKS) {
+inline SortPlan make_sort_plan(uint64_t slots, uint64_t features, uint64_t most_chunks = MAX_CHUNKS,
+                               uint64_t few_chunks = FEW_CHUNKS) {
   SortPlan plan = {};
   while (features > uint64_t{1} << plan.bits) ++plan.bits;
   plan.passes = plan.bits == 0 ? 1 : (plan.bits + MAX_DIGIT_BITS - 1) / MAX_DIGIT_BITS;
   plan.digit_bits = (plan.bits + plan.passes - 1) / plan.passes;
-  const uint64_t tiles = (slots + SORT_TILE - 1) / SORT_TILE;
+  const uint64_t least = (slots + SORT_THREADS * few_chunks - 1) / (SORT_THREADS * few_chunks);
+  plan.items = least < SORT_ITEMS ? static_cast<uint32_t>(least) : SORT_ITEMS;
+  const uint64_t tile = SORT_THREADS * plan.items, tiles = (slots + tile - 1) / tile;
   plan.tiles = static_cast<uint32_t>((tiles + most_chunks - 1) / most_chunks);
   plan.chunks = static_cast<uint32_t>((tiles + plan.tiles - 1) / plan.tiles);
   return plan;
@@ -54,11 +60,12 @@ struct SortPass {
   const uint32_t *keys, *from;
   uint32_t *to_keys, *to;
   int64_t *order, *offsets;
-  uint32_t* counts;  // [chunks, MAX_DIGITS]
+  uint32_t* counts;  // [chunks, digits]
   uint32_t slots, n_features;
-  uint32_t mask;  // of a key's bits: whatever a feature is, it leads nowhere else
-  uint32_t shift, digit_mask;
-  uint32_t tiles;  // of a chunk
+  uint32_t mask;           // of a key's bits: whatever a feature is, it leads nowhere else
+  uint32_t shift, digits;  // a power of two, at least 4
+  uint32_t items;          // of a thread
+  uint32_t tiles;          // of a chunk
 };
 
 struct SortWork {
@@ -80,18 +87,18 @@ __device__ uint32_t sort_key(const SortPass& pass, uint32_t slot) {
 }
 
 __device__ inline uint32_t digit_of(const SortPass& pass, uint32_t key) {
-  return key >> pass.shift & pass.digit_mask;
+  return key >> pass.shift & (pass.digits - 1);
 }
 
 // f(first slot, slots) for each tile of this block's chunk
 template <class F>
 __device__ void for_each_tile(const SortPass& pass, const F& f) {
-  const uint64_t begin = static_cast<uint64_t>(blockIdx.x) * pass.tiles * SORT_TILE;
+  const uint64_t tile = SORT_THREADS * pass.items, begin = blockIdx.x * pass.tiles * tile;
   for (uint32_t t = 0; t < pass.tiles; ++t) {
-    const uint64_t first = begin + static_cast<uint64_t>(t) * SORT_TILE;
+    const uint64_t first = begin + t * tile;
     if (first >= pass.slots) return;
     const uint64_t left = pass.slots - first;
-    f(static_cast<uint32_t>(first), static_cast<uint32_t>(left < SORT_TILE ? left : SORT_TILE));
+    f(static_cast<uint32_t>(first), static_cast<uint32_t>(left < tile ? left : tile));
   }
 }
 
@@ -113,7 +120,8 @@ __global__ void __launch_bounds__(SORT_THREADS, 2) by_feature_count_kernel(SortP
       if (i * SORT_THREADS + threadIdx.x < slots) atomicAdd(&counts[digit_of(pass, keys[i])], 1u);
   });
   __syncthreads();
-  pass.counts[blockIdx.x * MAX_DIGITS + threadIdx.x] = counts[threadIdx.x];
+  if (threadIdx.x < pass.digits)
+    pass.counts[blockIdx.x * pass.digits + threadIdx.x] = counts[threadIdx.x];
 }
 
 // The sum of what the threads before this one give, from behind a barrier.
@@ -131,12 +139,12 @@ __device__ inline void find_bases(const SortPass& pass, SortWork& work) {
   const uint32_t t = threadIdx.x;
   work.base[t] = work.start[t] = 0;
   __syncthreads();
-  // four digits of every fourth chunk
-  const uint32_t quad = t % (MAX_DIGITS / 4), part = t / (MAX_DIGITS / 4);
+  // four digits of some of the chunks
+  const uint32_t quads = pass.digits / 4, quad = t % quads;
   uint4 all = {}, before = {};
 #pragma unroll 8
-  for (uint32_t c = part; c < gridDim.x; c += 4) {
-    const uint4 n = __ldg(reinterpret_cast<const uint4*>(pass.counts + c * MAX_DIGITS) + quad);
+  for (uint32_t c = t / quads; c < gridDim.x; c += SORT_THREADS / quads) {
+    const uint4 n = __ldg(reinterpret_cast<const uint4*>(pass.counts) + c * quads + quad);
     const uint32_t is_before = c < blockIdx.x;
     all.x += n.x, all.y += n.y, all.z += n.z, all.w += n.w;
     before.x += n.x * is_before, before.y += n.y * is_before;
@@ -153,25 +161,28 @@ __device__ inline void find_bases(const SortPass& pass, SortWork& work) {
 }
 
 // Sorts a tile by the pass's digit, stably, into work.sorted. Returns how many keys have the digit
-// of this thread's number. A warp takes 256 neighbours, 32 at a time.
+// of this thread's number. A warp takes neighbours, 32 at a time.
 template <bool FIRST>
 __device__ uint32_t sort_tile(const SortPass& pass, uint32_t first, uint32_t slots,
                               SortWork& work) {
   const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const auto place_of = [&](uint32_t i) { return (warp * pass.items + i) * 32 + lane; };
+  const auto is_real = [&](uint32_t i) { return i < pass.items && place_of(i) < slots; };
   uint16_t* ranks = work.ranks[warp];
   for (uint32_t d = lane; d < MAX_DIGITS; d += 32) ranks[d] = 0;
   // the lanes meet again below, but a match orders no memory
   __syncwarp();
-  uint32_t keys[SORT_ITEMS], from[SORT_ITEMS], places[SORT_ITEMS];
+  uint32_t keys[SORT_ITEMS], from[SORT_ITEMS], places[SORT_ITEMS] = {};
 #pragma unroll
   for (uint32_t i = 0; i < SORT_ITEMS; ++i) {
-    const uint32_t at = warp * (32 * SORT_ITEMS) + i * 32 + lane;
-    keys[i] = at < slots ? sort_key<FIRST>(pass, first + at) : 0;
-    from[i] = FIRST ? first + at : at < slots ? __ldg(pass.from + first + at) : 0;
+    const uint32_t slot = first + place_of(i);
+    keys[i] = is_real(i) ? sort_key<FIRST>(pass, slot) : 0;
+    from[i] = FIRST ? slot : is_real(i) ? __ldg(pass.from + slot) : 0;
   }
 #pragma unroll
   for (uint32_t i = 0; i < SORT_ITEMS; ++i) {
-    const bool real = warp * (32 * SORT_ITEMS) + i * 32 + lane < slots;
+    if (i >= pass.items) break;
+    const bool real = is_real(i);
     const uint32_t digit = digit_of(pass, keys[i]);
     const uint32_t peers = __match_any_sync(~0u, real ? digit : MAX_DIGITS);
     const uint32_t before = ranks[digit];
@@ -198,7 +209,7 @@ __device__ uint32_t sort_tile(const SortPass& pass, uint32_t first, uint32_t slo
   __syncthreads();
 #pragma unroll
   for (uint32_t i = 0; i < SORT_ITEMS; ++i) {
-    if (warp * (32 * SORT_ITEMS) + i * 32 + lane >= slots) continue;
+    if (!is_real(i)) continue;
     work.sorted.keys[places[i]] = keys[i];
     work.sorted.slots[places[i]] = from[i];
   }
@@ -269,11 +280,13 @@ void by_feature_kernels(const SortPlan& plan, SortPass pass, uint32_t* between,
                         const Launch& launch) {
   const auto half = [&](uint32_t p) { return between + (p % 2 * 2 * uint64_t{pass.slots}); };
   pass.mask = static_cast<uint32_t>((uint64_t{1} << plan.bits) - 1);
-  pass.digit_mask = (1u << plan.digit_bits) - 1;
+  pass.items = plan.items;
   pass.tiles = plan.tiles;
   for (uint32_t p = 0; p < plan.passes; ++p) {
     const bool first = p == 0, last = p + 1 == plan.passes;
     pass.shift = p * plan.digit_bits;
+    const uint32_t left = plan.bits - pass.shift;
+    pass.digits = 1u << std::max(2u, std::min(plan.digit_bits, left));
     if (!first) pass.keys = half(p - 1), pass.from = half(p - 1) + pass.slots;
     if (!last) pass.to_keys = half(p), pass.to = half(p) + pass.slots;
     const uint32_t counting = sizeof(uint32_t) * MAX_DIGITS;

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from mikernels import _ext
 from mikernels.ops.sae.gradients import by_feature_op, by_feature_reference
 
-# of a block at a time
+# slots of a block at a time, where there are many
 TILE = 4096
 
 Call = struct(
@@ -20,19 +20,21 @@ Call = struct(
     slots=ctypes.c_int64,
     n_features=ctypes.c_int64,
     most_chunks=ctypes.c_int64,
+    few_chunks=ctypes.c_int64,
     offsets=ctypes.c_void_p,
     order=ctypes.c_void_p,
     order_of_threads=ctypes.c_uint64,
 )
 
 
-def run(indices, n_features, *, chunks=256, order=0):
+def run(indices, n_features, *, chunks=128, few=64, order=0):
     offsets, slots = torch.full((n_features + 3,), -77), torch.full((len(indices) + 2,), -77)
     call = Call(
         indices.data_ptr(),
         len(indices),
         n_features,
         chunks,
+        few,
         offsets[1:].data_ptr(),
         slots[1:].data_ptr(),
         order,
@@ -65,9 +67,15 @@ def test_is_a_stable_counting_sort(n_features):
 
 @pytest.mark.parametrize("n_features", [1, 300, 70_001])
 def test_of_many_tiles(n_features):
-    """Chunks of one tile and of several, a last one that is not full, and full ones alone."""
-    for m, chunks, order in ((2 * TILE + 5, 256, 1), (3 * TILE + 1, 2, 7), (2 * TILE, 1, 0)):
-        check(draw(m, n_features, m), n_features, chunks=chunks, order=order)
+    """Chunks of one tile and of several, a last one that is not full, and full ones alone; tiles
+    of 4096, 2048 and 512."""
+    for m, chunks, few, order in (
+        (2 * TILE + 5, 128, 1, 1),
+        (3 * TILE + 1, 2, 1, 7),
+        (2 * TILE, 1, 4, 0),
+        (2 * TILE + 300, 128, 64, 9),
+    ):
+        check(draw(m, n_features, m), n_features, chunks=chunks, few=few, order=order)
 
 
 def test_of_features_that_crowd():
@@ -80,7 +88,7 @@ def test_of_features_that_crowd():
         ordered.flip(0),
         draw(2 * TILE, 3) * 2111,
     ):
-        check(indices, n, chunks=2)
+        check(indices, n, chunks=2, few=1)
 
 
 def test_of_indices_outside_stays_inside():
@@ -104,18 +112,19 @@ def test_property(m, n_features, seed, crowded):
 
 
 def test_plan_of_any_size():
-    facts = (ctypes.c_int64 * 5)()
+    facts = (ctypes.c_int64 * 6)()
     for slots in (1, TILE, TILE + 1, 131_072, 524_288, 2**20 + 1, 2**31 - 2):
         for n_features in (1, 2, 512, 513, 32_768, 131_072, 2**18, 2**18 + 1, 2**31 - 2):
             library("by_feature").by_feature_plan(
                 ctypes.c_int64(slots), ctypes.c_int64(n_features), facts
             )
-            passes, digit_bits, bits, chunks, tiles = facts
+            passes, digit_bits, bits, items, chunks, tiles = facts
             assert 2**bits >= n_features and digit_bits <= 9
             assert (passes - 1) * digit_bits < max(bits, 1) <= max(passes * digit_bits, 1)
-            assert chunks <= 256 and (chunks - 1) * tiles * TILE < slots <= chunks * tiles * TILE
+            chunk = tiles * items * 512
+            assert items <= 8 and chunks <= 128 and (chunks - 1) * chunk < slots <= chunks * chunk
     library("by_feature").by_feature_plan(ctypes.c_int64(8192 * 64), ctypes.c_int64(131_072), facts)
-    assert list(facts) == [2, 9, 17, 128, 1]
+    assert list(facts) == [2, 9, 17, 8, 128, 1]
 
 
 KERNELS = [f"count_kernel<{a}>" for a in ("true", "false")]

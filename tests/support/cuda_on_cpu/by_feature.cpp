@@ -12,13 +12,14 @@ namespace {
 
 struct Call {
   const int64_t* features;
-  int64_t slots, n_features, most_chunks;
+  int64_t slots, n_features, most_chunks, few_chunks;
   int64_t *offsets, *order;
   uint64_t order_of_threads;
 };
 
 std::string run(const Call& call) {
-  const SortPlan plan = make_sort_plan(call.slots, call.n_features, call.most_chunks);
+  const SortPlan plan =
+      make_sort_plan(call.slots, call.n_features, call.most_chunks, call.few_chunks);
   // behind its end nothing may change
   constexpr uint32_t guard = 0x5a5a5a5a;
   struct alignas(16) Quad {
@@ -56,9 +57,10 @@ extern "C" const char* by_feature(const mik::cuda::Call* call) {
   return message.c_str();
 }
 
-// [passes, digit_bits, bits, chunks, tiles] of sizes
+// [passes, digit_bits, bits, items, chunks, tiles] of sizes
 extern "C" void by_feature_plan(int64_t slots, int64_t features, int64_t* out) {
   const mik::cuda::SortPlan plan = mik::cuda::make_sort_plan(slots, features);
-  const int64_t facts[] = {plan.passes, plan.digit_bits, plan.bits, plan.chunks, plan.tiles};
+  const int64_t facts[] = {plan.passes, plan.digit_bits, plan.bits,
+                           plan.items,  plan.chunks,     plan.tiles};
   std::memcpy(out, facts, sizeof(facts));
 }
