@@ -75,9 +75,10 @@ def test_info_json_holds_the_same_facts(command):
         assert not any(op["triton"] == "ready" for op in facts["operators"].values())
     assert {"encode", "decode", "row_topk"} <= facts["operators"].keys()
     # as the README has it
-    rows = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8").splitlines()
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    rows = readme.split("## Operators\n")[1].split("\n## ")[0].splitlines()
     for name in facts["not_run"]["cuda"]:
-        (row,) = (row for row in rows if row.startswith(f"| `{name}`") and row.count("|") == 7)
+        (row,) = (row for row in rows if row.startswith(f"| `{name}`"))
         assert "compiles, not run on a GPU" in row
 
 
