@@ -74,8 +74,11 @@ def _usage() -> str:
 def check_built(name: str, count: int, registers: int) -> None:
     """The extension has `count` kernels of csrc/cuda/<name>.cu for each architecture it was built
     for: without spills, in so many registers, with no shared memory but what a launch asks for."""
-    number = {}
-    for part in _usage().split("Fatbin elf code:")[1:]:
+    number: dict[str, int] = {}
+    # code alone: of PTX there is nothing to say
+    for part in re.split(r"^Fatbin (?=elf|ptx)", _usage(), flags=re.MULTILINE):
+        if not part.startswith("elf"):
+            continue
         (arch,) = re.findall(r"^arch = (sm_\w+)", part, re.MULTILINE)
         kernels = re.findall(rf"Function (\w+\d{name}\w*_kernel\w*):\s+(.*)", part)
         for kernel, line in kernels:
