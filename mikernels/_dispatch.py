@@ -46,10 +46,11 @@ class Op:
     Args:
         schema, reference, fake: as for `torch.library`.
         triton: launcher of mikernels.kernels ("room.module:function") with the schema's arguments.
-            It owns the CUDA dispatch key (ROCm's too) where Triton is installed; else the
-            reference runs there.
+            It owns the CUDA dispatch key (ROCm's too) where Triton is installed and CUDA C++ is not
+            built; else the reference runs there.
         operands: what its arguments have to be, by name (see mikernels/_operands.py).
-        cuda: csrc/cuda/<name>.cu implements it, as the operator <name>_cuda.
+        cuda: csrc/cuda/<name>.cu implements it, as the operator <name>_cuda. It owns the CUDA key
+            where it was built, on devices that it was built for; Triton's is then <name>_triton.
         cpu: owns the CPU key where the extension is built; for operators that csrc/cpu/ does not
             register itself because they are made of others that it does.
         dense: what "auto" runs where products win over slots. For operators that write nothing.
@@ -81,8 +82,8 @@ class Op:
         self.reference = self._checked(reference)
         self._triton = None if triton is None else self._checked(_triton.launcher(triton))
         LIBRARY.impl(self.name, self.reference, "CompositeExplicitAutograd")
-        if self._triton is not None and not _triton.missing():
-            LIBRARY.impl(self.name, self._on_device, "CUDA")
+        self._cuda = cuda
+        self._cuda_op, self._triton_op = self._on_gpu(fake)
         if cpu is not None and _ext.C is not None:
             LIBRARY.impl(self.name, self._checked(cpu), "CPU")
         # asked here, because torch.compile cannot trace the question
@@ -91,13 +92,10 @@ class Op:
         )
         self._dense = dense
         torch.library.register_fake(f"mikernels::{self.name}", fake, lib=LIBRARY)
-        self._cuda = cuda
-        if self._has_cuda():
-            torch.library.register_fake(f"mikernels::{self.name}_cuda", fake, lib=LIBRARY)
         if self.written:
-            self._guard(self.default)
-            if self._has_cuda():
-                self._guard(self._cuda_default())
+            for overload in (self.default, self._cuda_op, self._triton_op):
+                if overload is not None:
+                    self._guard(overload)
         OPS[self.name] = self
 
     def _checked(self, run: Callable[..., Any]) -> Callable[..., Any]:
@@ -127,18 +125,43 @@ class Op:
         increment_version([args[i] for i in self.written if args[i] is not None])
         return result
 
-    def _has_cuda(self) -> bool:
-        return hasattr(torch.ops.mikernels, f"{self.name}_cuda")
+    def _on_gpu(
+        self, fake: Callable[..., Any]
+    ) -> tuple[torch._ops.OpOverload | None, torch._ops.OpOverload | None]:
+        """Registers what runs on a GPU; the operators that CUDA C++ and Triton have by name."""
+        launched = self._triton is not None and not _triton.missing()
+        built = hasattr(torch.ops.mikernels, f"{self.name}_cuda")
+        if launched or built:
+            LIBRARY.impl(self.name, self._on_device, "CUDA")
+        if launched and built:
+            LIBRARY.define(f"{self.name}_triton{self.schema.removeprefix(self.name)}")
+            LIBRARY.impl(f"{self.name}_triton", self._by_triton, "CUDA")
 
-    def _cuda_default(self) -> torch._ops.OpOverload:
-        return getattr(torch.ops.mikernels, f"{self.name}_cuda").default
+        def named(suffix: str) -> torch._ops.OpOverload:
+            name = f"{self.name}_{suffix}"
+            torch.library.register_fake(f"mikernels::{name}", fake, lib=LIBRARY)
+            return getattr(torch.ops.mikernels, name).default
+
+        return named("cuda") if built else None, named("triton") if launched and built else None
 
     def _on_device(self, *args: Any) -> Any:
-        run = self._triton if _triton.takes(args) else self.reference
-        assert run is not None
+        device = _triton.first_tensor(args).device
+        if (
+            self._cuda_op is not None
+            and not _triton.holds_fp64(args)
+            and not _ext.cuda_unsupported(device)
+        ):
+            return self._cuda_op(*args)
+        if self._triton is not None and _triton.takes(args):
+            return self._by_triton(*args)
+        with torch.cuda.device(device):
+            return self.reference(*args)
+
+    def _by_triton(self, *args: Any) -> Any:
+        assert self._triton is not None
         # Triton launches on the current device
         with torch.cuda.device(_triton.first_tensor(args).device):
-            return run(*args)
+            return self._triton(*args)
 
     def __call__(self, *args: Any, impl: str | None = None, dense: bool = True) -> Any:
         """Run it; `impl` as in `resolve`, `dense=False` by slots whatever their number."""
@@ -152,7 +175,8 @@ class Op:
         device = _triton.first_tensor(args).device
         self._require(name, device)
         if name == "cuda":
-            return self._cuda_default()(*args)
+            assert self._cuda_op is not None
+            return self._cuda_op(*args)
         if name == "triton" and not _triton.takes(args):
             raise RuntimeError(
                 f"{self.name}: impl='triton' takes float32, bfloat16 and float16 tensors, got "
@@ -162,6 +186,8 @@ class Op:
             # the interpreter; on a GPU the dispatcher leads to Triton, also under torch.compile
             assert self._triton is not None
             return self._guarded(self._triton, args)
+        if name == "triton" and self._triton_op is not None:
+            return self._triton_op(*args)
         return self.default(*args)
 
     def resolve(self, impl: str | None, device: torch.device) -> str:
@@ -184,9 +210,10 @@ class Op:
             raise RuntimeError(f"{self.name}: impl={name!r} is not available: {state}")
         if name == "triton":
             reason = _triton.unsupported(device)
+        elif name == "cuda":
+            reason = _ext.cuda_unsupported(device)
         else:
-            kind = {"cpp": "cpu", "cuda": "cuda"}[name]
-            reason = "" if device.type == kind else f"runs on {kind} tensors, got {device}"
+            reason = "" if device.type == "cpu" else f"runs on cpu tensors, got {device}"
         if reason:
             raise RuntimeError(f"{self.name}: impl={name!r} {reason}")
 
@@ -199,7 +226,7 @@ class Op:
         if name == "cuda":
             if not self._cuda:
                 return "not written"
-            return "ready" if self._has_cuda() else _ext.cuda_missing()
+            return "ready" if self._cuda_op is not None else _ext.cuda_missing()
         return "ready"
 
     def backends(self) -> dict[str, str]:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +11,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import torch  # noqa: F401  (the extension links to the libraries that torch loads)
+# before the extension, which links to the libraries that torch loads
+import torch
 
 from mikernels.files import read_json
 
@@ -43,6 +45,27 @@ def _load() -> tuple[ModuleType | None, str]:
 def cuda_missing() -> str:
     """Why the extension has no CUDA kernels, as far as the build recorded it."""
     return MISSING or build_facts().get("cuda", {}).get("reason") or "built without CUDA"
+
+
+@functools.cache
+def _runs_on(index: int) -> str:
+    if torch.ops.mikernels.cuda_runs(index):
+        return ""
+    built = " ".join(build_facts().get("cuda", {}).get("archs", ["other devices"]))
+    return (
+        f"has no code for cuda:{index}, it was built for {built}; mend it with "
+        f"`MIKERNELS_ARCHS=<its compute capability> pip install --force-reinstall .`"
+    )
+
+
+def cuda_unsupported(device: torch.device) -> str:
+    """Why CUDA kernels that were built cannot run on this device, as a predicate; "" if they can.
+
+    The runtime is asked once a device, of the architectures that were built.
+    """
+    if device.type != "cuda":
+        return f"runs on cuda tensors, got {device}"
+    return _runs_on(torch.cuda.current_device() if device.index is None else device.index)
 
 
 # the operators live in the extension's static initialisers, so importing it registers them

@@ -73,11 +73,16 @@ def first_tensor(args: Sequence[Any]) -> torch.Tensor:
     return next(a for a in args if isinstance(a, torch.Tensor))
 
 
+def holds_fp64(args: Sequence[Any]) -> bool:
+    """fp64 exists for gradcheck, and runs the reference on every GPU; a scalar decides nothing."""
+    return any(
+        t.dtype == torch.float64 for t in args if isinstance(t, torch.Tensor) and t.dim() > 0
+    )
+
+
 def takes(args: Sequence[Any]) -> bool:
     """Whether `auto` gives these arguments to Triton: a device it supports, and no fp64.
 
-    A rule, not a fallback: fp64 exists for gradcheck, and runs the reference on every GPU.
+    A rule, not a fallback.
     """
-    tensors = [a for a in args if isinstance(a, torch.Tensor)]
-    fp64 = any(t.dtype == torch.float64 for t in tensors if t.dim() > 0)
-    return not fp64 and not unsupported(tensors[0].device)
+    return not holds_fp64(args) and not unsupported(first_tensor(args).device)

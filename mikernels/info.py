@@ -27,6 +27,8 @@ OPTIONAL = {
     "triton": ", for CUDA devices on Linux: pip install 'mikernels[triton]'",
     "transformers": ", for language models: pip install 'mikernels[models]'",
 }
+# backend -> operators whose kernels compile and have not been run on a GPU
+NOT_RUN = {"cuda": ("by_feature", "mass_threshold")}
 UNITS = {"gflops": "GFLOP/s", "gops": "GOP/s", "gbs": "GB/s"}
 REMEDY = "MIKERNELS_EXT=cpu pip install --force-reinstall --no-deps ."
 
@@ -83,6 +85,7 @@ def collect(peaks: bool = False) -> dict[str, Any]:
         "build": _ext.build_facts(),
         "environment": {name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
         "operators": {name: _states(op) for name, op in sorted(OPS.items())},
+        "not_run": {backend: list(names) for backend, names in NOT_RUN.items()},
     }
     if peaks:
         facts["peaks"] = _ext.C.measure_peaks() if _ext.C is not None else None
@@ -164,6 +167,8 @@ def render(facts: dict[str, Any], console: Console) -> None:
         console.print(Panel(text, title="no extension", border_style="yellow", expand=False))
     table, notes = _operator_table(facts["operators"])
     console.print(table)
+    for backend, names in facts["not_run"].items():
+        notes.append(f"{backend} of {', '.join(names)}: compiles, not run on a GPU")
     for note in notes:
         console.print(note, style="dim", markup=False)
     if "peaks" not in facts:

@@ -3,6 +3,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -73,6 +74,12 @@ def test_info_json_holds_the_same_facts(command):
     if not torch.cuda.is_available():
         assert not any(op["triton"] == "ready" for op in facts["operators"].values())
     assert {"encode", "decode", "row_topk"} <= facts["operators"].keys()
+    # as the README has it
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    rows = readme.split("## Operators\n")[1].split("\n## ")[0].splitlines()
+    for name in facts["not_run"]["cuda"]:
+        (row,) = (row for row in rows if row.startswith(f"| `{name}`"))
+        assert "compiles, not run on a GPU" in row
 
 
 def test_info_names_reason_and_remedy_without_the_extension(command, monkeypatch):

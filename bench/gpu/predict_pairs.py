@@ -15,7 +15,22 @@ TILES, PLAIN, LIBRARY = 0.7, 0.6, 0.85
 TOPK = 13.6e-12
 
 
+def _mass_threshold(r: Rates, s: Any, dtype: str) -> list[tuple[str, float, str]]:
+    """As csrc/cuda/mass_threshold_body.h reads x: two or three times, with a launch each and one
+    more, and the zeroing of its sums."""
+    reads, size = (3, 4) if dtype == "fp32" else (2, 2)
+    # 32 lanes over scores that lie in some 136 of 2048 bins collide about twice
+    atomics = 4 * s.m / 32 / (r.sms * r.hertz)
+    return [
+        ("reads", reads * s.m * size / r.copy, f"{reads} reads of x"),
+        ("atomics", max(0.0, atomics - s.m * size / r.copy), "what the first read does not hide"),
+        ("launches", (reads + 2) * r.launch, "one a read, the last choice, and the zeroing"),
+    ]
+
+
 def _parts(r: Rates, op: str, s: Any, dtype: str) -> list[tuple[str, float, str]]:
+    if op == "mass_threshold":
+        return _mass_threshold(r, s, dtype)
     benchmark, size = load(op), 2 if dtype == "bf16" else 4
     flops, traffic = benchmark.flops(s, "fwd"), benchmark.bytes(s, "fwd", size)
     # pairwise_topk screens fp32 rows in 16 bits; the others' fp32 products have no matrix unit
@@ -36,6 +51,10 @@ def _eager(r: Rates, op: str, s: Any, dtype: str) -> float:
     benchmark, size = load(op), 2 if dtype == "bf16" else 4
     rate = LIBRARY * (r.bf16 if dtype == "bf16" else r.fp32)
     product = benchmark.flops(s, "fwd") / rate
+    if op == "mass_threshold":
+        # a radix pass a byte of the key, in and out with 64-bit indices; sum, cumsum and division
+        key = size * s.m
+        return (2 * size * (key + 8 * s.m) + 5 * key) / r.copy + 10 * r.launch
     if op == "pairwise_topk":
         return product + s.n * s.m * (2 * size / r.copy + TOPK)
     # einsum clones both operands

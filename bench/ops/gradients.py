@@ -134,7 +134,7 @@ def _bytes(s: Shape, mode: str, size: int) -> float:
 BENCHMARK = Benchmark(
     name="gradients",
     summary="every weight gradient of an SAE, from its codes",
-    ops=("by_feature", "sae_gradients_"),
+    ops=("sae_gradients_",),
     modes=("bwd",),
     shapes={"bwd": ("S1",)},
     inputs=SAEBatch,

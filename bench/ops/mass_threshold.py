@@ -6,9 +6,10 @@ from __future__ import annotations
 import torch
 
 import mikernels
+from mikernels.ops.select.mass_threshold import mass_threshold_op
 
 from ..harness.pairs import against, operands, runs
-from ..harness.spec import Benchmark
+from ..harness.spec import CUDA, Benchmark, Provider, Runner, Target, need
 
 FRACTION = 0.98
 
@@ -24,6 +25,11 @@ def _sorted(x):
     return ordered[min(int(torch.searchsorted(mass, FRACTION)), len(ordered) - 1)]
 
 
+def _in_cuda(x, mode):
+    need(mass_threshold_op, "cuda")
+    return Runner(lambda: {"out": mikernels.mass_threshold(x.x, FRACTION, impl="cuda")})
+
+
 def _exact(x):
     # in fp32 the running sum of 30 million numbers stands still: the answer is fp64's
     return mikernels.mass_threshold(x.x, FRACTION, impl="reference")
@@ -35,14 +41,19 @@ BENCHMARK = Benchmark(
     ops=("mass_threshold",),
     modes=("fwd",),
     shapes={"fwd": ("scores",)},
+    gpu_shapes={"fwd": ("scores",)},
     inputs=operands(_make),
     providers=(
         runs("ours", lambda x: mikernels.mass_threshold(x.x, FRACTION), ours=True),
+        Provider("ours:cuda", _in_cuda, devices=(CUDA,)),
         # circuit-tracer's find_threshold
         runs("eager", _sorted),
     ),
     check=against(_exact),
     flops=lambda s, mode: 2.0 * s.m,
     bytes=lambda s, mode, size: 2.0 * size * s.m,
+    targets=(Target("scores", "fwd", "eager", 10.0, dtype="fp32"),),
     family="pairs",
+    # the largest scores are beyond fp16
+    gpu_dtypes=("bf16", "fp32"),
 )

@@ -17,11 +17,12 @@ aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
 
 namespace mik::cuda {
 
-// For its lifetime the device of `tensor` is current; `stream` is torch's current one on it.
+// For its lifetime this device, or that of a tensor, is current; `stream` is torch's current one on
+// it.
 class OnDevice {
  public:
-  explicit OnDevice(const char* op, const Tensor& tensor)
-      : op_(op), device_(tensor.get_device_index()), guard_(device_) {
+  OnDevice(const char* op, const Tensor& tensor) : OnDevice(op, tensor.get_device_index()) {}
+  OnDevice(const char* op, int32_t device) : op_(op), device_(device), guard_(device_) {
     check(aoti_torch_get_current_cuda_stream != nullptr,
           "mikernels: this torch has no CUDA (aoti_torch_get_current_cuda_stream is missing)");
     void* handle = nullptr;
@@ -35,6 +36,12 @@ class OnDevice {
 
   // throws what the launch before it reported
   void launched() const { ok(cudaGetLastError()); }
+
+  int64_t multiprocessors() const {
+    int count = 0;
+    ok(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device_));
+    return count;
+  }
 
   cudaStream_t stream;
 

@@ -145,12 +145,32 @@ struct Elements {
   }
 };
 
-// scores [gridDim.x, columns] with dense rows; values and indices [gridDim.x, k], dense
+// Where the winners go: [gridDim.x, k] each, with rows of one stride. `base` is added to indices,
+// which are int32 unless wide.
+template <class Format>
+struct Selected {
+  using Bits = typename Format::Bits;
+  Bits* values;
+  void* indices;
+  int64_t stride;
+  uint32_t base;
+  bool wide;
+
+  __device__ void put(uint32_t place, uint32_t index, Bits value) const {
+    const int64_t at = blockIdx.x * stride + place;
+    values[at] = value;
+    if (wide)
+      static_cast<int64_t*>(indices)[at] = int64_t{base} + index;
+    else
+      static_cast<uint32_t*>(indices)[at] = base + index;
+  }
+};
+
+// scores [gridDim.x, columns] with dense rows; sorted winners need wide indices
 template <class Format>
 __global__ void __launch_bounds__(MAX_THREADS, MIN_BLOCKS)
     row_topk_kernel(const typename Format::Bits* __restrict__ scores, int64_t stride,
-                    uint32_t columns, uint32_t k, bool sorted, Plan plan,
-                    typename Format::Bits* __restrict__ values, int64_t* indices) {
+                    uint32_t columns, uint32_t k, bool sorted, Plan plan, Selected<Format> out) {
   using Bits = typename Format::Bits;
   extern __shared__ __align__(16) unsigned char shared_bytes[];
   Workspace& work = *reinterpret_cast<Workspace*>(shared_bytes);
@@ -158,8 +178,6 @@ __global__ void __launch_bounds__(MAX_THREADS, MIN_BLOCKS)
   Bits* maxima = reinterpret_cast<Bits*>(shared_bytes + plan.buffer);
 
   const Row<Format> row(scores + blockIdx.x * stride, columns);
-  values += static_cast<int64_t>(blockIdx.x) * k;
-  indices += static_cast<int64_t>(blockIdx.x) * k;
   Elements<Format> elements = {row, nullptr, 0, row.vectors()};
   uint32_t floor = 1;
   if (!plan.whole_row) {
@@ -179,23 +197,22 @@ __global__ void __launch_bounds__(MAX_THREADS, MIN_BLOCKS)
 
   const Cut cut = find_cut<Format>(elements, k, floor, work);
   // the maxima are no longer needed; without room there, 64 bits per index are what the output has
-  uint64_t* order =
-      reinterpret_cast<uint64_t*>(plan.sort_shared ? static_cast<void*>(maxima) : indices);
+  uint64_t* order = plan.sort_shared
+                        ? reinterpret_cast<uint64_t*>(maxima)
+                        : static_cast<uint64_t*>(out.indices) + blockIdx.x * out.stride;
   take<Format>(elements, cut, work, [&](uint32_t place, uint32_t slot, uint32_t j, uint32_t key) {
     const uint32_t index = elements.index(slot, j);
     if (sorted) {
       order[place] = static_cast<uint64_t>(key) << 32 | ~index;
     } else {
-      values[place] = row[index];
-      indices[place] = index;
+      out.put(place, index, row[index]);
     }
   });
   if (!sorted) return;
   sort_descending(order, k);
   for (uint32_t place = threadIdx.x; place < k; place += blockDim.x) {
     const uint32_t index = ~static_cast<uint32_t>(order[place]);
-    values[place] = row[index];
-    indices[place] = index;
+    out.put(place, index, row[index]);
   }
 }
 

@@ -20,10 +20,11 @@ struct Workspace {
   uint32_t digit, need, count;
 };
 
-__device__ inline uint32_t inclusive_sum(uint32_t value) {
+template <class T>
+__device__ T inclusive_sum(T value) {
   const uint32_t lane = threadIdx.x % 32;
   for (uint32_t step = 1; step < 32; step *= 2) {
-    const uint32_t other = __shfl_up_sync(~0u, value, step);
+    const T other = __shfl_up_sync(~0u, value, step);
     if (lane >= step) value += other;
   }
   return value;

@@ -13,6 +13,8 @@ passes   any k and any F: the row is read again for every bit (`row_topk_passes`
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -140,13 +142,30 @@ def grouped_shape(n: int, k: int) -> dict[str, int] | None:
     }
 
 
+@functools.cache
+def _in_cuda(index: int) -> bool:
+    """Whether the extension has CUDA C++'s selection, with code for this device."""
+    operators = torch.ops.mikernels
+    return hasattr(operators, "row_topk_into_cuda") and operators.cuda_runs(index)
+
+
 def select_into(
     scores: torch.Tensor, k: int, values: torch.Tensor, indices: torch.Tensor, base: int = 0
 ) -> None:
-    """The k best of every row of scores [N, F] by index, into [N, k] of any row stride.
+    """The k best of every row of scores [N, F] by index, into [N, k] of one row stride.
 
-    `base` is added to the indices, whose dtype is that of `indices`.
+    `base` is added to the indices, whose dtype is that of `indices`. By CUDA C++ where it was
+    built (G1, H200: 0.153 ms in fp32, Triton's 0.208; and less to do on the host), else by Triton.
     """
+    if scores.is_cuda and _in_cuda(scores.device.index):
+        torch.ops.mikernels.row_topk_into_cuda(scores, k, values, indices, base)
+    else:
+        _select_by_triton(scores, k, values, indices, base)
+
+
+def _select_by_triton(
+    scores: torch.Tensor, k: int, values: torch.Tensor, indices: torch.Tensor, base: int
+) -> None:
     n_rows, n = scores.shape
     if n_rows == 0:
         return
@@ -181,7 +200,7 @@ def row_topk(scores: torch.Tensor, k: int, sorted: bool) -> tuple[torch.Tensor, 
     """`mikernels::row_topk` for scores [N, F]."""
     values = scores.new_empty(scores.shape[0], k)
     indices = torch.empty(values.shape, dtype=torch.int64, device=scores.device)
-    select_into(scores, k, values, indices)
+    _select_by_triton(scores, k, values, indices, 0)
     if not sorted:
         return values, indices
     rank = values.float().view(torch.int32).to(torch.int64)

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The by-feature operators in Triton; for the CPU: tests/ops/test_gradients.py."""
 
+from functools import partial
+
 import gradient_cases
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ import torch
 from gradient_cases import feature_sum, gather_dot
 from oracle import assert_accurate, identical, randint, randn, random_indices, unchanged
 
+from mikernels import _triton
 from mikernels.kernels.sae import gradients_fused, gradients_hot
 from mikernels.ops.sae.gradients import (
     by_feature_op,
@@ -33,25 +36,41 @@ def on(device, *tensors):
     return [t if t is None else t.to(device) for t in tensors]
 
 
+@pytest.fixture(params=["triton"] if _triton.interpreting() else ["triton", "cuda"])
+def sort(request):
+    """by_feature, by Triton's launcher or in CUDA C++."""
+    if by_feature_op.backends()[request.param] != "ready":
+        pytest.skip(by_feature_op.backends()[request.param])
+    return partial(by_feature_op, impl=request.param)
+
+
 @pytest.mark.parametrize(
-    "m, n_features", [(0, 0), (0, 7), (1, 1), (97, 13), (900, 70_000), (500, 3)]
+    "m, n_features", [(0, 0), (0, 7), (1, 1), (97, 13), (900, 70_000), (500, 3), (9000, 300_000)]
 )
-def test_by_feature(device, m, n_features):
+def test_by_feature(device, sort, m, n_features):
     indices = torch.randint(max(n_features, 1), (m,), generator=torch.Generator().manual_seed(m))
     for i in (indices, torch.stack([indices, indices + 5], 1)[:, 0]):
         (given,) = on(device, i)
         with unchanged(given):
-            actual = by_feature_op(given, n_features, impl="triton")
+            actual = sort(given, n_features)
         for a, e in zip(actual, by_feature_reference(indices, n_features), strict=True):
             assert identical(a.cpu(), e)
 
 
 @pytest.mark.parametrize("n_features", [2**15 - 1, 2**15, 2**15 + 1])
-def test_by_feature_of_the_last_feature(device, n_features):
+def test_by_feature_of_the_last_feature(device, sort, n_features):
     indices = torch.tensor([n_features - 1, 0, n_features - 1, 5])
-    actual = by_feature_op(*on(device, indices), n_features, impl="triton")
+    actual = sort(*on(device, indices), n_features)
     for a, e in zip(actual, by_feature_reference(indices, n_features), strict=True):
         assert identical(a.cpu(), e)
+
+
+def test_by_feature_of_crowds(device, sort):
+    n = 5_000 if _triton.interpreting() else 1_500_000
+    for indices in (torch.full((n,), 7), torch.arange(n) % 3 * 4000, -torch.arange(n) % 9001):
+        actual = sort(*on(device, indices), 9001)
+        for a, e in zip(actual, by_feature_reference(indices, 9001), strict=True):
+            assert identical(a.cpu(), e)
 
 
 SHAPES = [(0, 3, 5, 2), (1, 1, 1, 1), (13, 17, 11, 1), (11, 130, 9, 5), (5, 600, 9, 3)]

@@ -77,6 +77,23 @@ def test_row_topk_layouts(device, impl, dtype, f):
         assert identical(values.cpu(), scores.cpu().gather(-1, expected))
 
 
+@pytest.mark.parametrize("f, k", [(40, 40), (700, 17), (20_000, 33)])
+def test_row_topk_into_part_of_larger_outputs(device, dtype, f, k):
+    """As encode selects, panel by panel; by CUDA C++ where it was built."""
+    from mikernels.kernels.select.row_topk import select_into
+
+    scores, base = randint(3, f, dtype=dtype), 131_072
+    values = torch.full((3, k + 9), 77.0, dtype=dtype, device=device)
+    for kind in (torch.int32, torch.int64):
+        indices = torch.full((3, k + 9), -77, dtype=kind, device=device)
+        select_into(scores.to(device), k, values[:, 4 : 4 + k], indices[:, 4 : 4 + k], base)
+        expected = best(scores, k).sort(-1).values
+        assert torch.equal(indices[:, 4 : 4 + k].cpu(), (expected + base).to(kind))
+        assert identical(values[:, 4 : 4 + k].cpu(), scores.gather(-1, expected))
+        for t, kept in ((values, 77), (indices, -77)):
+            assert (t[:, :4] == kept).all() and (t[:, 4 + k :] == kept).all()
+
+
 @pytest.mark.parametrize("f, k", [(50, 7), (8600, 7), (8600, 3000)])
 def test_row_topk_beyond_2_to_the_31_elements(device, impl, f, k):
     near = randn(2, f, dtype=torch.float16)

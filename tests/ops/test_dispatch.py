@@ -2,6 +2,7 @@
 """What every operator owes the dispatcher: schema, fake, implementations, errors, compilation."""
 
 import re
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import mikernels
-from mikernels import SparseCodes, _crossover, _ext, row_topk, sparse_decode, topk_encode
+from mikernels import SparseCodes, _crossover, _ext, _triton, row_topk, sparse_decode, topk_encode
 from mikernels._dispatch import OPS, Op
 
 
@@ -231,6 +232,36 @@ def test_a_named_implementation_that_is_not_there_raises_in_the_backward_too(mon
         y.sum().backward()
 
 
+@pytest.mark.parametrize("built", [False, True])
+@pytest.mark.parametrize("launches", [False, True])
+def test_the_owner_of_the_cuda_key(monkeypatch, built, launches):
+    """CUDA C++ where it was built for the device, else Triton, else the reference; fp64 that."""
+    op, ran = OPS["row_topk"], []
+    for name in ("_cuda_op", "_triton", "reference"):
+        monkeypatch.setattr(op, name, lambda *args, name=name: ran.append(name))
+    monkeypatch.setattr(_ext, "cuda_unsupported", lambda device: "" if built else "other code")
+    monkeypatch.setattr(_triton, "unsupported", lambda device: "" if launches else "too old")
+    monkeypatch.setattr(torch.cuda, "device", nullcontext)
+    op._on_device(randn(3, 9), 2, False)
+    op._on_device(randn(3, 9, dtype=torch.float64), 2, False)
+    assert ran == ["_cuda_op" if built else "_triton" if launches else "reference", "reference"]
+    monkeypatch.setattr(op, "_cuda_op", None)
+    op._on_device(randn(3, 9), 2, False)
+    assert ran[2:] == ["_triton" if launches else "reference"]
+
+
+def test_what_was_built_for_other_devices_is_not_available(monkeypatch):
+    if not hasattr(torch.ops.mikernels, "cuda_runs"):
+        pytest.skip(_ext.cuda_missing())
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert torch.ops.mikernels.cuda_runs(0) is False
+    monkeypatch.setattr(_ext, "_runs_on", _ext._runs_on.__wrapped__)
+    reason = _ext.cuda_unsupported(torch.device("cuda", 0))
+    assert reason.startswith("has no code for cuda:0, it was built for ")
+    assert _ext.build_facts()["cuda"]["archs"][0] in reason
+
+
 def test_compile_of_a_named_implementation(impl):
     x, w = randn(5, D), randn(200, D)
     compiled = torch.compile(
@@ -371,7 +402,9 @@ def test_importing_the_operators_registers_those_of_the_files(run_python):
         import mikernels.ops, torch
         from mikernels._dispatch import OPS
         defined = [n for n in torch._C._dispatch_get_all_op_names() if n.startswith("mikernels::")]
-        print(sorted(OPS), sorted(n[11:] for n in defined if not n.endswith("_cuda")), sep=";")
+        # those of CUDA C++, and Triton's beside them
+        apart = ("_cuda", "_triton", "::cuda_runs")
+        print(sorted(OPS), sorted(n[11:] for n in defined if not n.endswith(apart)), sep=";")
         """
     )
     assert seen.strip() == f"{names};{names}"

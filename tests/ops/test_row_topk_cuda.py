@@ -1,20 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""row_topk in CUDA C++ without a GPU: its kernel run on the CPU, and what nvcc makes of it.
-
-csrc/cuda/row_topk_body.h is compiled by the C++ compiler against tests/support/cuda_on_cpu, where
-each thread of a block is a fiber. Threads run in several orders between barriers, so that a barrier
-that is missing shows.
-"""
+"""row_topk in CUDA C++ without a GPU: its kernel run on the CPU, and what nvcc made of it."""
 
 import ctypes
-import os
-import re
-import shutil
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
+from emulated import DTYPES, ORDERS, bits, check_built, library, struct
 from hypothesis import given
 from hypothesis import strategies as st
 from oracle import best, randint, randn
@@ -24,40 +15,15 @@ import mikernels
 from mikernels import _ext
 from mikernels.ops.select.row_topk import row_topk_op
 
-ROOT = Path(__file__).resolve().parents[2]
-DTYPES = [torch.bfloat16, torch.float16, torch.float32]
-# threads in index order, last released first, at random
-ORDERS = (0, 1, 7)
-
-
-class Call(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("scores",)),
-        *((name, ctypes.c_int64) for name in ("rows", "columns", "stride", "k")),
-        ("sorted", ctypes.c_int32),
-        *((name, ctypes.c_void_p) for name in ("values", "indices")),
-        *((name, ctypes.c_int32) for name in ("threads", "spread", "whole_row", "sort_shared")),
-        ("order", ctypes.c_uint64),
-    ]
-
-
-@pytest.fixture(scope="session")
-def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    compiler = shutil.which(os.environ.get("CXX", "c++"))
-    if compiler is None:
-        pytest.skip("no C++ compiler")
-    built = tmp_path_factory.mktemp("cuda_on_cpu") / "row_topk.so"
-    folder = ROOT / "tests/support/cuda_on_cpu"
-    sources = [str(folder / name) for name in ("emulator.cpp", "row_topk.cpp")]
-    flags = ["-O1", "-std=c++20", "-fPIC", "-shared", "-fno-strict-aliasing", "-Wall"]
-    flags += ["-Wno-unknown-pragmas", f"-I{folder}", f"-I{ROOT / 'csrc'}"]
-    done = subprocess.run(
-        [compiler, *flags, *sources, "-o", str(built)], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    library = ctypes.CDLL(str(built))
-    library.row_topk.restype = ctypes.c_char_p
-    return library
+Call = struct(
+    scores=ctypes.c_void_p,
+    **dict.fromkeys(("rows", "columns", "stride", "k"), ctypes.c_int64),
+    sorted=ctypes.c_int32,
+    **dict.fromkeys(("values", "indices"), ctypes.c_void_p),
+    **dict.fromkeys(("stride_out", "base"), ctypes.c_int64),
+    **dict.fromkeys(("wide", "threads", "spread", "whole_row", "sort_shared"), ctypes.c_int32),
+    order=ctypes.c_uint64,
+)
 
 
 def guarded(rows: torch.Tensor, stride: int, offset: int) -> torch.Tensor:
@@ -74,15 +40,13 @@ def guarded(rows: torch.Tensor, stride: int, offset: int) -> torch.Tensor:
     return view
 
 
-def bits(t: torch.Tensor) -> torch.Tensor:
-    return t.view(torch.int32 if t.dtype == torch.float32 else torch.int16)
-
-
-def check(library, rows, k, sorted=False, *, stride=None, offset=0, order=0, **forced):
+def check(rows, k, sorted=False, *, stride=None, offset=0, order=0, into=None, **forced):
+    """`into` is (row stride, base, dtype of indices) of a part of larger outputs."""
     n, columns = rows.shape
     scores = guarded(rows, columns if stride is None else stride, offset)
-    values = torch.full((n * k + 8,), 77.0).to(rows.dtype)
-    indices = torch.full((n * k + 8,), -77)
+    stride_out, base, dtype = into or (k, 0, torch.int64)
+    values = torch.full((n * stride_out + 8,), 77.0).to(rows.dtype)
+    indices = torch.full((n * stride_out + 8,), -77, dtype=dtype)
     plan = {name: forced.get(name, -1) for name in ("threads", "spread", "whole_row")}
     call = Call(
         scores=scores.data_ptr(),
@@ -93,18 +57,28 @@ def check(library, rows, k, sorted=False, *, stride=None, offset=0, order=0, **f
         sorted=sorted,
         values=values.data_ptr(),
         indices=indices.data_ptr(),
+        stride_out=stride_out,
+        base=base,
+        wide=dtype == torch.int64,
         sort_shared=forced.get("sort_shared", -1),
         order=order,
         **plan,
     )
-    message = library.row_topk(DTYPES.index(rows.dtype), ctypes.byref(call))
+    message = library("row_topk").row_topk(DTYPES.index(rows.dtype), ctypes.byref(call))
     assert message == b"", message
     expected = best(rows.float(), k)
     if not sorted:
         expected = expected.sort(-1).values
-    assert torch.equal(indices[: n * k].reshape(n, k), expected), (rows.shape, k, sorted, forced)
-    assert torch.equal(bits(values[: n * k]).reshape(n, k), bits(rows).gather(-1, expected))
-    assert (indices[n * k :] == -77).all() and (values[n * k :] == 77).all(), "written past the end"
+    mine = torch.zeros(len(values), dtype=torch.bool)
+    mine.as_strided((n, k), (stride_out, 1)).fill_(True)
+    assert torch.equal(indices[mine].reshape(n, k), (expected + base).to(dtype)), (
+        rows.shape,
+        k,
+        sorted,
+        forced,
+    )
+    assert torch.equal(bits(values[mine]).reshape(n, k), bits(rows).gather(-1, expected))
+    assert (indices[~mine] == -77).all() and (values[~mine] == 77).all(), "written elsewhere"
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -121,10 +95,10 @@ def check(library, rows, k, sorted=False, *, stride=None, offset=0, order=0, **f
         (1, 4096, 700),
     ],
 )
-def test_as_planned(library, dtype, n, columns, k, order):
+def test_as_planned(dtype, n, columns, k, order):
     rows = randn(n, columns, dtype=dtype)
-    check(library, rows, k, False, order=order)
-    check(library, rows, k, True, order=order)
+    check(rows, k, False, order=order)
+    check(rows, k, True, order=order)
 
 
 # every way through the kernel: groups of one vector to a warp's worth, or none; both sorts
@@ -137,11 +111,11 @@ WAYS = [
 
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: "-".join(f"{k}{v}" for k, v in way.items()))
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_ties_go_to_the_lowest_index(library, dtype, way):
+def test_ties_go_to_the_lowest_index(dtype, way):
     rows = randint(2, 4421, dtype=dtype)
     for k, offset, order in ((1, 0, 0), (16, 3, 1), (17, 1, 2)):
-        check(library, rows, k, True, offset=offset, order=order, **way)
-        check(library, rows, k, False, offset=offset, order=order, **way)
+        check(rows, k, True, offset=offset, order=order, **way)
+        check(rows, k, False, offset=offset, order=order, **way)
 
 
 ROWS = SPECIAL_ROWS | {
@@ -153,35 +127,48 @@ ROWS = SPECIAL_ROWS | {
 
 @pytest.mark.parametrize("case", ROWS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_special_rows(library, dtype, case):
+def test_special_rows(dtype, case):
     rows = randn(2, 1031, dtype=dtype)
     ROWS[case](rows[1])
     for k, offset in ((1, 0), (16, 5), (1031, 2)):
-        check(library, rows, k, True, offset=offset, order=3)
-        check(library, rows, k, False, offset=offset, order=4)
+        check(rows, k, True, offset=offset, order=3)
+        check(rows, k, False, offset=offset, order=4)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_every_k_and_every_alignment(library, dtype):
+def test_every_k_and_every_alignment(dtype):
     rows = randint(1, 45, dtype=dtype)
     for k in range(1, 46):
-        check(library, rows, k, k % 2 == 0, offset=k % 8)
+        check(rows, k, k % 2 == 0, offset=k % 8)
     rows = randn(3, 1000, dtype=dtype)
     for offset in range(8):
-        check(library, rows, 10, stride=1000 + offset, offset=offset)
-    check(library, rows[:1].expand(3, 1000), 10, stride=0, offset=1)
+        check(rows, 10, stride=1000 + offset, offset=offset)
+    check(rows[:1].expand(3, 1000), 10, stride=0, offset=1)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_long_row(library, dtype):
+def test_into_part_of_larger_outputs(dtype):
+    rows = randint(3, 700, dtype=dtype)
+    for way in (WAYS[1], WAYS[-1]):
+        for to in (
+            (17, 0, torch.int32),
+            (40, 131_072, torch.int32),
+            (18, 2**31 - 701, torch.int64),
+        ):
+            check(rows, 17, into=to, order=5, **way)
+    check(rows, 17, True, into=(40, 131_072, torch.int64), **WAYS[-1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_long_row(dtype):
     # several unrolled tiles, 256 threads, with and without a part of a vector at the ends
     for columns, offset in ((65536, 0), (65541, 3)):
         rows = randn(1, columns, dtype=dtype)
-        check(library, rows, 64, offset=offset, threads=256, order=5)
+        check(rows, 64, offset=offset, threads=256, order=5)
 
 
 @given(st.data())
-def test_property(library, data):
+def test_property(data):
     dtype = data.draw(st.sampled_from(DTYPES), "dtype")
     columns = data.draw(st.integers(1, 700), "columns")
     k = data.draw(st.one_of(st.integers(1, min(columns, 20)), st.integers(1, columns)), "k")
@@ -190,7 +177,6 @@ def test_property(library, data):
     spread = data.draw(st.integers(0, 5), "spread")
     groups = -(-columns // (16 // dtype.itemsize << spread))
     check(
-        library,
         make(1, columns, dtype=dtype, seed=seed),
         k,
         data.draw(st.booleans(), "sorted"),
@@ -203,16 +189,16 @@ def test_property(library, data):
     )
 
 
-def plan(library, dtype, columns, k, sorted) -> dict[str, int]:
+def plan(dtype, columns, k, sorted) -> dict[str, int]:
     out = (ctypes.c_int64 * 5)()
     sizes = ctypes.c_int64(columns), ctypes.c_int64(k)
-    library.row_topk_plan(DTYPES.index(dtype), *sizes, int(sorted), out)
+    library("row_topk").row_topk_plan(DTYPES.index(dtype), *sizes, int(sorted), out)
     names = ("threads", "spread", "whole_row", "sort_shared", "shared_bytes")
     return dict(zip(names, out, strict=True))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_plan_fits_whatever_the_shape(library, dtype):
+def test_plan_fits_whatever_the_shape(dtype):
     vector = 16 // dtype.itemsize
     for exponent in range(31):
         for columns in {2**exponent, min(2**exponent + 1, 2**31 - 2), max(2**exponent - 1, 1)}:
@@ -220,53 +206,26 @@ def test_plan_fits_whatever_the_shape(library, dtype):
                 if not 1 <= k <= columns:
                     continue
                 for sorted in (False, True):
-                    chosen = plan(library, dtype, columns, k, sorted)
+                    chosen = plan(dtype, columns, k, sorted)
                     # one less than a row that starts inside a vector may have
                     groups = -(-columns // (vector << chosen["spread"]))
                     assert chosen["shared_bytes"] <= 48 << 10
                     assert chosen["whole_row"] or k <= groups < 2**16, (columns, k, chosen)
 
 
-def test_plan_of_the_sizes_that_matter(library):
+def test_plan_of_the_sizes_that_matter():
     # 64 elements a group at 131072 x 64: 4 kB of maxima, 8 kB of each row read again
-    chosen = plan(library, torch.bfloat16, 131072, 64, False)
+    chosen = plan(torch.bfloat16, 131072, 64, False)
     assert (chosen["threads"], chosen["spread"], chosen["whole_row"]) == (256, 3, 0)
     assert chosen["shared_bytes"] < 6 << 10
     for columns, k in ((1 << 20, 256), (16384, 32), (65536, 1024)):
         for dtype in DTYPES:
-            assert not plan(library, dtype, columns, k, True)["whole_row"]
+            assert not plan(dtype, columns, k, True)["whole_row"]
 
 
-INSTANCE = """
-#include "cuda/row_topk_body.h"
-template __global__ void mik::cuda::row_topk_kernel<mik::cuda::FORMAT>(
-    const mik::cuda::FORMAT::Bits*, int64_t, uint32_t, uint32_t, bool, mik::cuda::Plan,
-    mik::cuda::FORMAT::Bits*, int64_t*);
-"""
-
-
-def test_nvcc_makes_no_spills(tmp_path):
-    nvcc = shutil.which("nvcc")
-    if nvcc is None:
-        pytest.skip("no nvcc on PATH")
-    source = tmp_path / "row_topk.cu"
-    source.write_text("".join(INSTANCE.replace("FORMAT", f) for f in ("Bf16", "Fp16", "Fp32")))
-    listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True)
-    # an older nvcc knows fewer
-    targets = [a for a in (80, 90, 100) if f"compute_{a}" in listed.stdout.split()]
-    archs = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in targets]
-    flags = ["-c", "-O3", "-std=c++20", "-Xptxas=-v", f"-I{ROOT / 'csrc'}"]
-    command = [nvcc, *flags, *archs, str(source), "-o", str(tmp_path / "row_topk.o")]
-    done = subprocess.run(command, capture_output=True, text=True)
-    report = done.stdout + done.stderr
-    assert done.returncode == 0, report
-    functions = re.findall(r"entry function '\w*row_topk_kernel\w*' for '(sm_\d+)'", report)
-    assert sorted(functions) == sorted([f"sm_{a}" for a in targets] * 3)
-    wanted = "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads"
-    assert report.count(wanted) == report.count("bytes stack frame") == len(functions), report
-    # all shared memory is what the plan asks for
-    assert not re.search(r"[1-9]\d* bytes smem", report)
-    assert all(int(r) <= 48 for r in re.findall(r"Used (\d+) registers", report)), report
+def test_nvcc_made_no_spills():
+    # five blocks of 256 threads on a multiprocessor
+    check_built("row_topk", 3, 48)
 
 
 def test_operator_is_there_or_says_why_not():

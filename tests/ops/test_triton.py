@@ -11,7 +11,7 @@ from mikernels._dispatch import OPS
 CUDA = torch.device("cuda", 0)
 
 
-# its reference is a sort, which runs on every device
+# CUDA C++ alone, or its reference, a sort
 WITHOUT = {"mass_threshold"}
 
 
@@ -19,11 +19,15 @@ def test_every_operator_has_a_launcher():
     assert {name for name, op in OPS.items() if op._triton is None} == WITHOUT
 
 
-def test_the_cuda_key_has_an_owner_where_triton_is_installed():
+def test_the_cuda_key_has_an_owner_where_something_launches():
     registered = torch._C._dispatch_has_kernel_for_dispatch_key
-    for name in OPS:
+    for name, op in OPS.items():
         launched = name not in WITHOUT and not _triton.missing()
-        assert registered(f"mikernels::{name}", "CUDA") == launched
+        built = op.backends()["cuda"] == "ready"
+        assert registered(f"mikernels::{name}", "CUDA") == (launched or built)
+        # beside CUDA C++, Triton's has a name of its own
+        named = [hasattr(torch.ops.mikernels, f"{name}_{kind}") for kind in ("cuda", "triton")]
+        assert named == [built, built and launched]
 
 
 def test_importing_mikernels_does_not_import_triton(run_python):

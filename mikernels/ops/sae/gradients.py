@@ -60,6 +60,7 @@ by_feature_op = Op(
     _by_feature_fake,
     operands={"indices": "i64[M]", "n_features": "0.."},
     triton="sae.gradients:by_feature",
+    cuda=True,
 )
 
 

@@ -5,7 +5,9 @@
 the fraction, and no higher threshold does. Sorting finds it too, with a sorted copy, 64-bit indices
 and a running sum that fp32 rounds; here the CPU kernel reads x twice and sums exactly: the values
 that share their upper 16 bits share an exponent, so their masses add up as integers. O(n) time,
-half a MB of scratch a thread and 1 MB, the same bits for any number of threads.
+half a MB of scratch a thread and 1 MB, the same bits for any number of threads. The CUDA kernels
+read x three times (twice in 16 bits), with 50 KB of scratch, and nothing waits for them: where x
+holds what it must not, the threshold is NaN.
 """
 
 from __future__ import annotations
@@ -20,11 +22,13 @@ from mikernels._dispatch import Op, check_floating
 
 def reference(x: torch.Tensor, frac: float, absolute: bool) -> torch.Tensor:
     flat = (x.abs() if absolute else x).reshape(-1)
+    outside = ~(flat.isfinite() & (flat >= 0)).all()
     ordered = flat.sort(descending=True).values
     mass = ordered.double().cumsum(0)
     target = mass[-1:] * frac if frac else mass.new_zeros(1)
     first = torch.searchsorted(mass, target).clamp(max=len(flat) - 1)
-    return ordered[first[0]].clone()
+    # by gather: an index that is a tensor would be read from the device
+    return ordered.gather(0, first)[0].masked_fill(outside, math.nan)
 
 
 mass_threshold_op = Op(
@@ -32,6 +36,7 @@ mass_threshold_op = Op(
     reference,
     lambda x, frac, absolute: x.new_empty(()),
     operands={"x": "T[...]"},
+    cuda=True,
 )
 
 
@@ -48,14 +53,15 @@ def mass_threshold(
             bfloat16, float16 or float64.
         frac: in 0..1.
         abs: of |x|.
-        impl: None (best for the device), "cpp" or "reference".
+        impl: None (best for the device), "cpp", "cuda" or "reference".
 
     Returns:
         The threshold, a scalar tensor in the dtype of x, one of its entries (of |x|). Sums are
-        exact or fp64, whatever the dtype. Not differentiable.
+        exact or fp64, whatever the dtype. Not differentiable. On a GPU, where nothing waits to be
+        told, it is NaN if entries are not finite or, without `abs`, negative.
 
     Raises:
-        TypeError, ValueError: for a dtype, a fraction or entries other than the above.
+        TypeError, ValueError: for a dtype, a fraction or, on the CPU, entries other than the above.
     """
     name = "mass_threshold"
     check_floating(name, x=x)
@@ -64,6 +70,8 @@ def mass_threshold(
     if x.numel() == 0:
         raise ValueError(f"{name}: x must have entries, got shape {list(x.shape)}")
     x = x.detach()
+    if x.device.type != "cpu":
+        return mass_threshold_op(x, float(frac), abs, impl=impl)
     low, high = (float(v) for v in x.aminmax())
     if not (math.isfinite(low) and math.isfinite(high)):
         raise ValueError(f"{name}: x must be finite, got {low} to {high}; remove the others first")

@@ -84,7 +84,16 @@ inline uint32_t __ballot_sync(uint32_t mask, bool predicate) {
   for (int i = 0; i < 32; ++i) bits |= static_cast<uint32_t>(all[i]) << i;
   return bits;
 }
+template <class T>
+uint32_t __match_any_sync(uint32_t mask, T value) {
+  const uint64_t* all = emulator::collective("__match_any_sync", mask, value);
+  uint32_t bits = 0;
+  for (int i = 0; i < 32; ++i) bits |= static_cast<uint32_t>(all[i] == value) << i;
+  return bits;
+}
 inline int __popc(uint32_t bits) { return __builtin_popcount(bits); }
+inline int __ffs(int bits) { return __builtin_ffs(bits); }
+inline int __clz(int bits) { return bits == 0 ? 32 : __builtin_clz(bits); }
 
 template <class T>
 T atomicAdd(T* place, T value) {

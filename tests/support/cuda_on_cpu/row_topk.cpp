@@ -14,8 +14,9 @@ struct Call {
   const void* scores;
   int64_t rows, columns, stride, k;
   int32_t sorted;
-  void* values;
-  int64_t* indices;
+  void *values, *indices;
+  int64_t stride_out, base;
+  int32_t wide;
   int32_t threads, spread, whole_row, sort_shared;  // -1: as planned
   uint64_t order;
 };
@@ -30,11 +31,13 @@ std::string run(const Call& call) {
   if (call.whole_row >= 0) plan.whole_row = call.whole_row;
   if (call.sort_shared >= 0) plan.sort_shared = call.sort_shared;
   lay_out<Format>(plan, columns, k, call.sorted);
+  const Selected<Format> out = {static_cast<Bits*>(call.values), call.indices, call.stride_out,
+                                static_cast<uint32_t>(call.base), call.wide != 0};
   return emulator::launch(static_cast<uint32_t>(call.rows), plan.threads, shared_bytes,
                           plan.shared_bytes, call.order, [&] {
                             row_topk_kernel<Format>(static_cast<const Bits*>(call.scores),
                                                     call.stride, columns, k, call.sorted, plan,
-                                                    static_cast<Bits*>(call.values), call.indices);
+                                                    out);
                           });
 }
 
