@@ -77,9 +77,9 @@ def padded(size: int, most: int) -> int:
 
 
 def tile_of(full: bool, even: bool, deep: bool) -> dict[str, int]:
-    """The pinned tile, with the columns of `products.columns`."""
+    """The pinned tile; with 64 columns, bf16 spilled 24 bytes on sm_120."""
     tile = (WIDE if full else LARGE) if even else ODD
-    return tile | {"BLOCK_D": columns(full, even, deep)}
+    return tile | {"BLOCK_D": min(32, columns(full, even, deep))}
 
 
 def block_norms(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

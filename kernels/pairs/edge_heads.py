@@ -18,7 +18,10 @@ from ..common.offline import Case
 from ..common.products import WIDEN, columns, is_deep, is_even, multiply, product_case
 from .pair_products import pair_products_
 
-ROWS = {"BLOCK_N": 64, "num_warps": 4, "num_stages": 3}
+ROWS = {"BLOCK_N": 64, "BLOCK_D": 64, "num_warps": 4, "num_stages": 3}
+LARGE = {"BLOCK_N": 64, "BLOCK_D": 128, "num_warps": 4, "num_stages": 3}
+# pieces of fp32 numbers
+TALL = {"BLOCK_N": 128, "BLOCK_D": 64, "num_warps": 8, "num_stages": 3}
 SCRATCH = 64 << 20
 # w_o is read once for all positions of a block, gradients, which are fewer, for all of its heads
 LEAST_HEADS, MOST_HEADS = 16, 128
@@ -66,8 +69,8 @@ def _form(dz: torch.Tensor, w_o: torch.Tensor, rows: torch.Tensor) -> None:
 
 def tile_of(full: bool, even: bool, deep: bool) -> dict[str, int]:
     """A pinned tile: registers are short for fp32 (full), and for one address per number."""
-    size = 128 if even and not full else 64
-    return ROWS | {"BLOCK_D": size, "BLOCK_E": columns(full, even, deep)}
+    tile = (TALL if full else LARGE) if even else ROWS
+    return tile | {"BLOCK_E": columns(full, even, deep)}
 
 
 def blocks(examples: int, positions: int, heads: int, d: int, full: bool) -> tuple[int, int, int]:
