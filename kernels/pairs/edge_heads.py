@@ -8,18 +8,23 @@ would repeat it for every tile of readers: d_head more operations for each 64.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
 
 from ..common.offline import Case
-from ..common.products import WIDEN, is_even, multiply, product_case
+from ..common.products import WIDEN, columns, is_deep, is_even, multiply, product_case
 from .pair_products import pair_products_
 
-ROWS = {"BLOCK_N": 64, "num_warps": 4, "num_stages": 3}
+ROWS = {"BLOCK_N": 64, "BLOCK_D": 64, "num_warps": 4, "num_stages": 3}
+LARGE = {"BLOCK_N": 64, "BLOCK_D": 128, "num_warps": 4, "num_stages": 3}
+# pieces of fp32 numbers
+TALL = {"BLOCK_N": 128, "BLOCK_D": 64, "num_warps": 8, "num_stages": 3}
 SCRATCH = 64 << 20
-# w_o is read once for all positions of a block, gradients once for all of its heads
-MOST_HEADS = 128
+# w_o is read once for all positions of a block, gradients, which are fewer, for all of its heads
+LEAST_HEADS, MOST_HEADS = 16, 128
 
 
 @triton.jit(do_not_specialize=["items", "positions"])
@@ -54,7 +59,7 @@ def _form(dz: torch.Tensor, w_o: torch.Tensor, rows: torch.Tensor) -> None:
     """rows [S, P, H, d] of dz [S, P, H, d_head]."""
     examples, positions, heads, width = dz.shape
     d, items = w_o.shape[2], examples * positions
-    tile = tile_of(is_even(dz, w_o), dz.dtype == torch.float32)
+    tile = tile_of(dz.dtype == torch.float32, is_even(dz, w_o), is_deep(dz.device))
     tiles = triton.cdiv(items, tile["BLOCK_N"]) * triton.cdiv(d, tile["BLOCK_D"])
     _head_rows_kernel[(tiles * heads,)](
         dz, w_o, rows, items, positions, heads, width, d, *dz.stride(), *w_o.stride(), WIDEN=WIDEN,
@@ -62,10 +67,23 @@ def _form(dz: torch.Tensor, w_o: torch.Tensor, rows: torch.Tensor) -> None:
     )  # fmt: skip
 
 
-def tile_of(even: bool, full: bool) -> dict[str, int]:
-    """A pinned tile: registers are short for products in fp32, and for one address per number."""
-    depth = (64 if even else 32) // (2 if full else 1)
-    return ROWS | {"BLOCK_D": 128 if even and not full else 64, "BLOCK_E": depth}
+def tile_of(full: bool, even: bool, deep: bool) -> dict[str, int]:
+    """A pinned tile: registers are short for fp32 (full), and for one address per number."""
+    tile = (TALL if full else LARGE) if even else ROWS
+    return tile | {"BLOCK_E": columns(full, even, deep)}
+
+
+def blocks(examples: int, positions: int, heads: int, d: int, full: bool) -> tuple[int, int, int]:
+    """Heads, examples and positions of a block: all positions, if that leaves a few heads.
+
+    16-bit products take no longer than memory does: their rows are to stay in the cache.
+    """
+    room = SCRATCH // 4 // (1 if full else 2)
+    n = min(max(LEAST_HEADS, room // (examples * positions * d)), MOST_HEADS)
+    n = triton.cdiv(heads, triton.cdiv(heads, n))
+    items = max(1, room // (n * d))
+    # whole examples, or positions of one
+    return n, min(max(1, items // positions), examples), min(items, positions)
 
 
 def edge_heads_(
@@ -80,10 +98,7 @@ def edge_heads_(
     (examples, positions, heads, width), d = dz.shape, w_o.shape[2]
     if 0 in (examples, positions, width, d, out.numel()):
         return
-    n = triton.cdiv(heads, triton.cdiv(heads, MOST_HEADS))
-    items = max(1, SCRATCH // (4 * n * d))
-    # whole examples, or positions of one
-    s_step, p_step = min(max(1, items // positions), examples), min(items, positions)
+    n, s_step, p_step = blocks(examples, positions, heads, d, dz.dtype == torch.float32)
     scratch = torch.empty(s_step * p_step * n * d, dtype=torch.float32, device=dz.device)
     for first in range(0, heads, n):
         h = slice(first, first + n)
@@ -110,8 +125,8 @@ def cases() -> list[Case]:
             _head_rows_kernel,
             types | {"dz_ptr": f"*{kind}", "w_ptr": f"*{kind}"},
             {"dz_e": 1, "w_d": 1, "WIDEN": False},
-            tile_of(even, kind == "fp32"),
-            kind != "fp32",
+            partial(tile_of, kind == "fp32", even),
+            kind == "fp32",
             divisible=("width", "d", *strides) if even else (),
         )
     return found

@@ -8,12 +8,14 @@ writers come from the second-level cache after the first of them.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
 
 from ..common.offline import Case
-from ..common.products import NVIDIA, WIDEN, is_even, multiply, product_case
+from ..common.products import NVIDIA, WIDEN, columns, is_deep, is_even, multiply, product_case
 
 SMALL = {"BLOCK_R": 64, "BLOCK_D": 64, "num_warps": 4, "num_stages": 3}
 # more readers: delta is read half as often
@@ -57,9 +59,9 @@ def _edge_mix_kernel(
     tl.store(to, total.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-def tile_of(large: bool, even: bool, full: bool) -> dict[str, int]:
-    """A pinned tile: registers are short for products in fp32, and for one address per number."""
-    depth = 16 if not even else 32 if full else 64
+def tile_of(large: bool, full: bool, even: bool, deep: bool) -> dict[str, int]:
+    """A pinned tile: registers are short for one address per number."""
+    depth = columns(full, even, deep) if even else 16
     return (LARGE if large else SMALL) | {"BLOCK_W": depth}
 
 
@@ -73,7 +75,7 @@ def edge_mix(base: torch.Tensor | None, delta: torch.Tensor, mask: torch.Tensor)
     full = delta.dtype == torch.float32
     even = is_even(delta) if base is None else is_even(delta, base)
     large = even and not full and readers > 64 and torch.version.hip is None
-    tile = tile_of(large, even, full)
+    tile = tile_of(large, full, even, is_deep(delta.device))
     tiles = triton.cdiv(readers, tile["BLOCK_R"]) * triton.cdiv(d, tile["BLOCK_D"])
     _edge_mix_kernel[(examples * positions * tiles,)](
         base, delta, mask, out, positions, writers, readers, d, *strides, *delta.stride(),
@@ -96,8 +98,8 @@ def cases() -> list[Case]:
             _edge_mix_kernel,
             types | dict.fromkeys(pointers, f"*{kind}"),
             {"base_d": 1, "delta_d": 1, "mask_r": 1, "WIDEN": False},
-            tile_of(large, even, kind == "fp32"),
-            kind != "fp32",
+            partial(tile_of, large, kind == "fp32", even),
+            kind == "fp32",
             divisible=("d", *strides) if even else (),
             **({"targets": NVIDIA} if large else {}),
         )

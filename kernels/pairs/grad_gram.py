@@ -3,26 +3,36 @@
 
 A program is a tile of pairs of samples and a part of the positions t. For each (t, s), two products
 of rows, of inputs and of gradients, are made in registers, multiplied there and added to the tile.
-Where tiles are few, positions are shared out, and the parts added up in order. Sums are in fp32.
+Where tiles are many, or there is one position, the tile is added to `out` at once; where they are
+few, positions are shared out, and the parts added up in order. Sums are in fp32.
 """
 
 from __future__ import annotations
+
+from functools import partial
 
 import torch
 import triton
 import triton.language as tl
 
 from ..common.offline import Case
-from ..common.products import WIDEN, is_even, multiply, product_case
+from ..common.products import (
+    WIDE,
+    WIDEN,
+    columns,
+    is_deep,
+    is_even,
+    multiply,
+    product_case,
+    tile_at,
+)
+from .pair_products import add_tile
+from .pair_products_sum import add_parts
 
-# three accumulators per tile
-LARGE = {"BLOCK_N": 128, "BLOCK_M": 64, "BLOCK_D": 32, "num_warps": 8, "num_stages": 3}
-# fp32 has no matrix unit on NVIDIA, and twice the bytes per number
-NARROW = {"BLOCK_N": 64, "BLOCK_M": 64, "BLOCK_D": 16, "num_warps": 8, "num_stages": 3}
 # where 16 bytes cannot be read at a time, addresses take the registers of half a tile
-ODD = {"BLOCK_N": 64, "BLOCK_M": 64, "BLOCK_D": 32, "num_warps": 8, "num_stages": 3}
-# programs that fill the largest GPU; bytes of parts, and rows of out that they hold at least
-PROGRAMS, SCRATCH, LEAST_ROWS = 256, 64 << 20, 128
+ODD = {"BLOCK_N": 64, "BLOCK_M": 64, "num_warps": 8, "num_stages": 3}
+# programs that fill the largest GPU, and bytes of parts
+PROGRAMS, SCRATCH = 256, 64 << 20
 
 
 @triton.jit
@@ -44,17 +54,16 @@ def _tile(
 # not what decides how wide a load can be
 @triton.jit(do_not_specialize=["n", "m", "positions", "positions2", "chunk"])
 def _gram_products_kernel(
-    acts_ptr, grads_ptr, acts2_ptr, grads2_ptr, parts_ptr, n, m, positions, positions2,
+    acts_ptr, grads_ptr, acts2_ptr, grads2_ptr, to_ptr, n, m, positions, positions2,
     d_in, d_out, chunk, a_n, a_t, a_d, g_n, g_t, g_d, a2_m, a2_t, a2_d, g2_m, g2_t, g2_d,
-    SYMMETRIC: tl.constexpr, WIDEN: tl.constexpr,
+    to_n, to_m, SYMMETRIC: tl.constexpr, DIRECT: tl.constexpr, WIDEN: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Part program_id(1) of [parts, n, m]: `chunk` positions t. SYMMETRIC: from the diagonal on."""
-    tiles_m = tl.cdiv(m, BLOCK_M)
-    tile_n, tile_m = tl.program_id(0) // tiles_m, tl.program_id(0) % tiles_m
+    """Part program_id(1), `chunk` positions t. SYMMETRIC: tiles from the diagonal on."""
+    tile_n, tile_m = tile_at(tl.program_id(0), tl.cdiv(n, BLOCK_N), tl.cdiv(m, BLOCK_M))
     wanted = tile_n >= 0
     if SYMMETRIC:
-        wanted = (tile_m + 1) * BLOCK_M > tile_n * BLOCK_N
+        wanted = tile_n * BLOCK_N < (tile_m + 1) * BLOCK_M
     if wanted:
         i = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
         j = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -75,8 +84,9 @@ def _gram_products_kernel(
                     grads_ptr + at_t * g_t + row * g_n, grads2_ptr + at_s * g2_t + column * g2_m,
                     g_d, g2_d, d_out, WIDEN, BLOCK_N, BLOCK_M, BLOCK_D,
                 )  # fmt: skip
-        place = (tl.program_id(1).to(tl.int64) * n + i[:, None]) * m + j[None, :]
-        tl.store(parts_ptr + place, total, mask=(i < n)[:, None] & (j < m)[None, :])
+        if not DIRECT:
+            to_ptr += tl.program_id(1).to(tl.int64) * n * to_n
+        add_tile(total, i, tile_m, to_ptr, None, n, m, 0, to_n, to_m, SYMMETRIC, DIRECT)
 
 
 def gram_products_(
@@ -91,47 +101,34 @@ def gram_products_(
     (n, positions, d_in), m, d_out = acts.shape, acts2.shape[0], grads.shape[2]
     if 0 in (n, m, positions, acts2.shape[1], d_in, d_out):
         return
-    rows = min(n, max(LEAST_ROWS, SCRATCH // (4 * m)))
-    for first in range(0, n, rows):
-        last = min(n, first + rows)
-        begin = first if symmetric else 0
-        left, right = (acts[first:last], grads[first:last]), (acts2[begin:], grads2[begin:])
-        sums = _panel(*left, *right, symmetric)
-        if symmetric:
-            sums = sums.triu()
-            out[first:last, begin:] += sums
-            out[begin:, first:last] += sums.T.tril(-1)
-        else:
-            out[first:last] += sums
-
-
-def _panel(acts, grads, acts2, grads2, symmetric: bool) -> torch.Tensor:
-    """[n, m]; undefined below the diagonal if symmetric."""
-    (n, positions, d_in), m, d_out = acts.shape, acts2.shape[0], grads.shape[2]
-    tile = tile_of(acts.dtype == torch.float32, is_even(acts, grads, acts2, grads2))
+    even = is_even(acts, grads, acts2, grads2)
+    tile = tile_of(acts.dtype == torch.float32, even, is_deep(acts.device))
     tiles = triton.cdiv(n, tile["BLOCK_N"]) * triton.cdiv(m, tile["BLOCK_M"])
     parts = min(positions, triton.cdiv(PROGRAMS, tiles), max(1, SCRATCH // (4 * n * m)))
     chunk = triton.cdiv(positions, parts)
     parts = triton.cdiv(positions, chunk)
-    to = torch.empty(parts, n, m, dtype=torch.float32, device=acts.device)
+    to = out
+    if parts > 1:
+        to = torch.empty(1, parts, n, m, dtype=torch.float32, device=acts.device)
     _gram_products_kernel[(tiles, parts)](
         acts, grads, acts2, grads2, to, n, m, positions, acts2.shape[1], d_in, d_out, chunk,
-        *acts.stride(), *grads.stride(), *acts2.stride(), *grads2.stride(),
-        SYMMETRIC=symmetric, WIDEN=WIDEN, **tile,
+        *acts.stride(), *grads.stride(), *acts2.stride(), *grads2.stride(), *to.stride()[-2:],
+        SYMMETRIC=symmetric, DIRECT=parts == 1, WIDEN=WIDEN, **tile,
     )  # fmt: skip
-    return to[0] if parts == 1 else to.sum(0)
+    if parts > 1:
+        add_parts(to, None, None, symmetric, out[None])
 
 
-def tile_of(full: bool, even: bool) -> dict[str, int]:
-    """The pinned tile, for fp32 numbers (full), where 16 bytes are read at a time (even)."""
-    return NARROW if full else LARGE if even else ODD
+def tile_of(full: bool, even: bool, deep: bool) -> dict[str, int]:
+    """The pinned tile. The two products' errors add up: 32 columns at most."""
+    return (WIDE if even else ODD) | {"BLOCK_D": min(32, columns(full, even, deep))}
 
 
 def cases() -> list[Case]:
     strides = ("a_n", "a_t", "g_n", "g_t", "a2_m", "a2_t", "g2_m", "g2_t")
     types = dict.fromkeys((*strides, "n", "m", "positions", "positions2", "chunk"), "i32")
-    types |= dict.fromkeys(("d_in", "d_out"), "i32") | {"parts_ptr": "*fp32"}
-    ones = dict.fromkeys(("a_d", "g_d", "a2_d", "g2_d"), 1) | {"WIDEN": False}
+    types |= dict.fromkeys(("d_in", "d_out", "to_n"), "i32") | {"to_ptr": "*fp32"}
+    ones = dict.fromkeys(("a_d", "g_d", "a2_d", "g2_d", "to_m"), 1) | {"WIDEN": False}
     found = []
     for name, symmetric in (("fp32", True), ("bf16", False), ("bf16", True), ("fp16", False)):
         for even in (True, False):
@@ -140,9 +137,9 @@ def cases() -> list[Case]:
                 f"{name}{' symmetric' if symmetric else ''}{'' if even else ', odd sizes'}",
                 _gram_products_kernel,
                 types | dict.fromkeys(pointers, f"*{name}"),
-                ones | {"SYMMETRIC": symmetric},
-                tile_of(name == "fp32", even),
-                name != "fp32",
+                ones | {"SYMMETRIC": symmetric, "DIRECT": symmetric},
+                partial(tile_of, name == "fp32", even),
+                name == "fp32",
                 divisible=("d_in", "d_out", *strides) if even else (),
             )
     return found

@@ -6,19 +6,31 @@ all of the sum and is added to `out` at once; where they are few, or examples ha
 to a workspace [parts, n, m] that a second kernel adds up in order. Their number depends on shapes
 alone, so that the same call gives the same bits. All sums are in fp32.
 
-Numbers in fp32 (a * scale, or the rows of `edge_heads`) against bf16 are cut into bf16 pieces of 8
-bits, which is exact: two (a product of bf16 numbers has 16 bits) or three matrix products take the
-place of one without the matrix unit. fp16 has not the range for that.
+Numbers in fp32 (a * scale, or the rows of `edge_heads`) against bf16 take two matrix products (a
+product of bf16 numbers has 16 bits) or three, those of fp32 six: see `multiply`.
 """
 
 from __future__ import annotations
+
+from functools import partial
 
 import torch
 import triton
 import triton.language as tl
 
 from ..common.offline import Case
-from ..common.products import NVIDIA, WIDEN, halves, is_even, multiply, product_case, tile_at
+from ..common.products import (
+    NVIDIA,
+    WIDE,
+    WIDEN,
+    columns,
+    halves,
+    is_deep,
+    is_even,
+    multiply,
+    product_case,
+    tile_at,
+)
 from .pair_products_sum import add_parts
 
 LARGE = {"BLOCK_N": 128, "BLOCK_M": 128, "num_warps": 8, "num_stages": 3}
@@ -27,26 +39,6 @@ SMALL = {"BLOCK_N": 64, "BLOCK_M": 64, "num_warps": 4, "num_stages": 3}
 # programs that fill the largest GPU, and the steps below which a part is not worth its tile
 PROGRAMS, LEAST_STEPS = 512, 8
 SCRATCH = 64 << 20
-
-
-@triton.jit
-def _first_piece(x):
-    return (x.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _multiply_pieces(x, y, total, PIECES: tl.constexpr, WIDEN: tl.constexpr):
-    """total + x y for fp32 x and bf16 y."""
-    piece = _first_piece(x)
-    total = multiply(piece.to(tl.bfloat16), y, total, WIDEN)
-    # inf and NaN are in the first product alone: 0 inf, or inf - inf, would make NaN of inf
-    x = tl.where(tl.abs(x) < float("inf"), x - piece, 0.0)
-    y = tl.where((y.to(tl.int16, bitcast=True) & 0x7F80) != 0x7F80, y, 0.0)
-    for _ in tl.static_range(PIECES - 1):
-        piece = _first_piece(x)
-        total = multiply(piece.to(tl.bfloat16), y, total, WIDEN)
-        x = x - piece
-    return total
 
 
 @triton.jit
@@ -74,6 +66,22 @@ def _store(
         tl.store(to, total, mask=inside)
 
 
+@triton.jit
+def add_tile(
+    total, i, tile_m, to_ptr, prefix_ptr, n, m, prefix_m, to_n, to_m,
+    SYMMETRIC: tl.constexpr, DIRECT: tl.constexpr,
+):  # fmt: skip
+    """A quarter at a time: the addresses of 64 numbers would fill a thread's registers."""
+    more = to_ptr, prefix_ptr, n, m, prefix_m, to_n, to_m, SYMMETRIC, DIRECT
+    left, right = halves(total)
+    first, second = halves(left)
+    third, fourth = halves(right)
+    _store(first, i, tile_m * 4, *more)
+    _store(second, i, tile_m * 4 + 1, *more)
+    _store(third, i, tile_m * 4 + 2, *more)
+    _store(fourth, i, tile_m * 4 + 3, *more)
+
+
 @triton.jit(do_not_specialize=["n", "m", "positions", "steps", "chunk", "splits", "prefix_m"])
 def _pair_products_kernel(
     a_ptr, b_ptr, scale_ptr, prefix_ptr, to_ptr, n, m, d, positions, steps, chunk, splits,
@@ -89,7 +97,7 @@ def _pair_products_kernel(
     i, j = tile_n * BLOCK_N + tl.arange(0, BLOCK_N), tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     wanted = tile_n >= 0
     if SYMMETRIC:
-        wanted = tile_n <= tile_m
+        wanted = tile_n * BLOCK_N < (tile_m + 1) * BLOCK_M
     if prefix_ptr is not None:
         limit = tl.load(prefix_ptr + j * prefix_m, mask=j < m, other=0)
         wanted = tile_n * BLOCK_N < tl.max(limit)
@@ -117,35 +125,21 @@ def _pair_products_kernel(
             if scale_ptr is not None:
                 factor = tl.load(scale_ptr + at * scale_d, mask=e < d, other=0.0)
                 x = x.to(tl.float32) * factor.to(tl.float32)[None, :]
-            if PIECES > 0:
-                total = _multiply_pieces(x, y, total, PIECES, WIDEN)
-            elif x.dtype == y.dtype:
-                total = multiply(x, y, total, WIDEN)
-            else:
-                total = multiply(x.to(tl.float32), y.to(tl.float32), total, WIDEN)
+            if x.dtype != y.dtype and y.dtype == tl.float16:
+                # its range is not that of bf16 pieces
+                y = y.to(tl.float32)
+            total = multiply(x, y, total, WIDEN, PIECES)
         if not DIRECT:
             to_ptr += part.to(tl.int64) * n * to_n
-        more = to_ptr, prefix_ptr, n, m, prefix_m, to_n, to_m, SYMMETRIC, DIRECT
-        # a part of a tile at a time: the addresses of 64 numbers would fill a thread's registers
-        left, right = halves(total)
-        if BLOCK_M > 64:
-            first, second = halves(left)
-            third, fourth = halves(right)
-            _store(first, i, tile_m * 4, *more)
-            _store(second, i, tile_m * 4 + 1, *more)
-            _store(third, i, tile_m * 4 + 2, *more)
-            _store(fourth, i, tile_m * 4 + 3, *more)
-        else:
-            _store(left, i, tile_m * 2, *more)
-            _store(right, i, tile_m * 2 + 1, *more)
+        add_tile(
+            total, i, tile_m, to_ptr, prefix_ptr, n, m, prefix_m, to_n, to_m, SYMMETRIC, DIRECT
+        )
 
 
-def tile_of(large: bool, even: bool, full: bool) -> dict[str, int]:
-    """A pinned tile: registers are short for fp32 numbers (full), and for one address per number.
-
-    With columns 32 at a time, fp32 and symmetric spilled 24 bytes on sm_90 (Triton 3.6).
-    """
-    return (LARGE if large else SMALL) | {"BLOCK_D": 16 if full else 64 if even else 32}
+def tile_of(large: bool, narrow: bool, full: bool, even: bool, deep: bool) -> dict[str, int]:
+    """A pinned tile, with the columns of `products.columns`."""
+    tile = (WIDE if full else LARGE) if large else SMALL
+    return tile | ({"BLOCK_M": 32} if narrow else {}) | {"BLOCK_D": columns(full, even, deep)}
 
 
 def pair_products_(
@@ -168,9 +162,13 @@ def pair_products_(
     # a prefix leaves out other pairs above the diagonal than below
     symmetric = symmetric and prefix is None
     full = scale is not None or a.dtype == torch.float32
-    pieces = (3 if a.dtype == torch.float32 else 2) if full and b.dtype == torch.bfloat16 else 0
-    even, matrix = is_even(a, b), pieces > 0 or not full
-    tile = tile_of(matrix and even and min(n, m) > 64 and torch.version.hip is None, even, full)
+    # a product of two bf16 numbers has 16 bits
+    pieces = 2 if scale is not None and a.dtype == torch.bfloat16 else 3
+    even = is_even(a, b)
+    large = even and torch.version.hip is None and n > 64 and (full or m > 64)
+    # six products of what is not there would take longer than reading what is
+    narrow = even and full and m <= 32
+    tile = tile_of(large, narrow, full, even, is_deep(a.device))
     tiles = triton.cdiv(n, tile["BLOCK_N"]) * triton.cdiv(m, tile["BLOCK_M"])
     groups = 1 if weights is None else examples
     steps = examples // groups * positions * triton.cdiv(d, tile["BLOCK_D"])
@@ -204,22 +202,25 @@ def cases() -> list[Case]:
     fixed = dict.fromkeys(("a_d", "b_d", "scale_d", "to_m"), 1) | {"WIDEN": False}
     added = {"SYMMETRIC": True, "DIRECT": True, "prefix_ptr": None}
     found = []
-    for title, a, b, pieces, matrix in (
-        ("fp32", "fp32", "fp32", 0, False),
-        ("fp32 symmetric", "fp32", "fp32", 0, False),
-        ("fp32, odd sizes", "fp32", "fp32", 0, False),
-        ("bf16", "bf16", "bf16", 0, True),
-        ("bf16, odd sizes", "bf16", "bf16", 0, True),
-        ("large bf16", "bf16", "bf16", 0, True),
-        ("large bf16 symmetric", "bf16", "bf16", 0, True),
-        ("large fp16", "fp16", "fp16", 0, True),
-        ("fp16 scaled", "fp16", "fp16", 0, False),
-        ("bf16 scaled", "bf16", "bf16", 2, True),
-        ("large bf16 scaled symmetric", "bf16", "bf16", 2, True),
-        ("bf16, rows in full", "fp32", "bf16", 3, True),
-        ("large bf16, rows in full", "fp32", "bf16", 3, True),
+    for title, a, b, pieces in (
+        ("fp32", "fp32", "fp32", 3),
+        ("large fp32 symmetric", "fp32", "fp32", 3),
+        ("narrow fp32", "fp32", "fp32", 3),
+        ("large narrow fp32", "fp32", "fp32", 3),
+        ("fp32, odd sizes", "fp32", "fp32", 3),
+        ("bf16", "bf16", "bf16", 3),
+        ("bf16, odd sizes", "bf16", "bf16", 3),
+        ("large bf16", "bf16", "bf16", 3),
+        ("large bf16 symmetric", "bf16", "bf16", 3),
+        ("large fp16", "fp16", "fp16", 3),
+        ("fp16 scaled", "fp16", "fp16", 3),
+        ("bf16 scaled", "bf16", "bf16", 2),
+        ("large bf16 scaled symmetric", "bf16", "bf16", 2),
+        ("bf16, rows in full", "fp32", "bf16", 3),
+        ("large bf16, rows in full", "fp32", "bf16", 3),
     ):
         large, even = "large" in title, "odd" not in title
+        full = a == "fp32" or "scaled" in title
         constants = fixed | {"PIECES": pieces}
         constants |= added if "symmetric" in title else {"SYMMETRIC": False, "DIRECT": False}
         pointers = {"a_ptr": f"*{a}", "b_ptr": f"*{b}"}
@@ -231,7 +232,12 @@ def cases() -> list[Case]:
         if large:
             more["targets"] = NVIDIA
         found += product_case(
-            title, _pair_products_kernel, types | pointers, constants,
-            tile_of(large, even, pieces > 0 or not matrix), matrix, **more,
-        )  # fmt: skip
+            title,
+            _pair_products_kernel,
+            types | pointers,
+            constants,
+            partial(tile_of, large, "narrow" in title, full, even),
+            full,
+            **more,
+        )
     return found

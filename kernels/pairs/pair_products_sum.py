@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from ..common.offline import Case
-from ..common.products import product_case
+from ..common.products import WIDEN, multiply, product_case
 
 # parts are read PARTS at a time; a program weights them for BLOCK_Q replicates
 SUM = {"PARTS": 16, "BLOCK": 128, "num_warps": 4, "num_stages": 2}
@@ -19,7 +19,8 @@ BLOCK_Q = 16
 def _pair_sum_kernel(
     parts_ptr, weights_ptr, prefix_ptr, out_ptr, n, m, q_count, parts, splits,
     weights_q, weights_s, prefix_m, out_q, out_n, out_m,
-    SYMMETRIC: tl.constexpr, BLOCK_Q: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
+    SYMMETRIC: tl.constexpr, WIDEN: tl.constexpr, BLOCK_Q: tl.constexpr, PARTS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """out[q, i, j] += sum over parts of weights[q, part // splits] part[i, j]."""
     blocks = tl.cdiv(m, BLOCK)
@@ -41,7 +42,7 @@ def _pair_sum_kernel(
             at = weights_ptr + q[:, None] * weights_q + (part // splits)[None, :] * weights_s
             mask = (q < q_count)[:, None] & (part < parts)[None, :]
             weights = tl.load(at, mask=mask, other=0.0)
-            total = tl.dot(weights, x, total, input_precision="ieee")
+            total = multiply(weights, x, total, WIDEN)
         else:
             total += tl.sum(x, 0)[None, :]
     to = out_ptr + q[:, None] * out_q + i * out_n + j[None, :] * out_m
@@ -63,7 +64,7 @@ def add_parts(
         parts, weights, prefix, out, n, m, q, examples * splits, splits,
         *((0, 0) if weights is None else weights.stride()),
         0 if prefix is None else prefix.stride(0), *out.stride(),
-        SYMMETRIC=symmetric, BLOCK_Q=block_q, **SUM,
+        SYMMETRIC=symmetric, WIDEN=WIDEN, BLOCK_Q=block_q, **SUM,
     )  # fmt: skip
 
 
@@ -72,8 +73,10 @@ def cases() -> list[Case]:
     names = "n", "m", "q_count", "parts", "splits", "weights_q", "weights_s", "prefix_m"
     types |= dict.fromkeys((*names, "out_q", "out_n"), "i32")
     weighted = types | {"weights_ptr": "*fp32", "prefix_ptr": "*i64"}
-    constants = {"out_m": 1, "SYMMETRIC": False, "BLOCK_Q": BLOCK_Q}
-    found = product_case("fp32 weights", _pair_sum_kernel, weighted, constants, SUM, False)
-    bare = {"weights_ptr": None, "prefix_ptr": None, "SYMMETRIC": True, "BLOCK_Q": 1, "out_m": 1}
+    constants = {"out_m": 1, "SYMMETRIC": False, "WIDEN": False, "BLOCK_Q": BLOCK_Q}
+    found = product_case(
+        "fp32 weights", _pair_sum_kernel, weighted, constants, lambda deep: dict(SUM), False
+    )
+    bare = {"weights_ptr": None, "prefix_ptr": None, "SYMMETRIC": True, "BLOCK_Q": 1}
     blocks = {"PARTS": SUM["PARTS"], "BLOCK": SUM["BLOCK"]}
-    return [*found, Case("fp32", _pair_sum_kernel, types, bare | blocks, num_stages=2)]
+    return [*found, Case("fp32", _pair_sum_kernel, types, constants | bare | blocks, num_stages=2)]

@@ -15,8 +15,8 @@ chunks of C added up. Nothing is assumed: norms are computed, and rounded up (`p
 import triton
 import triton.language as tl
 
-from ..common.offline import Case, with_odd_sizes
-from ..common.products import product_case, tile_at
+from ..common.offline import TARGETS, Case, with_odd_sizes
+from ..common.products import DEEP, product_case, tile_at
 from ..select.order import NOTHING, order_key
 from .pairwise_exact import GROUP
 
@@ -215,16 +215,16 @@ def _product_cases() -> list[Case]:
     ):
         given = {name: t for name, t in (types | ranks).items() if name not in absent}
         constants = {"ABS": magnitude, "FIRST": first, "WHOLE": whole, "GROUP": GROUP}
-        for tile, targets in ((LARGE, ("sm_90", "sm_100")), (SMALL, ("sm_80", "gfx942"))):
+        for tile, targets in ((LARGE, DEEP), (SMALL, set(TARGETS) - set(DEEP))):
             found += product_case(
                 f"product {title}, {tile['BLOCK_K']} deep",
                 _pairwise_product_kernel,
                 given,
                 constants | dict.fromkeys(absent),
-                tile,
-                True,
+                lambda deep, tile=tile: dict(tile),
+                False,
                 divisible=("width",),
-                targets=targets,
+                targets=tuple(targets),
             )
     typed = {name: types[name] for name in types if name not in ("a_ptr", "b_ptr", "width")}
     blocks = {name: size for name, size in MAXIMA.items() if name != "num_warps"}

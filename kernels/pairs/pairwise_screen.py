@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 import triton
 
-from ..common.products import part
+from ..common.products import is_deep, part
 from .pairwise_exact import GROUP, Pairs
 from .pairwise_group_max import (
     LARGE,
@@ -152,5 +152,4 @@ class Screen:
 
 def product_tile(device: torch.device) -> dict[str, int]:
     """The pinned tile of the product."""
-    nvidia = device.type == "cuda" and torch.version.hip is None
-    return LARGE if nvidia and torch.cuda.get_device_capability(device) >= (9, 0) else SMALL
+    return LARGE if is_deep(device) else SMALL

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from ..common.offline import Case
-from ..common.products import WIDEN, is_even, multiply, product_case
+from ..common.products import WIDEN, columns, is_even, multiply, product_case
 from ..sae.gradients import by_feature
 
 # with 64 vectors the addresses in `out` would spill; a position often has fewer
@@ -59,9 +59,9 @@ def _positional_dot_kernel(
         tl.store(to, tl.load(to, mask=inside, other=0.0) + total, mask=inside)
 
 
-def tile_of(even: bool, full: bool) -> dict[str, int]:
-    """The pinned tile: registers are short for products in fp32, and for one address per number."""
-    return TILE | {"BLOCK_D": (64 if even else 32) // (2 if full else 1)}
+def tile_of(full: bool, even: bool) -> dict[str, int]:
+    """The pinned tile. So few rows pass through registers on Hopper too: never deep."""
+    return TILE | {"BLOCK_D": columns(full, even, deep=False)}
 
 
 def positional_dot_(
@@ -75,8 +75,8 @@ def positional_dot_(
     (batch, count, d), n = grads.shape, vectors.shape[0]
     if 0 in (batch, count, d, n):
         return
-    even, full = is_even(grads, vectors), grads.dtype == torch.float32
-    tile = tile_of(even, full)
+    full, even = grads.dtype == torch.float32, is_even(grads, vectors)
+    tile = tile_of(full, even)
     size = tile["BLOCK_N"]
     offsets, order = by_feature(positions, count)
     tiles = (offsets.diff() + (size - 1)) // size
@@ -106,8 +106,8 @@ def cases() -> list[Case]:
             _positional_dot_kernel,
             types | pointers,
             ones | {"WIDEN": False},
-            tile_of(even, kind == "fp32"),
-            kind != "fp32",
+            lambda deep, full=kind == "fp32", even=even: tile_of(full, even),
+            kind == "fp32",
             divisible=("d", *strides) if even else (),
         )
     return found

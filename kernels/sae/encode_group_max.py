@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from ..common.offline import Case
-from ..common.products import multiply, tile_at
+from ..common.products import dot, tile_at
 from .encode_screen import EXTRA
 
 # Hopper's and Blackwell's shared memory holds three stages of a 128 x 256 tile; Ampere's registers
@@ -47,13 +47,13 @@ def _bounds(
         w = _weights(
             w_ptr, scale_ptr, feature, column, column < d, stride_wf, stride_wd, stride_s, f
         )
-        total = multiply(x, w, total, WIDEN)
+        total = dot(x, w, total, WIDEN)
     column = tl.arange(0, EXTRA)
     address = extra_x_ptr + token[:, None].to(tl.int64) * EXTRA + column[None, :]
     x = tl.load(address, mask=valid[:, None], other=0.0)
     address = extra_w_ptr + feature[None, :].to(tl.int64) * EXTRA + column[:, None]
     w = tl.load(address, mask=(feature < f)[None, :], other=0.0)
-    total = multiply(x, w, total, WIDEN)
+    total = dot(x, w, total, WIDEN)
     total = tl.where(total == total, total, float("inf"))
     return tl.where((feature < f)[None, :], total, float("-inf"))
 

@@ -8,14 +8,14 @@ of the products, rounded once to fp32; the set returned is the one that these sc
 
 How the CPU kernel is fast and exact. Pairs are *screened* in 16 bits (int16 or, with AMX, bf16),
 before that in 8 where the processor has dot products of bytes, under the bound that
-mikernels/ops/sae/encode.py proves: |score - screened| <= |a - a^| |b| + |a^| |b - b^| plus rounding,
-with computed norms. A pair whose upper bound is below the k-th largest lower bound seen so far has k
-pairs before it; every other is kept, and rescored in fp64 at the end. Each thread keeps a list of
-4 k + 64 candidates; a full list is tightened and, where bounds cannot separate it, rescored on the
-spot, so that no list overflows. Symmetric (b is a): half of the products.
+mikernels/ops/sae/encode.py proves: |score - screened| <= |a - a^| |b| + |a^| |b - b^| plus
+rounding, with computed norms. A pair whose upper bound is below the k-th largest lower bound seen
+so far has k pairs before it; every other is kept, and rescored in fp64 at the end. Each thread
+keeps a list of 4 k + 64 candidates; a full list is tightened and, where bounds cannot separate it,
+rescored on the spot, so that no list overflows. Symmetric (b is a): half of the products.
 
-O(n m D) time in products of bytes or of 16 bits. Scratch: panels of a (32 MB; 80 in both widths) and
-of b (8 MB; 20), and the lists.
+O(n m D) time in products of bytes or of 16 bits. Scratch: panels of a (32 MB; 80 in both widths)
+and of b (8 MB; 20), and the lists.
 fp64 inputs: scores in fp64. Rows of more than 16,384 numbers are screened by fp32 products instead.
 
 On a GPU one fp16 product of rows scaled by powers of two keeps the largest upper bound of every 64
