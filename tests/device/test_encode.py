@@ -12,6 +12,7 @@ from mikernels.kernels.sae import (
     encode_plain,
     encode_screen,
     encode_settle,
+    encode_winners,
 )
 
 INTERPRETED = _triton.interpreting()
@@ -242,6 +243,14 @@ def test_scratch_is_bounded(monkeypatch, n, f, d, k):
         used = sum(t.nbytes for t in held if isinstance(t, torch.Tensor))
         assert used <= 1.05 * limit
         assert 1 <= sizes.tokens <= n and 1 <= sizes.features <= f and sizes.programs >= 1
+
+
+def test_panels_begin_at_words_of_bits():
+    for f, c in ((5000, 500), (4999, 2048), (40001, 1500), (70000, 64)):
+        panels = encode.panels_of(f, c, encode_winners.panel_width(c, min(f, 32768)))
+        assert [end for _, end in panels[:-1]] == [first for first, _ in panels[1:]]
+        assert panels[0][0] == 0 and panels[-1][1] == f
+        assert all(first % 32 == 0 for first, _ in panels)
 
 
 def test_scratch_shrinks_before_it_fails(device, monkeypatch):

@@ -25,10 +25,12 @@ rescored on the spot, so the screen decides no case alone and no list overflows.
 Scratch: one 16-bit panel of w_enc (16 MB; 48 MB if its rows are strided) and, for chunks of tokens
 that fit 64 MB, x^ and 4k + 64 candidates of 16 bytes a token. Time O(N F d) in 16-bit products.
 
-On a GPU the same bound rides along in one bf16 product (mikernels/kernels/sae/encode_screen.py):
-values and selection are those of the CPU. bf16 and fp16 inputs without `scale` are ranked there, as
-in eager torch, by fp32 sums rounded to their dtype (`encode_plain`). Scratch: 256 MB, and at most
-64 MB in row_topk.
+On a GPU the same bound rides along in one fp16 product (mikernels/kernels/sae/encode_screen.py):
+values and selection are those of the CPU, whatever memory is free. bf16 and fp16 inputs without
+`scale` are ranked there, as in eager torch, by fp32 sums rounded to their dtype (`encode_plain`),
+in products whose shape N, F and k decide alone. Scratch: 256 MB. Tokens of zeros (after b_dec) or
+with a NaN take no longer than others, nor do a few whose scores tie in more than 2 k features;
+where that is so for most tokens, all of F is scored in fp64 for each.
 """
 
 from __future__ import annotations
