@@ -13,6 +13,11 @@ import torch
 
 from mikernels import _triton
 
+if _triton.interpreting():
+    import interpreter_once
+
+    interpreter_once.install()
+
 READY = _triton.interpreting() or torch.cuda.is_available()
 
 
