@@ -2,7 +2,18 @@
 import pytest
 import torch
 import triton.language as tl
-from encode_cases import ADVERSARIAL, INF, NAN, NON_FINITE, check, scaled
+from encode_cases import (
+    ADVERSARIAL,
+    INF,
+    NAN,
+    NON_FINITE,
+    F,
+    N,
+    check,
+    scaled,
+    uniform,
+    with_scores,
+)
 from oracle import far_apart, identical, randn, unchanged
 
 from mikernels import _triton, topk_encode
@@ -79,6 +90,16 @@ def test_the_screen_decides_ordinary_tokens(device, dtype, certain):
     assert certain == [1] * 4
 
 
+def test_candidates_are_ranked_by_their_scores(device, certain):
+    """Near ties around the k-th place, few enough that the candidates hold them all."""
+    scores = 0.1 * uniform(N, F)
+    scores[:, ::25] = 1 + 1e-5 * uniform(N, F)[:, ::25]
+    case = with_scores(scores)
+    case["x"] = case["x"][:4]
+    check("triton", exact=True, **on(device, case))
+    assert certain == [1] * 4
+
+
 @pytest.mark.parametrize("spread", [0, 20])
 def test_rounded_bounds_hold(device, spread):
     """Every bound is at least the exact score, and above it by what the proof allows; of weights
@@ -86,9 +107,14 @@ def test_rounded_bounds_hold(device, spread):
     n, d, f = 8, 70, 256
     x, w, bias = randn(n, d), randn(f, d, seed=1), 30 * randn(f, seed=2)
     scale, shift = randn(f, seed=3).exp(), randn(d, seed=4)
-    x = shift + (x - shift) * 2.0 ** torch.linspace(-spread, spread, n)[:, None]
+    x = shift.sign() + (x - shift) * 2.0 ** torch.linspace(-spread, spread, n)[:, None]
     w = w * 2.0 ** (spread * randn(f, seed=5).clamp(-1.5, 0.5))[:, None]
     w[7:9] = 2.0**40 * randn(2, d, seed=6)
+    # what is lost of one row points along another of which nothing is
+    shift, scale[30:32], bias[30:32] = shift.sign(), 1, 0
+    w[31] = 2.0**-5 * randn(d, seed=7)
+    x[1] = shift + (w[31] - w[31].half()).sign()
+    w[30] = 2.0**-5 * ((x[0] - shift) - (x[0] - shift).half()).sign()
     bias[9:40] *= 1e-4
     x, w, bias, scale, shift = (t.to(device) for t in (x, w, bias, scale, shift))
     sizes = encode.plan(n, f, encode.packed_width(d), 8, 1, encode.SCRATCH)
