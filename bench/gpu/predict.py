@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from .. import load
-from ..harness.rates import DEVICES, Rates, row_cycles
+from ..harness.rates import DEVICES, Rates, row_cycles, winners_cycles
 from ..harness.spec import GPU_SHAPES, Shape
 from .predict_pairs import pair_cases
 
@@ -82,83 +82,103 @@ def by_feature(r: Rates, s: Shape, dtype: str) -> list[Part]:
     ]
 
 
-def plan(s: Shape) -> tuple[int, Any]:
-    """The candidates and the sizes that kernels/sae/encode.py screens with."""
-    from mikernels.kernels.sae import encode, encode_screen
-
-    c = encode.candidates(s.k, s.d, s.f, True)
-    return c, encode.plan(s.n, s.f, encode_screen.packed_width(s.d), c, encode.SCRATCH)
+def panels(
+    r: Rates, n: int, rows: int, f: int, features: int, c: int, dtype: str
+) -> tuple[float, str]:
+    """Selection from panels of features: the first one's winners, then what beats them."""
+    total, why, number = 0.0, "", math.ceil(f / features)
+    for first, times in ((True, 1), (False, number - 1)):
+        cycles, source = winners_cycles(features, c, dtype, first)
+        read = n * features * BYTES[dtype] / r.copy
+        work = n * cycles / r.issue
+        total += times * (max(read, work) + math.ceil(n / rows) * r.launch)
+        if first:
+            why = "one read of the scores" if read > work else f"{cycles:.0f} cycles a row"
+        elif times:
+            why += f", then {'one read' if read > work else f'{cycles:.0f}'}; {source}"
+    return total, why
 
 
 def encode_plain(r: Rates, s: Shape, dtype: str) -> list[Part]:
-    from mikernels.kernels.sae import encode_plain, encode_winners
+    from mikernels.kernels.sae import encode_plain
 
-    tokens, rows, features = encode_plain.plan(s.n, s.f, s.k, encode_winners.SCRATCH)
-    panels = math.ceil(s.f / features)
+    tokens, rows, features = encode_plain.plan(s.n, s.f, s.k)
+    number = math.ceil(s.f / features)
     products = math.ceil(s.n / tokens) * math.ceil(tokens / rows)
-    chosen, why = select(r, rows, features, s.k, dtype)
-    waiting = encode_winners.WAITING
-    merge = select(r, s.n, (waiting + 1) * s.k, s.k, dtype)[0] + s.n * s.k * 32 / r.copy
+    chosen, why = panels(r, s.n, rows, s.f, features, s.k, dtype)
     return [
         (
             "product",
-            gemm(r, s.n, s.f, s.d, dtype) + products * panels * r.launch,
-            f"{dtype} cuBLAS, {products} x {panels} products of {rows} x {features}",
+            gemm(r, s.n, s.f, s.d, dtype) + products * number * r.launch,
+            f"{dtype} cuBLAS, {products} x {number} products of {rows} x {features}",
         ),
-        ("select", products * panels * chosen, why),
-        (
-            "merge",
-            math.ceil(panels / waiting) * (merge + 4 * r.launch),
-            f"{waiting + 1} k winners, every {waiting} panels",
-        ),
+        ("select", chosen, why),
+        ("copy", s.n * s.k * 30 / r.copy + 3 * r.launch, "values and indices of the winners, ReLU"),
     ]
 
 
 def encode(r: Rates, s: Shape, dtype: str) -> list[Part]:
-    from mikernels.kernels.sae.encode_winners import WAITING
+    from mikernels.kernels.sae import encode, encode_screen
 
     if dtype != "fp32":
         return encode_plain(r, s, dtype)
-    b, (c, sizes) = BYTES[dtype], plan(s)
-    chunks, panels = math.ceil(s.n / sizes.tokens), math.ceil(s.f / sizes.features)
+    b, c, width = BYTES[dtype], encode.candidates(s.k, s.d, s.f), encode_screen.packed_width(s.d)
+    sizes = encode.plan(s.n, s.f, width, c, s.k, encode.SCRATCH)
+    chunks, number = math.ceil(s.n / sizes.tokens), math.ceil(s.f / sizes.features)
     products = math.ceil(sizes.tokens / sizes.rows) * chunks
-    chosen, why = select(r, sizes.rows, sizes.features, c, "bf16")
-    merge = select(r, s.n, (WAITING + 1) * c, c, "bf16")[0] + s.n * c * 32 / r.copy + 4 * r.launch
-    dots = float(s.n * c * s.d)
+    chosen, why = panels(r, s.n, sizes.rows, s.f, sizes.features, c, "fp16")
+    scored = encode.reaching(s.k, s.d)
+    dots = s.n * scored * s.d
     gather, turn = dots * b / r.copy / GATHER, dots / r.convert64
     return [
         (
             "pack",
-            (s.f * chunks + s.n) * s.d * (b + 2) / r.copy + chunks * (panels + 1) * r.launch,
+            (s.f * chunks + s.n) * s.d * (b + 2) / r.copy + (chunks * (number + 2) + 1) * r.launch,
             f"{b} B in, 2 B out a weight, for each of {chunks} chunks of tokens",
         ),
         (
             "product",
-            gemm(r, s.n, s.f, s.d, "bf16") + products * panels * r.launch,
-            f"bf16 cuBLAS, {products} x {panels} products of {sizes.rows} x {sizes.features}",
+            gemm(r, s.n, s.f, s.d, "fp16") + products * number * r.launch,
+            f"fp16 cuBLAS, {products} x {number} products of {sizes.rows} x {sizes.features}",
         ),
-        ("select", products * panels * chosen, why),
-        ("merge", panels / WAITING * merge, f"{WAITING + 1} C candidates, every {WAITING} panels"),
+        ("select", chosen, why),
         (
-            "rescore",
-            max(gather, turn) + r.launch,
-            f"C = {c} rows a token: {'gathered bytes' if gather > turn else 'conversions to fp64'}",
+            "settle",
+            max(gather, turn) + chunks * r.launch,
+            f"{scored:.0f} of C = {c} rows a token: "
+            f"{'gathered bytes' if gather > turn else 'conversions to fp64'}",
         ),
-        ("final", s.n * c * 16 / r.copy + 2 * r.launch, "k of C"),
+        (
+            "again",
+            chunks * (3 + 2 * number) * r.launch,
+            "the queue and what is done for uncertain tokens, of which there are none",
+        ),
     ]
 
 
-def encode_groups(r: Rates, s: Shape, dtype: str) -> float:
-    """The way by group maxima: no scores in memory, c groups of every token multiplied again."""
-    (c, _), group = plan(s), 64 if s.f >= 65536 else 32
-    # Triton against cuBLAS; fp32 weights pass through registers to become bf16
-    share = 0.85 if dtype != "fp32" else 0.55
-    again = 2.0 * s.n * c * group * s.d / (0.4 * r.bf16)
-    choose = select(r, s.n, s.f // group, c, "fp32")[0] + select(r, s.n, c * group, c, "bf16")[0]
-    same = {name: seconds for name, seconds, _ in encode(r, s, "fp32")}
-    keep = same["pack"] / 2 + same["rescore"] + same["final"]
-    sort = s.n * c / r.sort + 12 * r.launch
-    return gemm(r, s.n, s.f, s.d, "bf16") / share + again + choose + keep + sort
+# uncertain tokens, and how many features each has whose bound reaches its k-th score
+UNCERTAIN, REACHING = 1000, 300
+
+
+def encode_uncertain(r: Rates, s: Shape, dtype: str) -> list[Part]:
+    """`encode` where tokens tie or nearly do, with more features than are kept, and with zeros."""
+    from mikernels.kernels.sae import encode as launcher
+    from mikernels.kernels.sae import encode_screen
+
+    b, c, width = BYTES[dtype], launcher.candidates(s.k, s.d, s.f), encode_screen.packed_width(s.d)
+    sizes = launcher.plan(s.n, s.f, width, c, s.k, launcher.SCRATCH)
+    packed = max(0, 1 - sizes.features / s.f) * s.f * s.d * (b + 2) / r.copy
+    return [
+        ("call", _total(encode(r, s, dtype)), "as predicted with none"),
+        ("pack again", packed, "all panels but the last"),
+        (
+            "screen again",
+            gemm(r, UNCERTAIN, s.f, s.d, "fp16") / 0.6,
+            f"{UNCERTAIN} tokens; Triton at 60 % of cuBLAS",
+        ),
+        ("exact", UNCERTAIN * REACHING * s.d * b / r.copy / GATHER, f"{REACHING} rows a token"),
+        ("zeros", s.f * s.d * b / r.copy, "every weight once, for all rows of zeros together"),
+    ]
 
 
 def gathered(r: Rates, rows: float, s: Shape, b: int) -> tuple[float, str]:
@@ -238,8 +258,7 @@ def rivals(r: Rates, op: str, s: Shape, dtype: str) -> dict[str, float]:
         return {"eager": 2 * sort + 4 * r.launch, "ours:triton": sort + 5 * r.launch}
     if op == "encode":
         one, _ = select(r, s.n, s.f, s.k, dtype)
-        groups = encode_groups(r, s, dtype)
-        return {"eager": eager, "mm_row_topk": product + one, "ours:groups": groups}
+        return {"eager": eager, "mm_row_topk": product + one}
     if op == "decode":
         rows, _ = gathered(r, s.f, s, b)
         # zeros, a scatter that touches a sector each, and the product's read
@@ -309,6 +328,21 @@ def predictions(device: str) -> dict[str, Any]:
                         "ratios": {name: round(t / total, 2) for name, t in others.items()},
                     }
                 )
+    for s in (GPU_SHAPES[name] for name in ("G1", "G2", "G3")):
+        parts = encode_uncertain(r, s, "fp32")
+        cases.append(
+            {
+                "op": "encode",
+                "mode": "uncertain",
+                "shape": s.name,
+                "dtype": "fp32",
+                "ms": _ms(_total(parts)),
+                "floor_ms": _ms(floor(r, "encode", s, "fp32")),
+                "parts": [{"name": n, "ms": _ms(t), "why": w} for n, t, w in parts],
+                "rivals_ms": {},
+                "ratios": {"certain": round(parts[0][1] / _total(parts), 2)},
+            }
+        )
     cases += pair_cases(r)
     return {"schema": 1, "device": r.name, "rates": vars(r), "cases": cases}
 

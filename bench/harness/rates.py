@@ -136,3 +136,28 @@ def row_cycles(n: int, k: int, dtype: str) -> tuple[float, str]:
         rounds[0] = n / (constants["STEP"] * constants["GROUP"])
     total = straight + sum(r * loop.cycles for r, loop in zip(rounds, found, strict=True))
     return case.num_warps * total, f"machine code of `{case.name}`, sm_90"
+
+
+@functools.cache
+def winners_cycles(width: int, c: int, dtype: str, first: bool) -> tuple[float, str]:
+    """The same for one panel's row in encode, where c winners are kept; the first has no floor."""
+    if importlib.util.find_spec("triton") is None:
+        return row_cycles(width, c, dtype)
+    from mikernels.kernels.sae import encode_winners
+
+    grouped = encode_winners.shape_of(width, c).groups > 0
+    fitting = [
+        (case, [int(number) for number in re.findall(r"\d+", case.name)[1:]])
+        for case in encode_winners.cases()
+        if f"winners {dtype} " in case.name and ("GROUPS" in case.constants) == grouped
+    ]
+    case, _ = min(fitting, key=lambda f: abs(f[1][0] - width) + abs(f[1][1] - c))
+    found, straight = loops(sass_of(case))
+    constants = case.constants
+    bits = 25.0 - constants["UNUSED"]
+    # searches for the c-th group and the c-th score are the first panel's, merging the others'
+    rounds = [bits if first else 0.0] * (len(found) - 1) + [0.0 if first else bits]
+    if grouped:
+        rounds[0] = width / (constants["STEP"] * constants["GROUP"])
+    total = straight + sum(r * loop.cycles for r, loop in zip(rounds, found, strict=True))
+    return case.num_warps * total, f"machine code of `{case.name}`, sm_90"

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import importlib
 from functools import partial
 
 import torch
@@ -82,15 +81,6 @@ def _mm_row_topk(x, w_enc, b_enc, b_dec, k):
 def _triton(inputs: Inputs, mode: str) -> Runner:
     need(encode_op, "triton")
     return _runner(partial(_ours, impl="triton"))(inputs, mode)
-
-
-def _groups(inputs: Inputs, mode: str) -> Runner:
-    need(encode_op, "triton")
-    if mode != "fwd" or inputs.x.device.type == "cpu":
-        raise Unavailable("it is a forward pass on a GPU")
-    groups = importlib.import_module("mikernels.kernels.sae.encode_groups").encode_groups
-    operands = inputs.x, inputs.w_enc, inputs.b_enc, inputs.b_dec, None, inputs.k, True
-    return Runner(lambda: _named(*groups(*operands)))
 
 
 def _in_pieces(inputs: Inputs, mode: str) -> Outputs:
@@ -198,7 +188,6 @@ BENCHMARK = Benchmark(
     providers=(
         Provider("ours", _runner(_ours), ours=True, screens=True),
         Provider("ours:triton", _triton, screens=True, devices=(CUDA,)),
-        Provider("ours:groups", _groups, screens=True, devices=(CUDA,)),
         Provider("mm_row_topk", _runner(_mm_row_topk), devices=(CUDA,)),
         Provider("eager", _runner(_eager)),
         Provider("compile", lambda inputs, mode: _runner(compiled(_eager))(inputs, mode)),

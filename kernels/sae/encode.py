@@ -1,111 +1,128 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Top-k encode without the tokens x features matrix: screen, select, rescore, settle.
+"""Top-k encode without the tokens x features matrix: screen, select, settle, and once more.
 
 16-bit inputs go another way (`encode_plain`). For the others, and for ranks with a scale:
 
-1. Panels of features: the bf16 product of packed operands (`encode_screen`) gives upper bounds of
-   all scores, `row_topk` keeps the c highest of every token, panel after panel, in one read.
-2. The c candidates are scored exactly and the k best selected; the least of their upper bounds
-   tells whether a feature that was left out could belong there.
-3. Tokens where it could (`encode_exact`) are done again without the screen. Usually none;
-   where there were some, later calls keep more candidates (`encode_kept`).
+1. Panels of features: the fp16 product of packed operands (`encode_screen`) gives upper bounds of
+   all scores, of which every token keeps the c highest, panel after panel (`encode_winners`).
+2. The candidates that can still win are scored exactly and the k best selected; the least of the c
+   bounds tells whether a feature that was left out could belong there (`encode_settle`).
+3. Tokens where it could are screened again, now against a k-th score that is known
+   (`encode_again`), and what reaches it is scored, split over the device (`encode_exact`). NaN rows
+   and rows of zeros (padding, or x = b_dec as at initialisation) do not come so far: of the first
+   all is known, of the second one is computed for all.
 
 No step waits for the device, so a CUDA graph can hold them all. Scratch is planned to SCRATCH
-bytes, to which row_topk adds at most 64 MB, and shrinks when the device is full.
+bytes, and shrinks when the device is full: neither the selection nor its bits depend on that.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 import triton
 
-from ..common.products import part
-from ..select.row_topk import TILE, select_into, warps
-from .encode_exact import EXACT, EXACT_WARPS, _encode_exact_kernel
-from .encode_kept import kept_of
-from .encode_plain import encode_plain
+from ..common.products import WIDEN, part
+from ..select.row_topk import select_into
+from .encode_again import AGAIN, AGAIN_LAUNCH, _encode_again_kernel
+from .encode_exact import (
+    COPIERS,
+    EXACT,
+    EXACT_WARPS,
+    MERGE,
+    QUEUE,
+    _encode_copy_kernel,
+    _encode_exact_kernel,
+    _encode_merge_kernel,
+    _encode_queue_kernel,
+    list_size,
+)
+from .encode_plain import encode_plain, full_sums
 from .encode_screen import (
     EXTRA,
     PACK,
     PACK_WARPS,
-    RESCORE,
-    RESCORE_WARPS,
-    _encode_pack_kernel,
-    _encode_rescore_kernel,
-    _encode_settle_kernel,
+    SURVEY,
+    SURVEY_WARPS,
+    SURVEYORS,
+    _encode_pack_w_kernel,
+    _encode_pack_x_kernel,
+    _encode_survey_kernel,
     packed_width,
+    root_exponent,
 )
+from .encode_settle import SETTLE, _encode_settle_kernel, settle_warps
 from .encode_winners import (
-    MOST_FEATURES,
-    MOST_TOKENS,
+    MOST_WINNERS,
     SCRATCH,
     Winners,
-    full_sums,
+    panel_width,
+    shape_of,
     within_memory,
 )
 
 # scores in these dtypes are rounded by 2^-9 or 2^-12, as eager's are: to settle the order below
 # that costs more (at G2 some 3 of 11 ms, predicted) than it tells
 PLAIN = (torch.bfloat16, torch.float16)
-# programs of encode_exact, each with a scratch of 8 bytes per feature
-EXACT_PROGRAMS = 256
+# scratch that encode can do with
+LEAST_SCRATCH = 4 << 20
+# a panel is wide enough for cuBLAS to run at its rate and to select fewer scores than it holds
+MOST_FEATURES, MOST_TOKENS = 32768, 4096
+# programs of the exact pass: 4 per multiprocessor of an H100
+EXACT_PROGRAMS = 528
 
 
-def candidates(k: int, d: int, n_features: int, rounded: bool) -> int:
-    """How many features a token keeps for exact scoring.
+def candidates(k: int, d: int, n_features: int) -> int:
+    """How many features a token keeps: a power of two, which costs a selection no more than less.
 
-    For scores that fall off as normal ones do, the bound (relative to their spread) is worth
-    exp(0.0115 sqrt(d)) times as many features: bf16's rounding of both operands is 0.0023 |x| |v|
-    or 0.0023 sqrt(d) spreads, and 5 (4, and a quarter more) is the rate at which they thin out per
-    spread. bf16 operands that are not rounded leave the rounding of the bounds themselves. More
-    candidates cost a dot product each, too few an exact pass over the token.
+    Those whose bound reaches the k-th score, and 16 more for chance, are kept at least. Only those
+    that reach it are scored, so keeping more is cheap, and having kept too few is rare.
     """
-    factor = math.exp(0.0115 * math.sqrt(d)) if rounded else 1.1
-    return min(n_features, -(-(int(k * factor) + 32) // 8) * 8)
+    return min(n_features, triton.next_power_of_2(math.ceil(reaching(k, d)) + 16))
 
 
-def rounds(x: torch.Tensor, b_dec: torch.Tensor | None, scale: torch.Tensor | None) -> bool:
-    """Whether bf16 holds less than the operands do."""
-    return x.dtype != torch.bfloat16 or b_dec is not None or scale is not None
+def reaching(k: int, d: int) -> float:
+    """How many features have a bound that reaches the k-th score, for scores as normal ones.
+
+    The rounding of both fp16 operands (2e-4 each) and that of the sum, relative to |x| |v|, are
+    sqrt(d) times as much in spreads of the scores, and those thin out at a rate of 4 per spread.
+    Drawn: 74 of k = 64 at d = 2304, 163 of 128 at 4096.
+    """
+    return k * math.exp(4 * (4e-4 + d * 2.0**-23) * math.sqrt(d))
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Tokens that go through all panels together, tokens and features of one product."""
+    """Tokens that go through all panels together, tokens and features of one product, uncertain
+    tokens that the second screen has room for, and programs of the exact pass."""
 
     tokens: int
     rows: int
     features: int
-    exact_programs: int
+    again: int
+    programs: int
 
 
-def plan(n: int, f: int, width: int, c: int, scratch: int) -> Plan:
+def plan(n: int, f: int, width: int, c: int, k: int, scratch: int) -> Plan:
     """Sizes whose tensors fit in `scratch` bytes, as far as one panel of 16 x 256 allows."""
-    features = MOST_FEATURES
-    while features > 256 and 2 * width * features > 0.31 * scratch:
-        features //= 2
-    # packed x, candidates, exact h and s
-    token_bytes = 2 * width + Winners.token_bytes(c) + c * 8
-    tokens = min(n, max(16, int(0.33 * scratch) // token_bytes))
+    # packed x, winners, exact s and h, what is known of a token
+    token_bytes = 2 * width + Winners.token_bytes(c) + 8 * c + 24
+    tokens = min(n, max(16, int(0.42 * scratch) // token_bytes))
     tokens = -(-n // -(-n // tokens))
-    rows = min(tokens, MOST_TOKENS, max(16, int(0.21 * scratch) // (2 * features)))
-    programs = max(1, int(0.15 * scratch) // (8 * f))
-    return Plan(tokens, rows, min(f, features), min(tokens, EXACT_PROGRAMS, programs))
-
-
-def pack(rows, shift, scale, bias, packed, extra, norms, tokens: bool) -> None:
-    """See `_encode_pack_kernel`; packed may be None."""
-    n, d = rows.shape
-    _encode_pack_kernel[(triton.cdiv(n, PACK["ROWS"]),)](
-        rows, shift, scale, bias, packed, extra, norms,
-        n, d, packed_width(d) - EXTRA.value, *rows.stride(),
-        step(packed), step(extra), step(shift), step(scale), step(bias),
-        TOKENS=tokens, num_warps=PACK_WARPS, **PACK,
-    )  # fmt: skip
+    features = MOST_FEATURES
+    while features > 256 and 2 * width * features > 0.3 * scratch:
+        features //= 2
+    features = panel_width(c, min(f, features))
+    program_bytes = 12 * list_size(k) + 4 * EXACT["SEGMENT"]
+    programs = min(EXACT_PROGRAMS, max(1, int(0.1 * scratch) // program_bytes))
+    again = min(tokens, int(0.07 * scratch) // (-(-f // 32) * 4))
+    left = scratch - tokens * token_bytes - features * width * 2
+    left -= programs * program_bytes + again * (-(-f // 32) * 4)
+    rows = max(16, left // (2 * features + 4 * shape_of(features, c).groups))
+    rows = min(tokens, MOST_TOKENS, rows)
+    return Plan(tokens, -(-tokens // -(-tokens // rows)), features, again, programs)
 
 
 def step(t: torch.Tensor | None) -> int:
@@ -115,74 +132,129 @@ def step(t: torch.Tensor | None) -> int:
 class Buffers:
     """The scratch of one call, for chunks of `sizes.tokens` tokens."""
 
-    def __init__(self, device: torch.device, d: int, f: int, c: int, sizes: Plan):
-        def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    def __init__(self, device: torch.device, d: int, f: int, c: int, k: int, sizes: Plan):
+        def empty(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
             return torch.empty(shape, dtype=dtype, device=device)
 
         n, width = sizes.tokens, packed_width(d)
-        self.x = empty(n, width, dtype=torch.bfloat16)
-        self.weights = empty(sizes.features, width, dtype=torch.bfloat16)
-        self.bounds = empty(sizes.rows * sizes.features, dtype=torch.bfloat16)
-        self.x_norms = empty(n, dtype=torch.float32)
-        self.weight_norms = empty(sizes.features, dtype=torch.float32)
-        self.winners = Winners(n, c, torch.bfloat16, device)
-        self.h, self.s = empty(2, n, c, dtype=torch.float32)
-        self.certain = empty(n, dtype=torch.int32)
-        self.exact = empty(sizes.exact_programs, 2, f, dtype=torch.float32)
+        self.survey = empty(3, SURVEYORS.value)
+        self.x = empty(n, width, dtype=torch.float16)
+        self.weights = empty(sizes.features, width, dtype=torch.float16)
+        self.bounds = empty(sizes.rows * sizes.features, dtype=torch.float16)
+        self.maxima = empty(sizes.rows, shape_of(sizes.features, c).groups)
+        self.winners = Winners(n, c, torch.float16, device)
+        self.scores = empty(2, n, c, dtype=torch.float32)
+        self.exponents, self.states, self.floors, self.queue, self.zeros = empty(5, n)
+        self.thresholds = empty(n, dtype=torch.float32)
+        self.counts = empty(2)
+        self.masks = empty(sizes.again, -(-f // 32))
+        self.lists = empty(2, sizes.programs, list_size(k), dtype=torch.float32)
+        self.listed = empty(sizes.programs, list_size(k))
+        self.todo = empty(sizes.programs, EXACT["SEGMENT"])
+        self.held = empty(sizes.programs)
 
 
-def screen(x, w_enc, b_enc, b_dec, scale, sizes: Plan, b: Buffers) -> tuple[int, torch.Tensor]:
-    """Fills b.winners with the features of highest bound.
+@dataclass(frozen=True)
+class Weights:
+    """What does not change from chunk to chunk of tokens."""
 
-    Returns their number per token and the largest norm of the weights.
-    """
-    n, f = x.shape[0], w_enc.shape[0]
-    extra = b.x.shape[1] - EXTRA.value
-    pack(x, b_dec, None, None, b.x, b.x[:, extra:], b.x_norms, True)
-    largest = torch.zeros((), dtype=torch.float32, device=x.device)
-    b.winners.begin(n)
-    for first in range(0, f, sizes.features):
-        end = min(f, first + sizes.features)
-        weights, norms = b.weights[: end - first], b.weight_norms[: end - first]
-        rows, scales, biases = (part(t, first, end) for t in (w_enc, scale, b_enc))
-        pack(rows, None, scales, biases, weights, weights[:, extra:], norms, False)
-        largest = torch.maximum(largest, norms.max())
-        b.winners.add(_bounds(n, weights, sizes.rows, b), first, end - first)
-    return b.winners.close(), largest
+    w_enc: torch.Tensor
+    b_enc: torch.Tensor | None
+    b_dec: torch.Tensor | None
+    scale: torch.Tensor | None
+
+    @property
+    def pointers(self) -> tuple[torch.Tensor | None, ...]:
+        return self.w_enc, self.b_enc, self.b_dec, self.scale
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        return (*self.w_enc.stride(), step(self.b_enc), step(self.b_dec), step(self.scale))
 
 
-def _bounds(n: int, weights, rows: int, b: Buffers) -> Iterator[tuple[int, torch.Tensor]]:
-    for row in range(0, n, rows):
-        here = b.x[row : min(n, row + rows)]
-        bounds = b.bounds[: len(here) * len(weights)].view(len(here), len(weights))
-        with full_sums():
-            torch.mm(here, weights.T, out=bounds)
-        yield row, bounds
-
-
-def settle(x, w_enc, b_enc, b_dec, scale, k, relu, c, left_out, largest, b: Buffers, out) -> None:
-    """Exact scores of the c candidates per token, the selection, and whether it is certain."""
-    n, d = x.shape
-    f = w_enc.shape[0]
-    values, indices = out
-    strides = step(b_enc), step(b_dec), step(scale)
-    _encode_rescore_kernel[(n, triton.cdiv(c, RESCORE["SLOTS"]))](
-        x, w_enc, b_enc, b_dec, scale, b.winners.features, b.h, b.s, d, c,
-        *x.stride(), *w_enc.stride(), *strides, step(b.winners.features),
-        num_warps=RESCORE_WARPS, **RESCORE,
+def survey(w: Weights, b: Buffers) -> None:
+    """The magnitudes from which the units follow."""
+    f, d = w.w_enc.shape
+    _encode_survey_kernel[(SURVEYORS.value,)](
+        w.w_enc, w.scale, w.b_enc, b.survey, f, d,
+        *w.w_enc.stride(), step(w.scale), step(w.b_enc), num_warps=SURVEY_WARPS, **SURVEY,
     )  # fmt: skip
+
+
+def pack_tokens(x: torch.Tensor, w: Weights, b: Buffers) -> None:
+    n, d = x.shape
+    width = b.x.shape[1]
+    _encode_pack_x_kernel[(triton.cdiv(n, PACK["ROWS"]),)](
+        x, w.b_dec, b.survey, b.x, b.exponents, n, d, width - EXTRA.value, root_exponent(d),
+        *x.stride(), width, step(w.b_dec), num_warps=PACK_WARPS, **PACK,
+    )  # fmt: skip
+
+
+def pack_weights(w: Weights, first: int, end: int, count: torch.Tensor | None, b: Buffers):
+    """The packed features first..end, written unless `count` holds 0."""
+    rows, scale, bias = (part(t, first, end) for t in (w.w_enc, w.scale, w.b_enc))
+    (f, d), width = rows.shape, b.weights.shape[1]
+    _encode_pack_w_kernel[(triton.cdiv(f, PACK["ROWS"]),)](
+        rows, scale, bias, b.survey, count, b.weights,
+        f, d, width - EXTRA.value, root_exponent(d),
+        *rows.stride(), width, step(scale), step(bias), num_warps=PACK_WARPS, **PACK,
+    )  # fmt: skip
+    return b.weights[:f]
+
+
+def screen(n: int, w: Weights, panels: list[tuple[int, int]], rows: int, b: Buffers) -> None:
+    """Fills b.winners with the features of highest bound."""
+    b.winners.begin()
+    for first, end in panels:
+        weights = pack_weights(w, first, end, None, b).T
+        for row in range(0, n, rows):
+            here = b.x[row : min(n, row + rows)]
+            bounds = b.bounds[: len(here) * (end - first)].view(len(here), end - first)
+            torch.mm(here, weights, out=bounds)
+            b.winners.add(bounds, row, first, b.maxima)
+
+
+def settle(x: torch.Tensor, w: Weights, k: int, relu: bool, b: Buffers, out) -> None:
+    """Exact scores of the candidates, the selection, and whether it is certain."""
+    (n, d), c = x.shape, b.winners.c
     block = max(16, triton.next_power_of_2(c))
     _encode_settle_kernel[(n,)](
-        b.s, b.h, b.winners.scores, b.winners.features, left_out, b.x_norms, largest,
-        values, indices, b.certain, c, k, int(c == f), step(b.winners.scores),
-        RELU=relu, BLOCK=block, num_warps=warps(block),
+        x, *w.pointers, b.exponents, b.winners.scores, b.winners.features, *b.scores, *out,
+        b.states, b.floors, b.thresholds, d, c, k, int(c == len(w.w_enc)),
+        *x.stride(), *w.strides, RELU=relu, LIST=block, num_warps=settle_warps(block), **SETTLE,
     )  # fmt: skip
-    if c < f:
-        _encode_exact_kernel[(min(n, len(b.exact)),)](
-            x, w_enc, b_enc, b_dec, scale, b.certain, b.exact, values, indices, n, d, f, k,
-            *x.stride(), *w_enc.stride(), *strides, RELU=relu,
-            num_warps=EXACT_WARPS, **EXACT,
+
+
+def again(x, w: Weights, panels, k: int, relu: bool, sizes: Plan, b: Buffers, out) -> None:
+    """The tokens that were not certain, as many as the device finds there are."""
+    (n, d), f = x.shape, len(w.w_enc)
+    _encode_queue_kernel[(1,)](
+        b.states, b.counts, b.queue, b.zeros, n, BLOCK=QUEUE, num_warps=8
+    )  # fmt: skip
+    tiles = triton.cdiv(min(n, sizes.again), AGAIN["BLOCK_N"])
+    # the last panel is still packed
+    for first, end in reversed(panels) if tiles else ():
+        if end < f:
+            pack_weights(w, first, end, b.counts, b)
+        _encode_again_kernel[(tiles * triton.cdiv(end - first, AGAIN["BLOCK_F"]),)](
+            b.x, b.weights, b.counts, b.queue, b.thresholds, b.masks,
+            end - first, first, sizes.again, b.x.shape[1], b.masks.stride(0),
+            WIDEN=WIDEN, **AGAIN, **AGAIN_LAUNCH,
         )  # fmt: skip
+    size = b.listed.shape[1]
+    _encode_exact_kernel[(sizes.programs,)](
+        x, *w.pointers, b.counts, b.queue, b.floors, b.masks, *b.lists, b.listed, b.todo, b.held,
+        *out, d, f, k, sizes.again, size, *x.stride(), *w.strides, b.masks.stride(0),
+        RELU=relu, num_warps=EXACT_WARPS, **EXACT,
+    )  # fmt: skip
+    # more tokens are not split
+    _encode_merge_kernel[(max(1, min(n, sizes.programs // 2)),)](
+        b.counts, b.queue, *b.lists, b.listed, b.held, *out, k, size, sizes.programs,
+        RELU=relu, BLOCK=MERGE, num_warps=8,
+    )  # fmt: skip
+    _encode_copy_kernel[(COPIERS,)](
+        b.counts, b.zeros, *out, k, BLOCK=max(16, min(1024, triton.next_power_of_2(k)))
+    )  # fmt: skip
 
 
 @torch.no_grad()
@@ -202,28 +274,38 @@ def encode(
         return out
     if x.dtype in PLAIN and scale is None:
         return encode_plain(x, w_enc, b_enc, b_dec, k, relu, out)
-    rounded = rounds(x, b_dec, scale)
-    c = candidates(k, d, f, rounded)
-    if c > TILE:
+    c = candidates(k, d, f)
+    if c > MOST_WINNERS:
         return dense(x, w_enc, b_enc, b_dec, scale, k, relu, out)
-    kept = kept_of(x.device, f, d, k, rounded)
-    c = kept.candidates(c, min(f, TILE))
 
     def buffers(scratch: int) -> tuple[Plan, Buffers]:
-        sizes = plan(n, f, packed_width(d), c, scratch)
-        return sizes, Buffers(x.device, d, f, c, sizes)
+        sizes = plan(n, f, packed_width(d), c, k, scratch)
+        return sizes, Buffers(x.device, d, f, c, k, sizes)
 
-    sizes, b = within_memory(x.device, buffers)
-    uncertain = torch.zeros((), dtype=torch.int64, device=x.device)
-    for first in range(0, n, sizes.tokens):
-        tokens = x[first : first + sizes.tokens]
-        here = tuple(t[first : first + sizes.tokens] for t in out)
-        operands = tokens, w_enc, b_enc, b_dec, scale
-        found, largest = screen(*operands, sizes, b)
-        settle(*operands, k, relu, found, None, largest, b, here)
-        uncertain += (b.certain[: len(tokens)] == 0).sum()
-    kept.count(uncertain, n)
+    sizes, b = within_memory(x.device, buffers, LEAST_SCRATCH)
+    w = Weights(w_enc, b_enc, b_dec, scale)
+    panels = panels_of(f, c, sizes.features)
+    survey(w, b)
+    with full_sums():
+        for first in range(0, n, sizes.tokens):
+            tokens = x[first : first + sizes.tokens]
+            here = [t[first : first + sizes.tokens] for t in out]
+            pack_tokens(tokens, w, b)
+            screen(len(tokens), w, panels, sizes.rows, b)
+            settle(tokens, w, k, relu, b, here)
+            if c < f:
+                again(tokens, w, panels, k, relu, sizes, b, here)
     return out
+
+
+def panels_of(f: int, c: int, features: int) -> list[tuple[int, int]]:
+    """The panels that F features are taken in, of at most `features`."""
+    panels, first = [], 0
+    while first < f:
+        end = first + panel_width(c, min(features, f - first))
+        panels.append((first, end))
+        first = end
+    return panels
 
 
 def dense(x, w_enc, b_enc, b_dec, scale, k, relu, out) -> tuple[torch.Tensor, torch.Tensor]:

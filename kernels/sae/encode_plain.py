@@ -1,36 +1,42 @@
 # SPDX-License-Identifier: Apache-2.0
 """Encode for 16-bit inputs: scores are fp32 sums rounded to the inputs' dtype, as eager's are.
 
-A panel of the product, an exact selection from it, the next panel: eager's result without its
-N x F matrix, and without torch.topk, which takes longer than the product up to d = 2304.
+A panel of the product, the best of it, the next panel: eager's result without its N x F matrix, and
+without torch.topk, which takes longer than the product up to d = 2304. The bits of a score can
+depend on the shape of the product it comes from, so that shape depends on N, F and k alone, and
+not on how much memory is free.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
 from ..common.products import part
+from ..select.row_topk import select_into
 from .encode_winners import (
-    MOST_FEATURES,
-    MOST_TOKENS,
+    MOST_WINNERS,
     Winners,
-    full_sums,
-    reachable,
+    panel_width,
+    shape_of,
     within_memory,
 )
 
+# scores of one product, and the bytes that a chunk of tokens keeps
+PANEL, KEPT = 1 << 26, 64 << 20
+MOST_FEATURES, MOST_ROWS = 32768, 4096
 
-def plan(n: int, f: int, k: int, scratch: int) -> tuple[int, int, int]:
+
+def plan(n: int, f: int, k: int) -> tuple[int, int, int]:
     """(tokens at once, rows and features of a product)."""
-    features = min(f, MOST_FEATURES)
-    while features > 256 and 16 * 2 * features > 0.6 * scratch:
-        features //= 2
-    tokens = min(n, max(16, int(0.35 * scratch) // Winners.token_bytes(k)))
-    tokens = -(-n // -(-n // tokens))
-    rows = min(tokens, MOST_TOKENS, max(16, int(0.6 * scratch) // (2 * features)))
-    return tokens, rows, features
+    features = f if k > MOST_WINNERS else panel_width(k, min(f, MOST_FEATURES))
+    rows = min(n, MOST_ROWS, max(16, PANEL // features))
+    if k > MOST_WINNERS:
+        return rows, rows, features
+    tokens = max(rows, KEPT // Winners.token_bytes(k) // rows * rows)
+    return min(n, tokens), rows, features
 
 
 def encode_plain(
@@ -44,38 +50,75 @@ def encode_plain(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Fills values and indices [N, k] for x [N, d] and w_enc [F, d] of one 16-bit dtype."""
     n, f = x.shape[0], w_enc.shape[0]
+    tokens, rows, features = plan(n, f, k)
+    listed = k <= MOST_WINNERS
 
-    def buffers(scratch: int):
-        tokens, rows, features = plan(n, f, k, scratch)
+    def buffers(_: int):
         scores = torch.empty(rows * features, dtype=x.dtype, device=x.device)
-        return tokens, rows, features, scores, Winners(tokens, k, x.dtype, x.device)
+        if not listed:
+            return scores, None, None
+        groups = shape_of(features, k).groups
+        maxima = torch.empty(rows, groups, dtype=torch.int32, device=x.device)
+        return scores, maxima, Winners(tokens, k, x.dtype, x.device)
 
-    tokens, rows, features, scratch, winners = within_memory(x.device, buffers)
-    for begin in range(0, n, tokens):
-        chunk = reachable(x[begin : begin + tokens])
-        centred = chunk if b_dec is None else chunk - b_dec
-        winners.begin(len(chunk))
-        for first in range(0, f, features):
-            weights = reachable(w_enc[first : first + features])
-            bias = part(b_enc, first, first + features)
-            panel = _panel(centred, weights, bias, rows, scratch)
-            winners.add(panel, first, len(weights))
-        winners.close()
-        values, indices = (t[begin : begin + tokens] for t in out)
-        values.copy_(winners.scores[: len(chunk), :k])
-        indices.copy_(winners.features[: len(chunk), :k])
+    scratch, maxima, winners = within_memory(x.device, buffers, 256 << 20)
+    with full_sums():
+        for begin in range(0, n, tokens):
+            chunk = reachable(x[begin : begin + tokens])
+            centred = chunk if b_dec is None else chunk - b_dec
+            values, indices = (t[begin : begin + tokens] for t in out)
+            if not listed:
+                ((_, scores),) = _panel(centred, reachable(w_enc), b_enc, rows, scratch)
+                select_into(scores, k, values, indices)
+                continue
+            winners.begin()
+            first = 0
+            while first < f:
+                width = panel_width(k, min(features, f - first))
+                weights = reachable(w_enc[first : first + width])
+                bias = part(b_enc, first, first + width)
+                for row, scores in _panel(centred, weights, bias, rows, scratch):
+                    winners.add(scores, row, first, maxima)
+                first += width
+            values.copy_(winners.scores[: len(chunk), :k])
+            indices.copy_(winners.features[: len(chunk), :k])
     if relu:
         out[0].relu_()
     return out
+
+
+def reachable(t: torch.Tensor) -> torch.Tensor:
+    """`t`, or a copy where rows are 2^31 elements apart, which cuBLAS refuses."""
+    return t if max(t.stride(), default=0) < 2**31 else t.contiguous()
 
 
 def _panel(x, weights, bias, rows: int, scratch) -> Iterator[tuple[int, torch.Tensor]]:
     for row in range(0, len(x), rows):
         here = x[row : row + rows]
         scores = scratch[: len(here) * len(weights)].view(len(here), len(weights))
-        with full_sums():
-            if bias is None:
-                torch.mm(here, weights.T, out=scores)
-            else:
-                torch.addmm(bias, here, weights.T, out=scores)
+        if bias is None:
+            torch.mm(here, weights.T, out=scores)
+        else:
+            torch.addmm(bias, here, weights.T, out=scores)
         yield row, scores
+
+
+@contextmanager
+def full_sums() -> Iterator[None]:
+    """cuBLAS may neither sum up a 16-bit product in 16 bits, nor parts of it."""
+    matmul = torch.backends.cuda.matmul
+    names = "allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction"
+    before = {}
+    for name in names:
+        # newer torch has a second half, whether products may be split at all
+        split = getattr(matmul, f"{name}_split_k", None)
+        before[name] = getattr(matmul, name) if split is None else (getattr(matmul, name), split)
+        setattr(matmul, name, False if split is None else (False, split))
+    if hasattr(matmul, "allow_fp16_accumulation"):
+        before["allow_fp16_accumulation"] = matmul.allow_fp16_accumulation
+        matmul.allow_fp16_accumulation = False
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(matmul, name, value)

@@ -1,37 +1,53 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Device code of encode: packing for the screen, exact scores, the certified selection.
+"""Device code of encode's screen: operands whose fp16 product is an upper bound of every score.
 
-The screen is one bf16 matrix product whose results are *upper bounds* of the ranking scores
-s = scale (<x - b_dec, w> + b_enc). With x^ and v^ the bf16 roundings of x - b_dec and v = scale w,
+The ranking scores are s = scale (<x - b_dec, w> + b_enc). A token's row is multiplied by 2^a and
+v = scale w by 2^b: `a` of its own for every token, one `b` for all weights, so that the bounds of a
+token have one unit. With X = 2^a (x - b_dec), V = 2^b v, and X^, V^ their fp16 roundings,
 
-    |<x, v> - <x^, v^>| <= |x - x^| |v| + |x^| |v - v^|            (Cauchy-Schwarz)
+    |<X, V> - <X^, V^>| <= |X - X^| |V| + |X^| |V - V^|            (1, Cauchy-Schwarz)
 
-and the fp32 sum of K products, in any order, errs by at most K 2^-23 |x^| |v^|. The bound has rank
+with *computed* norms of what was lost, and the fp32 sum of K products, in any order and with a
+truncating adder, errs by at most K 2^-23 |X^| |V^| where |V^| <= |V| + |V - V^|. The bound has rank
 2, so it rides along as columns of the product, in front of what is zero padding anyway:
 
-    x^ | 1     1     1     1         |x - x^| + K 2^-23 |x^|    |x^|
-    v^ | hi    mid   low   margin    |v|                        |v - v^|
+    X^ | o     o     o     o         2^8 (|X - X^| + K 2^-23 |X^|)    2^-5 (1 + K 2^-23) |X^|
+    V^ | hi    mid   low   margin    2^-8 |V|                         2^5 |V - V^|
 
-hi + mid + low is scale b_enc to 24 bits, margin what its rounding may lose. All norms are computed
-ones, rounded up by 2^-6 (their own rounding, and that of the extra products) plus 2^-56 (squares
-that underflow). Operands that are not finite give NaN or +inf, which rank first.
+hi + mid + low is B = 2^q scale b_enc to 33 bits, o = 2^(a + b - q), and margin covers what the sums
+and the three parts may lose of B. Norms are rounded up by UP (their own rounding, and that of the
+extra products) and TINY: fp16 numbers below 2^-14 are stored as 0, so that no unit needs denormals.
+
+Ranges. b and q follow from the largest |v| element of a sample of rows and the largest |scale
+b_enc|: |V| <= 2^7 in the sample, |B| < 2^4. a is the largest with |X| <= 2^6 (by the largest
+element) and o <= 2^8. A weight row with |V| > 2^12, or one that is not finite, has bound +inf or
+NaN and passes by construction, and so does a bound above fp16's 65504; -inf stands for any below
+-65504. Where o would be below 2^-14 it is 0, and 2^-11 of the unit lost with it. SLACK and RELATIVE
+are for that and for what happens to a bound on the way to its comparison: fp16's rounding (2^-11,
+and 2^-14 below its normal numbers), fp32's of h and s (2^-23 each, and 2^-150 scale where they are
+denormal: `LOST`).
 """
 
 import triton
 import triton.language as tl
 
 from ..common.offline import Case, with_odd_sizes
-from ..select.order import NOTHING, kth_key, least_key, order_key, places
-from ..select.row_topk import warps
 
+# 1,024 rows, evenly spread, tell the unit of the weights: 9 MB of 1.2 GB at G2
+SURVEY = {"ROWS": 16, "BLOCK": 256, "BIASES": 1024}
+SURVEY_WARPS = 4
 PACK = {"ROWS": 4, "BLOCK": 512}
 PACK_WARPS = 4
-RESCORE = {"SLOTS": 16, "BLOCK": 128}
-RESCORE_WARPS = 4
 
+SURVEYORS = tl.constexpr(64)  # programs of the survey
 EXTRA = tl.constexpr(16)  # columns after the operand: the six above, and padding
-UP = tl.constexpr(1 + 2.0**-6)
-TINY = tl.constexpr(2.0**-56)
+TINY = tl.constexpr(2.0**-14)
+SLACK = tl.constexpr(2.0**-10)
+RELATIVE = tl.constexpr(2.0**-10)
+
+# in place of a token's exponent a + b: all its scores are known without a product, or its bounds
+# say nothing because scores are denormal in fp32 at their unit
+ZERO, NAN, LOST = tl.constexpr(1000), tl.constexpr(1001), tl.constexpr(1002)
 
 
 def packed_width(d: int) -> int:
@@ -39,226 +55,266 @@ def packed_width(d: int) -> int:
     return -(-d // 16) * 16 + EXTRA.value
 
 
-# not d and body: where 16 divides them, a thread moves 16 bytes at a time, else one number
-@triton.jit(do_not_specialize=["n"])
-def _encode_pack_kernel(
-    rows_ptr, shift_ptr, scale_ptr, bias_ptr, packed_ptr, extra_ptr, norms_ptr, n, d, body,
-    stride_row, stride_col, stride_packed, stride_extra, stride_shift, stride_scale, stride_bias,
-    TOKENS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Packs rows of x (TOKENS) or of w_enc; norms_ptr gets |x^| or |v| in fp32.
+def root_exponent(d: int) -> int:
+    """The least r with sqrt(d) <= 2^r."""
+    return ((d - 1).bit_length() + 1) // 2
 
-    packed_ptr gets the rounded rows (None: not wanted), extra_ptr the columns of the bound.
-    """
+
+@triton.jit
+def power(n):
+    """2^n for -127 < n < 128."""
+    return ((n + 127) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def bounded(n):
+    return tl.minimum(tl.maximum(n, -126), 126)
+
+
+@triton.jit
+def magnitude(x):
+    """The bits of |x|, which order as magnitudes do, NaN above inf."""
+    return x.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
+def finite(bits):
+    return tl.where(bits < 0x7F800000, bits, 0)
+
+
+@triton.jit
+def exponent(bits):
+    """floor(log2 |x|), -127 for denormal numbers and 0."""
+    return (bits >> 23) - 127
+
+
+@triton.jit
+def _largest(survey_ptr, row: tl.constexpr):
+    return tl.max(tl.load(survey_ptr + row * SURVEYORS + tl.arange(0, SURVEYORS)))
+
+
+@triton.jit
+def units(survey_ptr, root):
+    """(b, q, the most that a may be): see above."""
+    weight = _largest(survey_ptr, 0)
+    bias = _largest(survey_ptr, 1)
+    b = tl.where(weight > 0, bounded(6 - exponent(weight) - root), 0)
+    q = tl.where(bias > 0, bounded(3 - exponent(bias)), 0)
+    return b, q, tl.where(bias > 0, 8 + q - b, 126)
+
+
+@triton.jit
+def scaled(score, e):
+    """A score in the unit of the screen; what overflowed in fp32 counts as its largest number."""
+    half = e >> 1
+    score = tl.minimum(score, 3.4028234663852886e38) * power(half) * power(e - half)
+    return tl.where(e == LOST, float("-inf"), score)
+
+
+@triton.jit(do_not_specialize=["f"])
+def _encode_survey_kernel(
+    rows_ptr, scale_ptr, bias_ptr, survey_ptr, f, d,
+    stride_row, stride_col, stride_scale, stride_bias,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, BIASES: tl.constexpr,
+):  # fmt: skip
+    """Largest finite |scale w| of a sample, |scale b_enc| and |scale|, of each program, as bits."""
+    program = tl.program_id(0)
+    number = (program * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    row = number * f // (SURVEYORS * ROWS)
+    top = tl.zeros([ROWS, BLOCK], tl.int32)
+    scale = tl.full([ROWS], 1.0, tl.float32)
+    if scale_ptr is not None:
+        scale = tl.load(scale_ptr + row * stride_scale).to(tl.float32)
+    for first in range(0, d, BLOCK):
+        column = first + tl.arange(0, BLOCK)
+        address = rows_ptr + row[:, None] * stride_row
+        address += column[None, :].to(tl.int64) * stride_col
+        w = tl.load(address, mask=(column < d)[None, :], other=0.0).to(tl.float32)
+        top = tl.maximum(top, finite(magnitude(w * scale[:, None])))
+    tl.store(survey_ptr + program, tl.max(tl.reshape(top, [ROWS * BLOCK])))
+    biases = tl.zeros([BIASES], tl.int32)
+    scales = tl.full([BIASES], 0x3F800000, tl.int32)
+    if scale_ptr is not None or bias_ptr is not None:
+        for first in range(program * BIASES, f, SURVEYORS * BIASES):
+            feature = first + tl.arange(0, BIASES)
+            factor = tl.full([BIASES], 1.0, tl.float32)
+            if scale_ptr is not None:
+                address = scale_ptr + feature * stride_scale
+                factor = tl.load(address, mask=feature < f, other=0.0).to(tl.float32)
+                scales = tl.maximum(scales, finite(magnitude(factor)))
+            if bias_ptr is not None:
+                address = bias_ptr + feature * stride_bias
+                bias = tl.load(address, mask=feature < f, other=0.0).to(tl.float32)
+                biases = tl.maximum(biases, finite(magnitude(bias * factor)))
+    tl.store(survey_ptr + SURVEYORS + program, tl.max(biases))
+    tl.store(survey_ptr + 2 * SURVEYORS + program, tl.max(scales))
+
+
+@triton.jit
+def _rounded(x):
+    """fp16, denormal numbers as 0: units that flush them compute the same."""
+    return tl.where(tl.abs(x) < 2.0**-14, 0.0, x).to(tl.float16)
+
+
+@triton.jit
+def _norm(squares):
+    return tl.sqrt(tl.sum(squares, 1))
+
+
+# not d and body: where 16 divides them, a thread moves 16 bytes at a time, else one number
+@triton.jit(do_not_specialize=["n", "root"])
+def _encode_pack_x_kernel(
+    rows_ptr, shift_ptr, survey_ptr, packed_ptr, exponents_ptr, n, d, body, root,
+    stride_row, stride_col, stride_packed, stride_shift,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Packs tokens; exponents_ptr gets a + b, or what is known of the token without it."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     valid = row < n
     source = rows_ptr + row[:, None] * stride_row
-    factor = tl.full([ROWS], 1.0, tl.float32)
-    if scale_ptr is not None:
-        factor = tl.load(scale_ptr + row * stride_scale, mask=valid, other=0.0).to(tl.float32)
-    lost = tl.zeros([ROWS, BLOCK], tl.float32)
-    kept = tl.zeros([ROWS, BLOCK], tl.float32)
-    whole = tl.zeros([ROWS, BLOCK], tl.float32)
+    top = tl.zeros([ROWS, BLOCK], tl.int32)
     for first in range(0, body, BLOCK):
         column = first + tl.arange(0, BLOCK)
-        inside = valid[:, None] & (column < d)[None, :]
         address = source + column[None, :].to(tl.int64) * stride_col
-        x = tl.load(address, mask=inside, other=0.0).to(tl.float32)
+        x = tl.load(address, mask=valid[:, None] & (column < d)[None, :], other=0.0).to(tl.float32)
         if shift_ptr is not None:
             shift = tl.load(shift_ptr + column * stride_shift, mask=column < d, other=0.0)
             x -= shift.to(tl.float32)[None, :]
-        if scale_ptr is not None:
-            x *= factor[:, None]
-        near = x.to(tl.bfloat16)
+        top = tl.maximum(top, tl.where((column < d)[None, :], magnitude(x), 0))
+    top = tl.max(top, 1)
+    b, q, most = units(survey_ptr, root)
+    a = tl.where(top > 0, 5 - exponent(top) - root, 126)
+    a = bounded(tl.minimum(a, most))
+    lost = tl.zeros([ROWS, BLOCK], tl.float32)
+    kept = tl.zeros([ROWS, BLOCK], tl.float32)
+    for first in range(0, body, BLOCK):
+        column = first + tl.arange(0, BLOCK)
+        address = source + column[None, :].to(tl.int64) * stride_col
+        x = tl.load(address, mask=valid[:, None] & (column < d)[None, :], other=0.0).to(tl.float32)
+        if shift_ptr is not None:
+            shift = tl.load(shift_ptr + column * stride_shift, mask=column < d, other=0.0)
+            x -= shift.to(tl.float32)[None, :]
+        x = x * power(a)[:, None]
+        near = _rounded(x)
         back = near.to(tl.float32)
         lost += (x - back) * (x - back)
         kept += back * back
-        whole += x * x
-        if packed_ptr is not None:
+        address = packed_ptr + row[:, None] * stride_packed + column[None, :]
+        tl.store(address, near, mask=valid[:, None] & (column < body)[None, :])
+    rounding = (body + EXTRA) * 2.0**-23
+    up = 1 + 2.0**-6 + 4 * rounding
+    kept_norm = _norm(kept)
+    one = a + b - q
+    one = tl.where(one < -14, 0.0, power(bounded(one)))
+    one = tl.where(_largest(survey_ptr, 1) > 0, one, 1.0)
+    column = tl.arange(0, EXTRA)[None, :]
+    extra = tl.where(column < 4, one[:, None], 0.0)
+    fourth = (_norm(lost) + rounding * kept_norm) * (256 * up) + TINY
+    extra = tl.where(column == 4, fourth[:, None], extra)
+    fifth = (1 + rounding) * kept_norm * (up / 32) + TINY
+    extra = tl.where(column == 5, fifth[:, None], extra)
+    address = packed_ptr + row[:, None] * stride_packed + body + column
+    tl.store(address, extra.to(tl.float16), mask=valid[:, None])
+    # scores that are denormal in fp32 are rounded by up to 2^-150 scale: below SLACK in their unit
+    e = tl.where(a + b + exponent(_largest(survey_ptr, 2)) <= 130, a + b, LOST)
+    e = tl.where(top == 0, ZERO, e)
+    e = tl.where(top > 0x7F800000, NAN, e)
+    tl.store(exponents_ptr + row, e, mask=valid)
+
+
+@triton.jit(do_not_specialize=["n", "root"])
+def _encode_pack_w_kernel(
+    rows_ptr, scale_ptr, bias_ptr, survey_ptr, count_ptr, packed_ptr, n, d, body, root,
+    stride_row, stride_col, stride_packed, stride_scale, stride_bias,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Packs rows of w_enc; nothing where count_ptr (None: always) holds 0."""
+    wanted = True
+    if count_ptr is not None:
+        wanted = tl.load(count_ptr) > 0
+    if wanted:
+        row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+        valid = row < n
+        source = rows_ptr + row[:, None] * stride_row
+        b, q, _ = units(survey_ptr, root)
+        scale = tl.full([ROWS], 1.0, tl.float32)
+        if scale_ptr is not None:
+            scale = tl.load(scale_ptr + row * stride_scale, mask=valid, other=0.0).to(tl.float32)
+        factor = scale * power(b)
+        lost = tl.zeros([ROWS, BLOCK], tl.float32)
+        whole = tl.zeros([ROWS, BLOCK], tl.float32)
+        for first in range(0, body, BLOCK):
+            column = first + tl.arange(0, BLOCK)
+            inside = valid[:, None] & (column < d)[None, :]
+            address = source + column[None, :].to(tl.int64) * stride_col
+            x = tl.load(address, mask=inside, other=0.0).to(tl.float32) * factor[:, None]
+            near = _rounded(x)
+            back = near.to(tl.float32)
+            lost += (x - back) * (x - back)
+            whole += x * x
             address = packed_ptr + row[:, None] * stride_packed + column[None, :]
             tl.store(address, near, mask=valid[:, None] & (column < body)[None, :])
-    lost_norm = tl.sqrt(tl.sum(lost, 1))
-    kept_norm = tl.sqrt(tl.sum(kept, 1))
-    whole_norm = tl.sqrt(tl.sum(whole, 1))
-    rounding = (body + EXTRA) * 2.0**-23
-    column = tl.arange(0, EXTRA)[None, :]
-    extra = tl.zeros([ROWS, EXTRA], tl.float32)
-    if TOKENS:
-        extra = tl.where(column < 4, 1.0, extra)
-        fourth = (lost_norm + rounding * kept_norm) * UP + TINY
-        fifth = kept_norm * UP + TINY
-        tl.store(norms_ptr + row, kept_norm, mask=valid)
-    else:
+        rounding = (body + EXTRA) * 2.0**-23
+        up = 1 + 2.0**-6 + 4 * rounding
+        norm = _norm(whole)
+        column = tl.arange(0, EXTRA)[None, :]
+        extra = tl.zeros([ROWS, EXTRA], tl.float32)
         if bias_ptr is not None:
-            bias = tl.load(bias_ptr + row * stride_bias, mask=valid, other=0.0).to(tl.float32)
-            bias *= factor
-            high = bias.to(tl.bfloat16).to(tl.float32)
-            middle = (bias - high).to(tl.bfloat16).to(tl.float32)
-            margin = tl.abs(bias) * (2 * rounding + 2.0**-16) * UP
+            given = tl.load(bias_ptr + row * stride_bias, mask=valid, other=0.0).to(tl.float32)
+            unit = scale * power(q)
+            bias = given * unit
+            high = _rounded(bias).to(tl.float32)
+            middle = _rounded(bias - high).to(tl.float32)
+            low = bias - high - middle
+            margin = tl.abs(bias) * (2 * rounding + 2.0**-16) * up + 4 * TINY
+            # a feature that is switched off by a bias of -inf is no candidate, however few are left
+            off = (given == float("-inf")) & (unit > 0) & (unit < float("inf"))
             extra = tl.where(column == 0, high[:, None], extra)
-            extra = tl.where(column == 1, middle[:, None], extra)
-            extra = tl.where(column == 2, (bias - high - middle)[:, None], extra)
-            extra = tl.where(column == 3, margin[:, None], extra)
-        fourth = whole_norm * UP + TINY
+            extra = tl.where(column == 1, tl.where(off, 0.0, middle)[:, None], extra)
+            extra = tl.where(column == 2, tl.where(off, 0.0, low)[:, None], extra)
+            extra = tl.where(column == 3, tl.where(off, 0.0, margin)[:, None], extra)
+        fourth = tl.where(norm <= 4096, norm * (up / 256) + TINY, float("inf"))
+        extra = tl.where(column == 4, fourth[:, None], extra)
         # 2^-22 for the rounding of scale w itself
-        fifth = (lost_norm + whole_norm * 2.0**-22) * UP + TINY
-        # features beyond fp32 are NaN or inf in the product; they say nothing of the others
-        norm = tl.where(whole_norm < float("inf"), whole_norm, 0.0)
-        tl.store(norms_ptr + row, norm, mask=valid)
-    extra = tl.where(column == 4, fourth[:, None], extra)
-    extra = tl.where(column == 5, fifth[:, None], extra)
-    address = extra_ptr + row[:, None] * stride_extra + column
-    tl.store(address, extra.to(tl.bfloat16), mask=valid[:, None])
-
-
-@triton.jit
-def exact_scores(
-    x_ptr, w_ptr, b_enc_ptr, b_dec_ptr, scale_ptr, feature, d,
-    stride_xd, stride_wf, stride_wd, stride_be, stride_bd, stride_s,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    """(h, s) of one token and a block of features: dot products in fp64, rounded once to fp32."""
-    sums = tl.zeros([feature.shape[0], BLOCK], tl.float64)
-    rows = w_ptr + feature[:, None] * stride_wf
-    for first in range(0, d, BLOCK):
-        column = first + tl.arange(0, BLOCK)
-        inside = column < d
-        x = tl.load(x_ptr + column.to(tl.int64) * stride_xd, mask=inside, other=0.0).to(tl.float32)
-        if b_dec_ptr is not None:
-            x -= tl.load(b_dec_ptr + column * stride_bd, mask=inside, other=0.0).to(tl.float32)
-        address = rows + column[None, :].to(tl.int64) * stride_wd
-        w = tl.load(address, mask=inside[None, :], other=0.0).to(tl.float32)
-        sums += w.to(tl.float64) * x.to(tl.float64)[None, :]
-    dot = tl.sum(sums, 1)
-    if b_enc_ptr is not None:
-        dot += tl.load(b_enc_ptr + feature * stride_be).to(tl.float64)
-    h = dot.to(tl.float32)
-    s = h
-    if scale_ptr is not None:
-        s = h * tl.load(scale_ptr + feature * stride_s).to(tl.float32)
-    return h, s
-
-
-@triton.jit(do_not_specialize=["c"])
-def _encode_rescore_kernel(
-    x_ptr, w_ptr, b_enc_ptr, b_dec_ptr, scale_ptr, candidates_ptr, h_ptr, s_ptr, d, c,
-    stride_xn, stride_xd, stride_wf, stride_wd, stride_be, stride_bd, stride_s, stride_c,
-    SLOTS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Exact h and s of the candidates [n, c], by gathered rows of w_enc."""
-    row = tl.program_id(0).to(tl.int64)
-    slot = tl.program_id(1) * SLOTS + tl.arange(0, SLOTS)
-    inside = slot < c
-    feature = tl.load(candidates_ptr + row * stride_c + slot, mask=inside, other=0).to(tl.int64)
-    h, s = exact_scores(
-        x_ptr + row * stride_xn, w_ptr, b_enc_ptr, b_dec_ptr, scale_ptr, feature, d,
-        stride_xd, stride_wf, stride_wd, stride_be, stride_bd, stride_s, BLOCK,
-    )  # fmt: skip
-    tl.store(h_ptr + row * c + slot, h, mask=inside)
-    tl.store(s_ptr + row * c + slot, s, mask=inside)
-
-
-@triton.jit
-def score_of(key):
-    """The fp32 score of a key; +inf for NaN's."""
-    negative = ~key | (-(2**31))
-    bits = tl.where(key < 0, negative, tl.minimum(key, 0x7F800000))
-    return bits.to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def relu_of(h):
-    # NaN stays, so that a diverged run shows it
-    return tl.where(h <= 0, 0.0, h)
-
-
-@triton.jit(do_not_specialize=["c", "k", "complete"])
-def _encode_settle_kernel(
-    s_ptr, h_ptr, bounds_ptr, candidates_ptr, left_out_ptr, norms_ptr, largest_ptr,
-    values_ptr, indices_ptr, certain_ptr, c, k, complete, stride_c,
-    RELU: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Selects k of a token's c exact scores, and decides whether that is certainly the selection.
-
-    It is when no feature outside the candidates can reach the k-th score: their upper bounds are at
-    most the least bound of the candidates (or left_out, where given), before it was rounded.
-    """
-    row = tl.program_id(0).to(tl.int64)
-    slot = tl.arange(0, BLOCK)
-    inside = slot < c
-    s = tl.load(s_ptr + row * c + slot, mask=inside, other=0.0)
-    keys = tl.where(inside, order_key(s, 0), NOTHING)
-    kth = kth_key(keys, k, least_key(keys), 0)
-    ties = k - tl.sum((keys > kth).to(tl.int32))
-    taken, place = places(keys, kth, ties, 0, 0)
-    h = tl.load(h_ptr + row * c + slot, mask=inside, other=0.0)
-    feature = tl.load(candidates_ptr + row * stride_c + slot, mask=inside, other=0)
-    if RELU:
-        h = relu_of(h)
-    tl.store(values_ptr + row * k + place, h, mask=taken)
-    tl.store(indices_ptr + row * k + place, feature, mask=taken)
-    bound = tl.load(bounds_ptr + row * stride_c + slot, mask=inside, other=0.0).to(tl.float32)
-    least = tl.min(tl.where(inside, order_key(bound, 0), 0x7FFFFFFF))
-    if left_out_ptr is not None:
-        least = tl.maximum(least, order_key(tl.load(left_out_ptr + row), 0))
-    edge = score_of(least)
-    # bf16's rounding of the bound (2^-9), fp32's of the scores, underflow anywhere
-    edge += tl.abs(edge) * 2.0**-7 + 2.0**-100
-    # the sums in the screen did not overflow on the way to a finite result
-    size = tl.load(norms_ptr + row) * tl.load(largest_ptr)
-    certain = (edge < score_of(kth)) & (edge < float("inf")) & (size < 2.0**120)
-    tl.store(certain_ptr + row, (certain | (complete != 0)).to(tl.int32))
+        fifth = (_norm(lost) + norm * 2.0**-22) * (32 * up) + TINY
+        extra = tl.where(column == 5, fifth[:, None], extra)
+        address = packed_ptr + row[:, None] * stride_packed + body + column
+        tl.store(address, extra.to(tl.float16), mask=valid[:, None])
 
 
 def cases() -> list[Case]:
     found = []
-    strides = {"stride_row": "i32", "stride_packed": "i32", "stride_extra": "i32"}
+    aligned = ("stride_row", "stride_packed", "d", "body")
     for name in ("fp32", "bf16", "fp16"):
-        sides = {
-            "x": ({"shift_ptr": f"*{name}"}, {"scale_ptr": None, "bias_ptr": None}),
-            "w": ({"scale_ptr": f"*{name}", "bias_ptr": f"*{name}"}, {"shift_ptr": None}),
-        }
-        ones = dict.fromkeys(("stride_col", "stride_shift", "stride_scale", "stride_bias"), 1)
-        for side, (pointers, absent) in sides.items():
-            found.append(
-                Case(
-                    f"pack {side} {name}",
-                    _encode_pack_kernel,
-                    {"rows_ptr": f"*{name}", "packed_ptr": "*bf16", "extra_ptr": "*bf16"}
-                    | {"norms_ptr": "*fp32", "n": "i32", "d": "i32", "body": "i32"}
-                    | strides
-                    | pointers,
-                    ones | absent | {"TOKENS": side == "x"} | PACK,
-                    num_warps=PACK_WARPS,
-                    divisible=("stride_row", "stride_packed", "stride_extra", "d", "body"),
-                )
-            )
-        operands = dict.fromkeys(("x_ptr", "w_ptr", "b_enc_ptr", "b_dec_ptr"), f"*{name}")
-        ones = dict.fromkeys(("stride_xd", "stride_wd", "stride_be", "stride_bd", "stride_s"), 1)
-        found.append(
+        rows = {"rows_ptr": f"*{name}", "survey_ptr": "*i32", "stride_row": "i32", "d": "i32"}
+        packed = {"packed_ptr": "*fp16", "stride_packed": "i32"}
+        packed |= dict.fromkeys(("n", "body", "root"), "i32")
+        scales = {"scale_ptr": f"*{name}", "bias_ptr": f"*{name}"}
+        ones = dict.fromkeys(("stride_col", "stride_scale", "stride_bias"), 1)
+        found += [
             Case(
-                f"rescore {name}",
-                _encode_rescore_kernel,
-                operands
-                | {"candidates_ptr": "*i32", "h_ptr": "*fp32", "s_ptr": "*fp32"}
-                | dict.fromkeys(("d", "c", "stride_xn", "stride_wf", "stride_c"), "i32"),
-                ones | {"scale_ptr": None} | RESCORE,
-                num_warps=RESCORE_WARPS,
-                divisible=("stride_xn", "stride_wf", "d"),
-            )
-        )
-        for block in (64, 512, 4096):
-            found.append(
-                Case(
-                    f"settle {name} {block}",
-                    _encode_settle_kernel,
-                    {"s_ptr": "*fp32", "h_ptr": "*fp32", "bounds_ptr": "*bf16"}
-                    | {"candidates_ptr": "*i32", "left_out_ptr": "*fp32", "norms_ptr": "*fp32"}
-                    | {"largest_ptr": "*fp32", "values_ptr": f"*{name}", "indices_ptr": "*i64"}
-                    | {"certain_ptr": "*i32"}
-                    | dict.fromkeys(("c", "k", "complete", "stride_c"), "i32"),
-                    {"RELU": True, "BLOCK": block},
-                    num_warps=warps(block),
-                )
-            )
+                f"survey {name}",
+                _encode_survey_kernel,
+                rows | scales | {"f": "i32"},
+                ones | SURVEY,
+                num_warps=SURVEY_WARPS,
+                divisible=("stride_row", "d"),
+            ),
+            Case(
+                f"pack x {name}",
+                _encode_pack_x_kernel,
+                rows | packed | {"shift_ptr": f"*{name}", "exponents_ptr": "*i32"},
+                {"stride_col": 1, "stride_shift": 1} | PACK,
+                num_warps=PACK_WARPS,
+                divisible=aligned,
+            ),
+            Case(
+                f"pack w {name}",
+                _encode_pack_w_kernel,
+                rows | packed | scales | {"count_ptr": "*i32"},
+                ones | PACK,
+                num_warps=PACK_WARPS,
+                divisible=aligned,
+            ),
+        ]
     return with_odd_sizes(found)

@@ -26,10 +26,8 @@ def _count(row, n, bound, UNUSED: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def select_by_passes(
-    row, values_ptr, indices_ptr, n, k, base, UNUSED: tl.constexpr, BLOCK: tl.constexpr
-):
-    """The k best of one row of any length, by 32 - UNUSED counting passes and one to store."""
+def kth_by_passes(row, n, k, UNUSED: tl.constexpr, BLOCK: tl.constexpr):
+    """(the k-th largest key of a row, how many keys equal to it are among the k best)."""
     kth = tl.full((), -(2**31), tl.int32)
     bit = tl.full((), -(2**31), tl.int32)
     for _ in range(32 - UNUSED):
@@ -40,7 +38,15 @@ def select_by_passes(
     # a key above `kth` is at least the next key that the dtype has
     above = _count(row, n, kth + (1 << UNUSED), UNUSED, BLOCK)
     above = tl.where(kth >= 0x7FFFFFFF - (1 << UNUSED) + 1, 0, above)
-    ties = k - above
+    return kth, k - above
+
+
+@triton.jit
+def select_by_passes(
+    row, values_ptr, indices_ptr, n, k, base, UNUSED: tl.constexpr, BLOCK: tl.constexpr
+):
+    """The k best of one row of any length, by 32 - UNUSED counting passes and one to store."""
+    kth, ties = kth_by_passes(row, n, k, UNUSED, BLOCK)
     above_before = tl.full((), 0, tl.int32)
     ties_before = tl.full((), 0, tl.int32)
     for first in range(0, n, BLOCK):

@@ -14,18 +14,9 @@ import torch
 from mikernels import _triton
 
 if _triton.interpreting() and not _triton.missing():
-    from triton.language.core import is_builtin
-    from triton.runtime import interpreter
+    import interpreter_once
 
-    def call(self, *args, **kwargs):
-        """A device function, without replacing the language once more: that takes ten times as
-        long as the few operations of most."""
-        names = self.fn.__globals__
-        if any(is_builtin(names[lang].load) for lang in ("tl", "core") if lang in names):
-            interpreter._patch_lang(self.fn)
-        return self.rewrite()(*args, **kwargs)
-
-    interpreter.InterpretedFunction.__call__ = call
+    interpreter_once.install()
 
 READY = _triton.interpreting() or torch.cuda.is_available()
 

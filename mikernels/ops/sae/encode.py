@@ -36,10 +36,12 @@ Scratch: one panel of w_enc (16 MB, 4 MB in two widths; three times that if its 
 and, for chunks of tokens that fit 64 MB, x^ and 4k + 64 candidates of 16 bytes per token. Time
 O(N F d) in products of bytes, or of 16 bits.
 
-On a GPU the same bound rides along in one bf16 product (mikernels/kernels/sae/encode_screen.py):
-values and selection are those of the CPU. bf16 and fp16 inputs without `scale` are ranked there, as
-in eager torch, by fp32 sums rounded to their dtype (`encode_plain`). Scratch: 256 MB, and at most
-64 MB in row_topk.
+On a GPU the same bound rides along in one fp16 product (mikernels/kernels/sae/encode_screen.py):
+values and selection are those of the CPU, whatever memory is free. bf16 and fp16 inputs without
+`scale` are ranked there, as in eager torch, by fp32 sums rounded to their dtype (`encode_plain`),
+in products whose shape N, F and k decide alone. Scratch: 256 MB. Tokens of zeros (after b_dec) or
+with a NaN take no longer than others, nor do a few whose scores tie in more than 2 k features;
+where that is so for most tokens, all of F is scored in fp64 for each.
 """
 
 from __future__ import annotations
