@@ -1,15 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every kernel in every pinned configuration, compiled for GPUs that are not there."""
 
+import ast
 import importlib
+import inspect
 import pkgutil
+from collections import defaultdict
 
 import pytest
 
 pytest.importorskip("triton")
 
+from triton.runtime.jit import JITFunction
+
 from mikernels import kernels
 from mikernels.kernels.common import offline
+from mikernels.kernels.common.launch import Kernel
 
 
 def modules():
@@ -55,10 +61,26 @@ def test_no_case_hides_another():
 
 
 def test_every_kernel_has_a_case():
-    from triton.runtime.jit import JITFunction
-
     compiled = {case.kernel for case in CASES.values()}
     for module in modules():
         for name, value in vars(module).items():
-            if isinstance(value, JITFunction) and name.endswith("_kernel"):
+            if isinstance(value, Kernel):
                 assert value in compiled, f"{module.__name__}.{name} is compiled by no case"
+
+
+def test_only_what_pins_its_options_is_launched():
+    """`f[grid](...)` is of a Kernel: Triton's own function would be compiled with its defaults."""
+    launched = 0
+    for info in pkgutil.walk_packages(kernels.__path__, f"{kernels.__name__}."):
+        module = importlib.import_module(info.name)
+        for node in ast.walk(ast.parse(inspect.getsource(module))):
+            name = isinstance(node, ast.Subscript) and ast.unparse(node.value)
+            found = vars(module).get(name)
+            assert not isinstance(found, JITFunction), f"{info.name}: {name}"
+            launched += isinstance(found, Kernel)
+        bare = [n for n, f in vars(module).items() if isinstance(f, JITFunction)]
+        assert not [n for n in bare if n.endswith("_kernel")], info.name
+    assert launched > 30
+    seen = []
+    Kernel(defaultdict(lambda: lambda *args, **options: seen.append(options)))[(1,)](0, num_warps=1)
+    assert seen == [{"enable_fp_fusion": True, "num_warps": 1}]

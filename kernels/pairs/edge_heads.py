@@ -9,9 +9,9 @@ would repeat it for every tile of readers: d_head more operations for each 64.
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 
+from ..common.launch import ceil_div, kernel
 from ..common.offline import Case
 from ..common.products import WIDEN, is_even, multiply, product_case
 from .pair_products import pair_products_
@@ -22,7 +22,7 @@ SCRATCH = 64 << 20
 MOST_HEADS = 128
 
 
-@triton.jit(do_not_specialize=["items", "positions"])
+@kernel(do_not_specialize=["items", "positions"])
 def _head_rows_kernel(
     dz_ptr, w_ptr, rows_ptr, items, positions, heads, width, d,
     dz_s, dz_p, dz_h, dz_e, w_h, w_e, w_d, WIDEN: tl.constexpr,
@@ -55,7 +55,7 @@ def _form(dz: torch.Tensor, w_o: torch.Tensor, rows: torch.Tensor) -> None:
     examples, positions, heads, width = dz.shape
     d, items = w_o.shape[2], examples * positions
     tile = tile_of(is_even(dz, w_o), dz.dtype == torch.float32)
-    tiles = triton.cdiv(items, tile["BLOCK_N"]) * triton.cdiv(d, tile["BLOCK_D"])
+    tiles = ceil_div(items, tile["BLOCK_N"]) * ceil_div(d, tile["BLOCK_D"])
     _head_rows_kernel[(tiles * heads,)](
         dz, w_o, rows, items, positions, heads, width, d, *dz.stride(), *w_o.stride(), WIDEN=WIDEN,
         **tile,
@@ -80,7 +80,7 @@ def edge_heads_(
     (examples, positions, heads, width), d = dz.shape, w_o.shape[2]
     if 0 in (examples, positions, width, d, out.numel()):
         return
-    n = triton.cdiv(heads, triton.cdiv(heads, MOST_HEADS))
+    n = ceil_div(heads, ceil_div(heads, MOST_HEADS))
     items = max(1, SCRATCH // (4 * n * d))
     # whole examples, or positions of one
     s_step, p_step = min(max(1, items // positions), examples), min(items, positions)

@@ -9,9 +9,9 @@ writers come from the second-level cache after the first of them.
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 
+from ..common.launch import ceil_div, kernel
 from ..common.offline import Case
 from ..common.products import NVIDIA, WIDEN, is_even, multiply, product_case
 
@@ -20,7 +20,7 @@ SMALL = {"BLOCK_R": 64, "BLOCK_D": 64, "num_warps": 4, "num_stages": 3}
 LARGE = {"BLOCK_R": 128, "BLOCK_D": 128, "num_warps": 8, "num_stages": 3}
 
 
-@triton.jit(do_not_specialize=["positions", "writers", "readers"])
+@kernel(do_not_specialize=["positions", "writers", "readers"])
 def _edge_mix_kernel(
     base_ptr, delta_ptr, mask_ptr, out_ptr, positions, writers, readers, d,
     base_s, base_p, base_r, base_d, delta_s, delta_p, delta_w, delta_d, mask_w, mask_r,
@@ -74,7 +74,7 @@ def edge_mix(base: torch.Tensor | None, delta: torch.Tensor, mask: torch.Tensor)
     even = is_even(delta) if base is None else is_even(delta, base)
     large = even and not full and readers > 64 and torch.version.hip is None
     tile = tile_of(large, even, full)
-    tiles = triton.cdiv(readers, tile["BLOCK_R"]) * triton.cdiv(d, tile["BLOCK_D"])
+    tiles = ceil_div(readers, tile["BLOCK_R"]) * ceil_div(d, tile["BLOCK_D"])
     _edge_mix_kernel[(examples * positions * tiles,)](
         base, delta, mask, out, positions, writers, readers, d, *strides, *delta.stride(),
         *mask.stride(), WIDEN=WIDEN, **tile,

@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..common.launch import ceil_div, kernel
 from ..common.offline import Case
 from ..common.products import WIDEN, is_even, multiply, product_case
 
@@ -42,7 +43,7 @@ def _tile(
 
 
 # not what decides how wide a load can be
-@triton.jit(do_not_specialize=["n", "m", "positions", "positions2", "chunk"])
+@kernel(do_not_specialize=["n", "m", "positions", "positions2", "chunk"])
 def _gram_products_kernel(
     acts_ptr, grads_ptr, acts2_ptr, grads2_ptr, parts_ptr, n, m, positions, positions2,
     d_in, d_out, chunk, a_n, a_t, a_d, g_n, g_t, g_d, a2_m, a2_t, a2_d, g2_m, g2_t, g2_d,
@@ -109,10 +110,10 @@ def _panel(acts, grads, acts2, grads2, symmetric: bool) -> torch.Tensor:
     """[n, m]; undefined below the diagonal if symmetric."""
     (n, positions, d_in), m, d_out = acts.shape, acts2.shape[0], grads.shape[2]
     tile = tile_of(acts.dtype == torch.float32, is_even(acts, grads, acts2, grads2))
-    tiles = triton.cdiv(n, tile["BLOCK_N"]) * triton.cdiv(m, tile["BLOCK_M"])
-    parts = min(positions, triton.cdiv(PROGRAMS, tiles), max(1, SCRATCH // (4 * n * m)))
-    chunk = triton.cdiv(positions, parts)
-    parts = triton.cdiv(positions, chunk)
+    tiles = ceil_div(n, tile["BLOCK_N"]) * ceil_div(m, tile["BLOCK_M"])
+    parts = min(positions, ceil_div(PROGRAMS, tiles), max(1, SCRATCH // (4 * n * m)))
+    chunk = ceil_div(positions, parts)
+    parts = ceil_div(positions, chunk)
     to = torch.empty(parts, n, m, dtype=torch.float32, device=acts.device)
     _gram_products_kernel[(tiles, parts)](
         acts, grads, acts2, grads2, to, n, m, positions, acts2.shape[1], d_in, d_out, chunk,

@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..common.launch import ceil_div, kernel
 from ..common.offline import Case
 
 UNROLL = 4
@@ -46,7 +47,7 @@ def add_slots(
 
 
 # not d: where 16 divides it, a thread reads four numbers of a row at a time, else one
-@triton.jit(do_not_specialize=["k", "n_features"])
+@kernel(do_not_specialize=["k", "n_features"])
 def _decode_kernel(
     values_ptr, indices_ptr, rows_ptr, w_ptr, bias_ptr, x_ptr, out_ptr, squares_ptr, k, d,
     n_features, stride_vn, stride_vk, stride_in, stride_ik, stride_wf, stride_wd, stride_b,
@@ -97,7 +98,7 @@ def _launch(values, indices, row_offsets, w, bias, x, out, squares) -> None:
     strides = *values.stride(), *indices.stride()
     if row_offsets is not None:
         row_offsets, strides = row_offsets.contiguous(), (0, strides[0], 0, strides[1])
-    _decode_kernel[(n, triton.cdiv(d, CONFIG["BLOCK"]))](
+    _decode_kernel[(n, ceil_div(d, CONFIG["BLOCK"]))](
         values, indices, row_offsets, w, bias, x, out, squares, values.shape[-1], d, w.shape[0],
         *strides, *w.stride(), 0 if bias is None else bias.stride(0),
         *((0, 0) if x is None else x.stride()), UNROLL=UNROLL, SCAN=SCAN, **CONFIG,
@@ -129,7 +130,7 @@ def decode_error(
     """`mikernels::decode_error`: y - x [N, d] and |y - x|^2 [N], both fp32."""
     n, d = x.shape
     error = torch.empty(n, d, dtype=torch.float32, device=x.device)
-    blocks = max(1, triton.cdiv(d, CONFIG["BLOCK"]))
+    blocks = max(1, ceil_div(d, CONFIG["BLOCK"]))
     squares = torch.empty(n, blocks, dtype=torch.float32, device=x.device)
     _launch(values, indices, row_offsets, w, bias, x, error, squares)
     return error, squares.sum(1) if d else squares.new_zeros(n)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Device code of encode: the tokens whose screened selection is not certain, without the screen."""
 
-import triton
 import triton.language as tl
 
+from ..common.launch import kernel
 from ..common.offline import Case, with_odd_sizes
 from ..select.row_topk_passes import select_by_passes
 from .encode_screen import exact_scores, relu_of
@@ -12,7 +12,7 @@ EXACT = {"FEATURES": 32, "BLOCK": 128, "PASS": 2048}
 EXACT_WARPS = 8
 
 
-@triton.jit(do_not_specialize=["n", "f", "k"])
+@kernel(do_not_specialize=["n", "f", "k"])
 def _encode_exact_kernel(
     x_ptr, w_ptr, b_enc_ptr, b_dec_ptr, scale_ptr, certain_ptr, scratch_ptr,
     values_ptr, indices_ptr, n, d, f, k,

@@ -4,6 +4,7 @@
 import triton
 import triton.language as tl
 
+from ..common.launch import kernel
 from ..common.offline import Case
 from ..common.products import multiply, tile_at
 from .encode_screen import EXTRA
@@ -58,7 +59,7 @@ def _bounds(
     return tl.where((feature < f)[None, :], total, float("-inf"))
 
 
-@triton.jit(do_not_specialize=["n", "f"])
+@kernel(do_not_specialize=["n", "f"])
 def _encode_group_max_kernel(
     x_ptr, extra_x_ptr, w_ptr, extra_w_ptr, scale_ptr, maxima_ptr, n, d, f,
     stride_x, stride_wf, stride_wd, stride_s, stride_m,
@@ -79,7 +80,7 @@ def _encode_group_max_kernel(
     tl.store(address, maxima, mask=inside)
 
 
-@triton.jit(do_not_specialize=["groups", "m", "f"])
+@kernel(do_not_specialize=["groups", "m", "f"])
 def _encode_groups_again_kernel(
     x_ptr, extra_x_ptr, w_ptr, extra_w_ptr, scale_ptr, group_of_ptr, first_of_ptr, offsets_ptr,
     order_ptr, bounds_ptr, groups, m, d, f, stride_x, stride_wf, stride_wd, stride_s,

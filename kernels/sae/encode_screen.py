@@ -20,6 +20,7 @@ that underflow). Operands that are not finite give NaN or +inf, which rank first
 import triton
 import triton.language as tl
 
+from ..common.launch import kernel
 from ..common.offline import Case, with_odd_sizes
 from ..select.order import NOTHING, kth_key, least_key, order_key, places
 from ..select.row_topk import warps
@@ -40,7 +41,7 @@ def packed_width(d: int) -> int:
 
 
 # not d and body: where 16 divides them, a thread moves 16 bytes at a time, else one number
-@triton.jit(do_not_specialize=["n"])
+@kernel(do_not_specialize=["n"])
 def _encode_pack_kernel(
     rows_ptr, shift_ptr, scale_ptr, bias_ptr, packed_ptr, extra_ptr, norms_ptr, n, d, body,
     stride_row, stride_col, stride_packed, stride_extra, stride_shift, stride_scale, stride_bias,
@@ -139,7 +140,7 @@ def exact_scores(
     return h, s
 
 
-@triton.jit(do_not_specialize=["c"])
+@kernel(do_not_specialize=["c"])
 def _encode_rescore_kernel(
     x_ptr, w_ptr, b_enc_ptr, b_dec_ptr, scale_ptr, candidates_ptr, h_ptr, s_ptr, d, c,
     stride_xn, stride_xd, stride_wf, stride_wd, stride_be, stride_bd, stride_s, stride_c,
@@ -172,7 +173,7 @@ def relu_of(h):
     return tl.where(h <= 0, 0.0, h)
 
 
-@triton.jit(do_not_specialize=["c", "k", "complete"])
+@kernel(do_not_specialize=["c", "k", "complete"])
 def _encode_settle_kernel(
     s_ptr, h_ptr, bounds_ptr, candidates_ptr, left_out_ptr, norms_ptr, largest_ptr,
     values_ptr, indices_ptr, certain_ptr, c, k, complete, stride_c,

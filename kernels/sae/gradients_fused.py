@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from ..common import offline
+from ..common.launch import kernel, power_of_two
 from . import gradients_hot
 from .gradients import gather_dots
 from .gradients_hot import feature_work, hot_share, levels_inside, share_of, token_of
@@ -77,7 +78,7 @@ def at_level(dy, levels, feature, dy_l):
     return dy if levels is None else dy + tl.load(levels + feature) * dy_l
 
 
-@triton.jit(do_not_specialize=["n_features", "slots", "bits", "k"])
+@kernel(do_not_specialize=["n_features", "slots", "bits", "k"])
 def _sae_shares_kernel(
     values, d_pre, order, offsets, tokens, dy, levels, x, w_dec, partial, partial_bias, n_features,
     slots, bits, k, d, d_x, dy_l, dy_n, dy_d, x_n, x_d, w_f, w_d, SHORT: tl.constexpr,
@@ -125,7 +126,7 @@ def sae_feature(
     return to_dec, to_enc, bias
 
 
-@triton.jit(do_not_specialize=["bits", "k"])
+@kernel(do_not_specialize=["bits", "k"])
 def _sae_gradients_kernel(
     values, d_pre, order, offsets, tokens, dy, levels, x, w_dec, partial, partial_bias, dw_dec,
     dw_enc, db_enc, bits, k, d, d_x, dy_l, dy_n, dy_d, x_n, x_d, w_f, w_d, dec_f, dec_d, enc_f,
@@ -174,7 +175,7 @@ WIDEST, WIDEST_APART = 4096, 2048
 def row_tile(
     d: int, slots: int, tiles: dict[int, tuple[int, int]] = ROW_TILES
 ) -> dict[str, int | bool]:
-    block_d = max(64, triton.next_power_of_2(d))
+    block_d = max(64, power_of_two(d))
     entries, warps = tiles[block_d]
     short = gradients_hot.is_short(slots)
     return {"SHORT": short, "E": entries, "BLOCK_D": block_d, "num_warps": warps}

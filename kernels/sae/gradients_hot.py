@@ -17,6 +17,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ..common.launch import ceil_div
+
 CHUNK = 512  # slots, a power of two: 100 times the mean of a feature at the reference shapes
 # blocks at most, so that the workspace of two sums is 2 x 1024 x 2 x d x 4 bytes: 38 MB at d = 2304
 MAX_BLOCKS = 1024
@@ -30,13 +32,13 @@ FORMS: tuple[tuple[str, dict[str, str], dict[str, None]], ...] = (
 
 def chunk_bits(slots: int) -> int:
     """log2 of the slots of one block, for M slots in all."""
-    return (max(CHUNK, triton.cdiv(slots, MAX_BLOCKS)) - 1).bit_length()
+    return (max(CHUNK, ceil_div(slots, MAX_BLOCKS)) - 1).bit_length()
 
 
 def shares(slots: int, bits: int) -> int:
     """Programs that cover the hot features; 0 if no feature can be hot."""
     chunk = 1 << bits
-    return 2 * triton.cdiv(slots, chunk) if slots > chunk else 0
+    return 2 * ceil_div(slots, chunk) if slots > chunk else 0
 
 
 def is_short(slots: int) -> bool:

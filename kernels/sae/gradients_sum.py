@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from ..common import offline
+from ..common.launch import ceil_div, kernel, power_of_two
 from . import gradients_hot
 from .gradients_hot import feature_work, hot_share, levels_inside, share_of, token_of
 
@@ -42,7 +43,7 @@ def sum_rows(
     return total, tl.sum(bias, 0)
 
 
-@triton.jit(do_not_specialize=["n_features", "slots", "bits", "k"])
+@kernel(do_not_specialize=["n_features", "slots", "bits", "k"])
 def _sum_shares_kernel(
     coefficients, gates, rows, levels, offsets, order, tokens, partial, partial_bias,
     n_features, slots, bits, k, d, rows_l, rows_n, rows_d,
@@ -63,7 +64,7 @@ def _sum_shares_kernel(
             tl.store(partial_bias + share, bias)
 
 
-@triton.jit(do_not_specialize=["bits", "k"])
+@kernel(do_not_specialize=["bits", "k"])
 def _feature_sum_kernel(
     coefficients, gates, rows, levels, offsets, order, tokens, partial, partial_bias, dw, db,
     bits, k, d, rows_l, rows_n, rows_d, dw_f, dw_d, db_f,
@@ -122,11 +123,11 @@ def sum_by_feature(
         return
     coefficients, gates = coefficients.contiguous(), gates.contiguous()
     offsets, order = gradients_hot.inside(offsets, order, slots)
-    block_d = min(max(64, triton.next_power_of_2(d)), 1024)
+    block_d = min(max(64, power_of_two(d)), 1024)
     entries, warps = SUM_TILES[block_d]
     short = gradients_hot.is_short(slots)
     tile = {"SHORT": short, "E": entries, "BLOCK_D": block_d, "num_warps": warps}
-    blocks_d = max(triton.cdiv(d, block_d), 1)
+    blocks_d = max(ceil_div(d, block_d), 1)
     bits = gradients_hot.chunk_bits(slots)
     shares = gradients_hot.shares(slots, bits)
     partial = rows.new_empty(shares, d, dtype=torch.float32)

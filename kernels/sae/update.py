@@ -10,9 +10,9 @@ at most 4096 rows. Rows wider than 4096 are left to `update_wide`.
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 
+from ..common.launch import ceil_div, kernel
 from ..common.offline import Case
 from . import gradients_hot
 from .adam import _coefficients_kernel, halves, moved, next_moments, shrinkage
@@ -34,7 +34,7 @@ TILES = {
 MOST_PROGRAMS = 4096  # 15 for each of 264 that run at once on an H200
 
 
-@triton.jit(do_not_specialize=["n_features", "bits", "k", "R"])
+@kernel(do_not_specialize=["n_features", "bits", "k", "R"])
 def _sae_update_kernel(
     values, order, offsets, tokens, dy, x, w_dec, partial, partial_bias,
     w_enc, m_dec, v_dec, m_enc, v_enc, shadow_dec, shadow_enc, db_enc, row_sums,
@@ -186,8 +186,8 @@ def sae_update_(
             *w_dec.stride(),
             **row_tile(d, slots),
         )
-    owned = triton.cdiv(n_features, MOST_PROGRAMS)
-    programs = triton.cdiv(n_features, owned)
+    owned = ceil_div(n_features, MOST_PROGRAMS)
+    programs = ceil_div(n_features, owned)
     row_sums = dy.new_empty(programs, d, dtype=torch.float32)
     coefficients = dy.new_empty(2, dtype=torch.float32)
     _coefficients_kernel[(1,)](lr, step, coefficients, *halves(beta1), *halves(beta2), num_warps=1)

@@ -14,9 +14,9 @@ passes   any k and any F: the row is read again for every bit (`row_topk_passes`
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 
+from ..common.launch import ceil_div, kernel, power_of_two
 from ..common.offline import Case
 from . import order
 from .order import NOTHING, kth_key, largest_key, least_key, order_key, places
@@ -32,7 +32,7 @@ SCRATCH = 64 << 20
 RUNTIME = ["k", "n_rows", "base", "stride_out"]
 
 
-@triton.jit(do_not_specialize=RUNTIME)
+@kernel(do_not_specialize=RUNTIME)
 def _row_topk_whole_kernel(
     scores_ptr, values_ptr, indices_ptr, n_rows, n, k, base,
     stride_row, stride_out,
@@ -52,7 +52,7 @@ def _row_topk_whole_kernel(
     tl.store(indices_ptr + out, column + base, mask=taken)
 
 
-@triton.jit(do_not_specialize=RUNTIME)
+@kernel(do_not_specialize=RUNTIME)
 def _row_topk_grouped_kernel(
     scores_ptr, values_ptr, indices_ptr, maxima_ptr, n_rows, n, k, base,
     stride_row, stride_out,
@@ -104,7 +104,7 @@ def group_size(n: int, k: int) -> int | None:
 
     It depends on k through its power of two, so kernels are compiled once for each of those.
     """
-    kept = triton.next_power_of_2(k)
+    kept = power_of_two(k)
 
     def selected_from(g: int) -> float:
         return n / g + kept * g
@@ -114,7 +114,7 @@ def group_size(n: int, k: int) -> int | None:
         for g in (4, 8, 16, 32, 64, 128)
         # estimated: a score that is selected from costs 40 (bf16) to 80 (fp32) instructions, one
         # that is only read 5
-        if 2 * selected_from(g) <= n and kept * g <= TILE and triton.cdiv(n, g) <= MOST_GROUPS
+        if 2 * selected_from(g) <= n and kept * g <= TILE and ceil_div(n, g) <= MOST_GROUPS
     ]
     return min(fitting, key=selected_from, default=None)
 
@@ -129,7 +129,7 @@ def grouped_shape(n: int, k: int) -> dict[str, int] | None:
     group = group_size(n, k)
     if group is None:
         return None
-    kept, groups = (triton.next_power_of_2(c) for c in (k, triton.cdiv(n, group)))
+    kept, groups = (power_of_two(c) for c in (k, ceil_div(n, group)))
     return {
         "GROUP": group,
         # 16 KB of loads in flight per program
@@ -156,7 +156,7 @@ def select_into(
     ends = n_rows, n, k, base, scores.stride(0), values.stride(0)
     shape = grouped_shape(n, k)
     if shape is None and n <= TILE:
-        block = max(16, triton.next_power_of_2(n))
+        block = max(16, power_of_two(n))
         _row_topk_whole_kernel[(n_rows,)](
             scores, values, indices, *ends, UNUSED=unused, BLOCK=block, num_warps=warps(block)
         )
@@ -218,7 +218,7 @@ def cases() -> list[Case]:
             found.append(case)
 
         for n in (512, 2048, TILE, TILE - 1):
-            block = triton.next_power_of_2(n)
+            block = power_of_two(n)
             title = f"whole {name} {n}"
             add(_row_topk_whole_kernel, title, n, {"BLOCK": block}, warps(block))
         for n, k in shapes:
