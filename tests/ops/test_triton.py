@@ -76,6 +76,16 @@ def test_sums_are_full_only_within(before):
             assert [getattr(matmul, name) for name in names] == [False, False]
             raise ZeroDivisionError
         assert [getattr(matmul, name) for name in names] == [before, before]
+        # of two threads the one that came first leaves first
+        first, second = full_sums(), full_sums()
+        for step, expected in (
+            (first.__enter__, False),
+            (second.__enter__, False),
+            (lambda: first.__exit__(None, None, None), False),
+            (lambda: second.__exit__(None, None, None), before),
+        ):
+            step()
+            assert [getattr(matmul, name) for name in names] == [expected, expected]
     finally:
         for name, value in zip(names, kept, strict=True):
             setattr(matmul, name, value)
