@@ -13,6 +13,9 @@ passes   any k and any F: the row is read again for every bit (`row_topk_passes`
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Mapping
+
 import torch
 import triton.language as tl
 
@@ -124,7 +127,8 @@ def warps(elements: int) -> int:
     return min(16, max(1, elements // 512))
 
 
-def grouped_shape(n: int, k: int) -> dict[str, int] | None:
+@functools.lru_cache
+def grouped_shape(n: int, k: int) -> Mapping[str, int] | None:
     """The pinned configuration of the grouped kernel; None where it does not apply."""
     group = group_size(n, k)
     if group is None:
@@ -170,11 +174,11 @@ def select_into(
     scratch = torch.empty(
         min(rows, n_rows), shape["GROUPS"], dtype=torch.int32, device=scores.device
     )
+    operands = scores, values, indices
     for first in range(0, n_rows, rows):
-        part = scores[first : first + rows]
-        _row_topk_grouped_kernel[(part.shape[0],)](
-            part, values[first:], indices[first:], scratch, *ends, UNUSED=unused, **shape
-        )
+        # views take as long as half a launch
+        part = operands if n_rows <= rows else [t[first : first + rows] for t in operands]
+        _row_topk_grouped_kernel[(len(part[0]),)](*part, scratch, *ends, UNUSED=unused, **shape)
 
 
 def row_topk(scores: torch.Tensor, k: int, sorted: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -224,7 +228,7 @@ def cases() -> list[Case]:
         for n, k in shapes:
             shape = grouped_shape(n, k)
             assert shape is not None
-            num_warps, more = shape.pop("num_warps"), {"maxima_ptr": "*i32"}
-            title = f"grouped {name} F={n} k={k}"
-            add(_row_topk_grouped_kernel, title, n, shape, num_warps, more)
+            constants = {size: c for size, c in shape.items() if size != "num_warps"}
+            title, more = f"grouped {name} F={n} k={k}", {"maxima_ptr": "*i32"}
+            add(_row_topk_grouped_kernel, title, n, constants, shape["num_warps"], more)
     return found
