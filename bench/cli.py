@@ -143,6 +143,19 @@ def predict(
 
 
 @app.command()
+def host() -> None:
+    """Time what a launch costs the host, with a stand-in for the GPU's driver."""
+    from .gpu.host import costs
+
+    for name, launches, total, triton in costs():
+        ours = (total - triton) * 1e6 / launches
+        typer.echo(
+            f"{name:18} {launches} launches, {total * 1e6:5.1f} us: Triton {triton * 1e6:5.1f}, "
+            f"the rest {ours:4.1f} per launch"
+        )
+
+
+@app.command()
 def crossover(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
 ) -> None:

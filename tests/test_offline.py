@@ -1,16 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every kernel in every pinned configuration, compiled for GPUs that are not there."""
 
+import ast
 import importlib
+import inspect
+import math
 import pkgutil
 import re
+from collections import defaultdict
 
 import pytest
 
 pytest.importorskip("triton")
 
+from triton.runtime.jit import JITFunction
+
 from mikernels import kernels
 from mikernels.kernels.common import offline
+from mikernels.kernels.common.launch import Kernel
 
 
 def modules():
@@ -28,16 +35,32 @@ ALL = [(f"{stem(module)}: {case.name}", case) for module in modules() for case i
 CASES = dict(ALL)
 
 
+# chips of 99 KB per block, whose code is else sm_80's and sm_100's: a kernel without products
+# is compiled there in its largest tile, for what does not fit cannot be launched
+SMALL = "sm_89", "sm_120"
+
+
+def size(case):
+    """Bytes of its tiles, roughly: the product of its sizes."""
+    sizes = [n for n in case.constants.values() if isinstance(n, int) and n > 1]
+    wide = any(t == "*fp32" for t in case.types.values())
+    return math.prod(sizes) * (4 if wide else 2), len(case.types)
+
+
 def targets(name, case):
     """fp16 differs from bf16 in conversions only, odd sizes in the width of loads; between sm_80,
     sm_90 and sm_100 only matrix instructions differ: what cannot break twice is compiled once.
     sm_89 runs sm_80's code, in less shared memory."""
     if "fp16" in name or "odd" in name:
         return [target for target in case.targets if target == "sm_90"]
-    first = next(other for other, twin in CASES.items() if twin.kernel is case.kernel) == name
-    if case.matrix or first:
-        return [target for target in case.targets if target != "sm_89"]
-    return [target for target in case.targets if target in ("sm_90", "gfx942")]
+    twins = [(other, twin) for other, twin in CASES.items() if twin.kernel is case.kernel]
+    if case.matrix or twins[0][0] == name:
+        found = [target for target in case.targets if target != "sm_89"]
+    else:
+        found = [target for target in case.targets if target in ("sm_90", "gfx942")]
+    named = {other: size(twin) for other, twin in twins if not re.search("fp16|odd", other)}
+    products = any(twin.matrix for _, twin in twins)
+    return found if products or max(named, key=named.get) != name else [*found, *SMALL]
 
 
 COMPILED = [(name, target) for name, case in CASES.items() for target in targets(name, case)]
@@ -47,7 +70,8 @@ COMPILED = [(name, target) for name, case in CASES.items() for target in targets
 def test_compiles_without_spills(name, target):
     case = CASES[name]
     report = offline.compile_case(case, target)
-    assert report.spills == 0, report
+    # sm_89 has no other way for the widest update of ragged codes, and 16 bytes cost it little
+    assert report.spills <= (16 if target == "sm_89" else 0), report
     assert report.shared <= offline.SHARED_LIMIT[target], report
     if target == "sm_80" and "sm_89" in case.targets:
         assert report.shared <= offline.SHARED_LIMIT["sm_89"], report
@@ -68,10 +92,26 @@ def test_no_case_hides_another():
 
 
 def test_every_kernel_has_a_case():
-    from triton.runtime.jit import JITFunction
-
     compiled = {case.kernel for case in CASES.values()}
     for module in modules():
         for name, value in vars(module).items():
-            if isinstance(value, JITFunction) and name.endswith("_kernel"):
+            if isinstance(value, Kernel):
                 assert value in compiled, f"{module.__name__}.{name} is compiled by no case"
+
+
+def test_only_what_pins_its_options_is_launched():
+    """`f[grid](...)` is of a Kernel: Triton's own function would be compiled with its defaults."""
+    launched = 0
+    for info in pkgutil.walk_packages(kernels.__path__, f"{kernels.__name__}."):
+        module = importlib.import_module(info.name)
+        for node in ast.walk(ast.parse(inspect.getsource(module))):
+            name = isinstance(node, ast.Subscript) and ast.unparse(node.value)
+            found = vars(module).get(name)
+            assert not isinstance(found, JITFunction), f"{info.name}: {name}"
+            launched += isinstance(found, Kernel)
+        bare = [n for n, f in vars(module).items() if isinstance(f, JITFunction)]
+        assert not [n for n in bare if n.endswith("_kernel")], info.name
+    assert launched > 30
+    seen = []
+    Kernel(defaultdict(lambda: lambda *args, **options: seen.append(options)))[(1,)](0, num_warps=1)
+    assert seen == [{"enable_fp_fusion": True, "num_warps": 1}]

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from .. import load
-from ..harness.rates import DEVICES, Rates, row_cycles, winners_cycles
+from ..harness.rates import DEVICES, Rates, decode_cycles, row_cycles, winners_cycles
 from ..harness.spec import GPU_SHAPES, Shape
 from .predict_pairs import pair_cases
 
@@ -181,9 +181,9 @@ def encode_uncertain(r: Rates, s: Shape, dtype: str) -> list[Part]:
     ]
 
 
-def gathered(r: Rates, rows: float, s: Shape, b: int) -> tuple[float, str]:
-    """Rows of a matrix of `rows` of d, one for every slot."""
-    cached = rows * s.d * b <= r.l2_bytes
+def gathered(r: Rates, held: float, s: Shape, b: int) -> tuple[float, str]:
+    """d numbers of b bytes for every slot, out of what is `held` bytes at a time."""
+    cached = held <= r.l2_bytes
     return s.n * s.k * s.d * b / ((r.l2 if cached else r.copy) * GATHER), (
         "rows from L2" if cached else "rows from memory"
     )
@@ -191,24 +191,32 @@ def gathered(r: Rates, rows: float, s: Shape, b: int) -> tuple[float, str]:
 
 def decode(r: Rates, s: Shape, dtype: str) -> list[Part]:
     b = BYTES[dtype]
-    seconds, why = gathered(r, s.f, s, b)
+    seconds, why = gathered(r, s.f * s.d * b, s, b)
+    work = s.n * decode_cycles(s.d, s.k, dtype) / r.issue
     return [
-        ("gather", seconds, f"N k d elements, {why}"),
+        ("gather", max(seconds, work), f"N k d elements, {why if seconds > work else 'issued'}"),
         ("write", s.n * s.d * b / r.copy + r.launch, "N d"),
     ]
 
 
 def gradients(r: Rates, s: Shape, dtype: str) -> list[Part]:
-    b, fd = BYTES[dtype], s.f * s.d
-    once, why = gathered(r, 2 * s.n, s, 4)
+    from mikernels.kernels.sae.gradients_sum import columns_of
+
+    b, fd, slots = BYTES[dtype], s.f * s.d, s.n * s.k
+    columns = columns_of(s.n, s.d, 4)
+    blocks = math.ceil(s.d / columns)
+    once, why = gathered(r, s.n * columns * 4, s, 4)
+    # an index in order; a value or dot out of order takes a sector; the dots are written and added
+    walked = blocks * slots * (2 * (8 + 32) + 32 + 4)
     return [
         ("sort", _total(by_feature(r, s, dtype)), "by_feature, as predicted alone"),
-        ("gathers", 2 * once, f"dy and x of every slot, fp32, {why}"),
-        ("rows", fd * (b + 8) / r.copy + 2 * r.launch, "w_dec in, two fp32 gradients out"),
+        ("gathers", 2 * once, f"dy and x of every slot, fp32, {columns} columns at a time: {why}"),
+        ("slots", walked / r.l2 / GATHER, f"in {blocks} blocks of columns, twice"),
+        ("rows", fd * (b + 8) / r.copy + 7 * r.launch, "w_dec in, two fp32 gradients out"),
         (
             "b_dec",
-            (fd * b + 3 * s.n * s.d * 4) / r.copy + 12 * r.launch,
-            "w_enc^T db_enc; x - b_dec",
+            (fd * b + 3 * s.n * s.d * 4) / r.copy + 5 * r.launch,
+            "w_enc^T db_enc in two launches; x - b_dec",
         ),
     ]
 
@@ -260,7 +268,7 @@ def rivals(r: Rates, op: str, s: Shape, dtype: str) -> dict[str, float]:
         one, _ = select(r, s.n, s.f, s.k, dtype)
         return {"eager": eager, "mm_row_topk": product + one}
     if op == "decode":
-        rows, _ = gathered(r, s.f, s, b)
+        rows, _ = gathered(r, s.f * s.d * b, s, b)
         # zeros, a scatter that touches a sector each, and the product's read
         return {"eager": rows / 0.6, "dense": passes + s.n * s.k * 64 / r.copy + product}
     # zeroed gradients, the decoder's two gathers, and N k d contributions written, read and added
@@ -276,8 +284,9 @@ def rivals(r: Rates, op: str, s: Shape, dtype: str) -> dict[str, float]:
     ours = {name: seconds for name, seconds, _ in step(r, s, dtype)}
     apart = ours.pop("gradients") + ours.pop("adam")
     gathers = {name: seconds for name, seconds, _ in gradients(r, s, dtype)}
-    # one pass: rows in and out once, gradients never in memory, no norm
-    at_once = gathers["sort"] + gathers["gathers"] + 2 * 24 * fd / r.copy / 0.92
+    # one pass: rows in and out once, gradients never in memory, no norm; whole rows of dy and x
+    once, _ = gathered(r, 2 * s.n * s.d * 4, s, 4)
+    at_once = gathers["sort"] + 2 * once + 2 * 24 * fd / r.copy / 0.92
     assert at_once < apart
     return {
         "ours:unclipped": sum(ours.values()) + at_once,

@@ -161,3 +161,17 @@ def winners_cycles(width: int, c: int, dtype: str, first: bool) -> tuple[float, 
         rounds[0] = width / (constants["STEP"] * constants["GROUP"])
     total = straight + sum(r * loop.cycles for r, loop in zip(rounds, found, strict=True))
     return case.num_warps * total, f"machine code of `{case.name}`, sm_90"
+
+
+@functools.cache
+def decode_cycles(d: int, k: int, dtype: str) -> float:
+    """Scheduler cycles of one token in decode, all programs and warps; 0 without Triton."""
+    if importlib.util.find_spec("triton") is None:
+        return 0.0
+    from mikernels.kernels.sae import decode
+
+    case = next(case for case in decode.cases() if case.name == f"decode {dtype}")
+    found, straight = loops(sass_of(case))
+    rounds = k / case.constants["UNROLL"]
+    programs = -(-d // case.constants["BLOCK"])
+    return programs * case.num_warps * (straight + rounds * max(loop.cycles for loop in found))

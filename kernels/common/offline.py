@@ -20,6 +20,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from .launch import PINNED, Kernel
+
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_89": GPUTarget("cuda", 89, 32),
@@ -53,7 +55,7 @@ class Case:
 
     Attributes:
         name: unique within the module, e.g. "grouped bf16 k=64".
-        kernel: the @triton.jit function.
+        kernel: what a launcher launches.
         types: run-time argument -> Triton type ("*fp32", "*bf16", "i32", "i64", "fp32").
         constants: constexpr argument -> value.
         divisible: run-time arguments divisible by 16 (pointers always are).
@@ -62,7 +64,7 @@ class Case:
     """
 
     name: str
-    kernel: Any
+    kernel: Kernel
     types: Mapping[str, str]
     constants: Mapping[str, Any] = field(default_factory=dict)
     num_warps: int = 4
@@ -91,15 +93,15 @@ class Report:
 
 def compiled(case: Case, target: str) -> Any:
     """Triton's compiled kernel for a target of TARGETS; raises what the compiler raises."""
-    names = case.kernel.arg_names
+    names = case.kernel.jit.arg_names
     aligned = {n for n, t in case.types.items() if t.startswith("*")} | set(case.divisible)
     source = ASTSource(
-        fn=case.kernel,
+        fn=case.kernel.jit,
         signature={n: case.types.get(n, "constexpr") for n in names},
         constexprs={(names.index(n),): value for n, value in case.constants.items()},
         attrs={(names.index(n),): [["tt.divisibility", 16]] for n in aligned},
     )
-    options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
+    options = {"num_warps": case.num_warps, "num_stages": case.num_stages, **PINNED}
     return triton.compile(source, target=TARGETS[target], options=options)
 
 

@@ -11,9 +11,9 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-import triton
 import triton.language as tl
 
+from ..common.launch import ceil_div, kernel, power_of_two
 from ..common.offline import Case
 from ..common.products import (
     WIDE,
@@ -32,7 +32,7 @@ ODD = {"BLOCK_N": 64, "BLOCK_M": 64, "num_warps": 4, "num_stages": 3}
 
 
 # not what decides how wide a load can be
-@triton.jit(do_not_specialize=["n", "m", "r"])
+@kernel(do_not_specialize=["n", "m", "r"])
 def _block_norms_kernel(
     a_ptr, b_ptr, out_ptr, n, m, r, s, d, a_n, a_r, a_d, b_m, b_d, b_s,
     R: tl.constexpr, S: tl.constexpr, WIDEN: tl.constexpr,
@@ -73,7 +73,7 @@ def _block_norms_kernel(
 
 def padded(size: int, most: int) -> int:
     """Rows of a tile that a matrix of `size` rows takes: a power of two."""
-    return min(triton.next_power_of_2(size), most)
+    return min(power_of_two(size), most)
 
 
 def tile_of(full: bool, even: bool, deep: bool) -> dict[str, int]:
@@ -90,8 +90,8 @@ def block_norms(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         return out.zero_()
     tile = tile_of(a.dtype == torch.float32, is_even(a, b), is_deep(a.device))
     rows, cols = padded(r, tile["BLOCK_N"]), padded(s, tile["BLOCK_M"])
-    tiles_n = triton.cdiv(n, tile["BLOCK_N"] // rows)
-    tiles_m = triton.cdiv(m, tile["BLOCK_M"] // cols)
+    tiles_n = ceil_div(n, tile["BLOCK_N"] // rows)
+    tiles_m = ceil_div(m, tile["BLOCK_M"] // cols)
     _block_norms_kernel[(tiles_n * tiles_m,)](
         a, b, out, n, m, r, s, d, *a.stride(), *b.stride(), R=rows, S=cols, WIDEN=WIDEN, **tile
     )

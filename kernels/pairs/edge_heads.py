@@ -11,9 +11,9 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-import triton
 import triton.language as tl
 
+from ..common.launch import ceil_div, kernel
 from ..common.offline import Case
 from ..common.products import WIDEN, columns, is_deep, is_even, multiply, product_case
 from .pair_products import pair_products_
@@ -27,7 +27,7 @@ SCRATCH = 64 << 20
 LEAST_HEADS, MOST_HEADS = 16, 128
 
 
-@triton.jit(do_not_specialize=["items", "positions"])
+@kernel(do_not_specialize=["items", "positions"])
 def _head_rows_kernel(
     dz_ptr, w_ptr, rows_ptr, items, positions, heads, width, d,
     dz_s, dz_p, dz_h, dz_e, w_h, w_e, w_d, WIDEN: tl.constexpr,
@@ -60,7 +60,7 @@ def _form(dz: torch.Tensor, w_o: torch.Tensor, rows: torch.Tensor) -> None:
     examples, positions, heads, width = dz.shape
     d, items = w_o.shape[2], examples * positions
     tile = tile_of(dz.dtype == torch.float32, is_even(dz, w_o), is_deep(dz.device))
-    tiles = triton.cdiv(items, tile["BLOCK_N"]) * triton.cdiv(d, tile["BLOCK_D"])
+    tiles = ceil_div(items, tile["BLOCK_N"]) * ceil_div(d, tile["BLOCK_D"])
     _head_rows_kernel[(tiles * heads,)](
         dz, w_o, rows, items, positions, heads, width, d, *dz.stride(), *w_o.stride(), WIDEN=WIDEN,
         **tile,
@@ -80,7 +80,7 @@ def blocks(examples: int, positions: int, heads: int, d: int, full: bool) -> tup
     """
     room = SCRATCH // 4 // (1 if full else 2)
     n = min(max(LEAST_HEADS, room // (examples * positions * d)), MOST_HEADS)
-    n = triton.cdiv(heads, triton.cdiv(heads, n))
+    n = ceil_div(heads, ceil_div(heads, n))
     items = max(1, room // (n * d))
     # whole examples, or positions of one
     return n, min(max(1, items // positions), examples), min(items, positions)

@@ -11,9 +11,9 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-import triton
 import triton.language as tl
 
+from ..common.launch import ceil_div, kernel
 from ..common.offline import Case
 from ..common.products import NVIDIA, WIDEN, columns, is_deep, is_even, multiply, product_case
 
@@ -22,7 +22,7 @@ SMALL = {"BLOCK_R": 64, "BLOCK_D": 64, "num_warps": 4, "num_stages": 3}
 LARGE = {"BLOCK_R": 128, "BLOCK_D": 128, "num_warps": 8, "num_stages": 3}
 
 
-@triton.jit(do_not_specialize=["positions", "writers", "readers"])
+@kernel(do_not_specialize=["positions", "writers", "readers"])
 def _edge_mix_kernel(
     base_ptr, delta_ptr, mask_ptr, out_ptr, positions, writers, readers, d,
     base_s, base_p, base_r, base_d, delta_s, delta_p, delta_w, delta_d, mask_w, mask_r,
@@ -76,7 +76,7 @@ def edge_mix(base: torch.Tensor | None, delta: torch.Tensor, mask: torch.Tensor)
     even = is_even(delta) if base is None else is_even(delta, base)
     large = even and not full and readers > 64 and torch.version.hip is None
     tile = tile_of(large, full, even, is_deep(delta.device))
-    tiles = triton.cdiv(readers, tile["BLOCK_R"]) * triton.cdiv(d, tile["BLOCK_D"])
+    tiles = ceil_div(readers, tile["BLOCK_R"]) * ceil_div(d, tile["BLOCK_D"])
     _edge_mix_kernel[(examples * positions * tiles,)](
         base, delta, mask, out, positions, writers, readers, d, *strides, *delta.stride(),
         *mask.stride(), WIDEN=WIDEN, **tile,

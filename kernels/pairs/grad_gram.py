@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..common.launch import ceil_div, kernel
 from ..common.offline import Case
 from ..common.products import (
     WIDE,
@@ -52,7 +53,7 @@ def _tile(
 
 
 # not what decides how wide a load can be
-@triton.jit(do_not_specialize=["n", "m", "positions", "positions2", "chunk"])
+@kernel(do_not_specialize=["n", "m", "positions", "positions2", "chunk"])
 def _gram_products_kernel(
     acts_ptr, grads_ptr, acts2_ptr, grads2_ptr, to_ptr, n, m, positions, positions2,
     d_in, d_out, chunk, a_n, a_t, a_d, g_n, g_t, g_d, a2_m, a2_t, a2_d, g2_m, g2_t, g2_d,
@@ -103,10 +104,10 @@ def gram_products_(
         return
     even = is_even(acts, grads, acts2, grads2)
     tile = tile_of(acts.dtype == torch.float32, even, is_deep(acts.device))
-    tiles = triton.cdiv(n, tile["BLOCK_N"]) * triton.cdiv(m, tile["BLOCK_M"])
-    parts = min(positions, triton.cdiv(PROGRAMS, tiles), max(1, SCRATCH // (4 * n * m)))
-    chunk = triton.cdiv(positions, parts)
-    parts = triton.cdiv(positions, chunk)
+    tiles = ceil_div(n, tile["BLOCK_N"]) * ceil_div(m, tile["BLOCK_M"])
+    parts = min(positions, ceil_div(PROGRAMS, tiles), max(1, SCRATCH // (4 * n * m)))
+    chunk = ceil_div(positions, parts)
+    parts = ceil_div(positions, chunk)
     to = out
     if parts > 1:
         to = torch.empty(1, parts, n, m, dtype=torch.float32, device=acts.device)

@@ -18,6 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..common.launch import ceil_div, kernel
 from ..common.offline import Case
 from ..common.products import (
     NVIDIA,
@@ -82,7 +83,7 @@ def add_tile(
     _store(fourth, i, tile_m * 4 + 3, *more)
 
 
-@triton.jit(do_not_specialize=["n", "m", "positions", "steps", "chunk", "splits", "prefix_m"])
+@kernel(do_not_specialize=["n", "m", "positions", "steps", "chunk", "splits", "prefix_m"])
 def _pair_products_kernel(
     a_ptr, b_ptr, scale_ptr, prefix_ptr, to_ptr, n, m, d, positions, steps, chunk, splits,
     a_s, a_p, a_n, a_d, b_s, b_p, b_m, b_d, scale_d, prefix_m, to_n, to_m,
@@ -169,13 +170,13 @@ def pair_products_(
     # six products of what is not there would take longer than reading what is
     narrow = even and full and m <= 32
     tile = tile_of(large, narrow, full, even, is_deep(a.device))
-    tiles = triton.cdiv(n, tile["BLOCK_N"]) * triton.cdiv(m, tile["BLOCK_M"])
+    tiles = ceil_div(n, tile["BLOCK_N"]) * ceil_div(m, tile["BLOCK_M"])
     groups = 1 if weights is None else examples
-    steps = examples // groups * positions * triton.cdiv(d, tile["BLOCK_D"])
+    steps = examples // groups * positions * ceil_div(d, tile["BLOCK_D"])
     most = max(1, SCRATCH // (4 * n * m))
-    splits = min(triton.cdiv(PROGRAMS, tiles * groups), triton.cdiv(steps, LEAST_STEPS), most)
-    chunk = triton.cdiv(steps, splits)
-    splits = triton.cdiv(steps, chunk)
+    splits = min(ceil_div(PROGRAMS, tiles * groups), ceil_div(steps, LEAST_STEPS), most)
+    chunk = ceil_div(steps, splits)
+    splits = ceil_div(steps, chunk)
     direct = weights is None and q == splits == 1
     at_once = min(groups, max(1, most // splits))
     to = out[0]

@@ -4,9 +4,9 @@
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 
+from ..common.launch import ceil_div, kernel
 from ..common.offline import Case
 from ..common.products import WIDEN, multiply, product_case
 
@@ -15,7 +15,7 @@ SUM = {"PARTS": 16, "BLOCK": 128, "num_warps": 4, "num_stages": 2}
 BLOCK_Q = 16
 
 
-@triton.jit(do_not_specialize=["n", "m", "q_count", "parts", "splits", "weights_s", "prefix_m"])
+@kernel(do_not_specialize=["n", "m", "q_count", "parts", "splits", "weights_s", "prefix_m"])
 def _pair_sum_kernel(
     parts_ptr, weights_ptr, prefix_ptr, out_ptr, n, m, q_count, parts, splits,
     weights_q, weights_s, prefix_m, out_q, out_n, out_m,
@@ -60,7 +60,7 @@ def add_parts(
     """Adds parts [examples, splits, n, m] to out [Q, n, m], with weights [Q, examples]."""
     (examples, splits, n, m), q = parts.shape, out.shape[0]
     block_q = 1 if weights is None else BLOCK_Q
-    _pair_sum_kernel[(n * triton.cdiv(m, SUM["BLOCK"]), triton.cdiv(q, block_q))](
+    _pair_sum_kernel[(n * ceil_div(m, SUM["BLOCK"]), ceil_div(q, block_q))](
         parts, weights, prefix, out, n, m, q, examples * splits, splits,
         *((0, 0) if weights is None else weights.stride()),
         0 if prefix is None else prefix.stride(0), *out.stride(),

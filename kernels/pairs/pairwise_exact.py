@@ -6,9 +6,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import triton
 import triton.language as tl
 
+from ..common.launch import kernel
 from ..common.offline import Case, with_odd_sizes
 from ..select.order import NOTHING, order_key
 
@@ -21,7 +21,7 @@ PAIRS = 1 << 21
 FIRST = 0x7FFFFFFF
 
 
-@triton.jit(do_not_specialize=["m", "groups", "segments", "positions"])
+@kernel(do_not_specialize=["m", "groups", "segments", "positions"])
 def _pairwise_exact_kernel(
     a_ptr, b_ptr, row_scale_ptr, col_scale_ptr, row_rank_ptr, col_rank_ptr, chosen_ptr, scores_ptr,
     keys_ptr, m, groups, segments, positions, d, a_s, a_p, a_n, a_d, b_s, b_p, b_m, b_d,

@@ -15,6 +15,7 @@ chunks of C added up. Nothing is assumed: norms are computed, and rounded up (`p
 import triton
 import triton.language as tl
 
+from ..common.launch import kernel
 from ..common.offline import TARGETS, Case, with_odd_sizes
 from ..common.products import DEEP, product_case, tile_at
 from ..select.order import NOTHING, order_key
@@ -33,7 +34,7 @@ UP, TINY = 1 + 2.0**-6, 2.0**-40
 
 
 # not what decides how wide a load can be
-@triton.jit(do_not_specialize=["n", "segments", "positions", "segment_begin", "segment_end"])
+@kernel(do_not_specialize=["n", "segments", "positions", "segment_begin", "segment_end"])
 def _pairwise_pack_kernel(
     x_ptr, packed_ptr, exponent_ptr, squares_ptr, n, segments, positions, d,
     segment_begin, segment_end, low, part, x_s, x_p, x_n, x_d, stride_packed,
@@ -127,7 +128,7 @@ def _store_maxima(
     tl.store(to, key, mask=(row < n)[:, None] & (group * GROUP < m)[None, :])
 
 
-@triton.jit(do_not_specialize=["n", "m", "stride_maxima"])
+@kernel(do_not_specialize=["n", "m", "stride_maxima"])
 def _pairwise_product_kernel(
     a_ptr, b_ptr, a_terms_ptr, b_terms_ptr, unit_ptr, row_rank_ptr, col_rank_ptr, sums_ptr,
     maxima_ptr, n, m, width, stride_maxima,
@@ -165,7 +166,7 @@ def _pairwise_product_kernel(
         tl.store(sums_ptr + tile + inner, dot)
 
 
-@triton.jit(do_not_specialize=["n", "m", "stride_maxima"])
+@kernel(do_not_specialize=["n", "m", "stride_maxima"])
 def _pairwise_maxima_kernel(
     sums_ptr, a_terms_ptr, b_terms_ptr, unit_ptr, row_rank_ptr, col_rank_ptr, maxima_ptr,
     n, m, stride_maxima,

@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 import torch
-import triton
 
+from ..common.launch import ceil_div
 from ..common.products import is_deep, part
 from .pairwise_exact import GROUP, Pairs
 from .pairwise_group_max import (
@@ -46,7 +46,7 @@ class Side:
         self.held = begin, end, chunk
         n, (segments, positions) = end - begin, (self.x.shape[0] * self.x.shape[1], self.x.shape[1])
         squares = torch.empty(n, 2, dtype=torch.float32, device=self.x.device)
-        _pairwise_pack_kernel[(triton.cdiv(n, PACK["ROWS"]),)](
+        _pairwise_pack_kernel[(ceil_div(n, PACK["ROWS"]),)](
             self.x[:, :, begin:end], self.packed, self.exponents, squares, n, segments, positions,
             self.x.shape[3], first, stop, low, size, *self.x.stride(), width,
             FIRST=first == low == 0, **PACK,
@@ -94,7 +94,7 @@ class Screen:
         self.pairs, self.chunks = pairs, chunks(pairs.a)
         n, m = pairs.a.shape[2], pairs.b.shape[2]
         width = min(CHUNK, -(-pairs.columns // PADDING.value) * PADDING.value)
-        self.groups = triton.cdiv(m, GROUP)
+        self.groups = ceil_div(m, GROUP)
         least, fitting = LARGE["BLOCK_M"], PACKED // (2 * width)
         rows, cols = min(fitting, KEPT // (4 * self.groups)), fitting
         if len(self.chunks) > 1:
@@ -104,7 +104,7 @@ class Screen:
         self.rows, self.cols = min(n, max(least, rows)), max(least, cols // least * least)
         self.sums = None
         if len(self.chunks) > 1:
-            tiles = triton.cdiv(self.rows, least) * triton.cdiv(min(m, self.cols), least)
+            tiles = ceil_div(self.rows, least) * ceil_div(min(m, self.cols), least)
             self.sums = torch.empty(tiles * least**2, dtype=torch.float32, device=pairs.a.device)
         self.left = Side(pairs.a, pairs.row_scale, self.rows, width)
         self.right = Side(pairs.b, pairs.col_scale, min(m, self.cols), width)
@@ -121,7 +121,7 @@ class Screen:
         p, n, m = self.pairs, last - first, end - begin
         ranks = part(p.row_rank, first, last), part(p.col_rank, begin, end)
         tile = product_tile(p.a.device)
-        tiles = triton.cdiv(n, tile["BLOCK_N"]), triton.cdiv(m, tile["BLOCK_M"])
+        tiles = ceil_div(n, tile["BLOCK_N"]), ceil_div(m, tile["BLOCK_M"])
         whole = len(self.chunks) == 1
         for number, chunk in enumerate(self.chunks):
             width = self.left.pack(first, last, chunk)
@@ -134,7 +134,7 @@ class Screen:
             )  # fmt: skip
         if not whole:
             terms = self._terms(first, last, begin, end)
-            _pairwise_maxima_kernel[(triton.cdiv(n, MAXIMA["ROWS"]), tiles[1])](
+            _pairwise_maxima_kernel[(ceil_div(n, MAXIMA["ROWS"]), tiles[1])](
                 self.sums, *terms, *ranks, out, n, m, out.stride(0), ABS=p.magnitude, GROUP=GROUP,
                 **MAXIMA,
             )  # fmt: skip

@@ -20,8 +20,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-import triton
 
+from ..common.launch import ceil_div
 from ..select.order import NOTHING
 from .pairwise_exact import (
     FIRST,
@@ -156,7 +156,7 @@ def pairwise_topk(
     # whatever its place
     last = torch.tensor(torch.iinfo(torch.int64).max, device=device)
     found = Found(size, (floor, last), nothing.int(), nothing.float(), nothing)
-    groups = n * triton.cdiv(m, GROUP)
+    groups = n * ceil_div(m, GROUP)
     if size == 0:
         pass
     elif n * m * p.columns <= LITTLE or p.columns > MOST_COLUMNS or size * SHARE > groups:

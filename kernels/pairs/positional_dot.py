@@ -10,9 +10,9 @@ outside 0..P-1 results are undefined, but nothing outside the tensors is read.
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 
+from ..common.launch import ceil_div, kernel
 from ..common.offline import Case
 from ..common.products import WIDEN, columns, is_even, multiply, product_case
 from ..sae.gradients import by_feature
@@ -21,7 +21,7 @@ from ..sae.gradients import by_feature
 TILE = {"BLOCK_N": 32, "BLOCK_B": 64, "num_warps": 4, "num_stages": 3}
 
 
-@triton.jit(do_not_specialize=["batch", "positions"])
+@kernel(do_not_specialize=["batch", "positions"])
 def _positional_dot_kernel(
     grads_ptr, vectors_ptr, scale_ptr, position_of_ptr, first_of_ptr, offsets_ptr, order_ptr,
     out_ptr, batch, positions, d, grads_b, grads_p, grads_d, vectors_n, vectors_d, scale_n,
@@ -84,7 +84,7 @@ def positional_dot_(
     programs = min(count, n) + n // size
     numbers = torch.arange(programs, device=grads.device)
     position_of = torch.searchsorted(last, numbers, right=True)
-    _positional_dot_kernel[(programs * triton.cdiv(batch, tile["BLOCK_B"]),)](
+    _positional_dot_kernel[(programs * ceil_div(batch, tile["BLOCK_B"]),)](
         grads, vectors, scale, position_of, last - tiles, offsets, order, out, batch, count, d,
         *grads.stride(), *vectors.stride(), 0 if scale is None else scale.stride(0),
         *out.stride(), WIDEN=WIDEN, **tile,

@@ -20,6 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..common.launch import ceil_div, kernel, power_of_two
 from ..common.offline import Case
 from .adam_sumsq import TILE, WHOLE, check_operands, product_sum, warps_of
 
@@ -27,7 +28,7 @@ from .adam_sumsq import TILE, WHOLE, check_operands, product_sum, warps_of
 FLAT, FLAT_WARPS = 1024, 4
 
 
-@triton.jit
+@kernel()
 def _coefficients_kernel(
     lr_ptr, step_ptr, out_ptr, beta1_high, beta1_low, beta2_high, beta2_low
 ):  # fmt: skip
@@ -66,7 +67,7 @@ def shrinkage(squares):
     return tl.where(squares > 0, 1 / tl.sqrt(tl.where(squares > 0, squares, 1.0)), 1.0)
 
 
-@triton.jit
+@kernel()
 def _adam_flat_kernel(
     param_ptr, grad_ptr, m_ptr, v_ptr, coefficients_ptr, clip_ptr, n,
     rest1, beta2, rest2, eps,
@@ -86,7 +87,7 @@ def _adam_flat_kernel(
     tl.store(param_ptr + at, p.to(param_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@kernel()
 def _adam_row_kernel(
     param_ptr, grad_ptr, m_ptr, v_ptr, coefficients_ptr, clip_ptr, d,
     rest1, beta2, rest2, eps,
@@ -113,7 +114,7 @@ def _adam_row_kernel(
     tl.store(param_ptr + at, p.to(param_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@kernel()
 def _adam_wide_kernel(
     param_ptr, grad_ptr, m_ptr, v_ptr, coefficients_ptr, clip_ptr, d,
     rest1, beta2, rest2, eps,
@@ -189,14 +190,14 @@ def adam_rows_(
     operands = param, grad.contiguous(), exp_avg, exp_avg_sq, coefficients, clip
     constants = 1 - beta1, beta2, 1 - beta2, eps
     if not project and not unit_norm:
-        grid = (triton.cdiv(param.numel(), FLAT),)
+        grid = (ceil_div(param.numel(), FLAT),)
         _adam_flat_kernel[grid](*operands, param.numel(), *constants, FLAT, num_warps=FLAT_WARPS)
         return
     # at odd widths every element has its own addresses, and 8192 of them spill
     whole = d <= (WHOLE if d % 16 == 0 else WHOLE // 2)
-    block = triton.next_power_of_2(d) if whole else TILE
-    kernel = _adam_row_kernel if whole else _adam_wide_kernel
-    kernel[(rows,)](*operands, d, *constants, project, unit_norm, block, num_warps=warps_of(block))
+    block = power_of_two(d) if whole else TILE
+    by_row = _adam_row_kernel if whole else _adam_wide_kernel
+    by_row[(rows,)](*operands, d, *constants, project, unit_norm, block, num_warps=warps_of(block))
 
 
 def halves(value: float) -> tuple[float, float]:
@@ -227,7 +228,7 @@ def cases() -> list[Case]:
         found.append(Case(f"flat {name}", _adam_flat_kernel, flat, {"BLOCK": FLAT}, FLAT_WARPS))
         types["d"] = "i32"
         for d in widths:
-            constants = flags | {"BLOCK": triton.next_power_of_2(d)}
+            constants = flags | {"BLOCK": power_of_two(d)}
             warps = warps_of(constants["BLOCK"])
             even = ("d",) if d % 16 == 0 else ()
             row = f"row {name} d={d}"

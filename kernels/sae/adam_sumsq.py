@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..common.launch import ceil_div, kernel, power_of_two
 from ..common.offline import Case
 
 # a row of at most this many elements is held in registers; a wider one is swept in tiles
@@ -29,14 +30,14 @@ def product_sum(a, b):
     return tl.sum(a.to(tl.float64) * b.to(tl.float64))
 
 
-@triton.jit
+@kernel()
 def _sumsq_flat_kernel(grad_ptr, out_ptr, n, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     g = tl.load(grad_ptr + at, mask=at < n, other=0.0).to(tl.float32)
     tl.store(out_ptr + tl.program_id(0), product_sum(g, g))
 
 
-@triton.jit
+@kernel()
 def _sumsq_rows_kernel(
     grad_ptr, param_ptr, out_ptr, d, WHOLE_ROW: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -83,14 +84,14 @@ def check_operands(op: str, param: torch.Tensor, grad: torch.Tensor) -> None:
 def grad_sumsq(grad: torch.Tensor, param: torch.Tensor, project: bool) -> torch.Tensor:
     check_operands("grad_sumsq", param, grad)
     rows, d = param.shape
-    count = rows if project else triton.cdiv(param.numel(), FLAT)
+    count = rows if project else ceil_div(param.numel(), FLAT)
     partial = torch.empty(count, dtype=torch.float64, device=param.device)
     grad = grad.contiguous()
     if param.numel() == 0:
         partial.zero_()
     elif project:
         whole = d <= WHOLE
-        block = triton.next_power_of_2(d) if whole else TILE
+        block = power_of_two(d) if whole else TILE
         _sumsq_rows_kernel[(rows,)](
             grad, param, partial, d, whole, block, num_warps=warps_of(block)
         )
@@ -109,7 +110,7 @@ def cases() -> list[Case]:
     ):
         types = {"grad_ptr": f"*{grad}", "param_ptr": f"*{param}", "out_ptr": "*fp64", "d": "i32"}
         for d in widths:
-            block = triton.next_power_of_2(d) if d <= WHOLE else TILE
+            block = power_of_two(d) if d <= WHOLE else TILE
             constants = {"WHOLE_ROW": d <= WHOLE, "BLOCK": block}
             even = ("d",) if d % 16 == 0 else ()
             name, warps = f"rows {param} from {grad} d={d}", warps_of(block)

@@ -15,38 +15,40 @@ import torch
 import triton
 import triton.language as tl
 
+from ..common.launch import ceil_div, kernel
 from ..common.offline import Case
 
 UNROLL = 4
 SCAN = 1024  # slots that are not in use, looked at together
-# elements of d a program: 16-byte loads of bf16 for a warp's 32 threads, twice
-CONFIG = {"BLOCK": 512, "num_warps": 4}
+# 16 elements of d per thread: a slot costs a warp some 30 instructions beside its elements' own.
+# With 4 warps a program it was they that bound an H200 at G1 in bf16, 0.063 ms, not the rows; now
+# 0.033. A block of 512 leaves 2304 and 4096 with few idle lanes.
+CONFIG = {"BLOCK": 512, "num_warps": 1}
 
 
 @triton.jit
 def add_slots(
-    total, values, indices, w_ptr, begin, end, d, n_features, column, inside, offset, stride_vk,
-    stride_ik, stride_wf, UNROLL: tl.constexpr, BLOCK: tl.constexpr,
+    total, values, indices, w_ptr, begin, end, d, n_features, column, offset, stride_vk, stride_ik,
+    stride_wf, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """total and the rows of slots begin..end, which lie at values and indices."""
     for first in range(begin, end, UNROLL):
         for j in tl.static_range(UNROLL):
             slot = first + j
             valid = slot < end
-            value = tl.load(values + slot * stride_vk, mask=valid, other=0.0)
-            value = tl.broadcast_to(value.to(tl.float32), [BLOCK])
+            value = tl.load(values + slot * stride_vk, mask=valid, other=0.0).to(tl.float32)
             index = tl.load(indices + slot * stride_ik, mask=valid, other=0)
+            active = value != 0
             # an inactive slot adds nothing, whatever its row holds
-            active = inside & (value != 0)
-            reach = tl.where((index >= 0) & (index < n_features), d, 0)
-            there = active & (column < reach)
-            w = tl.load(w_ptr + index * stride_wf + offset, mask=there, other=float("nan"))
-            total += tl.where(active, value * w.to(tl.float32), 0.0)
+            absent = tl.where(active, float("nan"), 0.0).to(w_ptr.dtype.element_ty)
+            reach = tl.where(active & (index >= 0) & (index < n_features), d, 0)
+            w = tl.load(w_ptr + index * stride_wf + offset, mask=column < reach, other=absent)
+            total += value * w.to(tl.float32)
     return total
 
 
 # not d: where 16 divides it, a thread reads four numbers of a row at a time, else one
-@triton.jit(do_not_specialize=["k", "n_features"])
+@kernel(do_not_specialize=["k", "n_features"])
 def _decode_kernel(
     values_ptr, indices_ptr, rows_ptr, w_ptr, bias_ptr, x_ptr, out_ptr, squares_ptr, k, d,
     n_features, stride_vn, stride_vk, stride_in, stride_ik, stride_wf, stride_wd, stride_b,
@@ -59,16 +61,16 @@ def _decode_kernel(
     total = tl.zeros([BLOCK], tl.float32)
     if rows_ptr is None:
         total = add_slots(
-            total, values_ptr + row * stride_vn, indices_ptr + row * stride_in, w_ptr, 0, k, d,
-            n_features, column, inside, offset, stride_vk, stride_ik, stride_wf, UNROLL, BLOCK,
+            total, values_ptr + row * stride_vn, indices_ptr + row * stride_in, w_ptr, 0, k,
+            d, n_features, column, offset, stride_vk, stride_ik, stride_wf, UNROLL,
         )  # fmt: skip
     else:
         # k is the number of slots; offsets of anyone's making stay within it
         begin = tl.minimum(tl.maximum(tl.load(rows_ptr + row), 0), k)
         end = tl.minimum(tl.maximum(tl.load(rows_ptr + row + 1), begin), k)
         total = add_slots(
-            total, values_ptr, indices_ptr, w_ptr, begin, end, d, n_features, column, inside,
-            offset, stride_vk, stride_ik, stride_wf, UNROLL, BLOCK,
+            total, values_ptr, indices_ptr, w_ptr, begin, end, d, n_features, column, offset,
+            stride_vk, stride_ik, stride_wf, UNROLL,
         )  # fmt: skip
         if row == tl.num_programs(0) - 1:
             for first in range(end, k, SCAN):
@@ -76,9 +78,8 @@ def _decode_kernel(
                 idle = tl.load(values_ptr + at * stride_vk, mask=at < k, other=0.0) == 0
                 if tl.min(idle.to(tl.int32)) == 0:
                     total = add_slots(
-                        total, values_ptr, indices_ptr, w_ptr, first,
-                        tl.minimum(first + SCAN, k), d, n_features, column, inside, offset,
-                        stride_vk, stride_ik, stride_wf, UNROLL, BLOCK,
+                        total, values_ptr, indices_ptr, w_ptr, first, tl.minimum(first + SCAN, k),
+                        d, n_features, column, offset, stride_vk, stride_ik, stride_wf, UNROLL,
                     )  # fmt: skip
     if bias_ptr is not None:
         total += tl.load(bias_ptr + column * stride_b, mask=inside, other=0.0).to(tl.float32)
@@ -97,7 +98,7 @@ def _launch(values, indices, row_offsets, w, bias, x, out, squares) -> None:
     strides = *values.stride(), *indices.stride()
     if row_offsets is not None:
         row_offsets, strides = row_offsets.contiguous(), (0, strides[0], 0, strides[1])
-    _decode_kernel[(n, triton.cdiv(d, CONFIG["BLOCK"]))](
+    _decode_kernel[(n, ceil_div(d, CONFIG["BLOCK"]))](
         values, indices, row_offsets, w, bias, x, out, squares, values.shape[-1], d, w.shape[0],
         *strides, *w.stride(), 0 if bias is None else bias.stride(0),
         *((0, 0) if x is None else x.stride()), UNROLL=UNROLL, SCAN=SCAN, **CONFIG,
@@ -129,7 +130,7 @@ def decode_error(
     """`mikernels::decode_error`: y - x [N, d] and |y - x|^2 [N], both fp32."""
     n, d = x.shape
     error = torch.empty(n, d, dtype=torch.float32, device=x.device)
-    blocks = max(1, triton.cdiv(d, CONFIG["BLOCK"]))
+    blocks = max(1, ceil_div(d, CONFIG["BLOCK"]))
     squares = torch.empty(n, blocks, dtype=torch.float32, device=x.device)
     _launch(values, indices, row_offsets, w, bias, x, error, squares)
     return error, squares.sum(1) if d else squares.new_zeros(n)

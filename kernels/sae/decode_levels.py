@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..common.launch import ceil_div, kernel, power_of_two
 from ..common.offline import Case
 from .decode import SCAN, UNROLL
 
@@ -21,7 +22,7 @@ HELD, WARPS = 2048, 4
 
 
 def tile(count: int) -> dict[str, int]:
-    levels = triton.next_power_of_2(count)
+    levels = power_of_two(count)
     return {"LEVELS": levels, "BLOCK": min(512, max(32, HELD // levels))}
 
 
@@ -49,7 +50,7 @@ def add_slots(
     return total
 
 
-@triton.jit(do_not_specialize=["n", "k", "n_features", "count"])
+@kernel(do_not_specialize=["n", "k", "n_features", "count"])
 def _decode_levels_kernel(
     values_ptr, indices_ptr, rows_ptr, w_ptr, bias_ptr, x_ptr, levels_ptr, mix_ptr, mixed_ptr,
     error_ptr, squares_ptr, n, k, d, n_features, count, stride_vn, stride_vk, stride_in, stride_ik,
@@ -121,7 +122,7 @@ def decode_levels(
     mixed = torch.empty(count, n, d, dtype=torch.float32, device=x.device)
     error = torch.empty(n, d, dtype=torch.float32, device=x.device)
     sizes = tile(count)
-    blocks = triton.cdiv(d, sizes["BLOCK"])
+    blocks = ceil_div(d, sizes["BLOCK"])
     squares = torch.empty(count, n, blocks, dtype=torch.float32, device=x.device)
     if n and d:
         strides = *values.stride(), *indices.stride()

@@ -22,8 +22,9 @@ import math
 from dataclasses import dataclass
 
 import torch
-import triton
 
+from ..common.full_sums import full_sums
+from ..common.launch import ceil_div, power_of_two
 from ..common.products import WIDEN, part
 from ..select.row_topk import select_into
 from .encode_again import AGAIN, AGAIN_LAUNCH, _encode_again_kernel
@@ -39,7 +40,7 @@ from .encode_exact import (
     _encode_queue_kernel,
     list_size,
 )
-from .encode_plain import encode_plain, full_sums
+from .encode_plain import encode_plain
 from .encode_screen import (
     EXTRA,
     PACK,
@@ -80,7 +81,7 @@ def candidates(k: int, d: int, n_features: int) -> int:
     Those whose bound reaches the k-th score, and 16 more for chance, are kept at least. Only those
     that reach it are scored, so keeping more is cheap, and having kept too few is rare.
     """
-    return min(n_features, triton.next_power_of_2(math.ceil(reaching(k, d)) + 16))
+    return min(n_features, power_of_two(math.ceil(reaching(k, d)) + 16))
 
 
 def reaching(k: int, d: int) -> float:
@@ -184,7 +185,7 @@ def survey(w: Weights, b: Buffers) -> None:
 def pack_tokens(x: torch.Tensor, w: Weights, b: Buffers) -> None:
     n, d = x.shape
     width = b.x.shape[1]
-    _encode_pack_x_kernel[(triton.cdiv(n, PACK["ROWS"]),)](
+    _encode_pack_x_kernel[(ceil_div(n, PACK["ROWS"]),)](
         x, w.b_dec, b.survey, b.x, b.exponents, n, d, width - EXTRA.value, root_exponent(d),
         *x.stride(), width, step(w.b_dec), num_warps=PACK_WARPS, **PACK,
     )  # fmt: skip
@@ -194,7 +195,7 @@ def pack_weights(w: Weights, first: int, end: int, count: torch.Tensor | None, b
     """The packed features first..end, written unless `count` holds 0."""
     rows, scale, bias = (part(t, first, end) for t in (w.w_enc, w.scale, w.b_enc))
     (f, d), width = rows.shape, b.weights.shape[1]
-    _encode_pack_w_kernel[(triton.cdiv(f, PACK["ROWS"]),)](
+    _encode_pack_w_kernel[(ceil_div(f, PACK["ROWS"]),)](
         rows, scale, bias, b.survey, count, b.weights,
         f, d, width - EXTRA.value, root_exponent(d),
         *rows.stride(), width, step(scale), step(bias), num_warps=PACK_WARPS, **PACK,
@@ -217,7 +218,7 @@ def screen(n: int, w: Weights, panels: list[tuple[int, int]], rows: int, b: Buff
 def settle(x: torch.Tensor, w: Weights, k: int, relu: bool, b: Buffers, out) -> None:
     """Exact scores of the candidates, the selection, and whether it is certain."""
     (n, d), c = x.shape, b.winners.c
-    block = max(16, triton.next_power_of_2(c))
+    block = max(16, power_of_two(c))
     _encode_settle_kernel[(n,)](
         x, *w.pointers, b.exponents, b.winners.scores, b.winners.features, *b.scores, *out,
         b.states, b.floors, b.thresholds, d, c, k, int(c == len(w.w_enc)),
@@ -231,12 +232,12 @@ def again(x, w: Weights, panels, k: int, relu: bool, sizes: Plan, b: Buffers, ou
     _encode_queue_kernel[(1,)](
         b.states, b.counts, b.queue, b.zeros, n, BLOCK=QUEUE, num_warps=8
     )  # fmt: skip
-    tiles = triton.cdiv(min(n, sizes.again), AGAIN["BLOCK_N"])
+    tiles = ceil_div(min(n, sizes.again), AGAIN["BLOCK_N"])
     # the last panel is still packed
     for first, end in reversed(panels) if tiles else ():
         if end < f:
             pack_weights(w, first, end, b.counts, b)
-        _encode_again_kernel[(tiles * triton.cdiv(end - first, AGAIN["BLOCK_F"]),)](
+        _encode_again_kernel[(tiles * ceil_div(end - first, AGAIN["BLOCK_F"]),)](
             b.x, b.weights, b.counts, b.queue, b.thresholds, b.masks,
             end - first, first, sizes.again, b.x.shape[1], b.masks.stride(0),
             WIDEN=WIDEN, **AGAIN, **AGAIN_LAUNCH,
@@ -253,7 +254,7 @@ def again(x, w: Weights, panels, k: int, relu: bool, sizes: Plan, b: Buffers, ou
         RELU=relu, BLOCK=MERGE, num_warps=8,
     )  # fmt: skip
     _encode_copy_kernel[(COPIERS,)](
-        b.counts, b.zeros, *out, k, BLOCK=max(16, min(1024, triton.next_power_of_2(k)))
+        b.counts, b.zeros, *out, k, BLOCK=max(16, min(1024, power_of_two(k)))
     )  # fmt: skip
 
 

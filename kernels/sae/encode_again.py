@@ -6,9 +6,9 @@ its bound reaches it, and `encode_exact` scores those. The host does not know ho
 there are. It launches a grid for as many as there are bits for, and programs beyond them end.
 """
 
-import triton
 import triton.language as tl
 
+from ..common.launch import kernel
 from ..common.offline import Case
 from ..common.products import multiply
 from .encode_screen import SLACK
@@ -18,7 +18,7 @@ AGAIN = {"BLOCK_N": 128, "BLOCK_F": 128, "BLOCK_D": 32}
 AGAIN_LAUNCH = {"num_warps": 8, "num_stages": 3}
 
 
-@triton.jit(do_not_specialize=["f", "base", "capacity"])
+@kernel(do_not_specialize=["f", "base", "capacity"])
 def _encode_again_kernel(
     x_ptr, v_ptr, count_ptr, queue_ptr, thresholds_ptr, masks_ptr, f, base, capacity, width,
     stride_masks,

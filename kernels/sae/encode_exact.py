@@ -14,6 +14,7 @@ Tokens of zeros have the same scores: one of them stands in the queue, the other
 import triton
 import triton.language as tl
 
+from ..common.launch import kernel
 from ..common.offline import Case, with_odd_sizes
 from ..select.order import NOTHING, order_key, places
 from ..select.row_topk_passes import kth_by_passes
@@ -33,7 +34,7 @@ def list_size(k: int) -> int:
     return k + 2 * EXACT["SEGMENT"]
 
 
-@triton.jit(do_not_specialize=["n"])
+@kernel(do_not_specialize=["n"])
 def _encode_queue_kernel(states_ptr, counts_ptr, queue_ptr, zeros_ptr, n, BLOCK: tl.constexpr):
     """Lists uncertain tokens and, apart, those of zeros, of which the first is uncertain too."""
     waiting = tl.full((), 0, tl.int32)
@@ -82,7 +83,7 @@ def _cut(s_ptr, h_ptr, features_ptr, held, k, BLOCK: tl.constexpr):
     return kth
 
 
-@triton.jit(do_not_specialize=["f", "k", "capacity", "size"])
+@kernel(do_not_specialize=["f", "k", "capacity", "size"])
 def _encode_exact_kernel(
     x_ptr, w_ptr, b_enc_ptr, b_dec_ptr, scale_ptr, counts_ptr, queue_ptr, floors_ptr, masks_ptr,
     s_ptr, h_ptr, features_ptr, todo_ptr, held_ptr, values_ptr, indices_ptr,
@@ -165,7 +166,7 @@ def _joined(s_ptr, held_ptr, number, count, shares, k, size, first, BLOCK: tl.co
     return tl.where(inside, order_key(s, 0), NOTHING), place
 
 
-@triton.jit(do_not_specialize=["k", "size", "programs"])
+@kernel(do_not_specialize=["k", "size", "programs"])
 def _encode_merge_kernel(
     counts_ptr, queue_ptr, s_ptr, h_ptr, features_ptr, held_ptr, values_ptr, indices_ptr,
     k, size, programs, RELU: tl.constexpr, BLOCK: tl.constexpr,
@@ -206,7 +207,7 @@ def _encode_merge_kernel(
             ties_before += tl.sum((keys == kth).to(tl.int32))
 
 
-@triton.jit(do_not_specialize=["k"])
+@kernel(do_not_specialize=["k"])
 def _encode_copy_kernel(counts_ptr, zeros_ptr, values_ptr, indices_ptr, k, BLOCK: tl.constexpr):
     """The codes of the first token of zeros, for all the others."""
     zeros = tl.load(counts_ptr + 1)

@@ -10,10 +10,10 @@ not on how much memory is free.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 
+from ..common.full_sums import full_sums
 from ..common.products import part
 from ..select.row_topk import select_into
 from .encode_winners import (
@@ -101,24 +101,3 @@ def _panel(x, weights, bias, rows: int, scratch) -> Iterator[tuple[int, torch.Te
         else:
             torch.addmm(bias, here, weights.T, out=scores)
         yield row, scores
-
-
-@contextmanager
-def full_sums() -> Iterator[None]:
-    """cuBLAS may neither sum up a 16-bit product in 16 bits, nor parts of it."""
-    matmul = torch.backends.cuda.matmul
-    names = "allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction"
-    before = {}
-    for name in names:
-        # newer torch has a second half, whether products may be split at all
-        split = getattr(matmul, f"{name}_split_k", None)
-        before[name] = getattr(matmul, name) if split is None else (getattr(matmul, name), split)
-        setattr(matmul, name, False if split is None else (False, split))
-    if hasattr(matmul, "allow_fp16_accumulation"):
-        before["allow_fp16_accumulation"] = matmul.allow_fp16_accumulation
-        matmul.allow_fp16_accumulation = False
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(matmul, name, value)

@@ -31,6 +31,7 @@ denormal: `LOST`).
 import triton
 import triton.language as tl
 
+from ..common.launch import kernel
 from ..common.offline import Case, with_odd_sizes
 
 # 1,024 rows, evenly spread, tell the unit of the weights: 9 MB of 1.2 GB at G2
@@ -111,7 +112,7 @@ def scaled(score, e):
     return tl.where(e == LOST, float("-inf"), score)
 
 
-@triton.jit(do_not_specialize=["f"])
+@kernel(do_not_specialize=["f"])
 def _encode_survey_kernel(
     rows_ptr, scale_ptr, bias_ptr, survey_ptr, f, d,
     stride_row, stride_col, stride_scale, stride_bias,
@@ -162,7 +163,7 @@ def _norm(squares):
 
 
 # not d and body: where 16 divides them, a thread moves 16 bytes at a time, else one number
-@triton.jit(do_not_specialize=["n", "root"])
+@kernel(do_not_specialize=["n", "root"])
 def _encode_pack_x_kernel(
     rows_ptr, shift_ptr, survey_ptr, packed_ptr, exponents_ptr, n, d, body, root,
     stride_row, stride_col, stride_packed, stride_shift,
@@ -222,7 +223,7 @@ def _encode_pack_x_kernel(
     tl.store(exponents_ptr + row, e, mask=valid)
 
 
-@triton.jit(do_not_specialize=["n", "root"])
+@kernel(do_not_specialize=["n", "root"])
 def _encode_pack_w_kernel(
     rows_ptr, scale_ptr, bias_ptr, survey_ptr, count_ptr, packed_ptr, n, d, body, root,
     stride_row, stride_col, stride_packed, stride_scale, stride_bias,

@@ -10,6 +10,7 @@ left out exceeds, stays below the k-th score.
 import triton
 import triton.language as tl
 
+from ..common.launch import kernel
 from ..common.offline import Case, with_odd_sizes
 from ..select.order import NOTHING, kth_key, least_key, order_key, places
 from .encode_screen import NAN, RELATIVE, SLACK, ZERO, scaled
@@ -91,7 +92,7 @@ def _score_all(
     return least
 
 
-@triton.jit(do_not_specialize=["c", "k", "complete"])
+@kernel(do_not_specialize=["c", "k", "complete"])
 def _encode_settle_kernel(
     x_ptr, w_ptr, b_enc_ptr, b_dec_ptr, scale_ptr, exponents_ptr, bounds_ptr, candidates_ptr,
     s_ptr, h_ptr, values_ptr, indices_ptr, states_ptr, floors_ptr, thresholds_ptr,

@@ -19,6 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..common.launch import kernel, power_of_two
 from ..common.offline import Case
 from ..select import order
 from ..select.order import NOTHING, kth_key, largest_key, least_key, order_key, places
@@ -63,7 +64,7 @@ def _held(scores, features, c, UNUSED: tl.constexpr, LIST: tl.constexpr):
     return tl.sum((feature >= 0).to(tl.int32)), floor
 
 
-@triton.jit(do_not_specialize=["c", "base"])
+@kernel(do_not_specialize=["c", "base"])
 def _encode_winners_whole_kernel(
     panel_ptr, scores_ptr, features_ptr, n, c, base, stride_row, stride_list,
     UNUSED: tl.constexpr, BLOCK: tl.constexpr, LIST: tl.constexpr,
@@ -90,7 +91,7 @@ def _encode_winners_whole_kernel(
         _merge(scores, features, c, held, arrived, UNUSED, LIST)
 
 
-@triton.jit(do_not_specialize=["c", "base"])
+@kernel(do_not_specialize=["c", "base"])
 def _encode_winners_grouped_kernel(
     panel_ptr, scores_ptr, features_ptr, maxima_ptr, n, c, base, stride_row, stride_list,
     UNUSED: tl.constexpr, GROUP: tl.constexpr, STEP: tl.constexpr, GROUPS: tl.constexpr,
@@ -157,10 +158,10 @@ class Shape:
 
 @functools.lru_cache(maxsize=256)
 def shape_of(width: int, c: int) -> Shape:
-    held = max(16, triton.next_power_of_2(c))
+    held = max(16, power_of_two(c))
     grouped = grouped_shape(width, c)
     if grouped is None:
-        block = max(16, triton.next_power_of_2(width))
+        block = max(16, power_of_two(width))
         return Shape(0, {"BLOCK": block, "LIST": held}, warps(max(block, 2 * held)))
     constants = {name: size for name, size in grouped.items() if name != "num_warps"}
     num_warps = max(grouped["num_warps"], warps(2 * held))

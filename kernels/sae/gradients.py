@@ -9,10 +9,10 @@ NaN, and nothing outside w is read.
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 
 from ..common import offline
+from ..common.launch import ceil_div, kernel, power_of_two
 from .gradients_hot import FORMS, levels_inside
 
 
@@ -27,7 +27,7 @@ def by_feature(indices: torch.Tensor, n_features: int) -> tuple[torch.Tensor, to
     return torch.searchsorted(features, bounds), order
 
 
-@triton.jit(do_not_specialize=["k", "n_features"])
+@kernel(do_not_specialize=["k", "n_features"])
 def _gather_dot_kernel(
     rows, w, indices, tokens, levels, out, k, d, n_features, rows_l, rows_n, rows_d, w_f, w_d,
     indices_n, indices_k, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -86,11 +86,11 @@ def gather_dots(
     levels, rows_l = levels_inside(rows, levels)
     if out.numel() == 0:
         return out
-    block_d = min(max(64, triton.next_power_of_2(d)), 512)
-    block_k = min(GATHER_TILES[block_d], triton.next_power_of_2(k))
+    block_d = min(max(64, power_of_two(d)), 512)
+    block_k = min(GATHER_TILES[block_d], power_of_two(k))
     # all slots of ragged codes are those of one program's token
     owners, strides = (n, indices.stride()) if tokens is None else (1, (0, *indices.stride()))
-    _gather_dot_kernel[(owners * triton.cdiv(k, block_k),)](
+    _gather_dot_kernel[(owners * ceil_div(k, block_k),)](
         rows,
         w,
         indices,

@@ -13,9 +13,13 @@ whatever runs first.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
+
+from ..common.launch import ceil_div
 
 CHUNK = 512  # slots, a power of two: 100 times the mean of a feature at the reference shapes
 # blocks at most, so that the workspace of two sums is 2 x 1024 x 2 x d x 4 bytes: 38 MB at d = 2304
@@ -30,37 +34,61 @@ FORMS: tuple[tuple[str, dict[str, str], dict[str, None]], ...] = (
 
 def chunk_bits(slots: int) -> int:
     """log2 of the slots of one block, for M slots in all."""
-    return (max(CHUNK, triton.cdiv(slots, MAX_BLOCKS)) - 1).bit_length()
+    return (max(CHUNK, ceil_div(slots, MAX_BLOCKS)) - 1).bit_length()
 
 
 def shares(slots: int, bits: int) -> int:
     """Programs that cover the hot features; 0 if no feature can be hot."""
     chunk = 1 << bits
-    return 2 * triton.cdiv(slots, chunk) if slots > chunk else 0
+    return 2 * ceil_div(slots, chunk) if slots > chunk else 0
 
 
 def is_short(slots: int) -> bool:
     return slots < 2**31
 
 
-def inside(
-    offsets: torch.Tensor, order: torch.Tensor, slots: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """What kernels may follow: offsets and order of anyone's making, held within the M slots.
+class Slots(NamedTuple):
+    """M slots by feature, held within what is there, whoever made offsets, order and tokens.
 
-    Two small kernels (1 MB of order at 4096 x 32) rather than two comparisons per slot in loops
-    that have no register left. by_feature's own come out as they are.
+    Attributes:
+        offsets, order: as by_feature's; its own come out as they are.
+        tokens: of ragged slots; None if `k` of a token lie side by side.
+        bits, shares: log2 of the slots of a block, and the programs that cover the hot features.
     """
-    return offsets.contiguous().clamp(0, slots), order.contiguous().clamp(0, max(slots - 1, 0))
+
+    offsets: torch.Tensor
+    order: torch.Tensor
+    tokens: torch.Tensor | None
+    k: int
+    count: int
+    bits: int
+    shares: int
 
 
-def owners(
-    values: torch.Tensor, tokens: torch.Tensor | None, n: int
-) -> tuple[int, torch.Tensor | None]:
-    """k of padded slots, or the tokens of ragged ones, held within the n rows."""
-    if tokens is None:
-        return values.shape[1], None
-    return 1, tokens.contiguous().clamp(0, max(n - 1, 0))
+def held(
+    values: torch.Tensor,
+    offsets: torch.Tensor,
+    order: torch.Tensor,
+    tokens: torch.Tensor | None,
+    n: int,
+) -> Slots:
+    """Slots of these values, [N, k] or [M] with tokens, whose rows are n.
+
+    Small kernels of torch (1 MB of order at 4096 x 32) rather than comparisons per slot in loops
+    that have no register left.
+    """
+    count = values.numel()
+    bits = chunk_bits(count)
+    offsets, order = offsets.contiguous(), order.contiguous()
+    return Slots(
+        offsets.clamp(0, count),
+        order.clamp(0, max(count - 1, 0)),
+        None if tokens is None else tokens.contiguous().clamp(0, max(n - 1, 0)),
+        values.shape[1] if tokens is None else 1,
+        count,
+        bits,
+        shares(count, bits),
+    )
 
 
 def levels_inside(
@@ -124,6 +152,19 @@ def feature_work(feature, offsets, bits):
     first = begin >> bits
     last = tl.where(hot, ((end - 1) >> bits) + 1, first)
     return begin, tl.where(hot, begin, end), first, last
+
+
+@triton.jit
+def compensated(total, lost, term):
+    """total + term, and what that rounding lost, which the next term makes good (Kahan).
+
+    A chain of 64 fp32 additions is some 8 times less accurate; the rows' loads hide the operations.
+    """
+    term -= lost
+    longer = total + term
+    lost = (longer - total) - term
+    # an infinite or NaN sum has lost nothing
+    return longer, tl.where(tl.abs(lost) < float("inf"), lost, 0.0)
 
 
 @triton.jit

@@ -2,7 +2,7 @@
 """sae_update_: see mikernels/ops/sae/update.py.
 
 A program owns R consecutive features. For each it sums both gradient rows in registers, as
-`gradients_fused` does, and applies them there, so that weights and moments are read once and
+`update_rows` does, and applies them there, so that weights and moments are read once and
 written once and gradients never. Its part of sum_f db_enc[f] w_enc[f] is one row of a workspace of
 at most 4096 rows. Rows wider than 4096 are left to `update_wide`.
 """
@@ -10,31 +10,20 @@ at most 4096 rows. Rows wider than 4096 are left to `update_wide`.
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 
+from ..common.launch import ceil_div, kernel
 from ..common.offline import Case
 from . import gradients_hot
 from .adam import _coefficients_kernel, halves, moved, next_moments, shrinkage
 from .adam_sumsq import product_sum
-from .gradients_fused import WIDEST, _sae_shares_kernel, row_tile, sae_feature
+from .update_rows import TILES, WIDEST, _update_shares_kernel, feature_rows, row_tile
 from .update_wide import update_by_pieces
 
-# BLOCK_D -> (slots of a tile, warps): 4 columns per thread, 8 in the widest, keep ten rows in 128
-# registers, so that 16 warps fit on an SM
-TILES = {
-    64: (8, 1),
-    128: (4, 1),
-    256: (2, 2),
-    512: (2, 4),
-    1024: (2, 8),
-    2048: (2, 16),
-    4096: (2, 16),
-}
 MOST_PROGRAMS = 4096  # 15 for each of 264 that run at once on an H200
 
 
-@triton.jit(do_not_specialize=["n_features", "bits", "k", "R"])
+@kernel(do_not_specialize=["n_features", "bits", "k", "R"])
 def _sae_update_kernel(
     values, order, offsets, tokens, dy, x, w_dec, partial, partial_bias,
     w_enc, m_dec, v_dec, m_enc, v_enc, shadow_dec, shadow_enc, db_enc, row_sums,
@@ -57,9 +46,9 @@ def _sae_update_kernel(
         p = tl.load(w_dec + at + columns, inside, other=0).to(tl.float32)
         m1 = tl.load(m_dec + at + columns, inside, other=0)
         v1 = tl.load(v_dec + at + columns, inside, other=0)
-        to_dec, to_enc, bias = sae_feature(
-            feature, values, None, order, offsets, tokens, dy, x, p, partial, partial_bias,
-            bits, k, d, None, dy_n, dy_d, x_n, x_d, columns, inside, inside, SHORT, E, BLOCK_D,
+        to_dec, to_enc, bias = feature_rows(
+            feature, values, order, offsets, tokens, dy, x, p, partial, partial_bias,
+            bits, k, d, dy_n, dy_d, x_n, x_d, columns, inside, SHORT, E, BLOCK_D,
         )  # fmt: skip
         tl.store(db_enc + feature, bias)
         q = tl.load(w_enc + at + columns, inside, other=0).to(tl.float32)
@@ -141,53 +130,32 @@ def sae_update_(
     if n_features == 0:
         return w_dec.new_empty(0, dtype=torch.float32), w_dec.new_zeros(d, dtype=torch.float32)
     settings = lr, beta1, beta2, eps, step, clip
+    slots = gradients_hot.held(values, offsets, order, tokens, dy.shape[0])
     values = values.contiguous()
     db_enc = w_dec.new_empty(n_features, dtype=torch.float32)
     # at odd widths every element has its own address, and ten rows of 4096 spill
     if d > (WIDEST if d % 16 == 0 else WIDEST // 2):
-        operands = values, indices, offsets, order, tokens, dy, x, w_dec, *rows.values(), db_enc
-        d_input = update_by_pieces(*operands, settings, project, unit_norm)
+        weights = tuple(rows.values())
+        d_input = update_by_pieces(
+            values, slots, dy, x, w_dec, weights, db_enc, settings, project, unit_norm
+        )
         for shadow, weight in ((shadow_dec, w_dec), (shadow_enc, w_enc)):
             if shadow is not None:
                 shadow.copy_(weight)
         return db_enc, d_input
-    slots = values.numel()
-    k, tokens = gradients_hot.owners(values, tokens, dy.shape[0])
-    offsets, order = gradients_hot.inside(offsets, order, slots)
-    bits = gradients_hot.chunk_bits(slots)
-    shares = gradients_hot.shares(slots, bits)
-    partial = dy.new_empty(shares, 2, d, dtype=torch.float32)
-    partial_bias = dy.new_empty(shares, dtype=torch.float32)
-    operands = values, order, offsets, tokens, dy, x, w_dec, partial, partial_bias
-    sizes = k, d, *dy.stride(), *x.stride()
-    tile = row_tile(d, slots, TILES)
-    if shares:
-        _sae_shares_kernel[(shares,)](
-            values,
-            None,
-            order,
-            offsets,
-            tokens,
-            dy,
-            None,
-            x,
-            w_dec,
-            partial,
-            partial_bias,
-            n_features,
-            slots,
-            bits,
-            k,
-            d,
-            None,
-            0,
-            *dy.stride(),
-            *x.stride(),
-            *w_dec.stride(),
-            **row_tile(d, slots),
+    partial = dy.new_empty(slots.shares, 2, d, dtype=torch.float32)
+    partial_bias = dy.new_empty(slots.shares, dtype=torch.float32)
+    operands = (
+        values, slots.order, slots.offsets, slots.tokens, dy, x, w_dec, partial, partial_bias
+    )  # fmt: skip
+    sizes = slots.k, d, *dy.stride(), *x.stride()
+    tile = row_tile(d, slots.count)
+    if slots.shares:
+        _update_shares_kernel[(slots.shares,)](
+            *operands, n_features, slots.count, slots.bits, *sizes, **tile
         )
-    owned = triton.cdiv(n_features, MOST_PROGRAMS)
-    programs = triton.cdiv(n_features, owned)
+    owned = ceil_div(n_features, MOST_PROGRAMS)
+    programs = ceil_div(n_features, owned)
     row_sums = dy.new_empty(programs, d, dtype=torch.float32)
     coefficients = dy.new_empty(2, dtype=torch.float32)
     _coefficients_kernel[(1,)](lr, step, coefficients, *halves(beta1), *halves(beta2), num_warps=1)
@@ -195,7 +163,7 @@ def sae_update_(
         *operands, *rows.values(),
         w_dec if shadow_dec is None else shadow_dec, w_enc if shadow_enc is None else shadow_enc,
         db_enc, row_sums, coefficients, clip, 1 - beta1, beta2, 1 - beta2, eps,
-        n_features, owned, bits, *sizes,
+        n_features, owned, slots.bits, *sizes,
         PROJECT=project, UNIT_NORM=unit_norm,
         SHADOW_DEC=shadow_dec is not None, SHADOW_ENC=shadow_enc is not None, **tile,
     )  # fmt: skip

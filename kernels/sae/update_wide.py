@@ -6,8 +6,7 @@ from __future__ import annotations
 import torch
 
 from .adam import adam_rows_
-from .gradients import gather_dots
-from .gradients_hot import owners
+from .gradients_hot import Slots
 from .gradients_sum import sum_by_feature
 
 PIECE = 4096  # features: two buffers of 0.13 GB at d = 8192
@@ -15,38 +14,32 @@ PIECE = 4096  # features: two buffers of 0.13 GB at d = 8192
 
 def update_by_pieces(
     values: torch.Tensor,
-    indices: torch.Tensor,
-    offsets: torch.Tensor,
-    order: torch.Tensor,
-    tokens: torch.Tensor | None,
+    slots: Slots,
     dy: torch.Tensor,
     x: torch.Tensor,
     w_dec: torch.Tensor,
-    w_enc: torch.Tensor,
-    m_dec: torch.Tensor,
-    v_dec: torch.Tensor,
-    m_enc: torch.Tensor,
-    v_enc: torch.Tensor,
+    weights: tuple[torch.Tensor, ...],
     db_enc: torch.Tensor,
     settings: tuple[torch.Tensor, float, float, float, torch.Tensor, torch.Tensor],
     project: bool,
     unit_norm: bool,
 ) -> torch.Tensor:
-    """Everything that sae_update_ writes but the shadows; returns d_input."""
+    """Everything that sae_update_ writes but the shadows; returns d_input.
+
+    `weights` are w_enc and the moments m_dec, v_dec, m_enc, v_enc.
+    """
+    w_enc, m_dec, v_dec, m_enc, v_enc = weights
     n_features, d = w_dec.shape
-    _, tokens = owners(values, tokens, dy.shape[0])
-    dvalues = gather_dots(dy, w_dec, indices, tokens, None, torch.float32)
-    dvalues.masked_fill_(values == 0, 0)
     d_input = w_dec.new_zeros(d, dtype=torch.float64)
     buffers = w_dec.new_empty(2, min(PIECE, n_features), d, dtype=torch.float32)
     for begin in range(0, n_features, PIECE):
         rows = slice(begin, min(begin + PIECE, n_features))
-        bounds = offsets[rows.start : rows.stop + 1]
+        piece = slots._replace(offsets=slots.offsets[rows.start : rows.stop + 1])
         grad, scaled = buffers[:, : rows.stop - rows.start]
-        sum_by_feature(values, values, dy, None, bounds, order, tokens, grad, None, False)
+        dvalues = sum_by_feature(values, dy, None, piece, grad, None, False, w_dec[rows])
+        assert dvalues is not None
         adam_rows_(w_dec[rows], grad, m_dec[rows], v_dec[rows], *settings, project, unit_norm)
-        slots = bounds, order, tokens
-        sum_by_feature(dvalues, values, x, None, *slots, grad, db_enc[rows], False)
+        sum_by_feature(dvalues, x, None, piece, grad, db_enc[rows], False)
         torch.mul(w_enc[rows], db_enc[rows, None], out=scaled)
         d_input += scaled.sum(0, dtype=torch.float64)
         adam_rows_(w_enc[rows], grad, m_enc[rows], v_enc[rows], *settings, False, False)

@@ -14,11 +14,12 @@ passes   any k and any F: the row is read again for every bit (`row_topk_passes`
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 
 import torch
-import triton
 import triton.language as tl
 
+from ..common.launch import ceil_div, kernel, power_of_two
 from ..common.offline import Case
 from . import order
 from .order import NOTHING, kth_key, largest_key, least_key, order_key, places
@@ -34,7 +35,7 @@ SCRATCH = 64 << 20
 RUNTIME = ["k", "n_rows", "base", "stride_out"]
 
 
-@triton.jit(do_not_specialize=RUNTIME)
+@kernel(do_not_specialize=RUNTIME)
 def _row_topk_whole_kernel(
     scores_ptr, values_ptr, indices_ptr, n_rows, n, k, base,
     stride_row, stride_out,
@@ -54,7 +55,7 @@ def _row_topk_whole_kernel(
     tl.store(indices_ptr + out, column + base, mask=taken)
 
 
-@triton.jit(do_not_specialize=RUNTIME)
+@kernel(do_not_specialize=RUNTIME)
 def _row_topk_grouped_kernel(
     scores_ptr, values_ptr, indices_ptr, maxima_ptr, n_rows, n, k, base,
     stride_row, stride_out,
@@ -106,7 +107,7 @@ def group_size(n: int, k: int) -> int | None:
 
     It depends on k through its power of two, so kernels are compiled once for each of those.
     """
-    kept = triton.next_power_of_2(k)
+    kept = power_of_two(k)
 
     def selected_from(g: int) -> float:
         return n / g + kept * g
@@ -116,7 +117,7 @@ def group_size(n: int, k: int) -> int | None:
         for g in (4, 8, 16, 32, 64, 128)
         # estimated: a score that is selected from costs 40 (bf16) to 80 (fp32) instructions, one
         # that is only read 5
-        if 2 * selected_from(g) <= n and kept * g <= TILE and triton.cdiv(n, g) <= MOST_GROUPS
+        if 2 * selected_from(g) <= n and kept * g <= TILE and ceil_div(n, g) <= MOST_GROUPS
     ]
     return min(fitting, key=selected_from, default=None)
 
@@ -126,12 +127,13 @@ def warps(elements: int) -> int:
     return min(16, max(1, elements // 512))
 
 
-def grouped_shape(n: int, k: int) -> dict[str, int] | None:
+@functools.lru_cache
+def grouped_shape(n: int, k: int) -> Mapping[str, int] | None:
     """The pinned configuration of the grouped kernel; None where it does not apply."""
     group = group_size(n, k)
     if group is None:
         return None
-    kept, groups = (triton.next_power_of_2(c) for c in (k, triton.cdiv(n, group)))
+    kept, groups = (power_of_two(c) for c in (k, ceil_div(n, group)))
     return {
         "GROUP": group,
         # 16 KB of loads in flight per program
@@ -175,7 +177,7 @@ def _select_by_triton(
     ends = n_rows, n, k, base, scores.stride(0), values.stride(0)
     shape = grouped_shape(n, k)
     if shape is None and n <= TILE:
-        block = max(16, triton.next_power_of_2(n))
+        block = max(16, power_of_two(n))
         _row_topk_whole_kernel[(n_rows,)](
             scores, values, indices, *ends, UNUSED=unused, BLOCK=block, num_warps=warps(block)
         )
@@ -189,11 +191,11 @@ def _select_by_triton(
     scratch = torch.empty(
         min(rows, n_rows), shape["GROUPS"], dtype=torch.int32, device=scores.device
     )
+    operands = scores, values, indices
     for first in range(0, n_rows, rows):
-        part = scores[first : first + rows]
-        _row_topk_grouped_kernel[(part.shape[0],)](
-            part, values[first:], indices[first:], scratch, *ends, UNUSED=unused, **shape
-        )
+        # views take as long as half a launch
+        part = operands if n_rows <= rows else [t[first : first + rows] for t in operands]
+        _row_topk_grouped_kernel[(len(part[0]),)](*part, scratch, *ends, UNUSED=unused, **shape)
 
 
 def row_topk(scores: torch.Tensor, k: int, sorted: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -237,13 +239,13 @@ def cases() -> list[Case]:
             found.append(case)
 
         for n in (512, 2048, TILE, TILE - 1):
-            block = triton.next_power_of_2(n)
+            block = power_of_two(n)
             title = f"whole {name} {n}"
             add(_row_topk_whole_kernel, title, n, {"BLOCK": block}, warps(block))
         for n, k in shapes:
             shape = grouped_shape(n, k)
             assert shape is not None
-            num_warps, more = shape.pop("num_warps"), {"maxima_ptr": "*i32"}
-            title = f"grouped {name} F={n} k={k}"
-            add(_row_topk_grouped_kernel, title, n, shape, num_warps, more)
+            constants = {size: c for size, c in shape.items() if size != "num_warps"}
+            title, more = f"grouped {name} F={n} k={k}", {"maxima_ptr": "*i32"}
+            add(_row_topk_grouped_kernel, title, n, constants, shape["num_warps"], more)
     return found

@@ -5,6 +5,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..common.launch import kernel
 from ..common.offline import Case
 from . import order
 from .order import NOTHING, order_key, places
@@ -60,7 +61,7 @@ def select_by_passes(
         ties_before += tl.sum((keys == kth).to(tl.int32))
 
 
-@triton.jit(do_not_specialize=["k", "n_rows", "base", "stride_out"])
+@kernel(do_not_specialize=["k", "n_rows", "base", "stride_out"])
 def _row_topk_passes_kernel(
     scores_ptr, values_ptr, indices_ptr, n_rows, n, k, base,
     stride_row, stride_out,

@@ -11,13 +11,15 @@ from gradient_cases import feature_sum, gather_dot
 from oracle import assert_accurate, identical, randint, randn, random_indices, unchanged
 
 from mikernels import _triton
-from mikernels.kernels.sae import gradients_fused, gradients_hot
+from mikernels.kernels.common.launch import power_of_two
+from mikernels.kernels.sae import gradients_hot, gradients_sum
 from mikernels.ops.sae.gradients import (
     by_feature_op,
     by_feature_reference,
     feature_sum_op,
     gather_dot_op,
     sae_gradients_op,
+    weighted_row_sum_op,
 )
 
 
@@ -26,9 +28,14 @@ def chunk(request, monkeypatch):
     monkeypatch.setattr(gradients_hot, "CHUNK", request.param)
 
 
-@pytest.fixture(params=[4096, 4], ids=["", "wide"])
-def widest(request, monkeypatch):
-    monkeypatch.setattr(gradients_fused, "WIDEST", request.param)
+@pytest.fixture(params=["", "blocks"])
+def blocks(request, monkeypatch):
+    """Rows of more than 4 numbers in 2 to 4 blocks of columns."""
+    if request.param:
+        tiles = {2**bits: (4, 1) for bits in range(2, 10)}
+        monkeypatch.setattr(gradients_sum, "SUM_TILES", tiles)
+        columns = lambda n, d, itemsize: max(4, power_of_two(d) // 4)  # noqa: E731
+        monkeypatch.setattr(gradients_sum, "columns_of", columns)
 
 
 def on(device, *tensors):
@@ -140,6 +147,30 @@ def test_feature_sum_leaves_out_rows_of_zero_coefficients(device, chunk):
         assert identical(a.cpu(), e)
 
 
+def test_sums_of_a_feature_of_every_token_are_no_long_chains(device):
+    """Against one product of all 2,048 positive terms, which sums in blocks as a BLAS does."""
+    coefficients, rows = randn(2048, 1).abs(), randn(2048, 260, seed=1).abs()
+    slots = by_feature_reference(torch.zeros(2048, dtype=torch.int64), 1)
+    dw, db = feature_sum_op(*on(device, coefficients, rows, *slots), None, impl="triton")
+    exact = coefficients.double().T @ rows.double()
+    # 2 roundings of the largest sum, whatever the yardstick's luck
+    assert_accurate(dw.cpu(), exact, exact)
+    assert_accurate(db.cpu(), coefficients.double().sum(0), coefficients.sum(0))
+
+
+@pytest.mark.parametrize("n_features, d", [(0, 3), (3, 0), (1, 1), (300, 7), (131, 600)])
+def test_weighted_row_sum(device, dtype, n_features, d):
+    weights, rows = randn(n_features), randn(n_features, d, dtype=dtype, seed=1)
+    exact, eager = (weights.to(t) @ rows.to(t) for t in (torch.float64, torch.float32))
+    for layout in (lambda t: t, *LAYOUTS.values()):
+        given = on(device, weights, layout(rows))
+        with unchanged(*given):
+            out = weighted_row_sum_op(*given, impl="triton")
+        assert out.dtype == torch.float32
+        if d:
+            assert_accurate(out.cpu(), exact, eager)
+
+
 def sae_operands(n, d, n_features, k, dtype, data=randn):
     values, indices = data(n, k, dtype=dtype).relu(), hot_indices(n, k, n_features)
     dy, x, w_dec = (
@@ -177,7 +208,7 @@ def plain(values, indices, dy, x, w_dec, start):
 
 
 @pytest.mark.parametrize("accumulate", [False, True])
-@pytest.mark.parametrize("n, d, n_features, k", [*SHAPES, (6, 2305, 5, 2), (6, 4100, 5, 2)])
+@pytest.mark.parametrize("n, d, n_features, k", [*SHAPES, (6, 1030, 5, 2)])
 def test_sae_gradients(device, dtype, chunk, n, d, n_features, k, accumulate):
     operands = sae_operands(n, d, n_features, k, dtype)
     start = [randn(n_features, d), randn(n_features, d, seed=1), randn(n_features, seed=2)]
@@ -200,7 +231,7 @@ def test_sae_gradients(device, dtype, chunk, n, d, n_features, k, accumulate):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_sae_gradients_layouts(device, chunk, widest, layout):
+def test_sae_gradients_layouts(device, chunk, blocks, layout):
     n_features, d = 5, 8
     operands = sae_operands(6, d, n_features, 2, torch.float16, randint)
     dense = run(device, operands)
@@ -234,7 +265,7 @@ def test_sae_gradients_with_a_low_precision_shadow_of_the_decoder(device, low):
     assert all(map(identical, run(device, operands), expected))
 
 
-def test_sae_gradients_of_slots_whose_value_is_zero(device, chunk, widest):
+def test_sae_gradients_of_slots_whose_value_is_zero(device, chunk, blocks):
     """NaN and inf in rows that no value selects stay out; a NaN value is in its feature's rows."""
     operands = sae_operands(10, 8, 7, 3, torch.float32, randint)
     values, indices, _, _, _, dy, x, w_dec = operands
@@ -252,28 +283,28 @@ def test_sae_gradients_of_slots_whose_value_is_zero(device, chunk, widest):
         assert identical(a, e)
 
 
-def test_sae_gradients_are_one_function_of_their_input(device, chunk, widest):
+def test_sae_gradients_are_one_function_of_their_input(device, chunk):
     operands = sae_operands(15, 33, 9, 4, torch.float32)
     first = run(device, operands)
     assert all(map(identical, run(device, operands), first))
 
 
 @pytest.mark.parametrize("form", gradient_cases.FORMS)
-def test_sae_gradients_of_levels_widths_and_given_gradients(device, dtype, chunk, widest, form):
+def test_sae_gradients_of_levels_widths_and_given_gradients(device, dtype, chunk, form):
     for number, sizes in enumerate(gradient_cases.WIDTHS):
         o = gradient_cases.operands(*sizes, dtype, **gradient_cases.FORMS[form])
         gradient_cases.check(o, "triton", device, accumulate=number % 2 == 1)
 
 
-def test_sae_gradients_of_levels_layouts(device, chunk, widest):
+def test_sae_gradients_of_levels_layouts(device, chunk, blocks):
     gradient_cases.check_layouts(torch.float32, "triton", device)
 
 
-def test_sae_gradients_read_what_is_selected(device, chunk, widest):
+def test_sae_gradients_read_what_is_selected(device, chunk, blocks):
     gradient_cases.check_skips("triton", device)
 
 
-def test_one_level_is_none(device, dtype, chunk, widest):
+def test_one_level_is_none(device, dtype, chunk):
     gradient_cases.check_one_level_is_none(dtype, "triton", device)
 
 
@@ -286,7 +317,7 @@ def test_gather_dot_by_level(device, dtype):
     gradient_cases.check_dots_by_level(dtype, "triton", device)
 
 
-def test_levels_outside_count_as_the_nearest(device, chunk, widest):
+def test_levels_outside_count_as_the_nearest(device, chunk, blocks):
     o = gradient_cases.operands(12, 8, 5, 9, 2, torch.float32, levels=3)
     dots = [t.to(device) for t in (o.dy, o.w_dec, o.indices)]
     expected = o.run("triton", device)

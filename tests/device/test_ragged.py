@@ -5,7 +5,7 @@ import pytest
 import ragged_cases
 import torch
 
-from mikernels.kernels.sae import gradients_fused, gradients_hot, update
+from mikernels.kernels.sae import gradients_hot, update
 
 # what the interpreter has time for
 CASES = [c for c in ragged_cases.CASES if c not in ("many tokens", "one long row")]
@@ -18,7 +18,6 @@ def chunk(request, monkeypatch):
 
 @pytest.fixture(params=[4096, 4], ids=["", "wide"])
 def widest(request, monkeypatch):
-    monkeypatch.setattr(gradients_fused, "WIDEST", request.param)
     monkeypatch.setattr(update, "WIDEST", request.param)
 
 
@@ -42,13 +41,13 @@ def test_feature_sum(device, dtype, chunk, case):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_levels(device, chunk, widest, case):
+def test_levels(device, chunk, case):
     ragged_cases.check_levels(case, torch.float32, "triton", device)
 
 
 @pytest.mark.parametrize("accumulate", [False, True])
 @pytest.mark.parametrize("case", CASES)
-def test_sae_gradients(device, chunk, widest, case, accumulate):
+def test_sae_gradients(device, chunk, case, accumulate):
     ragged_cases.check_sae_gradients(case, torch.float32, "triton", device, accumulate)
 
 

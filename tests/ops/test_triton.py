@@ -68,7 +68,7 @@ def test_named_triton_refuses_fp64(monkeypatch):
 @pytest.mark.parametrize("before", [True, False])
 def test_sums_are_full_only_within(before):
     pytest.importorskip("triton")
-    from mikernels.kernels.sae.encode_winners import full_sums
+    from mikernels.kernels.common.full_sums import full_sums
 
     matmul = torch.backends.cuda.matmul
     names = "allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction"
@@ -80,6 +80,16 @@ def test_sums_are_full_only_within(before):
             assert [getattr(matmul, name) for name in names] == [False, False]
             raise ZeroDivisionError
         assert [getattr(matmul, name) for name in names] == [before, before]
+        # of two threads the one that came first leaves first
+        first, second = full_sums(), full_sums()
+        for step, expected in (
+            (first.__enter__, False),
+            (second.__enter__, False),
+            (lambda: first.__exit__(None, None, None), False),
+            (lambda: second.__exit__(None, None, None), before),
+        ):
+            step()
+            assert [getattr(matmul, name) for name in names] == [expected, expected]
     finally:
         for name, value in zip(names, kept, strict=True):
             setattr(matmul, name, value)

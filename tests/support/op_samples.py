@@ -132,6 +132,10 @@ def sae_gradients_samples(make, n, dtype):
     yield *ragged, *rows, LEVELS, make(n * K, dtype=dtype, seed=4), *out, False
 
 
+def weighted_row_sum_samples(make, n, dtype):
+    yield make(n, 1, dtype=torch.float32)[:, 0], make(n, D, dtype=dtype, seed=1)
+
+
 def adam_rows_samples(make, n, dtype):
     acc = accumulate_dtype(dtype)
     moments = torch.zeros(n, D, dtype=acc), torch.zeros(n, D, dtype=acc)
@@ -171,6 +175,7 @@ SAMPLES = {
     "feature_sum": feature_sum_samples,
     "sae_gradients_": sae_gradients_samples,
     "sae_update_": sae_update_samples,
+    "weighted_row_sum": weighted_row_sum_samples,
     "adam_rows_": adam_rows_samples,
     "grad_sumsq": grad_sumsq_samples,
     **pair_samples.SAMPLES,
@@ -284,6 +289,7 @@ HOSTILE = {
         (V.reshape(-1), ragged_slots(5)[0], *ragged_slots(5)[2:4], None, X, X, W, None, None)
         + (W.clone(), W.clone(), torch.zeros(F), False),
     ),
+    "weighted_row_sum: short weights": ("weighted_row_sum", (W[:3, 0], W)),
     "row_topk: k > F": ("row_topk", (X, D + 1, True)),
     "row_topk: k < 0": ("row_topk", (X, -1, True)),
     "row_topk: integers": ("row_topk", (X.int(), 2, True)),

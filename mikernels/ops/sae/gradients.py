@@ -11,6 +11,7 @@ With `slots(f)` the slots s, of tokens n, whose index is f, in token order:
                  with `d_pre`, the gradient at every slot's pre-activation: dv = d_pre, also where
                  the value is 0, and w_dec is not read. x and dy may differ in width
     by_feature   offsets, order: a stable counting sort of the indices, O(N k + F)
+    weighted_row_sum  sum_f weights[f] rows[f], in two launches on a GPU whatever F is
 
 With `levels`, one of L for each feature, rows (of gather_dot) and dy are `[L, N, d]`, and a slot's
 row is rows[levels[indices[s]], n]: Matryoshka, where each ring of features has its own gradient at
@@ -364,7 +365,7 @@ sae_gradients_op = Op(
         "dw_enc": "float[F,in]",
         "db_enc": "float[F]",
     },
-    triton="sae.gradients_fused:sae_gradients_",
+    triton="sae.gradients_sum:sae_gradients_",
 )
 
 
@@ -373,10 +374,35 @@ sae_gradients_op = Op(
 PIECE, BLOCK = 8192, 128
 
 
+def weighted_row_sum_reference(weights: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    acc = accumulate_dtype(rows.dtype)
+    total = torch.zeros(rows.shape[1], dtype=acc, device=rows.device)
+    for w, r in zip(weights.split(PIECE), rows.split(PIECE), strict=True):
+        w, r = w.to(acc), r.to(acc)
+        count = w.shape[0] // BLOCK
+        whole = count * BLOCK
+        blocks = torch.bmm(
+            w[:whole].reshape(count, 1, BLOCK), r[:whole].reshape(count, BLOCK, rows.shape[1])
+        )
+        total += blocks.sum((0, 1)) + w[whole:] @ r[whole:]
+    return total
+
+
+weighted_row_sum_op = Op(
+    "weighted_row_sum(Tensor weights, Tensor rows) -> Tensor",
+    weighted_row_sum_reference,
+    lambda weights, rows: rows.new_empty(rows.shape[1], dtype=accumulate_dtype(rows.dtype)),
+    operands={"weights": "float[F]", "rows": "float[F,d]"},
+    triton="sae.gradients_row_sum:weighted_row_sum",
+    # products of torch's
+    cpu=weighted_row_sum_reference,
+)
+
+
 class _WeightedRowSum(torch.autograd.Function):
     @staticmethod
     def forward(weights, rows):
-        return _row_sum(weights, rows)
+        return weighted_row_sum_op.default(weights, rows)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -392,25 +418,12 @@ class _WeightedRowSum(torch.autograd.Function):
         return d_weights, d_rows
 
 
-@in_own_dtype
 def weighted_row_sum(weights: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """`weights @ rows` for `[F]` and `[F, d]`, in the accumulation dtype, without a wide copy.
 
     It is b_dec's gradient through the encoder's input: F d products instead of N k d. Recorded for
     gradients if they are enabled.
     """
-    return (_WeightedRowSum.apply if torch.is_grad_enabled() else _row_sum)(weights, rows)
-
-
-def _row_sum(weights: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    acc = accumulate_dtype(rows.dtype)
-    total = torch.zeros(rows.shape[1], dtype=acc, device=rows.device)
-    for w, r in zip(weights.split(PIECE), rows.split(PIECE), strict=True):
-        w, r = w.to(acc), r.to(acc)
-        count = w.shape[0] // BLOCK
-        whole = count * BLOCK
-        blocks = torch.bmm(
-            w[:whole].reshape(count, 1, BLOCK), r[:whole].reshape(count, BLOCK, rows.shape[1])
-        )
-        total += blocks.sum((0, 1)) + w[whole:] @ r[whole:]
-    return total
+    if torch.is_grad_enabled():
+        return _WeightedRowSum.apply(weights, rows)
+    return weighted_row_sum_op.default(weights, rows)

@@ -27,12 +27,15 @@ from mikernels.ops.sae.gradients import (
     BY_FEATURE,
     sae_gradients_op,
     sae_gradients_reference,
-    weighted_row_sum,
+    weighted_row_sum_op,
+    weighted_row_sum_reference,
 )
 
 
 def _compose(
-    sae_gradients: Callable[..., None], adam_rows: Callable[..., None]
+    sae_gradients: Callable[..., None],
+    row_sum: Callable[..., torch.Tensor],
+    adam_rows: Callable[..., None],
 ) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
     def update(
         values: torch.Tensor,
@@ -64,7 +67,7 @@ def _compose(
         db_enc = w_dec.new_empty(w_dec.shape[0], dtype=acc)
         slots = values, indices, offsets, order, tokens
         sae_gradients(*slots, dy, x, w_dec, None, None, dw_dec, dw_enc, db_enc, False)
-        d_input = weighted_row_sum(db_enc, w_enc)
+        d_input = row_sum(db_enc, w_enc)
         settings = lr, beta1, beta2, eps, step, clip
         adam_rows(w_dec, dw_dec, m_dec, v_dec, *settings, project, unit_norm)
         adam_rows(w_enc, dw_enc, m_enc, v_enc, *settings, False, False)
@@ -76,8 +79,10 @@ def _compose(
     return update
 
 
-reference = _compose(sae_gradients_reference, adam.reference)
-_by_operators = _compose(sae_gradients_op.default, adam.adam_rows_op.default)
+reference = _compose(sae_gradients_reference, weighted_row_sum_reference, adam.reference)
+_by_operators = _compose(
+    sae_gradients_op.default, weighted_row_sum_op.default, adam.adam_rows_op.default
+)
 
 
 def _on_cpu(*args):
