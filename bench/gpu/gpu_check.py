@@ -55,7 +55,7 @@ class Part:
     """A process.
 
     Attributes:
-        command: words; "{out}" is the folder of the records.
+        command: words; "{out}" is the folder of the records, "{tool}" where the tool is.
         seconds: its limit.
         result: the JSON file that it leaves in that folder, merged into the whole.
         tool: a program that it needs; where it is missing the part is absent, not failed.
@@ -91,7 +91,7 @@ def parts(python: str = sys.executable) -> list[Part]:
             "tiny",
             f"{{out}}/{tool}.result.json",
         )
-        words = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *tiny)
+        words = ("{tool}", "--tool", tool, "--error-exitcode", "9", *tiny)
         # cached blocks would hide an access beyond a tensor's end
         env = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
         return Part(tool, words, seconds, f"{tool}.result.json", "compute-sanitizer", env)
@@ -164,10 +164,11 @@ def capability() -> str:
 
 def run_part(part: Part, out: Path, limit: float) -> dict[str, Any]:
     """Runs one part; its output goes to a file, its end into the record."""
-    if part.tool and shutil.which(part.tool) is None:
-        return {"status": "absent", "reason": f"{part.tool} is not on PATH", "seconds": 0.0}
+    tool = located(part.tool) if part.tool else ""
+    if tool is None:
+        return {"status": "absent", "reason": f"there is no {part.tool}", "seconds": 0.0}
     log = out / f"{part.name}.log"
-    command = [word.replace("{out}", str(out)) for word in part.command]
+    command = [word.replace("{out}", str(out)).replace("{tool}", tool) for word in part.command]
     own = {name: word.replace("{out}", str(out)) for name, word in part.env.items()}
     began = time.monotonic()
     record: dict[str, Any] = {"command": " ".join(part.command[1:]), "limit_s": round(limit, 1)}
@@ -192,6 +193,13 @@ def run_part(part: Part, out: Path, limit: float) -> dict[str, Any]:
     if code:
         return {**record, "status": "failed", "reason": f"exit code {code}", "tail": tail}
     return {**record, "status": "ok", "tail": tail.splitlines()[-1:]}
+
+
+def located(tool: str) -> str | None:
+    """A program on PATH or in a CUDA toolkit."""
+    toolkits = filter(None, (os.environ.get("CUDA_HOME"), "/usr/local/cuda"))
+    beside = os.pathsep.join(f"{folder}/bin" for folder in toolkits)
+    return shutil.which(tool) or shutil.which(tool, path=beside)
 
 
 def _wait(process: subprocess.Popen[bytes], limit: float) -> int | None:

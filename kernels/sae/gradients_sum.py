@@ -88,10 +88,12 @@ def _feature_sum_kernel(
         total += tl.load(to, columns < d, other=0).to(tl.float32)
     tl.store(to, total.to(dw.dtype.element_ty), columns < d)
     if WITH_BIAS:
+        # one block's alone: the others would read it while that one writes
+        first = tl.program_id(1) == 0
         to_bias = db + feature * db_f
         if ACCUMULATE:
-            bias += tl.load(to_bias).to(tl.float32)
-        tl.store(to_bias, bias.to(db.dtype.element_ty), tl.program_id(1) == 0)
+            bias += tl.load(to_bias, first, other=0).to(tl.float32)
+        tl.store(to_bias, bias.to(db.dtype.element_ty), first)
 
 
 # BLOCK_D -> (entries of a tile, warps): 4 to 8 rows in flight, at least 8 columns per thread

@@ -28,8 +28,14 @@ def quiet(line: str) -> None:
     pass
 
 
-def test_parts_run_fail_and_go_on(tmp_path: Path) -> None:
+def test_parts_run_fail_and_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "records"
+    # a tool of a toolkit that is not on PATH
+    kit = tmp_path / "bin" / "kit"
+    kit.parent.mkdir()
+    kit.write_text("#!/bin/sh\n")
+    kit.chmod(0o755)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     chosen = [
         Part(
             "writes",
@@ -41,6 +47,7 @@ def test_parts_run_fail_and_go_on(tmp_path: Path) -> None:
         python("env", "import os; assert os.environ['ANSWER'] == '42'", env={"ANSWER": "42"}),
         Part("missing", ("no-such-program-here",), 60),
         Part("tool", ("true",), 60, tool="no-such-tool-here"),
+        Part("toolkit", ("{tool}",), 60, tool="kit"),
     ]
     lines: list[str] = []
     records = check(chosen, [out], say=lines.append)
@@ -50,11 +57,12 @@ def test_parts_run_fail_and_go_on(tmp_path: Path) -> None:
         "env": "ok",
         "missing": "failed",
         "tool": "absent",
+        "toolkit": "ok",
     }
     assert records["fails"]["reason"] == "exit code 3"
     assert records["fails"]["tail"].endswith("the reason\n")
     assert len(records["fails"]["tail"]) <= gpu_check.TAIL
-    assert "no-such-tool-here is not on PATH" in records["tool"]["reason"]
+    assert "no no-such-tool-here" in records["tool"]["reason"]
     assert any("the reason" in line for line in lines)
     assert json.loads((out / "fails.json").read_text())["status"] == "failed"
 
