@@ -99,8 +99,8 @@ def parts(python: str = sys.executable) -> list[Part]:
     # each worker compiles its kernels, a core each
     cores = max(1, (os.cpu_count() or 1) - 2)
     workers = ["-n", str(cores)] if importlib.util.find_spec("xdist") else []
-    # a line a test: where the part is stopped, its log says what had passed
-    pytest = (python, "-m", "pytest", "-v", "--tb", "short", "--maxfail", "60", *workers)
+    # a line per test: where the part is stopped, its log says what had passed
+    pytest = (python, "-m", "pytest", "-vv", "--tb", "short", "--maxfail", "60", *workers)
     install = "-m pip install --no-build-isolation --no-deps --disable-pip-version-check -e ."
     ops = alone("bench/ops/__init__.py").names(gpu=True)
     save = "--device cuda --budget 2 --resume --json {out}/"
