@@ -3,7 +3,7 @@
 
 `TRITON_INTERPRET=1 pytest tests/device` is how a machine without a GPU runs them, in a process of
 its own, because Triton reads the variable when a kernel is defined. There bf16 is rounded as on a
-GPU, and every launch is searched for races.
+GPU, and every launch is searched for races and for accesses outside its tensors.
 """
 
 from pathlib import Path

@@ -55,8 +55,10 @@ def _racing_kernel(x, y, KIND: tl.constexpr, BARRIER: tl.constexpr, N: tl.conste
     elif KIND == "nothing":
         tl.store(y + at, tl.load(x + at), at < 0)
         tl.load(y + at - program * N, at < 0)
-    elif KIND == "outside":
-        tl.load(x + at + 2 * N)
+    elif KIND == "before":
+        tl.load(x + at - 1)
+    elif KIND == "behind":
+        tl.store(y + at + 1, 0)
     elif KIND == "atomic":
         tl.atomic_add(y + at, 1.0)
 
@@ -91,7 +93,9 @@ def test_what_is_no_race_passes() -> None:
     run("nothing")
 
 
-@pytest.mark.parametrize("kind, message", [("outside", "in no tensor"), ("atomic", "atomic")])
+@pytest.mark.parametrize(
+    "kind, message", [("before", "in no tensor"), ("behind", "in no tensor"), ("atomic", "atomic")]
+)
 def test_what_cannot_be_judged_raises(kind, message) -> None:
     with pytest.raises(Exception, match=f"Race.*{message}"):
         run(kind)

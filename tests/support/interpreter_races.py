@@ -12,6 +12,8 @@ writes is the same on both, and tells:
   before, as an update in place does, if both tensors of addresses are the same: then either a
   thread has the element in both, or the elements change threads in between, behind a barrier.
 
+All that a load or store reaches lies in one of the tensors that the kernel was given.
+
 Atomic operations order what they touch in ways that this does not follow; kernels have none.
 """
 
@@ -50,10 +52,7 @@ class Access(NamedTuple):
 
     def units(self, unit: int) -> np.ndarray:
         """Its addresses in units of so many bytes."""
-        mask = self.mask
-        if mask.shape != self.addresses.shape:
-            mask = np.broadcast_to(mask, self.addresses.shape)
-        first = self.addresses[mask].view(np.int64) // unit
+        first = self.addresses[self.mask].view(np.int64) // unit
         parts = self.size // unit
         return first if parts == 1 else (first[:, None] + np.arange(parts)).ravel()
 
@@ -138,11 +137,12 @@ class Launch:
         self.starts = [m.start for m in self.memories]
 
     def access(self, write: bool, pointers: Any, mask: Any) -> None:
-        taken = mask.data
-        some = int(taken.argmax())
-        if not taken.flat[some]:
+        addresses, taken = pointers.data, mask.data
+        if taken.shape != addresses.shape:
+            taken = np.broadcast_to(taken, addresses.shape)
+        reached = addresses[taken]
+        if not reached.size:
             return
-        address = int(pointers.data.flat[some])
         # up to the kernel's code
         frame = sys._getframe(2)
         while frame.f_code.co_filename.startswith(TRITON):
@@ -152,14 +152,14 @@ class Launch:
             write,
             self.program,
             self.phase,
-            pointers.data,
+            addresses,
             taken,
             size,
             frame.f_code,
             frame.f_lineno,
         )
-        at = bisect_right(self.starts, address) - 1
-        if at < 0 or address >= self.memories[at].end:
+        at = bisect_right(self.starts, int(reached.min())) - 1
+        if at < 0 or int(reached.max()) + size > self.memories[at].end:
             raise Race(f"{self.kernel}: {access}, is in no tensor that it was given")
         self.memories[at].accesses.append(access)
 
