@@ -22,7 +22,10 @@ from .device import Cpu, Cuda
 
 @dataclass(frozen=True)
 class Item:
-    """A statement: measured, in `unit`, lies within low..high."""
+    """A statement: measured, in `unit`, lies within low..high.
+
+    If it is required, results may be wrong where it is refuted; else plans are.
+    """
 
     statement: str
     predicted: float
@@ -30,6 +33,7 @@ class Item:
     high: float
     unit: str
     consequence: str
+    required: bool = False
 
 
 class Ground:
@@ -61,6 +65,22 @@ class Ground:
         verdict = "holds" if holds else "refuted"
         self.found.append({**record, "measured": float(f"{value:.4g}"), "verdict": verdict})
         self.device.release()
+
+    def findings(self) -> dict[str, Any]:
+        """The items; wrong are those that could not be measured, and the required ones refuted."""
+        wrong, right = {}, []
+        for item in self.found:
+            print(
+                f"{item['verdict']}: {item['statement']}: predicted {item['predicted']:g} "
+                f"{item['unit']}, measured {item['measured']}"
+            )
+            if item["verdict"] == "not measured":
+                wrong[item["statement"]] = item["why"]
+            elif item["required"] and item["verdict"] == "refuted":
+                wrong[item["statement"]] = f"{item['measured']}: {item['consequence']}"
+            else:
+                right.append(item["statement"])
+        return {"items": self.found, "wrong": wrong, "right": right}
 
 
 def _torch_topk(ground: Ground) -> None:
@@ -245,11 +265,4 @@ def run(device: Cpu, scale: float = 1.0) -> dict[str, Any]:
     _gradients(ground)
     _sort(ground)
     _crossover(ground)
-    for item in ground.found:
-        print(
-            f"{item['verdict']}: {item['statement']}: predicted {item['predicted']:g} "
-            f"{item['unit']}, measured {item['measured']}"
-        )
-    missing = {i["statement"]: i["why"] for i in ground.found if i["verdict"] == "not measured"}
-    right = [i["statement"] for i in ground.found if i["verdict"] != "not measured"]
-    return {"items": ground.found, "peaks": peaks, "wrong": missing, "right": right}
+    return {**ground.findings(), "peaks": peaks}

@@ -50,6 +50,10 @@ class Cpu:
     def release(self) -> None:
         """Gives cached memory back."""
 
+    def second(self) -> str | None:
+        """Another device of the kind, if there is one."""
+        return None
+
     @contextmanager
     def making(self) -> Iterator[None]:
         """New tensors live on this device."""
@@ -122,6 +126,9 @@ class Cuda(Cpu):
 
     def release(self) -> None:
         self.api.empty_cache()
+
+    def second(self) -> str | None:
+        return "cuda:1" if self.api.device_count() > 1 else None
 
     def capture(self, run: Callable[[], Any]) -> Any:
         """Outputs of a call that was captured in a graph and replayed."""

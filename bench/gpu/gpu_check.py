@@ -55,7 +55,7 @@ class Part:
     """A process.
 
     Attributes:
-        command: words; "{out}" is the folder of the records.
+        command: words; "{out}" is the folder of the records, "{tool}" where the tool is.
         seconds: its limit.
         result: the JSON file that it leaves in that folder, merged into the whole.
         tool: a program that it needs; where it is missing the part is absent, not failed.
@@ -83,7 +83,7 @@ def parts(python: str = sys.executable) -> list[Part]:
         # what tune finds, crossover uses
         return Part(name, command, seconds, result, env={"XDG_CACHE_HOME": "{out}/cache"})
 
-    def sanitizer(tool: str) -> Part:
+    def sanitizer(tool: str, seconds: float) -> Part:
         tiny = (
             python,
             "-m",
@@ -91,15 +91,16 @@ def parts(python: str = sys.executable) -> list[Part]:
             "tiny",
             f"{{out}}/{tool}.result.json",
         )
-        words = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *tiny)
+        words = ("{tool}", "--tool", tool, "--error-exitcode", "9", *tiny)
         # cached blocks would hide an access beyond a tensor's end
         env = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-        return Part(tool, words, 100, tool="compute-sanitizer", env=env)
+        return Part(tool, words, seconds, f"{tool}.result.json", "compute-sanitizer", env)
 
     # each worker compiles its kernels, a core each
     cores = max(1, (os.cpu_count() or 1) - 2)
     workers = ["-n", str(cores)] if importlib.util.find_spec("xdist") else []
-    pytest = (python, "-m", "pytest", "-q", "--maxfail", "30", *workers)
+    # a line per test: where the part is stopped, its log says what had passed
+    pytest = (python, "-m", "pytest", "-vv", "--tb", "short", "--maxfail", "60", *workers)
     install = "-m pip install --no-build-isolation --no-deps --disable-pip-version-check -e ."
     ops = alone("bench/ops/__init__.py").names(gpu=True)
     save = "--device cuda --budget 2 --resume --json {out}/"
@@ -112,14 +113,20 @@ def parts(python: str = sys.executable) -> list[Part]:
     libraries = f"bench integrations --shape G1 {save}bench.json"
     return [
         Part("build", (python, *install.split()), 240, env=build_env()),
+        # what bounds stand on, and what a GPU alone can tell of results
+        check("matrix_units", 60),
         check("facts", 60),
         check("once", 120),
         Part("tests", (*pytest, "tests/device"), 240),
         check("determinism", 90),
-        check("falsify", 60),
-        *(cli(f"bench_{op}", 120, f"bench {op} {quick}", "bench.json") for op in ops),
-        cli("libraries", 120, libraries, "bench.json"),
         check("graph", 60),
+        sanitizer("memcheck", 100),
+        # what the result is for
+        *(cli(f"bench_{op}", 60, f"bench {op} {quick}", "bench.json") for op in ops),
+        check("falsify", 60),
+        check("two_devices", 60),
+        *(sanitizer(tool, 100) for tool in ("racecheck", "initcheck", "synccheck")),
+        cli("libraries", 120, libraries, "bench.json"),
         check("compile", 120),
         cli("tune", 60, "tune --device cuda", "cache/mikernels/tuned.json"),
         cli("crossover", 60, "bench crossover --device cuda"),
@@ -127,8 +134,6 @@ def parts(python: str = sys.executable) -> list[Part]:
         Part(
             "cpu_tests", (*pytest, "tests/ops/test_row_topk.py", "tests/ops/test_dispatch.py"), 120
         ),
-        sanitizer("memcheck"),
-        sanitizer("racecheck"),
     ]
 
 
@@ -159,10 +164,11 @@ def capability() -> str:
 
 def run_part(part: Part, out: Path, limit: float) -> dict[str, Any]:
     """Runs one part; its output goes to a file, its end into the record."""
-    if part.tool and shutil.which(part.tool) is None:
-        return {"status": "absent", "reason": f"{part.tool} is not on PATH", "seconds": 0.0}
+    tool = located(part.tool) if part.tool else ""
+    if tool is None:
+        return {"status": "absent", "reason": f"there is no {part.tool}", "seconds": 0.0}
     log = out / f"{part.name}.log"
-    command = [word.replace("{out}", str(out)) for word in part.command]
+    command = [word.replace("{out}", str(out)).replace("{tool}", tool) for word in part.command]
     own = {name: word.replace("{out}", str(out)) for name, word in part.env.items()}
     began = time.monotonic()
     record: dict[str, Any] = {"command": " ".join(part.command[1:]), "limit_s": round(limit, 1)}
@@ -187,6 +193,13 @@ def run_part(part: Part, out: Path, limit: float) -> dict[str, Any]:
     if code:
         return {**record, "status": "failed", "reason": f"exit code {code}", "tail": tail}
     return {**record, "status": "ok", "tail": tail.splitlines()[-1:]}
+
+
+def located(tool: str) -> str | None:
+    """A program on PATH or in a CUDA toolkit."""
+    toolkits = filter(None, (os.environ.get("CUDA_HOME"), "/usr/local/cuda"))
+    beside = os.pathsep.join(f"{folder}/bin" for folder in toolkits)
+    return shutil.which(tool) or shutil.which(tool, path=beside)
 
 
 def _wait(process: subprocess.Popen[bytes], limit: float) -> int | None:

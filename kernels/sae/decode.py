@@ -75,7 +75,8 @@ def _decode_kernel(
         if row == tl.num_programs(0) - 1:
             for first in range(end, k, SCAN):
                 at = first + tl.arange(0, SCAN)
-                idle = tl.load(values_ptr + at * stride_vk, mask=at < k, other=0.0) == 0
+                value = tl.load(values_ptr + at * stride_vk, mask=at < k, other=0.0)
+                idle = value.to(tl.float32) == 0
                 if tl.min(idle.to(tl.int32)) == 0:
                     total = add_slots(
                         total, values_ptr, indices_ptr, w_ptr, first, tl.minimum(first + SCAN, k),

@@ -132,7 +132,9 @@ def _feature_sum_kernel(
         total += tl.load(to, columns < d, other=0).to(tl.float32)
     tl.store(to, total.to(dw.dtype.element_ty), columns < d)
     if db is not None:
-        to_bias, first = db + feature * db_f, tl.program_id(1) == 0
+        # one block's alone: the others would read it while that one writes
+        first = tl.program_id(1) == 0
+        to_bias = db + feature * db_f
         if ACCUMULATE:
             bias += tl.load(to_bias, first, other=0).to(tl.float32)
         tl.store(to_bias, bias.to(db.dtype.element_ty), first)

@@ -15,7 +15,7 @@ from mikernels import info, ops
 from mikernels._dispatch import OPS
 from mikernels.bench import load, names
 from mikernels.bench import ops as folder
-from mikernels.bench.gpu import gpu_check, gpu_parts, predict, predict_pairs
+from mikernels.bench.gpu import gpu_check, predict, predict_pairs
 from mikernels.bench.harness.rates import DEVICES
 from mikernels.bench.harness.spec import CPU, FAMILIES
 
@@ -110,7 +110,6 @@ def test_the_gpu_check_measures_all_that_has_gpu_shapes(
     parts = [part.name for part in gpu_check.parts("python")]
     measured = [name.removeprefix("bench_") for name in parts if name.startswith("bench_")]
     assert measured == [*names(gpu=True), "compile"]
-    assert gpu_parts.SAE == names("sae", gpu=True) == (*sorted({*gpu_parts.GRAPHED, "step"}),)
 
 
 def test_predictions_have_a_model_of_all_that_has_gpu_shapes() -> None:

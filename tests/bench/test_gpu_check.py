@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The part runner of gpu_check with parts of its own, and the real parts on a stand-in device."""
 
+import itertools
 import json
 import os
 import sys
@@ -11,11 +12,12 @@ import pytest
 import torch
 from fake_cuda import FakeCuda
 
+from mikernels._dispatch import OPS
 from mikernels.bench import cli, load, names
 from mikernels.bench.gpu import assumptions, gpu, gpu_check, gpu_parts
 from mikernels.bench.gpu.device import Cuda
 from mikernels.bench.gpu.gpu_check import Part, check, merge
-from mikernels.bench.harness.spec import Provider, Runner
+from mikernels.bench.harness.spec import DTYPES, Provider, Runner
 
 
 def python(name: str, code: str, seconds: float = 60.0, **more) -> Part:
@@ -26,8 +28,14 @@ def quiet(line: str) -> None:
     pass
 
 
-def test_parts_run_fail_and_go_on(tmp_path: Path) -> None:
+def test_parts_run_fail_and_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "records"
+    # a tool of a toolkit that is not on PATH
+    kit = tmp_path / "bin" / "kit"
+    kit.parent.mkdir()
+    kit.write_text("#!/bin/sh\n")
+    kit.chmod(0o755)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     chosen = [
         Part(
             "writes",
@@ -39,6 +47,7 @@ def test_parts_run_fail_and_go_on(tmp_path: Path) -> None:
         python("env", "import os; assert os.environ['ANSWER'] == '42'", env={"ANSWER": "42"}),
         Part("missing", ("no-such-program-here",), 60),
         Part("tool", ("true",), 60, tool="no-such-tool-here"),
+        Part("toolkit", ("{tool}",), 60, tool="kit"),
     ]
     lines: list[str] = []
     records = check(chosen, [out], say=lines.append)
@@ -48,11 +57,12 @@ def test_parts_run_fail_and_go_on(tmp_path: Path) -> None:
         "env": "ok",
         "missing": "failed",
         "tool": "absent",
+        "toolkit": "ok",
     }
     assert records["fails"]["reason"] == "exit code 3"
     assert records["fails"]["tail"].endswith("the reason\n")
     assert len(records["fails"]["tail"]) <= gpu_check.TAIL
-    assert "no-such-tool-here is not on PATH" in records["tool"]["reason"]
+    assert "no no-such-tool-here" in records["tool"]["reason"]
     assert any("the reason" in line for line in lines)
     assert json.loads((out / "fails.json").read_text())["status"] == "failed"
 
@@ -178,14 +188,24 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Cuda:
     monkeypatch.setattr(gpu, "SIZES", dict.fromkeys(gpu.SIZES, 32))
     monkeypatch.setattr(gpu_parts, "RUNS", 2)
     # Triton's and CUDA's own providers need a GPU
-    real = gpu_parts._ours
+    real = gpu_parts._measured
     monkeypatch.setattr(
-        gpu_parts, "_ours", lambda *a: (entry for entry in real(*a) if ":" not in entry[0])
+        gpu_parts, "_measured", lambda *a: (case for case in real(*a) if ":" not in case[0])
     )
     return Cuda(FakeCuda(), "cpu")
 
 
-@pytest.mark.parametrize("part", ["facts", "once", "tiny", "determinism"])
+def test_every_operator_is_checked(device: Cuda) -> None:
+    """In one dtype at least; of the registry, so that none is forgotten."""
+    titles = [title.split() for title, *_ in gpu_parts._registered(device)]
+    assert {(name, dtype) for name, _, _, dtype, *_ in titles} == {
+        (name, dtype) for name in OPS for dtype in DTYPES
+    }
+    measured = {title.split()[0] for title, *_ in gpu_parts._measured(device)}
+    assert measured == set(names(gpu=True))
+
+
+@pytest.mark.parametrize("part", ["facts", "once", "tiny", "determinism", "graph"])
 def test_gpu_parts(part: str, device: Cuda, tmp_path: Path) -> None:
     path = tmp_path / "result.json"
     assert gpu_parts.main([part, str(path)], device) == 0
@@ -193,10 +213,39 @@ def test_gpu_parts(part: str, device: Cuda, tmp_path: Path) -> None:
     assert found["wrong"] == {}
     if part == "facts":
         assert found["machine"]["gpu"]["name"] == "Fake GPU" and "row_topk" in found["backends"]
-    else:
-        assert "encode fwd bf16 ours" in found["right"]
-        steps = any(name.startswith("step step") for name in found["right"])
-        assert steps == (part != "tiny")
+        return
+    assert "encode fwd fp32 ours" in found["right"]
+    assert "gram_products_ sample 1 bf16" in found["right"]
+    seen = {name.split()[0] for name in found["right"]}
+    assert seen == {*OPS, *names(gpu=True)} - (
+        gpu_parts.WAITING | {"step"} if part == "graph" else set()
+    )
+    assert bool(device.api.captured) == (part == "graph")
+
+
+def test_a_part_in_several_processes(device: Cuda, monkeypatch, tmp_path: Path) -> None:
+    first = itertools.islice(gpu_parts._registered(device), 5)
+    few = [(f"case {i}", *rest) for i, (_, *rest) in enumerate(first)]
+    few[3] = ("bad", Provider("ours", lambda inputs, mode: 1 / 0), None, "fwd")
+    monkeypatch.setattr(gpu_parts, "_cases", lambda *a: iter(few))
+
+    class Process:
+        def __init__(self, command):
+            *_, self.path, self.share = command
+
+        def wait(self):
+            if self.share != "2/3":
+                gpu_parts.main(["once", self.path, self.share], device)
+            return 1
+
+    monkeypatch.setattr(gpu_parts.subprocess, "Popen", Process)
+    monkeypatch.setattr(gpu_parts, "WORKERS", 3)
+    path = tmp_path / "once.json"
+    assert gpu_parts.main(["once", str(path)]) == 1
+    found = json.loads(path.read_text())
+    assert found["right"] == ["case 0", "case 1", "case 4"]
+    assert found["wrong"].keys() == {"bad", "once.json.2"}
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_gpu_part_finds_what_is_wrong(
@@ -204,19 +253,25 @@ def test_gpu_part_finds_what_is_wrong(
 ) -> None:
     bad = Provider("ours", lambda inputs, mode: Runner(lambda: {"y": torch.rand(9)}), ours=True)
     broken = Provider("ours2", lambda inputs, mode: Runner(lambda: 1 / 0), ours=True)
-    monkeypatch.setattr(
-        gpu_parts, "_ours", lambda *a: [("bad", bad, None, "fwd"), ("broken", broken, None, "fwd")]
-    )
+    cases = [("bad", bad, None, "fwd"), ("broken", broken, None, "fwd")]
+    monkeypatch.setattr(gpu_parts, "_cases", lambda *a: iter(cases))
     path = tmp_path / "result.json"
-    assert gpu_parts.main(["determinism", str(path)], device) == 1
-    wrong = json.loads(path.read_text())["wrong"]
-    assert "differs in y" in wrong["bad"] and "ZeroDivisionError" in wrong["broken"]
+    for part, reason in (("determinism", "differs in y"), ("graph", "other values in y")):
+        assert gpu_parts.main([part, str(path)], device) == 1
+        wrong = json.loads(path.read_text())["wrong"]
+        assert reason in wrong["bad"] and "ZeroDivisionError" in wrong["broken"]
 
 
-def test_graph_part(device: Cuda, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = gpu_parts.graph(device)
-    assert found["wrong"] == {} and "encode bwd fp32 ours" in found["right"]
-    assert device.api.captured > 0
+def test_two_devices(device: Cuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert gpu_parts.two_devices(device)["absent"]
+    monkeypatch.setattr(device.api, "device_count", lambda: 2)
+    assert device.second() == "cuda:1"
+    # two places that any machine has
+    for second, wrong, right in (("cpu", 0, 150), ("meta", 150, 0)):
+        monkeypatch.setattr(device, "second", lambda second=second: second)
+        found = gpu_parts.two_devices(device)
+        assert len(found["wrong"]) >= wrong and len(found["right"]) >= right
+        assert not (found["right"] if wrong else found["wrong"])
 
 
 def test_assumptions_items(device: Cuda) -> None:

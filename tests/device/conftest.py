@@ -2,8 +2,8 @@
 """Tests of the Triton kernels: on a GPU, or on CPU tensors in Triton's interpreter.
 
 `TRITON_INTERPRET=1 pytest tests/device` is how a machine without a GPU runs them, in a process of
-its own, because Triton reads the variable when a kernel is defined. The interpreter is wrong for
-bf16 arithmetic, so bf16 runs on a GPU only.
+its own, because Triton reads the variable when a kernel is defined. There bf16 is rounded as on a
+GPU, and every launch is searched for races and for accesses outside its tensors.
 """
 
 from pathlib import Path
@@ -14,9 +14,13 @@ import torch
 from mikernels import _triton
 
 if _triton.interpreting() and not _triton.missing():
+    import interpreter_bf16
     import interpreter_once
+    import interpreter_races
 
     interpreter_once.install()
+    interpreter_bf16.install()
+    interpreter_races.install()
 
 READY = _triton.interpreting() or torch.cuda.is_available()
 
@@ -31,8 +35,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "dtype" in metafunc.fixturenames:
-        dtypes = [torch.float32, torch.float16, torch.bfloat16]
-        metafunc.parametrize("dtype", dtypes[:2] if _triton.interpreting() else dtypes)
+        metafunc.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 
 
 @pytest.fixture

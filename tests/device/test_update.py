@@ -59,8 +59,6 @@ def test_update_constraints(device, route, project, unit_norm):
 
 @pytest.mark.parametrize("shadow", [torch.float16, torch.bfloat16])
 def test_update_of_low_precision_weights_and_shadows(device, dtype, route, shadow):
-    if device == "cpu" and shadow == torch.bfloat16:
-        pytest.skip("Triton's interpreter truncates to bfloat16")
     o = operands(6, 17, 5, 2, torch.float32, dtype)
     outputs, shadows = check(device, o, shadow=shadow)
     for weight, copy in zip(outputs, shadows, strict=False):

@@ -31,6 +31,9 @@ class FakeCuda:
     def current_device(self) -> int:
         return 0
 
+    def device_count(self) -> int:
+        return 1
+
     def get_device_properties(self, index: int):
         return SimpleNamespace(
             name="Fake GPU",
