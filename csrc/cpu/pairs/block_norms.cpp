@@ -34,17 +34,17 @@ class BlockNorms {
 
  private:
   const Tensor &a_, &b_, &out_;
-  std::vector<A> columns_;
+  Scratch<A> columns_;
   std::vector<double> sums_, squares_;
   BlockProduct<T> product_;
 
   // columns c..c + cols of the matrices from `first` on, as rows
   void turn(int64_t first, int64_t c, int64_t cols) {
     const int64_t d = b_.size(1), wide = b_.size(2);
-    columns_.resize(cols * d);
+    A* const columns = columns_.take(cols * d);
     for (int64_t k = 0; k < d; ++k)
       for (int64_t e = 0; e < cols; ++e)
-        columns_[e * d + k] =
+        columns[e * d + k] =
             static_cast<A>(data<T>(b_)[(first + (c + e) / wide) * b_.stride(0) + k * b_.stride(1) +
                                        (c + e) % wide * b_.stride(2)]);
   }
@@ -54,11 +54,13 @@ class BlockNorms {
     sums_.assign(block.rows * block.cols, 0.);
     const Rows<T> rows{data<T>(a_) + i * a_.stride(0), a_.stride(1), a_.stride(2)};
     product_.add(rows, Rows<A>{columns_.data(), d, 1}, block, d, nullptr, sums_.data());
-    for (int64_t r = 0; r < block.rows; ++r)
-      for (int64_t e = 0; e < block.cols; ++e) {
-        const double sum = sums_[r * block.cols + e];
-        squares_[i * matrices + (c + e) / wide] += sum * sum;
-      }
+    // parts of the columns that are of one matrix
+    for (int64_t e = 0, last; e < block.cols; e = last) {
+      const int64_t matrix = (c + e) / wide;
+      last = std::min(block.cols, (matrix + 1) * wide - c);
+      for (int64_t r = 0; r < block.rows; ++r)
+        squares_[i * matrices + matrix] += sum_squares(&sums_[r * block.cols + e], last - e);
+    }
   }
 };
 

@@ -48,7 +48,8 @@ void gram_products(Tensor acts, Tensor grads, Tensor acts2, Tensor grads2, bool 
               product.add(at(acts, t), at(acts2, s), block, acts.size(2), limits, from_acts.data());
               product.add(at(grads, t), at(grads2, s), block, grads.size(2), limits,
                           from_grads.data());
-              for (size_t e = 0; e < sums.size(); ++e) sums[e] += from_acts[e] * from_grads[e];
+              add_products(from_acts.data(), from_grads.data(), block.rows * block.cols,
+                           sums.data());
             }
           }
         });

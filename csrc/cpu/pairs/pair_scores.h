@@ -46,6 +46,9 @@ class PairScores {
         limits_.push_back(symmetric ? j + 1 : data<int64_t>(*prefix)[j * prefix->stride(0)]);
   }
 
+  // examples are told apart
+  bool weighted() const { return weighted_; }
+
   const int64_t* limits() const { return limited_ ? limits_.data() : nullptr; }
   const int64_t* limits(const Block& block) const {
     return limited_ ? limits_.data() + block.col : nullptr;
@@ -75,7 +78,22 @@ class PairScores {
   int64_t weights_q_ = 0, weights_s_ = 0;
   std::vector<int64_t> limits_;
 
+  // every pair is wanted and none is its own mirror image
+  bool whole(const Block& block) const {
+    if (!limited_) return true;
+    const int64_t* limits = this->limits(block);
+    const int64_t last = block.row + block.rows - 1;
+    return *std::min_element(limits, limits + block.cols) > (symmetric_ ? last + 1 : last);
+  }
+
   void flush(const Block& block, int64_t q, double weight, const std::vector<double>& sums) const {
+    if (col_ == 1 && whole(block)) {
+      A* const out = out_ + q * q_;
+      add_scores(sums.data(), block.rows, block.cols, weight, row_,
+                 out + block.row * row_ + block.col,
+                 symmetric_ ? out + block.col * row_ + block.row : nullptr);
+      return;
+    }
     for (int64_t i = 0; i < block.rows; ++i) {
       for (int64_t j = 0; j < block.cols; ++j) {
         const int64_t row = block.row + i, col = block.col + j;

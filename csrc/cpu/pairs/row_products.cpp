@@ -11,6 +11,21 @@ namespace mik {
 void block_products(const RowProducts<float>& of) { MIK_AT_LEVEL(block_products<float>)(of); }
 void block_products(const RowProducts<double>& of) { MIK_AT_LEVEL(block_products<double>)(of); }
 
+void add_scores(const double* sums, int64_t rows, int64_t cols, double weight, int64_t row,
+                float* out, float* mirrored) {
+  MIK_AT_LEVEL(add_scores<float>)(sums, rows, cols, weight, row, out, mirrored);
+}
+void add_scores(const double* sums, int64_t rows, int64_t cols, double weight, int64_t row,
+                double* out, double* mirrored) {
+  MIK_AT_LEVEL(add_scores<double>)(sums, rows, cols, weight, row, out, mirrored);
+}
+
+void add_products(const double* a, const double* b, int64_t count, double* sums) {
+  MIK_AT_LEVEL(add_products)(a, b, count, sums);
+}
+
+double sum_squares(const double* of, int64_t count) { return MIK_AT_LEVEL(sum_squares)(of, count); }
+
 #define MIK_COPY_ROW(T)                                                                         \
   void copy_row(const T* from, int64_t stride, const T* scale, int64_t scale_stride, int64_t d, \
                 accumulator_t<T>* to) {                                                         \

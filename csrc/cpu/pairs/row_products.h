@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "common.h"
+#include "cpu/pairs/scratch.h"
 #include "cpu/simd/scalar.h"
 
 namespace mik {
@@ -21,7 +22,7 @@ struct RowProducts {
   const A* const* a;
   int64_t rows;
   const A* const* b;
-  int64_t cols, d;
+  int64_t cols, d, chunk;
   const int64_t* limits;
   int64_t first_row;
   double* acc;
@@ -30,6 +31,18 @@ struct RowProducts {
 
 void block_products(const RowProducts<float>& of);
 void block_products(const RowProducts<double>& of);
+
+// out[i, j] += weight sums[i, j] for sums [rows, cols], and with `mirrored`, where out[j, i] is,
+// that too; rows of out are `row` apart, its columns dense
+void add_scores(const double* sums, int64_t rows, int64_t cols, double weight, int64_t row,
+                float* out, float* mirrored);
+void add_scores(const double* sums, int64_t rows, int64_t cols, double weight, int64_t row,
+                double* out, double* mirrored);
+
+// sums[i] += a[i] b[i]
+void add_products(const double* a, const double* b, int64_t count, double* sums);
+
+double sum_squares(const double* of, int64_t count);
 
 // d numbers `stride` apart, times scale[0:d] if there is one, as a dense row
 void copy_row(const float* from, int64_t stride, const float* scale, int64_t scale_stride,
@@ -61,12 +74,12 @@ struct Rows {
 // a block of b stays in the second-level cache (512 KB) while rows of a pass over it
 constexpr int64_t kPairCols = 96, kChunk = 768;
 // rows that are read in place may be many, copied ones share that cache
-constexpr int64_t kPairRows = 128, kCopiedRows = 64;
+constexpr int64_t kPairRows = 256, kCopiedRows = 64;
 
 // numbers of a row that are multiplied at a time: equal parts of at most kChunk
 inline int64_t chunk_of(int64_t d) {
-  const int64_t parts = std::max<int64_t>((d + kChunk - 1) / kChunk, 1);
-  return ((d + parts - 1) / parts + 15) / 16 * 16;
+  const int64_t parts = (d + kChunk - 1) / kChunk;
+  return d == 0 ? 16 : ((d + parts - 1) / parts + 15) / 16 * 16;
 }
 
 // a rectangle of pairs
@@ -87,11 +100,10 @@ class BlockProduct {
   void add(const Rows<L>& a, const Rows<R>& b, const Block& block, int64_t d, const int64_t* limits,
            double* acc) {
     const int64_t chunk = chunk_of(d);
-    for (int64_t k = 0; k < d; k += chunk) {
-      const int64_t here = std::min(chunk, d - k);
-      // columns that meet many rows are copied even where they could be read in place: a power of
-      // two apart they would share few cache sets
-      const bool copy = block.rows > kInPlaceRows;
+    const int64_t span = std::max<int64_t>(kSpan / std::max<int64_t>(block.cols, 1) / chunk, 1) * chunk;
+    for (int64_t k = 0; k < d; k += span) {
+      const int64_t here = std::min(span, d - k);
+      const bool copy = block.rows > kInPlaceRows && shares_sets(b.row);
       const A* const* right = dense(b, block.col, block.cols, k, here, copy, right_);
       const A* const* left = dense(a, block.row, block.rows, k, here, false, left_);
       block_products(RowProducts<A>{.a = left,
@@ -99,6 +111,7 @@ class BlockProduct {
                                     .b = right,
                                     .cols = block.cols,
                                     .d = here,
+                                    .chunk = chunk,
                                     .limits = limits,
                                     .first_row = block.row,
                                     .acc = acc,
@@ -107,10 +120,14 @@ class BlockProduct {
   }
 
  private:
-  static constexpr int64_t kInPlaceRows = 16;
+  // columns that meet more rows than this are copied, even where they could be read in place, when
+  // they are half a page or a multiple of it apart: they would share few cache sets
+  static constexpr int64_t kInPlaceRows = 4, kSpan = 96 * 768;
+
+  static bool shares_sets(int64_t row) { return row * sizeof(A) % 2048 == 0; }
 
   struct Copies {
-    std::vector<A> numbers;
+    Scratch<A> numbers;
     std::vector<const A*> rows;
   };
 
@@ -126,9 +143,9 @@ class BlockProduct {
     }
     // a cache line more than a power of two, for the sets' sake
     const int64_t ld = (d + 15) / 16 * 16 + 16;
-    if (static_cast<int64_t>(copies.numbers.size()) < count * ld) copies.numbers.resize(count * ld);
+    A* const numbers = copies.numbers.take(count * ld);
     for (int64_t i = 0; i < count; ++i) {
-      A* to = copies.numbers.data() + i * ld;
+      A* to = numbers + i * ld;
       const L* scale = of.scale == nullptr ? nullptr : of.scale + k * of.scale_stride;
       copy_row(of.at(first + i) + k * of.inner, of.inner, scale, of.scale_stride, d, to);
       copies.rows[i] = to;
@@ -140,16 +157,17 @@ class BlockProduct {
 };
 
 // n x m pairs in blocks, as many for every thread where there are enough rows (5 blocks on two
-// threads took 1.2 times as long as 6); those without a pair row < limits[col] are left out
+// threads took 1.2 times as long as 6), of a multiple of `whole` rows; those without a pair
+// row < limits[col] are left out
 inline std::vector<Block> blocks_of(int64_t n, int64_t m, int64_t most_rows, int64_t most_cols,
-                                    const int64_t* limits) {
+                                    const int64_t* limits, int64_t whole = 4) {
   std::vector<Block> blocks;
   if (n == 0 || m == 0) return blocks;
   const int64_t across = (m + most_cols - 1) / most_cols;
   const int64_t threads = torch::stable::get_num_threads();
   int64_t down = (n + most_rows - 1) / most_rows;
-  while (down * across % threads != 0 && down < (n + 3) / 4) ++down;
-  const int64_t rows = ((n + down - 1) / down + 3) / 4 * 4;
+  while (down * across % threads != 0 && down < (n + whole - 1) / whole) ++down;
+  const int64_t rows = ((n + down - 1) / down + whole - 1) / whole * whole;
   for (int64_t i = 0; i < n; i += rows) {
     for (int64_t j = 0; j < m; j += most_cols) {
       const int64_t cols = std::min(most_cols, m - j);
