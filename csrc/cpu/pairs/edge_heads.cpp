@@ -116,12 +116,12 @@ void edge_heads(Tensor dz, Tensor w_o, Tensor grad, OptionalTensor weights, Opti
     // examples whose weights are the same are one
     const int64_t examples = scores.weighted() ? dz.size(0) : 1;
     const int64_t each = dz.size(0) * dz.size(1) / std::max<int64_t>(examples, 1);
-    parallel(static_cast<int64_t>(blocks.size()), 1, [&](int64_t begin, int64_t end) {
+    share(blocks, [&](const auto& next) {
       EdgeHeads<scalar_t> heads(dz, w_o, grad);
       std::vector<double> sums;
-      for (int64_t i = begin; i < end; ++i)
-        scores.add(blocks[i], examples, sums, [&](int64_t s) {
-          heads.add(blocks[i], s * each, (s + 1) * each, scores.limits(blocks[i]), sums.data());
+      while (const Block* block = next())
+        scores.add(*block, examples, sums, [&](int64_t s) {
+          heads.add(*block, s * each, (s + 1) * each, scores.limits(*block), sums.data());
         });
     });
   });

@@ -9,10 +9,13 @@
 
 #if MIK_VECTOR_BYTES == 64
 constexpr int kTileRows = 4, kTileCols = 6;  // 24 sums, 4 rows, 1 column of 32 registers
+constexpr int kAcrossRows = 8, kAcrossVectors = 3;  // 24 sums, 3 columns, 1 number
 #elif MIK_VECTOR_BYTES == 32
 constexpr int kTileRows = 3, kTileCols = 4;  // 12 sums, 3 rows, 1 column of 16
+constexpr int kAcrossRows = 4, kAcrossVectors = 3;  // 12 sums, 3 columns, 1 number
 #else
 constexpr int kTileRows = 2, kTileCols = 4;
+constexpr int kAcrossRows = 4, kAcrossVectors = 2;
 #endif
 
 // the numbers 0..N - 1, as a pack
@@ -239,6 +242,140 @@ static void block_products(const RowProducts<A>& of) {
   }
 }
 
+// sums of the accumulator type, as fp64
+template <class A>
+struct sums_of {
+  typedef double type __attribute__((vector_size(2 * MIK_VECTOR_BYTES)));
+};
+template <>
+struct sums_of<double> {
+  typedef wide_doubles type;
+};
+
+// acc[r][c] += sum_k a[r][k step] b[k][c] over d numbers, for the first `rows` of kAcrossRows rows
+// and `cols` of N vectors of columns, b dense [d, N]. Alongside are fetched a kilobyte from each of
+// `next`, or rows ahead where there is none
+template <class A, int N>
+static inline void across_tile(const A* const* a, int64_t step, const A* const* ahead,
+                               const char* const* next, const A* b, int64_t d, int rows,
+                               int64_t cols, double* acc, int64_t ld) {
+  using V = typename wide<A>::type;
+  using W = typename sums_of<A>::type;
+  constexpr int64_t lanes = MIK_VECTOR_BYTES / sizeof(A), line = 64 / sizeof(A);
+  V sums[kAcrossRows][N];
+#pragma GCC unroll 8
+  for (int r = 0; r < kAcrossRows; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < N; ++v) sums[r][v] = V{};
+  for (int64_t k0 = 0; k0 < d; k0 += line) {
+    const int64_t last = d - k0 < line ? d : k0 + line;
+    if (next != nullptr) {
+      for (int64_t at = k0 / line * 128; at < k0 / line * 128 + 128; at += 64) {
+        __builtin_prefetch(next[0] + at);
+        __builtin_prefetch(next[1] + at);
+      }
+    } else {
+#pragma GCC unroll 8
+      for (int r = 0; r < kAcrossRows; ++r) __builtin_prefetch(ahead[r] + k0);
+    }
+    for (int64_t k = k0; k < last; ++k) {
+      V column[N];
+#pragma GCC unroll 4
+      for (int v = 0; v < N; ++v) column[v] = load_wide<V>(b + (k * N + v) * lanes);
+#pragma GCC unroll 8
+      for (int r = 0; r < kAcrossRows; ++r) {
+        const A number = a[r][k * step];
+#pragma GCC unroll 4
+        for (int v = 0; v < N; ++v) sums[r][v] += number * column[v];
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < kAcrossRows; ++r) {
+    if (r >= rows) break;
+#pragma GCC unroll 4
+    for (int v = 0; v < N; ++v) {
+      double* to = acc + r * ld + v * lanes;
+      W added = __builtin_convertvector(sums[r][v], W);
+      if ((v + 1) * lanes <= cols) {
+        added += load_wide<W>(to);
+        __builtin_memcpy(to, &added, sizeof(added));
+      } else {
+        for (int64_t c = v * lanes; c < cols; ++c) to[c - v * lanes] += added[c - v * lanes];
+      }
+    }
+  }
+}
+
+// the first `cols` columns of a panel, which has as many vectors as they need
+template <class A, int N = kAcrossVectors>
+static inline void across_columns(const A* const* a, int64_t step, const A* const* ahead,
+                                  const char* const* next, const A* b, int64_t d, int rows,
+                                  int64_t cols, double* acc, int64_t ld) {
+  constexpr int64_t lanes = MIK_VECTOR_BYTES / sizeof(A);
+  if constexpr (N > 1) {
+    if (cols <= (N - 1) * lanes)
+      return across_columns<A, N - 1>(a, step, ahead, next, b, d, rows, cols, acc, ld);
+  }
+  across_tile<A, N>(a, step, ahead, next, b, d, rows, cols, acc, ld);
+}
+
+// [d, cols] in panels of at most `panel` columns, the last of a multiple of `least`; zeros beyond
+// them
+template <class T, class A>
+static inline void pack_panels(const T* from, int64_t stride, int64_t cols, int64_t d,
+                               int64_t panel, int64_t least, A* to) {
+  for (int64_t j = 0; j < cols; j += panel) {
+    const int64_t here = cols - j < panel ? cols - j : panel;
+    const int64_t wide = (here + least - 1) / least * least;
+    for (int64_t k = 0; k < d; ++k) {
+      const T* row = from + k * stride + j;
+#pragma omp simd
+      for (int64_t c = 0; c < here; ++c) to[c] = static_cast<A>(row[c]);
+      for (int64_t c = here; c < wide; ++c) to[c] = A(0);
+      to += wide;
+    }
+  }
+}
+
+// for the columns, or for the rows, of across_products
+template <class T, class A>
+static void pack_across(const T* from, int64_t stride, int64_t count, int64_t d, bool rows, A* to) {
+  constexpr int64_t lanes = MIK_VECTOR_BYTES / sizeof(A);
+  if (rows)
+    pack_panels(from, stride, count, d, kAcrossRows, kAcrossRows, to);
+  else
+    pack_panels(from, stride, count, d, kAcrossVectors * lanes, lanes, to);
+}
+
+template <class A>
+static void across_products(const AcrossProducts<A>& of) {
+  const auto [a, packed, rows, b, cols, d, limits, first_row, acc, ld, next, stride, count] = of;
+  int64_t fetched = 0;
+  constexpr int64_t lanes = MIK_VECTOR_BYTES / sizeof(A), panel = kAcrossVectors * lanes;
+  for (int64_t j = 0; j < cols; j += panel) {
+    const int64_t across = cols - j < panel ? cols - j : panel;
+    for (int64_t i = 0; i < rows; i += kAcrossRows) {
+      if (limits != nullptr) {
+        bool any = false;
+        for (int64_t c = 0; c < across; ++c) any = any || first_row + i < limits[j + c];
+        if (!any) continue;
+      }
+      const int here = rows - i < kAcrossRows ? static_cast<int>(rows - i) : kAcrossRows;
+      const A *row[kAcrossRows], *ahead[kAcrossRows];
+      for (int r = 0; r < kAcrossRows; ++r) {
+        const int64_t below = i + r + kAcrossRows;
+        row[r] = packed != nullptr ? packed + i * d + r : a[i + (r < here ? r : here - 1)];
+        ahead[r] = packed != nullptr ? row[r] : a[below < rows ? below : rows - 1];
+      }
+      // a token a tile
+      const char* const fetch[2] = {next[0] + fetched * stride, next[1] + fetched * stride};
+      if (fetched + 1 < count) ++fetched;
+      across_columns<A>(row, packed != nullptr ? kAcrossRows : 1, ahead, count > 0 ? fetch : nullptr, b + j * d, d, here, across, acc + i * ld + j, ld);
+    }
+  }
+}
+
 template <class T, class A>
 static void copy_row(const T* from, int64_t stride, const T* scale, int64_t scale_stride, int64_t d,
                      A* to) {
@@ -255,12 +392,12 @@ static void copy_row(const T* from, int64_t stride, const T* scale, int64_t scal
 // out[i, j] += weight sums[i, j], and with `mirrored` out[j, i] += the same: both dense along their
 // last axis, rows of out `row` apart
 template <class A>
-static void add_scores(const double* sums, int64_t rows, int64_t cols, double weight, int64_t row,
-                       A* out, A* mirrored) {
+static void add_scores(const double* sums, int64_t ld, int64_t rows, int64_t cols, double weight,
+                       int64_t row, A* out, A* mirrored) {
   for (int64_t i = 0; i < rows; ++i) {
 #pragma omp simd
     for (int64_t j = 0; j < cols; ++j)
-      out[i * row + j] += static_cast<A>(weight * sums[i * cols + j]);
+      out[i * row + j] += static_cast<A>(weight * sums[i * ld + j]);
   }
   if (mirrored == nullptr) return;
   // a cache line of sums and of `mirrored` at a time
@@ -271,7 +408,7 @@ static void add_scores(const double* sums, int64_t rows, int64_t cols, double we
       const int64_t end = rows - i0 < down ? rows : i0 + down;
       for (int64_t c = j; c < last; ++c)
         for (int64_t i = i0; i < end; ++i)
-          mirrored[c * row + i] += static_cast<A>(weight * sums[i * cols + c]);
+          mirrored[c * row + i] += static_cast<A>(weight * sums[i * ld + c]);
     }
   }
 }

@@ -62,9 +62,11 @@ def second_moment(
         rows = rows[mask.reshape(-1)]
     total = torch.zeros(d, d, dtype=acc, device=x.device) if out is None else out
     piece = total if total.dtype == acc else torch.zeros(d, d, dtype=acc, device=x.device)
-    tokens = max(1, PIECE // max(1, d * x.element_size()))
+    # the CPU's products read tokens where they are
+    whole = x.device.type == "cpu"
+    tokens = max(1, len(rows) if whole else PIECE // max(1, d * x.element_size()))
     for part in rows.split(tokens):
-        columns = part.T.contiguous()[None, None]
+        columns = (part.T if whole else part.T.contiguous())[None, None]
         pair_products_op(columns, columns, None, None, None, True, piece[None], impl=impl)
         if piece is not total:
             total += piece
