@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// block_norms: out[i, j] = |a[i] b[j]|_F; a block of columns of b, as rows, meets every row of a.
+// block_norms: out[i, j] = |a[i] b[j]|_F; a block of columns of b meets every row of a.
 #include "common.h"
 #include "cpu/pairs/row_products.h"
 
@@ -43,7 +43,8 @@ class BlockNorms {
     const int64_t d = b_.size(1), wide = b_.size(2), row = b_.stride(1), inner = b_.stride(2);
     A* const columns = columns_.take(cols * d);
     for (int64_t e = 0; e < cols; ++e) {
-      const T* from = data<T>(b_) + (first + (c + e) / wide) * b_.stride(0) + (c + e) % wide * inner;
+      const T* from =
+          data<T>(b_) + (first + (c + e) / wide) * b_.stride(0) + (c + e) % wide * inner;
       for (int64_t k = 0; k < d; ++k) columns[k * cols + e] = static_cast<A>(from[k * row]);
     }
   }

@@ -112,7 +112,8 @@ void edge_heads(Tensor dz, Tensor w_o, Tensor grad, OptionalTensor weights, Opti
   check_scores(dz, grad.size(2), weights, prefix, out);
   MIK_DISPATCH_FLOATING(dz, [&] {
     const PairScores<accumulator_t<scalar_t>> scores(out, weights, prefix, false);
-    const auto blocks = blocks_of(dz.size(2), grad.size(2), kTaskHeads, kPairCols, scores.limits(), 1);
+    const auto blocks =
+        blocks_of(dz.size(2), grad.size(2), kTaskHeads, kPairCols, scores.limits(), 1);
     // examples whose weights are the same are one
     const int64_t examples = scores.weighted() ? dz.size(0) : 1;
     const int64_t each = dz.size(0) * dz.size(1) / std::max<int64_t>(examples, 1);

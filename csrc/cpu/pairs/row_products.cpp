@@ -11,9 +11,7 @@ namespace mik {
 void block_products(const RowProducts<float>& of) { MIK_AT_LEVEL(block_products<float>)(of); }
 void block_products(const RowProducts<double>& of) { MIK_AT_LEVEL(block_products<double>)(of); }
 
-void across_products(const AcrossProducts<float>& of) {
-  MIK_AT_LEVEL(across_products<float>)(of);
-}
+void across_products(const AcrossProducts<float>& of) { MIK_AT_LEVEL(across_products<float>)(of); }
 void across_products(const AcrossProducts<double>& of) {
   MIK_AT_LEVEL(across_products<double>)(of);
 }

@@ -64,8 +64,8 @@ void pack_across(const torch::headeronly::BFloat16* from, int64_t stride, int64_
 void pack_across(const torch::headeronly::Half* from, int64_t stride, int64_t count, int64_t d,
                  bool rows, float* to);
 
-// out[i, j] += weight sums[i, j] for rows x cols sums, and with `mirrored`, where out[j, i] is, that
-// too; rows of sums are ld apart, those of out `row`, and columns are dense
+// out[i, j] += weight sums[i, j] for rows x cols sums, and with `mirrored`, where out[j, i] is,
+// that too; rows of sums are ld apart, those of out `row`, and columns are dense
 void add_scores(const double* sums, int64_t ld, int64_t rows, int64_t cols, double weight,
                 int64_t row, float* out, float* mirrored);
 void add_scores(const double* sums, int64_t ld, int64_t rows, int64_t cols, double weight,
@@ -103,9 +103,7 @@ struct Rows {
   }
 
   // numbers of different rows lie together, those of a row do not
-  bool across() const {
-    return row == 1 && inner != 1 && scale == nullptr && index == nullptr;
-  }
+  bool across() const { return row == 1 && inner != 1 && scale == nullptr && index == nullptr; }
 };
 
 // columns that lie across are met in wider blocks: what is read of each is short
@@ -145,7 +143,8 @@ class BlockProduct {
            double* acc) {
     if (b.across()) return add_across(a, b, block, d, limits, acc);
     const int64_t chunk = chunk_of(d);
-    const int64_t span = std::max<int64_t>(kSpan / std::max<int64_t>(block.cols, 1) / chunk, 1) * chunk;
+    const int64_t span =
+        std::max<int64_t>(kSpan / std::max<int64_t>(block.cols, 1) / chunk, 1) * chunk;
     for (int64_t k = 0; k < d; k += span) {
       const int64_t here = std::min(span, d - k);
       const bool copy = block.rows > kInPlaceRows && crowded(b.row, block.cols);
@@ -182,22 +181,21 @@ class BlockProduct {
       } else {
         left = dense(a, block.row, block.rows, k, here, false, left_);
       }
-      across_products(AcrossProducts<A>{.a = left,
-                                        .packed = packed,
-                                        .rows = block.rows,
-                                        .b = right,
-                                        .cols = block.cols,
-                                        .d = here,
-                                        .limits = limits,
-                                        .first_row = block.row,
-                                        .acc = acc,
-                                        .ld = block.cols,
-                                        .next = {bytes(a.base + block.row + (k + here) * a.inner),
-                                                 bytes(b.base + block.col + (k + here) * b.inner)},
-                                        .stride = b.inner * static_cast<int64_t>(sizeof(R)),
-                                        .count = a.across() && a.inner == b.inner
-                                                     ? std::min(chunk, d - k - here)
-                                                     : 0});
+      across_products(AcrossProducts<A>{
+          .a = left,
+          .packed = packed,
+          .rows = block.rows,
+          .b = right,
+          .cols = block.cols,
+          .d = here,
+          .limits = limits,
+          .first_row = block.row,
+          .acc = acc,
+          .ld = block.cols,
+          .next = {bytes(a.base + block.row + (k + here) * a.inner),
+                   bytes(b.base + block.col + (k + here) * b.inner)},
+          .stride = b.inner * static_cast<int64_t>(sizeof(R)),
+          .count = a.across() && a.inner == b.inner ? std::min(chunk, d - k - here) : 0});
     }
   }
 

@@ -1,17 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0
 // Products of rows with rows, in register tiles; compiled once per level.
 //
-// Both operands run along the contraction, so neither is packed or transposed: a tile of rows is
+// Where both operands run along the contraction, neither is packed or transposed: a tile of rows is
 // loaded as it lies, and the lanes of its sums are added up at the end, as many sums at a time as a
-// vector has lanes.
+// vector has lanes. That reached 92 % of the multiply-adds' peak at d 768 and 84 at 256 (one Zen 5
+// core, data in its second-level cache). With one operand packed it was 95, less what the packing
+// takes: 6 where it transposes (0.25 cycles a number, 128 rows), for chains of 128 terms in place of
+// 48. So only a b that lies across the contraction is packed, which is a copy then.
 
 #include "cpu/simd/wide_body.h"
 
 #if MIK_VECTOR_BYTES == 64
-constexpr int kTileRows = 4, kTileCols = 6;  // 24 sums, 4 rows, 1 column of 32 registers
+constexpr int kTileRows = 4, kTileCols = 6;         // 24 sums, 4 rows, 1 column of 32 registers
 constexpr int kAcrossRows = 8, kAcrossVectors = 3;  // 24 sums, 3 columns, 1 number
 #elif MIK_VECTOR_BYTES == 32
-constexpr int kTileRows = 3, kTileCols = 4;  // 12 sums, 3 rows, 1 column of 16
+constexpr int kTileRows = 3, kTileCols = 4;         // 12 sums, 3 rows, 1 column of 16
 constexpr int kAcrossRows = 4, kAcrossVectors = 3;  // 12 sums, 3 columns, 1 number
 #else
 constexpr int kTileRows = 2, kTileCols = 4;
@@ -91,7 +94,8 @@ template <class A>
 
 // acc[r][c] += the lanes of sums[r][c], for the first `rows` rows
 template <class A, int N, class V>
-[[gnu::always_inline]] static inline void add_sums(const V (*sums)[N], int rows, double* acc, int64_t ld) {
+[[gnu::always_inline]] static inline void add_sums(const V (*sums)[N], int rows, double* acc,
+                                                   int64_t ld) {
   constexpr int lanes = sizeof(V) / sizeof(A), across = 16 / sizeof(A), down = lanes / across;
 #pragma GCC unroll 8
   for (int c0 = 0; c0 < N; c0 += across) {
@@ -109,7 +113,8 @@ template <class A, int N, class V>
 #pragma GCC unroll 4
       for (int r = 0; r < down; ++r) {
         if (r0 + r >= rows) break;
-        add_block<A>(reinterpret_cast<const char*>(&folded) + 16 * r, cols, acc + (r0 + r) * ld + c0);
+        add_block<A>(reinterpret_cast<const char*>(&folded) + 16 * r, cols,
+                     acc + (r0 + r) * ld + c0);
       }
     }
   }
@@ -209,34 +214,45 @@ static inline Ahead<A> share_of(const A* const* rows, int64_t d, int64_t deep, i
   return ahead;
 }
 
-// tiles without a pair below its limit are passed over, others are filled whole. Chunk by chunk of
-// a tile of rows: rows that come from memory are read from end to end, once
+// rows that meet a tile of many columns in turn: that stays in the first-level cache, and two
+// thirds as much is read from the second as when each tile of rows met all columns
+constexpr int64_t kRowsInTurn = 48;
+
+// tiles without a pair below its limit are passed over, others are filled whole. Where columns are
+// few, a tile of rows meets them chunk by chunk: rows that come from memory are read from end to
+// end, once
 template <class A>
 static void block_products(const RowProducts<A>& of) {
   const auto [a, rows, b, cols, d, chunk, limits, first_row, acc, ld] = of;
   const int tiles = static_cast<int>((cols + kTileCols - 1) / kTileCols);
   const int steps = static_cast<int>((d + chunk - 1) / chunk) * tiles;
-  for (int64_t i = 0; i < rows; i += kTileRows) {
-    const int here = rows - i < kTileRows ? static_cast<int>(rows - i) : kTileRows;
-    const A* next[kTileRows];
-    for (int r = 0; r < kTileRows; ++r)
-      next[r] = a[i + r + kTileRows < rows ? i + r + kTileRows : rows - 1];
+  // what is fetched alongside are the next rows of a turn: there must be some
+  const bool many = tiles > kTileRows && steps == tiles && rows > kRowsInTurn;
+  const int64_t turn = many ? kRowsInTurn : kTileRows;
+  for (int64_t i0 = 0; i0 < rows; i0 += turn) {
+    const int64_t end = rows - i0 < turn ? rows : i0 + turn;
     int step = 0;
     for (int64_t k = 0; k < d; k += chunk) {
       const int64_t deep = d - k < chunk ? d - k : chunk;
-      const A* row[kTileRows];
-      for (int r = 0; r < kTileRows; ++r) row[r] = a[i + (r < here ? r : here - 1)] + k;
       for (int tile = 0; tile < tiles; ++tile, ++step) {
         const int64_t j = tile * kTileCols, across = cols - j < kTileCols ? cols - j : kTileCols;
-        if (limits != nullptr) {
-          bool any = false;
-          for (int64_t c = 0; c < across; ++c) any = any || first_row + i < limits[j + c];
-          if (!any) continue;
-        }
         const A* column[kTileCols];
         for (int c = 0; c < across; ++c) column[c] = b[j + c] + k;
-        some_columns<A>(row, share_of(next, d, deep, step, steps), column, across, deep, here,
-                        acc + i * ld + j, ld);
+        for (int64_t i = i0; i < end; i += kTileRows) {
+          if (limits != nullptr) {
+            bool any = false;
+            for (int64_t c = 0; c < across; ++c) any = any || first_row + i < limits[j + c];
+            if (!any) continue;
+          }
+          const int here = end - i < kTileRows ? static_cast<int>(end - i) : kTileRows;
+          const A *row[kTileRows], *next[kTileRows];
+          for (int r = 0; r < kTileRows; ++r) {
+            row[r] = a[i + (r < here ? r : here - 1)] + k;
+            next[r] = a[i + r + turn < rows ? i + r + turn : rows - 1];
+          }
+          some_columns<A>(row, share_of(next, d, deep, step, steps), column, across, deep, here,
+                          acc + i * ld + j, ld);
+        }
       }
     }
   }
@@ -371,7 +387,9 @@ static void across_products(const AcrossProducts<A>& of) {
       // a token a tile
       const char* const fetch[2] = {next[0] + fetched * stride, next[1] + fetched * stride};
       if (fetched + 1 < count) ++fetched;
-      across_columns<A>(row, packed != nullptr ? kAcrossRows : 1, ahead, count > 0 ? fetch : nullptr, b + j * d, d, here, across, acc + i * ld + j, ld);
+      across_columns<A>(row, packed != nullptr ? kAcrossRows : 1, ahead,
+                        count > 0 ? fetch : nullptr, b + j * d, d, here, across, acc + i * ld + j,
+                        ld);
     }
   }
 }
