@@ -5,8 +5,8 @@
 // loaded as it lies, and the lanes of its sums are added up at the end, as many sums at a time as a
 // vector has lanes. That reached 92 % of the multiply-adds' peak at d 768 and 84 at 256 (one Zen 5
 // core, data in its second-level cache). With one operand packed it was 95, less what the packing
-// takes: 6 where it transposes (0.25 cycles a number, 128 rows), for chains of 128 terms in place of
-// 48. So only a b that lies across the contraction is packed, which is a copy then.
+// takes: 6 where it transposes (0.25 cycles a number, 128 rows), for chains of 128 terms in place
+// of 48. So only a b that lies across the contraction is packed, which is a copy then.
 
 #include "cpu/simd/wide_body.h"
 
