@@ -103,15 +103,29 @@ class PairScores {
     }
   }
 
+  // pair by pair; where columns are dense by the same function as elsewhere, since another might
+  // round otherwise, and what is whole depends on how pairs are shared out
   void flush_some(const Block& block, int64_t q, double weight, const double* sums,
                   int64_t ld) const {
     for (int64_t i = 0; i < block.rows; ++i) {
-      for (int64_t j = 0; j < block.cols; ++j) {
-        const int64_t row = block.row + i, col = block.col + j;
+      const int64_t row = block.row + i;
+      for (int64_t j = 0, last; j < block.cols; j = last) {
+        last = j + 1;
+        const int64_t col = block.col + j;
         if (limited_ && row >= limits_[col]) continue;
+        const bool twice = symmetric_ && row != col;
+        if (col_ == 1) {
+          // a run of columns that want the row; the diagonal is one of its own
+          while ((twice || !symmetric_) && last < block.cols && row < limits_[block.col + last])
+            ++last;
+          A* const out = out_ + q * q_;
+          add_scores(&sums[i * ld + j], ld, 1, last - j, weight, row_, out + row * row_ + col,
+                     twice ? out + col * row_ + row : nullptr);
+          continue;
+        }
         const A term = static_cast<A>(weight * sums[i * ld + j]);
         out_[q * q_ + row * row_ + col * col_] += term;
-        if (symmetric_ && row != col) out_[q * q_ + col * row_ + row * col_] += term;
+        if (twice) out_[q * q_ + col * row_ + row * col_] += term;
       }
     }
   }
