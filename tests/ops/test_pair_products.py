@@ -104,6 +104,19 @@ def test_products_layouts(impl, dtype):
         check(impl, a, a, weight, exact=True)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_products_of_rows_across_memory(impl, dtype):
+    """Several chunks, panels and tiles of them, none of them whole."""
+    a, b = (randn(2, 300, n, dtype=dtype, seed=n).mT for n in (77, 301))
+    check(impl, a, b)
+    check(impl, a.contiguous(), b)
+    check(impl, b.contiguous(), a, randn(300, dtype=dtype))
+    check(impl, b)
+    first = pairwise_products(b, impl=impl)
+    with num_threads(2):
+        assert identical(pairwise_products(b, impl=impl), first)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_products_of_rows_far_apart(impl, dtype):
     near, b = randint(2, 33, dtype=dtype), randint(3, 33, dtype=dtype, seed=1)

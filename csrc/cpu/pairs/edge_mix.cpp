@@ -38,9 +38,10 @@ void mix(const OptionalTensor& base, const Tensor& delta, const Tensor& mask, co
       const int64_t last = std::min(d, (task % parts + 1) * kTaskCols);
       for (int64_t first = task % parts * kTaskCols; first < last; first += kSumCols) {
         const int64_t cols = std::min<int64_t>(kSumCols, last - first);
-        columns.take(rows, writers, first, cols);
+        columns.take(rows, writers, first, cols, 1);
         for (int64_t r0 = 0; r0 < readers; r0 += kSumRows) {
-          weighted_rows(masks.data() + r0 * writers, columns.at, columns.ld, writers, sums);
+          weighted_rows(masks.data() + r0 * writers, columns.panel(0), columns.ld, writers, sums,
+                        kSumCols);
           for (int64_t r = r0; r < std::min<int64_t>(readers, r0 + kSumRows); ++r) {
             const A* sum = sums + (r - r0) * kSumCols;
             T* to = mutable_data<T>(out) + (place * readers + r) * d + first;

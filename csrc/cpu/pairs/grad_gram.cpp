@@ -34,11 +34,11 @@ void gram_products(Tensor acts, Tensor grads, Tensor acts2, Tensor grads2, bool 
     const bool in_place = at(acts, 0).in_place() && at(grads, 0).in_place();
     const auto blocks =
         blocks_of(n, m, in_place ? kPairRows : kCopiedRows, kPairCols, scores.limits());
-    parallel(static_cast<int64_t>(blocks.size()), 1, [&](int64_t begin, int64_t end) {
+    share(blocks, [&](const auto& next) {
       BlockProduct<T> product;
       std::vector<double> sums, from_acts, from_grads;
-      for (int64_t i = begin; i < end; ++i) {
-        const Block& block = blocks[i];
+      while (const Block* taken = next()) {
+        const Block& block = *taken;
         const int64_t* limits = scores.limits(block);
         scores.add(block, 1, sums, [&](int64_t) {
           for (int64_t t = 0; t < acts.size(1); ++t) {
@@ -48,7 +48,8 @@ void gram_products(Tensor acts, Tensor grads, Tensor acts2, Tensor grads2, bool 
               product.add(at(acts, t), at(acts2, s), block, acts.size(2), limits, from_acts.data());
               product.add(at(grads, t), at(grads2, s), block, grads.size(2), limits,
                           from_grads.data());
-              for (size_t e = 0; e < sums.size(); ++e) sums[e] += from_acts[e] * from_grads[e];
+              add_products(from_acts.data(), from_grads.data(), block.rows * block.cols,
+                           sums.data());
             }
           }
         });

@@ -30,13 +30,14 @@ void pair_products(Tensor a, Tensor b, OptionalTensor scale, OptionalTensor weig
       found.scale_stride = scale.has_value() ? scale->stride(0) : 0;
       return found;
     };
-    const int64_t most = left(0, 0).in_place() ? kPairRows : kCopiedRows;
-    const auto blocks = blocks_of(n, m, most, kPairCols, scores.limits());
-    parallel(static_cast<int64_t>(blocks.size()), 1, [&](int64_t begin, int64_t end) {
+    const int64_t most = left(0, 0).in_place() || left(0, 0).across() ? kPairRows : kCopiedRows;
+    const int64_t across = rows(b, 0, 0).across() ? kAcrossCols : kPairCols;
+    const auto blocks = blocks_of(n, m, most, across, scores.limits());
+    share(blocks, [&](const auto& next) {
       BlockProduct<T> product;
       std::vector<double> sums;
-      for (int64_t i = begin; i < end; ++i) {
-        const Block& block = blocks[i];
+      while (const Block* taken = next()) {
+        const Block& block = *taken;
         scores.add(block, a.size(0), sums, [&](int64_t s) {
           for (int64_t p = 0; p < a.size(1); ++p)
             product.add(left(s, p), rows(b, s, p), block, d, scores.limits(block), sums.data());

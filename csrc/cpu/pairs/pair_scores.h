@@ -46,6 +46,9 @@ class PairScores {
         limits_.push_back(symmetric ? j + 1 : data<int64_t>(*prefix)[j * prefix->stride(0)]);
   }
 
+  // examples are told apart
+  bool weighted() const { return weighted_; }
+
   const int64_t* limits() const { return limited_ ? limits_.data() : nullptr; }
   const int64_t* limits(const Block& block) const {
     return limited_ ? limits_.data() + block.col : nullptr;
@@ -75,14 +78,54 @@ class PairScores {
   int64_t weights_q_ = 0, weights_s_ = 0;
   std::vector<int64_t> limits_;
 
+  // rows that are written together where limits cut a block
+  static constexpr int64_t kRowsTogether = 16;
+
   void flush(const Block& block, int64_t q, double weight, const std::vector<double>& sums) const {
+    for (int64_t i = 0; i < block.rows; i += kRowsTogether) {
+      const int64_t rows = limited_ ? std::min(kRowsTogether, block.rows - i) : block.rows;
+      // from here on every column wants all of these rows, and none is its own mirror image
+      int64_t whole = col_ == 1 ? 0 : block.cols;
+      if (limited_ && col_ == 1) {
+        const int64_t last = block.row + i + rows - 1 + (symmetric_ ? 1 : 0);
+        whole = block.cols;
+        while (whole > 0 && limits_[block.col + whole - 1] > last) --whole;
+      }
+      flush_some({block.row + i, rows, block.col, whole}, q, weight, &sums[i * block.cols],
+                 block.cols);
+      if (whole < block.cols) {
+        A* const out = out_ + q * q_;
+        const int64_t row = block.row + i, col = block.col + whole;
+        add_scores(&sums[i * block.cols + whole], block.cols, rows, block.cols - whole, weight,
+                   row_, out + row * row_ + col, symmetric_ ? out + col * row_ + row : nullptr);
+      }
+      if (!limited_) return;
+    }
+  }
+
+  // pair by pair; where columns are dense by the same function as elsewhere, since another might
+  // round otherwise, and what is whole depends on how pairs are shared out
+  void flush_some(const Block& block, int64_t q, double weight, const double* sums,
+                  int64_t ld) const {
     for (int64_t i = 0; i < block.rows; ++i) {
-      for (int64_t j = 0; j < block.cols; ++j) {
-        const int64_t row = block.row + i, col = block.col + j;
+      const int64_t row = block.row + i;
+      for (int64_t j = 0, last; j < block.cols; j = last) {
+        last = j + 1;
+        const int64_t col = block.col + j;
         if (limited_ && row >= limits_[col]) continue;
-        const A term = static_cast<A>(weight * sums[i * block.cols + j]);
+        const bool twice = symmetric_ && row != col;
+        if (col_ == 1) {
+          // a run of columns that want the row; the diagonal is one of its own
+          while ((twice || !symmetric_) && last < block.cols && row < limits_[block.col + last])
+            ++last;
+          A* const out = out_ + q * q_;
+          add_scores(&sums[i * ld + j], ld, 1, last - j, weight, row_, out + row * row_ + col,
+                     twice ? out + col * row_ + row : nullptr);
+          continue;
+        }
+        const A term = static_cast<A>(weight * sums[i * ld + j]);
         out_[q * q_ + row * row_ + col * col_] += term;
-        if (symmetric_ && row != col) out_[q * q_ + col * row_ + row * col_] += term;
+        if (twice) out_[q * q_ + col * row_ + row * col_] += term;
       }
     }
   }

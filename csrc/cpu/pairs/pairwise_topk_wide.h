@@ -95,6 +95,7 @@ class WidePairs {
 
   // of |a| |b|: fp32 sums of at most kChunk + 16 products in any order, and the score's own
   // rounding
+  static_assert(kAcrossChunk <= kChunk);
   static constexpr double kRounding = (kChunk + 48) * 0x1p-24 * kUp;
 
   const LongRows<T>&a_, &b_;

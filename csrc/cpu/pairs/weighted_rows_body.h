@@ -13,11 +13,11 @@ constexpr int kSumVectors = 2;  // 12 sums, 2 columns, 1 weight of 16
 constexpr int64_t kSumDepth = 128;
 
 template <class A>
-static void weighted_rows(const A* weights, const A* b, int64_t ldb, int64_t depth, A* out) {
+static void weighted_rows(const A* weights, const A* b, int64_t ldb, int64_t depth, A* out,
+                          int64_t ld) {
   using V = typename wide<A>::type;
   constexpr int64_t lanes = MIK_VECTOR_BYTES / sizeof(A), span = kSumVectors * lanes;
-  for (int i = 0; i < kSumRows * kSumCols; ++i) out[i] = A(0);
-  for (int64_t part = 0; part < depth; part += kSumDepth)
+  for (int64_t part = 0; part == 0 || part < depth; part += kSumDepth)
     for (int64_t first = 0; first < kSumCols; first += span) {
       const int64_t last = part + kSumDepth < depth ? part + kSumDepth : depth;
       V sums[kSumRows][kSumVectors];
@@ -41,8 +41,8 @@ static void weighted_rows(const A* weights, const A* b, int64_t ldb, int64_t dep
       for (int r = 0; r < kSumRows; ++r)
 #pragma GCC unroll 8
         for (int v = 0; v < kSumVectors; ++v) {
-          A* to = out + r * kSumCols + first + v * lanes;
-          sums[r][v] += load_wide<V>(to);
+          A* to = out + r * ld + first + v * lanes;
+          if (part > 0) sums[r][v] += load_wide<V>(to);
           __builtin_memcpy(to, &sums[r][v], sizeof(V));
         }
     }

@@ -2,8 +2,9 @@
 """Second moments: `C = sum_n x_n x_n^T`, over a stream of batches.
 
 The uncentred covariance of rank-one editing (ROME, MEMIT) and of whitening. `pair_products_` of the
-columns of x with themselves: only the upper triangle is computed, half of a product. Tokens are
-transposed in pieces of 16 MB at the most. With a float64 `out` the pieces add up without rounding.
+columns of x with themselves: only the upper triangle is computed, half of a product. The CPU's
+kernel reads the tokens where they are; a GPU's, transposed in pieces of 16 MB at the most. With a
+float64 `out` the pieces add up without rounding.
 """
 
 from __future__ import annotations
@@ -62,9 +63,10 @@ def second_moment(
         rows = rows[mask.reshape(-1)]
     total = torch.zeros(d, d, dtype=acc, device=x.device) if out is None else out
     piece = total if total.dtype == acc else torch.zeros(d, d, dtype=acc, device=x.device)
-    tokens = max(1, PIECE // max(1, d * x.element_size()))
+    whole = x.device.type == "cpu"
+    tokens = max(1, len(rows) if whole else PIECE // max(1, d * x.element_size()))
     for part in rows.split(tokens):
-        columns = part.T.contiguous()[None, None]
+        columns = (part.T if whole else part.T.contiguous())[None, None]
         pair_products_op(columns, columns, None, None, None, True, piece[None], impl=impl)
         if piece is not total:
             total += piece
