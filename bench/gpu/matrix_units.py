@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from mikernels.kernels.common.products import WIDEN, multiply
-from mikernels.kernels.sae.encode_winners import full_sums
+from mikernels.kernels.common.full_sums import full_sums
 
 from .assumptions import Ground, Item
 from .device import Cpu
