@@ -18,8 +18,8 @@ import torch
 import triton
 import triton.language as tl
 
-from mikernels.kernels.common.products import WIDEN, multiply
 from mikernels.kernels.common.full_sums import full_sums
+from mikernels.kernels.common.products import WIDEN, multiply
 
 from .assumptions import Ground, Item
 from .device import Cpu
