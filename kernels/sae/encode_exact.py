@@ -61,7 +61,10 @@ def shares_of(count, programs):
 
 @triton.jit
 def _cut(s_ptr, h_ptr, features_ptr, held, k, BLOCK: tl.constexpr):
-    """Moves the k best of a list to its front, in order; returns the key of the last."""
+    """Moves the k best of a list to its front, in order; returns the key of the last.
+
+    Between this and whatever else touches the list the caller has barriers.
+    """
     kth, ties = kth_by_passes(s_ptr, held, k, 0, BLOCK)
     above_before = tl.full((), 0, tl.int32)
     ties_before = tl.full((), 0, tl.int32)
@@ -79,7 +82,6 @@ def _cut(s_ptr, h_ptr, features_ptr, held, k, BLOCK: tl.constexpr):
         tl.store(features_ptr + slot, feature, mask=taken)
         above_before += tl.sum((keys > kth).to(tl.int32))
         ties_before += tl.sum((keys == kth).to(tl.int32))
-    tl.debug_barrier()
     return kth
 
 
@@ -116,8 +118,10 @@ def _encode_exact_kernel(
             bits = tl.load(word, mask=feature < known, other=-1)
             wanted = (feature < end) & (((bits >> (feature % 32)) & 1) != 0)
             rank = tl.cumsum(wanted.to(tl.int32), 0) - 1
+            # `todo` of the segment or item before has been read
             tl.debug_barrier()
             tl.store(todo + rank, feature, mask=wanted)
+            # and so has its list, or been cut
             tl.debug_barrier()
             count_here = tl.sum(wanted.to(tl.int32))
             for start in range(0, count_here, SLOTS):
@@ -139,8 +143,9 @@ def _encode_exact_kernel(
                 tl.debug_barrier()
                 floor = _cut(s_list, h_list, features, held, k, SEGMENT)
                 held = k
-        tl.debug_barrier()
+        # a program has several items only where none is a share
         if shares == 1:
+            tl.debug_barrier()
             for start in range(0, k, SEGMENT):
                 slot = start + tl.arange(0, SEGMENT)
                 h = tl.load(h_list + slot, mask=slot < k, other=0.0)
@@ -149,7 +154,6 @@ def _encode_exact_kernel(
                 tl.store(values_ptr + row * k + slot, h, mask=slot < k)
                 chosen = tl.load(features + slot, mask=slot < k, other=0)
                 tl.store(indices_ptr + row * k + slot, chosen, mask=slot < k)
-            tl.debug_barrier()
         else:
             tl.store(held_ptr + item, held)
 

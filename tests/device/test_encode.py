@@ -19,7 +19,6 @@ from oracle import far_apart, identical, randn, unchanged
 from mikernels import _triton, topk_encode
 from mikernels.kernels.sae import (
     encode,
-    encode_exact,
     encode_plain,
     encode_screen,
     encode_settle,
@@ -33,9 +32,9 @@ INTERPRETED = _triton.interpreting()
 def large_programs(monkeypatch):
     """The interpreter pays by the program, not by the element."""
     if INTERPRETED:
-        monkeypatch.setattr(encode, "PACK", encode_screen.PACK | {"ROWS": 128})
-        monkeypatch.setattr(encode, "SETTLE", encode_settle.SETTLE | {"SLOTS": 64})
-        monkeypatch.setattr(encode, "EXACT", encode_exact.EXACT | {"SLOTS": 256})
+        monkeypatch.setitem(encode.PACK, "ROWS", 128)
+        monkeypatch.setitem(encode.SETTLE, "SLOTS", 64)
+        monkeypatch.setitem(encode.EXACT, "SLOTS", 256)
         monkeypatch.setattr(encode, "EXACT_PROGRAMS", 6)
         monkeypatch.setattr(encode, "COPIERS", 2)
         for module in (encode, encode_screen):

@@ -2,6 +2,7 @@
 """The recorder of tests/support/interpreter_races.py: it sees a race of each kind, and that a
 barrier is missing for each in kernels/."""
 
+import functools
 import sys
 from pathlib import Path
 
@@ -10,11 +11,11 @@ import torch
 import triton
 import triton.language as tl
 from interpreter_races import Race
-from oracle import randint, randn
+from oracle import randn
 from triton.runtime.interpreter import InterpreterBuilder
 
 from mikernels import _triton, kernels, topk_encode
-from mikernels.kernels.sae import adam, encode
+from mikernels.kernels.sae import adam, encode, encode_screen, encode_winners
 from mikernels.kernels.select import row_topk
 
 pytestmark = pytest.mark.skipif(not _triton.interpreting(), reason="needs TRITON_INTERPRET=1")
@@ -111,16 +112,46 @@ def row_topk_by_groups(monkeypatch) -> None:
     row_topk.row_topk(randn(2, 2048), 3, False)
 
 
-def encode_of_uncertain_tokens(monkeypatch) -> None:
-    # zeros are uncertain; one program does them all
-    monkeypatch.setattr(encode, "EXACT_PROGRAMS", 1)
-    topk_encode(torch.zeros(2, 16), randint(200, 16), k=9, impl="triton")
+def winners(width: int, c: int):
+    """Two panels: the first fills the lists, the second is merged with what they hold."""
+
+    def run(monkeypatch) -> None:
+        shape = encode_winners.shape_of(width, c)
+        best = encode_winners.Winners(2, c, torch.float16, torch.device("cpu"))
+        best.begin()
+        maxima = torch.empty(2, shape.groups, dtype=torch.int32)
+        for base in (0, width):
+            best.add(randn(2, width, seed=base).half(), 0, base, maxima)
+
+    return run
 
 
+def encode_of_near_ties(features: int):
+    """Scores that differ by less than their bounds tell: all candidates are scored, and where not
+    all features are candidates, all features of both tokens. One program does that, and cuts its
+    list of either token in between and at the end."""
+
+    def run(monkeypatch) -> None:
+        monkeypatch.setattr(encode, "EXACT_PROGRAMS", 1)
+        monkeypatch.setattr(encode, "COPIERS", 1)
+        for module in (encode, encode_screen):
+            monkeypatch.setattr(module, "SURVEYORS", tl.constexpr(1))
+        monkeypatch.setitem(encode.PACK, "ROWS", 128)
+        monkeypatch.setitem(encode.EXACT, "SLOTS", 32)
+        monkeypatch.setitem(encode.EXACT, "SEGMENT", 64)
+        b_enc = 1e-6 * (torch.arange(features) ^ 63)
+        topk_encode(torch.ones(2, 4), torch.ones(features, 4), b_enc, k=9, impl="triton")
+
+    return run
+
+
+# of each file, launches that reach its barriers
 RUNS = {
-    "sae/adam.py": adam_of_a_wide_row,
-    "select/row_topk.py": row_topk_by_groups,
-    "sae/encode_exact.py": encode_of_uncertain_tokens,
+    "sae/adam.py": [adam_of_a_wide_row],
+    "sae/encode_exact.py": [encode_of_near_ties(200)],
+    "sae/encode_settle.py": [encode_of_near_ties(20)],
+    "sae/encode_winners.py": [winners(64, 10), winners(256, 5)],
+    "select/row_topk.py": [row_topk_by_groups],
 }
 ROOM = Path(kernels.__file__).parent
 BARRIERS = [
@@ -131,22 +162,33 @@ BARRIERS = [
 ]
 
 
-@pytest.mark.parametrize("file, line", BARRIERS)
-def test_each_barrier_of_the_kernels_is_missed(monkeypatch, file, line) -> None:
-    RUNS[file](monkeypatch)
-    old, passed = InterpreterBuilder.create_barrier, []
+@functools.cache
+def barriers_of(run, without: tuple[str, int] | None = None) -> set[tuple[str, int]]:
+    """What a run comes to, with one of them left out."""
+    old, passed = InterpreterBuilder.create_barrier, set()
 
     def create_barrier(self):
         frame = sys._getframe(1)
-        while frame.f_code.co_filename != str(ROOM / file):
+        while ROOM not in Path(frame.f_code.co_filename).parents:
             frame = frame.f_back
-        passed.append(frame.f_lineno)
-        return None if frame.f_lineno == line else old(self)
+        at = str(Path(frame.f_code.co_filename).relative_to(ROOM)), frame.f_lineno
+        passed.add(at)
+        return None if at == without else old(self)
 
-    monkeypatch.setattr(InterpreterBuilder, "create_barrier", create_barrier)
-    with pytest.raises(Race, match="no barrier is between"):
-        RUNS[file](monkeypatch)
-    assert line in passed
+    with pytest.MonkeyPatch.context() as patches:
+        patches.setattr(InterpreterBuilder, "create_barrier", create_barrier)
+        run(patches)
+    return passed
+
+
+@pytest.mark.parametrize("file, line", BARRIERS)
+def test_each_barrier_of_the_kernels_is_missed(file, line) -> None:
+    """By every launch that comes to it."""
+    runs = [run for run in RUNS[file] if (file, line) in barriers_of(run)]
+    assert runs
+    for run in runs:
+        with pytest.raises(Race, match="no barrier is between"):
+            barriers_of(run, without=(file, line))
 
 
 def test_tiles_of_the_kernels_that_overlap_are_seen(monkeypatch) -> None:
