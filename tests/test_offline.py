@@ -70,8 +70,8 @@ COMPILED = [(name, target) for name, case in CASES.items() for target in targets
 def test_compiles_without_spills(name, target):
     case = CASES[name]
     report = offline.compile_case(case, target)
-    # sm_89 has no other way for the widest update of ragged codes (16 bytes) and for exact scores of
-    # uncertain tokens (24), and these cost little
+    # sm_89 has no other way for the widest update of ragged codes (16 bytes) and for exact scores
+    # of uncertain tokens (24), and these cost little
     assert report.spills <= (24 if target == "sm_89" else 0), report
     assert report.shared <= offline.SHARED_LIMIT[target], report
     if target == "sm_80" and "sm_89" in case.targets:
