@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 ENVIRONMENT = ("MIKERNELS_EXT", "MIKERNELS_ARCHS", "MIKERNELS_IMPL")
 # the flags that the kernels look for, and those that explain a level that is missing
-CPU_FLAGS = "avx2 fma f16c avx512f avx512bw avx512vl avx512dq avx512vbmi2 avx512_vnni avx512_bf16 "
-CPU_FLAGS += "amx_tile amx_int8 amx_bf16 amx_fp16"
+CPU_FLAGS = "avx2 fma f16c avx_vnni avx512f avx512bw avx512vl avx512dq avx512vbmi2 avx512_vnni "
+CPU_FLAGS += "avx512_bf16 amx_tile amx_int8 amx_bf16 amx_fp16"
 PACKAGES = ("torch", "triton", "numpy", "safetensors", "transformers", "sae-lens")
 OPTIONAL = {
     "triton": ", for CUDA devices on Linux: pip install 'mikernels[triton]'",
