@@ -216,7 +216,7 @@ def _product_cases() -> list[Case]:
     ):
         given = {name: t for name, t in (types | ranks).items() if name not in absent}
         constants = {"ABS": magnitude, "FIRST": first, "WHOLE": whole, "GROUP": GROUP}
-        for tile, targets in ((LARGE, DEEP), (SMALL, set(TARGETS) - set(DEEP))):
+        for tile, targets in ((LARGE, DEEP), (SMALL, [t for t in TARGETS if t not in DEEP])):
             found += product_case(
                 f"product {title}, {tile['BLOCK_K']} deep",
                 _pairwise_product_kernel,
