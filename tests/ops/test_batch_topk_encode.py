@@ -64,12 +64,12 @@ def test_batch_topk_encode_adversarial(impl, case):
         check(impl, **{**arguments, "w_enc": arguments["w_enc"].T.contiguous().T, "k": 0.4})
 
 
+@pytest.mark.parametrize("level", COARSE_LEVELS, indirect=True)
 @pytest.mark.parametrize("case", COARSE)
 def test_batch_topk_encode_in_bytes_first(level, case):
     with screened() as pairs:
         check("cpp", **COARSE[case]())
-    expected = level in COARSE_LEVELS
-    assert (pairs[0] > 0) == expected or case in ("outlier numbers", "uneven rows", "non-finite")
+    assert pairs[0] > 0 or case in ("outlier numbers", "uneven rows", "non-finite")
 
 
 @pytest.mark.parametrize("case", NON_FINITE)
