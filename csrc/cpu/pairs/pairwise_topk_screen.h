@@ -55,7 +55,7 @@ class ScreenedPairs {
   }
 
  private:
-  // 16-bit panels of either side. The columns are quantised again for each chunk of rows, which is
+  // panels of either side. The columns are quantised again for each chunk of rows, which is
   // why rows get more
   static constexpr int64_t kRowBytes = 32 << 20, kColBytes = 8 << 20;
 
@@ -121,7 +121,9 @@ class ScreenedPairs {
   std::vector<std::unique_ptr<Worker>> workers_;
 
   int64_t rows_of(int64_t bytes, int64_t step, int64_t most) const {
-    const int64_t fitting = std::max(bytes / (2 * padded_) / step * step, step);
+    // 16-bit numbers in tiles; in rows and as bytes too for the coarse screen
+    const int64_t row = (coarse_ ? 5 : 2) * padded_;
+    const int64_t fitting = std::max(bytes / row / step * step, step);
     return std::min(fitting, round_up(most, step));
   }
 

@@ -14,8 +14,8 @@ so far has k pairs before it; every other is kept, and rescored in fp64 at the e
 keeps a list of 4 k + 64 candidates; a full list is tightened and, where bounds cannot separate it,
 rescored on the spot, so that no list overflows. Symmetric (b is a): half of the products.
 
-O(n m D) time in products of bytes or of 16 bits. Scratch: panels of a (32 MB; 80 in both widths)
-and of b (8 MB; 20), and the lists.
+O(n m D) time in products of bytes or of 16 bits. Scratch: panels of a (32 MB) and b (8 MB), and the
+lists.
 fp64 inputs: scores in fp64. Rows of more than 16,384 numbers are screened by fp32 products instead.
 
 On a GPU one fp16 product of rows scaled by powers of two keeps the largest upper bound of every 64
