@@ -49,25 +49,26 @@ def size(case):
 
 def targets(name, case):
     """fp16 differs from bf16 in conversions only, odd sizes in the width of loads; between sm_80,
-    sm_90 and sm_100 only matrix instructions differ: what cannot break twice is compiled once.
+    sm_90 and sm_100 only matrix instructions differ: what cannot break twice is compiled once, and
+    for AMD a kernel without products in its first and its largest tile.
     sm_89 runs sm_80's code, in less shared memory."""
     if "fp16" in name or "odd" in name:
         return [target for target in case.targets if target == "sm_90"]
     twins = [(other, twin) for other, twin in CASES.items() if twin.kernel is case.kernel]
-    if case.matrix or twins[0][0] == name:
-        found = [target for target in case.targets if target not in SMALL]
-    else:
-        found = [target for target in case.targets if target in ("sm_90", "gfx942")]
     # tiles of products differ by target
     named = {
         other: size(twin)
         for other, twin in twins
         if not re.search("fp16|odd", other) and ("sm_120" in twin.targets or not twin.matrix)
     }
-    if not named or max(named, key=named.get) != name:
-        return found
+    largest = bool(named) and max(named, key=named.get) == name
+    if case.matrix or twins[0][0] == name:
+        found = [target for target in case.targets if target not in SMALL]
+    else:
+        found = [t for t in case.targets if t == "sm_90" or (t == "gfx942" and largest)]
     # sm_89's limit is held by sm_80's code where there are products
-    return [*found, "sm_120"] if case.matrix else [*found, *SMALL]
+    more = SMALL[1:] if case.matrix else SMALL
+    return [*found, *more] if largest else found
 
 
 def spills(name, target):
