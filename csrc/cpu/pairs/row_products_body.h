@@ -214,8 +214,8 @@ static inline Ahead<A> share_of(const A* const* rows, int64_t d, int64_t deep, i
   return ahead;
 }
 
-// rows that meet a tile of many columns in turn: that stays in the first-level cache, and two
-// thirds as much is read from the second as when each tile of rows met all columns
+// rows that meet a tile of many columns in turn: that stays in the first-level cache, and less is
+// read from the second than when each tile of rows met all columns
 constexpr int64_t kRowsInTurn = 48;
 
 // tiles without a pair below its limit are passed over, others are filled whole. Where columns are

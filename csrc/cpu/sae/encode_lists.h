@@ -131,7 +131,7 @@ class Encoder : EncodePanels<T> {
     tau_[token] = std::max(tau_[token], std::min(to, std::numeric_limits<float>::max()));
   }
 
-  // the k best of a token's candidates, which are exact; the worst of them last
+  // the k best of a token's candidates, which are exact
   std::vector<Candidate>& best_of(int64_t token, std::vector<Candidate>& list) const {
     const int64_t begin = token * capacity_;
     list.resize(sizes_[token]);
@@ -144,7 +144,7 @@ class Encoder : EncodePanels<T> {
   }
 
   // scores all candidates, a feature's together, so that the weights pass by once (a token at a time:
-  // 35 ms at S1, by feature 16; two Zen 4 cores)
+  // 35 ms at S1, by feature 16; prototype, two Zen 4 cores)
   void score_all() {
     parallel(tokens_, 16, [&](int64_t begin, int64_t end) {
       for (int64_t n = begin; n < end; ++n) tighten(n);

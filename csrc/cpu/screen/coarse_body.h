@@ -9,7 +9,7 @@ constexpr int kVectors = kTileTokens / kLanes * kBlockTiles;
 constexpr int kQueued = 1024;
 
 // out[r][t] = start[r] + <row r, token t> in quantised units; tokens are stored 128 too large, which
-// `start` makes good. Not inlined: GCC 12 would spill the sums (411 -> 372 GMAC/s, two Zen 4 cores)
+// `start` makes good. Not inlined: GCC 12 would spill the sums (231 -> 186 GMAC/s, one Zen 4 core)
 __attribute__((noinline)) static void multiply_bytes(const int8_t* rows, int64_t row_stride,
                                                      const int32_t* start, const uint8_t* tile,
                                                      int64_t tile_stride, int64_t quads,
