@@ -34,8 +34,8 @@ struct ScreenSide {
   int64_t padded, first, count;
   const float *scale, *p, *q;
   const int64_t* rank;
-  // the same in bytes where there is a coarse screen, with what their products start at (dense rows),
-  // and what the tiles hold as dense rows of 16 bits
+  // the same in bytes where there is a coarse screen, with what their products start at (dense
+  // rows), and what the tiles hold as dense rows of 16 bits
   const void* bytes;
   const int32_t* start;
   const float *byte_scale, *byte_p, *byte_q;

@@ -63,8 +63,8 @@ static int64_t screen_columns(const ScreenSide& rows, const int64_t* lowest, int
   int64_t passed = 0;
   for (int64_t tile = first_tile; tile < last_tile; tile += kBlockTiles) {
     if (is_forbidden(cols, lowest, tile, highest)) continue;
-    multiply_block(cols.numbers + col * cols.padded, cols.padded,
-                   rows.numbers + tile * tile_stride, tile_stride, rows.padded / 2, products);
+    multiply_block(cols.numbers + col * cols.padded, cols.padded, rows.numbers + tile * tile_stride,
+                   tile_stride, rows.padded / 2, products);
     for (int64_t c = 0; c < wide; ++c)
       for (int b = 0; b < kBlockTiles; ++b)
         passed += screen_column(rows, (tile + b) * kTileTokens, cols, col + c,
@@ -154,11 +154,10 @@ static void screen_pairs(const ScreenSide& rows, const int64_t* lowest, int64_t 
 #if defined(MIK_DOT_BYTES)
     if (list.course != nullptr) {
       const bool coarse = list.course->is_coarse();
-      const int64_t passed =
-          coarse ? screen_columns_coarse(rows, lowest, first_tile, last_tile, cols, col, wide,
-                                         highest, list)
-                 : screen_columns(rows, lowest, first_tile, last_tile, cols, col, wide, highest,
-                                  list);
+      const int64_t passed = coarse ? screen_columns_coarse(rows, lowest, first_tile, last_tile,
+                                                            cols, col, wide, highest, list)
+                                    : screen_columns(rows, lowest, first_tile, last_tile, cols, col,
+                                                     wide, highest, list);
       list.course->note(kBlockRows, kBlockRows * rows_here, passed);
       coarse_cols += coarse ? wide : 0;
       continue;

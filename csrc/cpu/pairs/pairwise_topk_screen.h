@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Pairs found by 8-bit and 16-bit products: quantises rows of both sides in panels and deals out the
-// tiles.
+// Pairs found by 8-bit and 16-bit products: quantises rows of both sides in panels and deals out
+// the tiles.
 #pragma once
 
 #include "cpu/pairs/pairwise_topk_select.h"
@@ -161,13 +161,15 @@ class ScreenedPairs {
 
   // row i of a side, of `count`; slots behind them are multiplied too, and form no pair
   void quantise_row(const LongRows<T>& of, int64_t first, int64_t i, int64_t count, bool tiled,
-                    Side& side, float* row, float* scratch, uint16_t* own, int8_t* own_bytes) const {
+                    Side& side, float* row, float* scratch, uint16_t* own,
+                    int8_t* own_bytes) const {
     // tiles are filled from this thread's copy, or from the rows that the coarse screen keeps
-    uint16_t* to = !tiled   ? side.numbers.get() + i * padded_
+    uint16_t* to = !tiled    ? side.numbers.get() + i * padded_
                    : coarse_ ? side.rows.get() + i * padded_
                              : own;
-    int8_t* bytes = tiled ? own_bytes
-                          : reinterpret_cast<int8_t*>(side.bytes.get()) + (coarse_ ? i * padded_ : 0);
+    int8_t* bytes = tiled
+                        ? own_bytes
+                        : reinterpret_cast<int8_t*>(side.bytes.get()) + (coarse_ ? i * padded_ : 0);
     Terms fine{}, coarse{};
     int32_t sum = 0;
     if (i >= count) {
@@ -177,9 +179,8 @@ class ScreenedPairs {
       of.copy(first + i, row);
       const double factor = of.scale(first + i);
       if (coarse_) {
-        const TwiceQuantised both =
-            quantise_twice(row, (tiled ? columns_.x : columns_.w).data(), of.length(), padded_,
-                           scratch, bytes, to);
+        const TwiceQuantised both = quantise_twice(row, (tiled ? columns_.x : columns_.w).data(),
+                                                   of.length(), padded_, scratch, bytes, to);
         fine = terms_of(both.fine, factor, tiled);
         coarse = terms_of(both.coarse, factor, tiled);
         sum = both.sum;

@@ -114,7 +114,8 @@ constexpr int64_t kPairCols = 96, kChunk = 768;
 constexpr int64_t kPairRows = 256, kCopiedRows = 64;
 
 // terms of one running sum of a product across: its error is estimated at 1.5 times that of 48 and
-// a sum of 16 lanes, for terms of random signs; an eager product's runs over more. At 64 writing the sums would take 9 % of the time, here 5
+// a sum of 16 lanes, for terms of random signs; an eager product's runs over more. At 64 writing
+// the sums would take 9 % of the time, here 5
 constexpr int64_t kAcrossChunk = 128;
 
 // numbers of a row that are multiplied at a time: equal parts of at most kChunk

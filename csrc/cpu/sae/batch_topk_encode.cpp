@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // batch_topk_encode: the best pairs of a whole batch; the method is in
-// mikernels/ops/sae/batch_topk_encode.py and encode.py. encode_panels.h packs and deals out the work,
-// encode_body.h screens, batch_pool.h selects.
+// mikernels/ops/sae/batch_topk_encode.py and encode.py. encode_panels.h packs and deals out the
+// work, encode_body.h screens, batch_pool.h selects.
 #include "common.h"
 #include "cpu/sae/batch_pool.h"
 #include "cpu/sae/encode.h"
@@ -44,7 +44,9 @@ class BatchEncoder : EncodePanels<T> {
           }
         },
         // strided rows: this panel's fp32 copies are about to be overwritten
-        [&] { if (this->transposed_) settle(); });
+        [&] {
+          if (this->transposed_) settle();
+        });
     settle();
   }
 
@@ -120,8 +122,8 @@ class BatchEncoder : EncodePanels<T> {
       for (int64_t f = begin; f < end; ++f)
         for (int64_t n = 0; n < this->tokens_; ++n) {
           const auto [score, value] = this->exact(x.get() + n * this->d_, f);
-          found.push_back({score, -1, value, static_cast<int32_t>(f),
-                           static_cast<int32_t>(chunk_ + n)});
+          found.push_back(
+              {score, -1, value, static_cast<int32_t>(f), static_cast<int32_t>(chunk_ + n)});
         }
       pool_.add(found.data(), static_cast<int64_t>(found.size()), scorer());
     });

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // encode: exact top-k of (x - b_dec) w^T + b_enc without the matrix; the method and its proof are
-// in mikernels/ops/sae/encode.py. encode_panels.h packs and deals out the work, encode_body.h screens,
-// encode_lists.h keeps the candidates, candidates.h selects.
+// in mikernels/ops/sae/encode.py. encode_panels.h packs and deals out the work, encode_body.h
+// screens, encode_lists.h keeps the candidates, candidates.h selects.
 #include "cpu/sae/encode.h"
 
 #include "common.h"

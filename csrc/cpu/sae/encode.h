@@ -25,7 +25,8 @@ inline bool better(const Candidate& a, const Candidate& b) {
 }
 
 // features in 16 bits, or in 8: row f is scale[f] * its numbers, and the error bound of its scores
-// is error[n] * p[f] + norm[n] * q[f] + r[f] (equation 1 of mikernels/ops/sae/encode.py, times |rank|)
+// is error[n] * p[f] + norm[n] * q[f] + r[f] (equation 1 of mikernels/ops/sae/encode.py, times
+// |rank|)
 struct FeatureTerms {
   const float *scale, *bias, *rank, *p, *q, *r;
 };
@@ -68,9 +69,9 @@ struct Tokens {
 };
 
 // The candidates of every token, `capacity` each, in arrays of their own: what their scores are at
-// least and at most, h and the feature. A score that is known is exact, low = high, and has ~feature;
-// NaN, which ranks first, has low = high = inf. make_room(context, token) is called when a list has
-// reached its limit
+// least and at most, h and the feature. A score that is known is exact, low = high, and has
+// ~feature; NaN, which ranks first, has low = high = inf. make_room(context, token) is called when
+// a list has reached its limit
 struct Lists {
   // features come in ascending order, and of equal scores the first are selected
   static constexpr bool kFloors = false, kStrict = true;

@@ -3,8 +3,8 @@
 // first where that pays. Compiled per level.
 //
 // Found.add(token, feature, score, slack) takes what may be selected: what may reach its feature's
-// floor if Found::kFloors, else Found.bounds(tokens, feature, n) of tokens n, n + 1, .., or only what
-// may exceed that if Found::kStrict. A token's features come in ascending order.
+// floor if Found::kFloors, else Found.bounds(tokens, feature, n) of tokens n, n + 1, .., or only
+// what may exceed that if Found::kStrict. A token's features come in ascending order.
 
 #include "cpu/screen/screen_tile_body.h"
 #if defined(MIK_DOT_BYTES)
@@ -75,8 +75,9 @@ static int64_t screen_rows(const Panel& panel, int64_t row, const Tokens& tokens
                    products);
     for (int64_t r = 0; r < rows; ++r)
       for (int b = 0; b < kBlockTiles; ++b)
-        passed += screen_tokens(panel, row + r, tokens, products + r * kBlockTokens + b * kTileTokens,
-                                (tile + b) * kTileTokens, found);
+        passed +=
+            screen_tokens(panel, row + r, tokens, products + r * kBlockTokens + b * kTileTokens,
+                          (tile + b) * kTileTokens, found);
   }
   return passed;
 }

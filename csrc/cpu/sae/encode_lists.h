@@ -35,17 +35,18 @@ class Encoder : EncodePanels<T> {
     limits_.reset(new int32_t[tokens_]);
     hard_.reset(new bool[tokens_]());
     for (int64_t n = 0; n < tokens_; ++n) set_limit(n);
-    Lists lists{low_.get(),   high_.get(),   value_.get(), feature_.get(),
-                sizes_.get(), limits_.get(), capacity_,    this,
-                &Encoder::make_room};
+    Lists lists{low_.get(),    high_.get(), value_.get(), feature_.get(),     sizes_.get(),
+                limits_.get(), capacity_,   this,         &Encoder::make_room};
     this->each_panel(
         [&](const Panel& panel, const Tokens& tokens, int64_t begin, int64_t end, int64_t block) {
           for (int64_t tile = begin; tile < end; tile += block)
             MIK_SCREEN(screen<Lists>)(panel, tokens, tile, std::min(tile + block, end), lists);
         },
-        // strided rows: this panel's fp32 copies are about to be overwritten, which tokens that needed
-        // exact scores will need again
-        [&] { if (transposed_) settle_hard(); });
+        // strided rows: this panel's fp32 copies are about to be overwritten, which tokens that
+        // needed exact scores will need again
+        [&] {
+          if (transposed_) settle_hard();
+        });
     score_all();
     parallel(tokens_, 8, [&](int64_t begin, int64_t end) {
       std::vector<Candidate> list;
@@ -143,8 +144,8 @@ class Encoder : EncodePanels<T> {
     return list;
   }
 
-  // scores all candidates, a feature's together, so that the weights pass by once (a token at a time:
-  // 35 ms at S1, by feature 16; prototype, two Zen 4 cores)
+  // scores all candidates, a feature's together, so that the weights pass by once (a token at a
+  // time: 35 ms at S1, by feature 16; prototype, two Zen 4 cores)
   void score_all() {
     parallel(tokens_, 16, [&](int64_t begin, int64_t end) {
       for (int64_t n = begin; n < end; ++n) tighten(n);

@@ -34,8 +34,8 @@ inline Tensor check_encoder(const char* op, const Tensor& x, const Tensor& w, Op
     if (term->has_value()) {
       if ((*term)->dim() != 1 || (*term)->size(0) != sizes[at] ||
           (*term)->scalar_type() != x.scalar_type())
-        throw std::runtime_error(
-            name + ": b_enc [F], b_dec [d] and scale [F] must have the dtype of x");
+        throw std::runtime_error(name +
+                                 ": b_enc [F], b_dec [d] and scale [F] must have the dtype of x");
       *term = torch::stable::contiguous(**term);
     }
     ++at;
@@ -129,7 +129,8 @@ class EncodePanels {
   }
 
   // h of one feature with `count` tokens, as the above has it
-  void exact(const float* weights, int64_t f, const float* const* x, int64_t count, float* h) const {
+  void exact(const float* weights, int64_t f, const float* const* x, int64_t count,
+             float* h) const {
     double dots[16];
     exact_dots(weights, x, count, d_, dots);
     for (int64_t i = 0; i < count; ++i) h[i] = with_bias(dots[i], f);
@@ -188,8 +189,7 @@ class EncodePanels {
       const int64_t count = std::min(rows, features_ - first_);
       pack_panel(count, rows);
       const float* t = terms_.get();
-      const FeatureTerms terms{t,            t + rows,     t + 2 * rows,
-                               t + 3 * rows, t + 4 * rows, t + 5 * rows};
+      const FeatureTerms terms{t, t + rows, t + 2 * rows, t + 3 * rows, t + 4 * rows, t + 5 * rows};
       FeatureTerms byte_terms = terms;
       if (coarse_) {
         byte_terms.scale = t + 6 * rows;
@@ -224,7 +224,8 @@ class EncodePanels {
   std::unique_ptr<uint8_t[]> byte_tiles_;
   std::unique_ptr<int8_t[]> byte_panel_;
   std::unique_ptr<int32_t[]> start_;
-  std::unique_ptr<float[]> sx_, ex_, nx_, byte_sx_, byte_ex_, byte_nx_, terms_, panel_copy_, centred_;
+  std::unique_ptr<float[]> sx_, ex_, nx_, byte_sx_, byte_ex_, byte_nx_, terms_, panel_copy_,
+      centred_;
   std::vector<CoarseCourse> courses_;
   Columns columns_;
 
@@ -289,7 +290,8 @@ class EncodePanels {
       std::vector<float> row(d_), scratch(padded_);
       std::vector<uint16_t> quantised(padded_);
       std::vector<int8_t> bytes(padded_);
-      const auto note = [](const QuantisedRow& of, int64_t n, auto& scale, auto& error, auto& norm) {
+      const auto note = [](const QuantisedRow& of, int64_t n, auto& scale, auto& error,
+                           auto& norm) {
         scale[n] = static_cast<float>(of.scale);
         error[n] = static_cast<float>(of.error * kUp);
         norm[n] = static_cast<float>((of.norm + of.error) * kUp);
@@ -342,8 +344,7 @@ class EncodePanels {
       std::vector<float> row(d_), scratch(padded_);
       end = std::min(end * 16, count);
       begin *= 16;
-      if (transposed_)
-        copy_weights(first_ + begin, end - begin, panel_copy_.get() + begin * d_);
+      if (transposed_) copy_weights(first_ + begin, end - begin, panel_copy_.get() + begin * d_);
       for (int64_t f = begin; f < end; ++f) {
         const int64_t feature = first_ + f;
         const float* source = row.data();

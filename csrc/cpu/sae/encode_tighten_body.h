@@ -22,9 +22,9 @@ static inline int32_t count_from(const int32_t* keys, int64_t size, int32_t leas
   return count;
 }
 
-// A number that k of `low` reach, close below the k-th largest, and not below `tau`. Any such number
-// is a bound, so bisection may stop once few more than k reach it, and each of its steps is a count in
-// vectors, where nth_element moves numbers about
+// A number that k of `low` reach, close below the k-th largest, and not below `tau`. Any such
+// number is a bound, so bisection may stop once few more than k reach it, and each of its steps is
+// a count in vectors, where nth_element moves numbers about
 static float raised(const float* low, int64_t size, int64_t k, float tau, int32_t* keys) {
   int32_t least = INT32_MAX, most = INT32_MIN;
 #pragma omp simd reduction(min : least) reduction(max : most)

@@ -65,14 +65,15 @@ class GroupEncoder : EncodePanels<T> {
     opens_.reset(new bool[features_]());
     for (int64_t f = 0; f < features_; f += group_) opens_[f] = true;
     Lists lists{*this};
-    this->each_panel([&](const Panel& panel, const Tokens& tokens, int64_t begin, int64_t end,
-                         int64_t block) {
-      for (int64_t tile = begin; tile < end; tile += block)
-        MIK_SCREEN(screen<Lists>)(panel, tokens, tile, std::min(tile + block, end), lists);
-      if (transposed_)  // this panel's fp32 rows are about to be overwritten
-        for (int64_t n = begin * kTileTokens; n < std::min(end * kTileTokens, tokens_); ++n)
-          settle_token(n);
-    }, [] {});
+    this->each_panel(
+        [&](const Panel& panel, const Tokens& tokens, int64_t begin, int64_t end, int64_t block) {
+          for (int64_t tile = begin; tile < end; tile += block)
+            MIK_SCREEN(screen<Lists>)(panel, tokens, tile, std::min(tile + block, end), lists);
+          if (transposed_)  // this panel's fp32 rows are about to be overwritten
+            for (int64_t n = begin * kTileTokens; n < std::min(end * kTileTokens, tokens_); ++n)
+              settle_token(n);
+        },
+        [] {});
     parallel(tokens_, 8, [&](int64_t begin, int64_t end) {
       for (int64_t n = begin; n < end; ++n) {
         settle_token(n);

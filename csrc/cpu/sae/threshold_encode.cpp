@@ -141,8 +141,8 @@ class ThresholdEncoder : EncodePanels<T> {
     });
     typename Slots<float>::Part part;
     for (int64_t n = 0; n < this->tokens_; ++n)
-      part.push_back(above(chunk_ + n, scores.get() + n * this->features_, this->floor_,
-                           this->features_));
+      part.push_back(
+          above(chunk_ + n, scores.get() + n * this->features_, this->floor_, this->features_));
     slots_.add(std::move(part));
     slots_.next_pass();
   }

@@ -11,8 +11,8 @@ namespace mik {
 // start, when nothing is known of the best scores, and not at all for some inputs
 class CoarseCourse {
  public:
-  // some 25 ns with its upkeep beside 2.9 ns a pair at 768 numbers (Zen 5), 51 and 92 beside 6.6 and
-  // 20 at 768 and 2304 (Zen 4)
+  // some 25 ns with its upkeep beside 2.9 ns a pair at 768 numbers (Zen 5), 51 and 92 beside 6.6
+  // and 20 at 768 and 2304 (Zen 4)
   explicit CoarseCourse(int64_t padded) : again_(4.5 + 2400. / static_cast<double>(padded)) {}
 
   bool is_coarse() const { return coarse_; }
@@ -36,7 +36,8 @@ class CoarseCourse {
   }
 
  private:
-  // rows of a decision; the share that passes in 16 bits, of which more pass in 8, that allows a try
+  // rows of a decision; the share that passes in 16 bits, of which more pass in 8, that allows a
+  // try
   static constexpr int64_t kWindow = 48;
   static constexpr double kFew = 0.04;
 
@@ -46,8 +47,8 @@ class CoarseCourse {
 
   void restart() { rows_ = pairs_ = passed_ = 0; }
 
-  // each failed try doubles the wait for the next, so that there are few (an outlier in every row: 3 %
-  // slower than 16 bits alone, Zen 5)
+  // each failed try doubles the wait for the next, so that there are few (an outlier in every row:
+  // 3 % slower than 16 bits alone, Zen 5)
   void turn(bool coarse) {
     coarse_ = coarse;
     if (!coarse) wait_ = wait_ == 0 ? 512 : 2 * wait_;

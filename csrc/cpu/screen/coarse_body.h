@@ -8,8 +8,9 @@ constexpr int kVectors = kTileTokens / kLanes * kBlockTiles;
 // tokens between two looks at what passed, and what is kept of them per row
 constexpr int kQueued = 1024;
 
-// out[r][t] = start[r] + <row r, token t> in quantised units; tokens are stored 128 too large, which
-// `start` makes good. Not inlined: GCC 12 would spill the sums (231 -> 186 GMAC/s, one Zen 4 core)
+// out[r][t] = start[r] + <row r, token t> in quantised units; tokens are stored 128 too large,
+// which `start` makes good. Not inlined: GCC 12 would spill the sums (231 -> 186 GMAC/s, one Zen 4
+// core)
 __attribute__((noinline)) static void multiply_bytes(const int8_t* rows, int64_t row_stride,
                                                      const int32_t* start, const uint8_t* tile,
                                                      int64_t tile_stride, int64_t quads,
@@ -39,8 +40,7 @@ __attribute__((noinline)) static void multiply_bytes(const int8_t* rows, int64_t
 #pragma GCC unroll 16
   for (int r = 0; r < kBlockRows; ++r)
 #pragma GCC unroll 16
-    for (int v = 0; v < kVectors; ++v)
-      store_ints(out + r * kBlockTokens + v * kLanes, sums[r][v]);
+    for (int v = 0; v < kVectors; ++v) store_ints(out + r * kBlockTokens + v * kLanes, sums[r][v]);
 }
 
 // out[i] = <row, rows of `others` that `which` names>, four at a time while the row stays in L1;

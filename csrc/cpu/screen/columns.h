@@ -20,8 +20,8 @@ struct Columns {
 };
 
 // Bytes are as fine as a row's largest number lets them be, so large columns of x are made smaller
-// and those of w larger: the products stay, the bound of rows with outliers falls (from 1.40 to 0.25
-// standard deviations with columns 500 times as large). Of the columns' mean squares
+// and those of w larger: the products stay, the bound of rows with outliers falls (from 1.40 to
+// 0.25 standard deviations with columns 500 times as large). Of the columns' mean squares
 inline Columns balanced(const std::vector<double>& x_squares,
                         const std::vector<double>& w_squares) {
   const size_t d = x_squares.size();

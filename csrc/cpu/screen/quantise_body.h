@@ -55,8 +55,7 @@ static double exact_dot(const double* x, const W* w, int64_t d) {
 
 // rows at a time: 8 sums hide the latency of the multiply-add
 template <class X, class W>
-static void exact_dots_of(const X* x, const W* const* w, int64_t count, int64_t d,
-                          double* out) {
+static void exact_dots_of(const X* x, const W* const* w, int64_t count, int64_t d, double* out) {
   constexpr int rows = kDoubles / 2;
   int64_t r = 0;
   for (; r + rows <= count; r += rows) dot_rows<rows>(x, w + r, d, out + r);
@@ -124,8 +123,8 @@ static inline QuantisedRow rounded_up(float scale, double squares, double errors
   return {scale, __builtin_sqrt(squares) * up, __builtin_sqrt(errors) * scale * up};
 }
 
-// as quantise_row of from[i] columns[i], to both widths in one go: bytes by the largest number. Errors are summed in units
-// of the step, which keeps their squares clear of fp32's limits
+// as quantise_row of from[i] columns[i], to both widths in one go: bytes by the largest number.
+// Errors are summed in units of the step, which keeps their squares clear of fp32's limits
 static TwiceQuantised quantise_row_twice(const float* from, const float* columns, int64_t d,
                                          int64_t padded, float* row, int8_t* coarse,
                                          uint16_t* fine) {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Screening in 16 bits, and in 8 bits before that: mikernels/ops/sae/encode.py has the method and its
-// proof. What its users share.
+// Screening in 16 bits, and in 8 bits before that: mikernels/ops/sae/encode.py has the method and
+// its proof. What its users share.
 #pragma once
 
 #include <torch/headeronly/util/BFloat16.h>

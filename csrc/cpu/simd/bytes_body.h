@@ -24,8 +24,8 @@ static inline void sum_four(int_vector a, int_vector b, int_vector c, int_vector
       _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
   const __m256i half =
       _mm256_add_epi32(_mm512_castsi512_si256(all), _mm512_extracti64x4_epi64(all, 1));
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm_add_epi32(_mm256_castsi256_si128(half),
-                                                                  _mm256_extracti128_si256(half, 1)));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(out),
+                   _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1)));
 }
 // first + lane for every lane in the mask; writes a whole vector. Returns how many there are
 static inline int append_lanes(int32_t* at, unsigned mask, int32_t first) {
@@ -56,8 +56,8 @@ static inline int_vector add_quad_products(int_vector sum, int_vector bytes, int
 }
 static inline void sum_four(int_vector a, int_vector b, int_vector c, int_vector d, int32_t* out) {
   const __m256i all = _mm256_hadd_epi32(_mm256_hadd_epi32(a, b), _mm256_hadd_epi32(c, d));
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm_add_epi32(_mm256_castsi256_si128(all),
-                                                                  _mm256_extracti128_si256(all, 1)));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(out),
+                   _mm_add_epi32(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1)));
 }
 static inline int append_lanes(int32_t* at, unsigned mask, int32_t first) {
   int count = 0;

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Includes MIK_BODY once per level, inside namespace mik::<level>: the one list of each level's
-// targets. With MIK_WITH_SCREENS also for AVX-VNNI and AMX tiles (see each_screen_level.h). No include guard on
-// purpose.
-// Bodies use no std templates: one instantiated here could replace another file's portable copy.
+// targets. With MIK_WITH_SCREENS also for AVX-VNNI and AMX tiles (see each_screen_level.h). No
+// include guard on purpose. Bodies use no std templates: one instantiated here could replace
+// another file's portable copy.
 
 namespace mik::portable {
 #define MIK_VECTOR_BYTES 16

@@ -8,8 +8,8 @@
 #if MIK_X86_LEVELS
 #include <immintrin.h>
 
-#define MIK_SCREEN(f)                                               \
-  (::mik::active_level() == ::mik::Level::amx       ? amx::f      \
+#define MIK_SCREEN(f)                                            \
+  (::mik::active_level() == ::mik::Level::amx       ? amx::f     \
    : ::mik::active_level() == ::mik::Level::avxvnni ? avxvnni::f \
                                                     : MIK_AT_LEVEL(f))
 #else

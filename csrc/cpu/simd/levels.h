@@ -19,8 +19,8 @@ const char* level_name(Level level);
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define MIK_X86_LEVELS 1
-// avxvnni and amx have bodies of their own for the screens only (MIK_SCREEN); elsewhere they run the
-// avx2 and avx512 ones
+// avxvnni and amx have bodies of their own for the screens only (MIK_SCREEN); elsewhere they run
+// the avx2 and avx512 ones
 #define MIK_AT_LEVEL(...)                                              \
   (::mik::active_level() >= ::mik::Level::avx512 ? avx512::__VA_ARGS__ \
    : ::mik::active_level() >= ::mik::Level::avx2 ? avx2::__VA_ARGS__   \

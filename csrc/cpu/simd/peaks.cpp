@@ -55,8 +55,8 @@ Peaks measure_peaks(bool all_threads) {
   Peaks peaks{};
   peaks.fma_gflops =
       best_rate(workers, [&](int64_t w) { return MIK_AT_LEVEL(fma_flops)(kRounds, to[w].data()); });
-  peaks.madd16_gops = best_rate(
-      workers, [&](int64_t w) { return MIK_SCREEN(madd16_ops)(kRounds, to[w].data()); });
+  peaks.madd16_gops =
+      best_rate(workers, [&](int64_t w) { return MIK_SCREEN(madd16_ops)(kRounds, to[w].data()); });
   peaks.dot8_gops =
       best_rate(workers, [&](int64_t w) { return MIK_SCREEN(dot8_ops)(kRounds, to[w].data()); });
   if (active_level() == Level::amx)
