@@ -135,17 +135,14 @@ class Decoder:
 
     def __init__(self, model: Any, dtype: torch.dtype) -> None:
         config = model.config
-        self.family, self.config, self.dtype = FAMILIES[config.model_type], config, dtype
+        self.family, self.config = FAMILIES[config.model_type], config
         # GPT-2 keeps its weights the other way round
         turned = {n for n, m in model.named_modules() if type(m).__name__ == "Conv1D"}
-        self.weights = Weights(
-            {
-                name: (t.T if name.removesuffix(".weight") in turned and t.ndim == 2 else t)
-                .detach()
-                .to(dtype)
-                for name, t in model.state_dict().items()
-            }
-        )
+        tensors = {
+            name: (t.T if name.removesuffix(".weight") in turned else t).detach().to(dtype)
+            for name, t in model.state_dict().items()
+        }
+        self.weights = Weights(tensors)
         root = model.get_submodule(self.family.root)
         self.rotary = getattr(root, "rotary_emb", None)
         self.embed_scale = getattr(getattr(root, self.family.embedding), "embed_scale", None)
