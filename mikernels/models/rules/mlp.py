@@ -163,13 +163,10 @@ class ExpertsPlace:
             return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": x})
 
         def activate(module: torch.nn.Module, args: Any) -> Any:
-            factor = _factor(self, scope, "gate", args[0])
-            if factor is None:
-                return None
-            up = scope.value(self, "up")
-            if up == 0:
-                raise _refusal(self.name, "whose up has the factor 0 and is no module")
-            ratio = factor / (1.0 if up is None else up)
+            gate, up = _factor(self, scope, "gate", args[0]), scope.value(self, "up")
+            if up == 0 and gate != 0:
+                raise _refusal(self.name, "whose up is no module, with a factor of 0")
+            ratio = 1.0 if up == gate else (1.0 if gate is None else gate) / (up or 1.0)
             return None if ratio == 1.0 else (scaled(args[0], ratio), *args[1:])
 
         def leave(module: torch.nn.Module, args: Any, kwargs: Any, output: torch.Tensor) -> None:

@@ -17,7 +17,7 @@ from mikernels.models.rules.mlp import (
     GatePlace,
     child,
 )
-from mikernels.models.rules.norms import NormPlace, is_norm
+from mikernels.models.rules.norms import NormPlace, may_be_norm
 from mikernels.models.rules.scope import Place
 
 FIX = "leave the rules out, and use the gradients of the model as it is"
@@ -51,7 +51,7 @@ def find_places(model: torch.nn.Module, attention: str | None) -> list[Place]:
         layer = block.index
         found.append(AttentionPlace(block.attention, names[block.attention], layer, attention))
         for module in block.module.modules():
-            if is_norm(module):
+            if may_be_norm(module):
                 found.append(NormPlace(module, names[module], layer))
             if (gate := _gated(module, names[module], layer)) is not None:
                 found.append(gate)

@@ -66,11 +66,12 @@ class Scope:
     @contextmanager
     def enter(self) -> Iterator[None]:
         """While it is entered, this scope is the innermost of this context."""
-        token = _ACTIVE.set((*_ACTIVE.get(), self))
+        _ACTIVE.set((*_ACTIVE.get(), self))
         try:
             yield
         finally:
-            _ACTIVE.reset(token)
+            # not by the token: blocks may end in any order
+            _ACTIVE.set(tuple(scope for scope in _ACTIVE.get() if scope is not self))
 
     def entered(self) -> bool:
         """Whether this scope is entered in this context."""
