@@ -85,16 +85,18 @@ def test_low_precisions_are_as_near_as_eager_torch(name, attention, dtype):
     said = PRESETS["gim"]
     exact = made(name, attn_implementation=attention, **HARD[name])
     exact.load_state_dict(model.state_dict())
-    truth = of_oracle(exact, batch, said)
-    eager = of_oracle(exact, batch, said, dtype)
-    logits, _ = theirs(model, batch, ())
+    truth, eager = of_oracle(exact, batch, said), of_oracle(exact, batch, said, dtype)
+    logits, plain = theirs(model, batch, ())
+    # a ReLU that flips, or a kernel that rounds otherwise: the model without rules has that too
+    own = [a - b for a, b in zip(plain, of_oracle(exact, batch, Rules()), strict=True)]
     for way in ("fused", "two-pass"):
         with rules(model, said, attention=way):
             changed, found = theirs(model, batch, ())
         assert measure.identical(changed, logits)
-        for one, rough, true in zip(found, eager, truth, strict=True):
+        for one, true, *others in zip(found, truth, eager, own, strict=True):
             assert one.dtype == dtype
-            measure.assert_accurate(one, true, rough)
+            rough = max(others[0] - true, others[1], key=lambda error: error.abs().max())
+            measure.assert_accurate(one, true, true + rough)
 
 
 def backward(model, ids=IDS):
@@ -184,6 +186,7 @@ def test_blocks_may_end_in_any_order():
     first, second = rules(model, "gim"), rules(model, softmax=3.0)
     first.__enter__()
     second.__enter__()
+    backward(model)
     first.__exit__(None, None, None)
     assert torch.equal(backward(model), expected)
     second.__exit__(None, None, None)
