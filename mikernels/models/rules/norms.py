@@ -21,7 +21,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from mikernels._dispatch import accumulate_dtype
-from mikernels.models.rules.gradients import Measure
+from mikernels.models.rules.gradients import Measure, some_rows
 from mikernels.models.rules.scope import Scope
 
 EPS = ("variance_epsilon", "eps", "epsilon", "layer_norm_eps", "norm_eps")
@@ -172,7 +172,7 @@ class NormPlace:
                 return None
             y = output.detach()
             if not known:
-                form, known = _form(module, x.detach(), y, self.name), True
+                form, known = _form(module, *some_rows(x, y), self.name), True
             if form is None:
                 return None
             weight, bias = (getattr(module, part, None) for part in ("weight", "bias"))
