@@ -360,6 +360,34 @@ def test_attention_that_computes_something_else_is_refused():
     torch.testing.assert_close(found, of(exact, softmax=2.0), rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("layout", ["left", "right"])
+def test_attention_that_leaves_out_padding(layout):
+    """As flash attention's functions do: a mask of tokens, zeros at queries of padding."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    def unpadded(module, q, k, v, mask, scaling=None, **options):
+        rows = []
+        for row in range(len(q)):
+            kept = mask[row].bool()
+            parts = [t[row : row + 1, :, kept] for t in (q, k, v)]
+            out = torch.nn.functional.scaled_dot_product_attention(
+                *parts, scale=scaling, is_causal=True, enable_gqa=True
+            )
+            rows.append(torch.zeros_like(q[row]).index_copy(1, kept.nonzero()[:, 0], out[0]))
+        return torch.stack(rows).transpose(1, 2), None
+
+    AttentionInterface.register("unpadded", unpadded)
+    AttentionMaskInterface.register("unpadded", lambda *args, attention_mask, **kw: attention_mask)
+    batch = padded(layout)
+    model = tiny("llama", attn_implementation="unpadded")
+    expected = of_oracle(model, batch, Rules(softmax=3.0))
+    for way in ("fused", "two-pass"):
+        with rules(model, softmax=3.0, attention=way):
+            found = theirs(model, batch)[1]
+        for one, truth in zip(found, expected, strict=True):
+            assert (one - truth).abs().max() <= 1e-11 * truth.abs().max()
+
+
 def test_a_rule_that_does_not_act_on_what_ran_raises():
     model = tiny("llama")
     attention = model.model.layers[1].self_attn
