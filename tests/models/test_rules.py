@@ -250,6 +250,26 @@ def test_components_under_rules():
     assert all(not torch.equal(found[name], plain[name]) for name in plain)
 
 
+def test_what_is_compiled_elsewhere_follows_the_rules_inside_and_only_there():
+    model = tiny("llama", torch.float32)
+    plain, ruled = backward(model), of(model, "gim")
+    before = torch.compile(model, backend="eager")
+
+    def found(compiled):
+        x = model.get_input_embeddings()(IDS).detach().requires_grad_()
+        compiled(inputs_embeds=x, use_cache=False).logits[:, -1, 7].sum().backward()
+        return x.grad
+
+    found(before)
+    with rules(model, "gim"):
+        inside = torch.compile(model, backend="eager")
+        for compiled in (before, inside):
+            torch.testing.assert_close(found(compiled), ruled)
+    for compiled in (before, inside):
+        torch.testing.assert_close(found(compiled), plain)
+    torch._dynamo.reset()
+
+
 class Largest(TorchDispatchMode):
     numel = 0
 
