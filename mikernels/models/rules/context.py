@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 
-from mikernels.models.hooks import check_eval, check_uncompiled
+from mikernels.models.hooks import check_eval, check_uncompiled, eager
 from mikernels.models.rules.places import find_places
 from mikernels.models.rules.preset import OPTIONAL, Rules, as_rules
 from mikernels.models.rules.report import RuleReport
@@ -109,6 +109,8 @@ def rules(
             if any(rule in places for rule in place.rules):
                 for remove in place.install(scope):
                     stack.callback(remove)
+        # a wrapper of torch.compile around the model would leave out hooks
+        stack.enter_context(eager())
         stack.enter_context(scope.enter())
         yield report
     # not after an exception
