@@ -250,6 +250,24 @@ def test_components_under_rules():
     assert all(not torch.equal(found[name], plain[name]) for name in plain)
 
 
+def test_what_was_compiled_before_follows_the_rules_in_the_block_only():
+    model = tiny("llama", torch.float32)
+    model.model.layers, model.config.num_hidden_layers = model.model.layers[:1], 1
+    plain, ruled = backward(model), of(model, "gim")
+    before = torch.compile(model, backend="eager")
+
+    def found(compiled):
+        x = model.get_input_embeddings()(IDS).detach().requires_grad_()
+        compiled(inputs_embeds=x, use_cache=False).logits[:, -1, 7].sum().backward()
+        return x.grad
+
+    found(before)
+    with rules(model, "gim"):
+        torch.testing.assert_close(found(before), ruled)
+    torch.testing.assert_close(found(before), plain)
+    torch._dynamo.reset()
+
+
 class Largest(TorchDispatchMode):
     numel = 0
 
@@ -358,6 +376,34 @@ def test_attention_that_computes_something_else_is_refused():
         block.self_attn.scaling *= 1.01
     found = of(model, softmax=2.0, attention="two-pass")
     torch.testing.assert_close(found, of(exact, softmax=2.0), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("layout", ["left", "right"])
+def test_attention_that_leaves_out_padding(layout):
+    """As flash attention's functions do: a mask of tokens, zeros at queries of padding."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    def unpadded(module, q, k, v, mask, scaling=None, **options):
+        rows = []
+        for row in range(len(q)):
+            kept = mask[row].bool()
+            parts = [t[row : row + 1, :, kept] for t in (q, k, v)]
+            out = torch.nn.functional.scaled_dot_product_attention(
+                *parts, scale=scaling, is_causal=True, enable_gqa=True
+            )
+            rows.append(torch.zeros_like(q[row]).index_copy(1, kept.nonzero()[:, 0], out[0]))
+        return torch.stack(rows).transpose(1, 2), None
+
+    AttentionInterface.register("unpadded", unpadded)
+    AttentionMaskInterface.register("unpadded", lambda *args, attention_mask, **kw: attention_mask)
+    batch = padded(layout)
+    model = tiny("llama", attn_implementation="unpadded")
+    expected = of_oracle(model, batch, Rules(softmax=3.0))
+    for way in ("fused", "two-pass"):
+        with rules(model, softmax=3.0, attention=way):
+            found = theirs(model, batch)[1]
+        for one, truth in zip(found, expected, strict=True):
+            assert (one - truth).abs().max() <= 1e-11 * truth.abs().max()
 
 
 def test_a_rule_that_does_not_act_on_what_ran_raises():

@@ -145,6 +145,22 @@ def pair_cases() -> None:
                     OPS["mass_threshold"].default(x, frac, absolute)
 
 
+def attention() -> None:
+    for h, g, t, s, e, f, options in (
+        (1, 1, 1, 1, 1, 1, {}),
+        (4, 1, 70, 131, 17, 70, {"causal": True, "temperature": 2.0}),
+        (2, 2, 65, 64, 141, 5, {"window": 3, "softcap": 2.0, "temperature": 3.0}),
+        (2, 1, 66, 9, 16, 16, {"causal": True, "window": 2}),
+    ):
+        print("attention", h, g, t, s, e, f)
+        for dtype in DTYPES:
+            q, out = randn(2, h, t, e, dtype=dtype), randn(2, h, t, f, dtype=dtype)
+            k, v = randn(2, g, s, e, dtype=dtype), randn(2, s, g, f, dtype=dtype).transpose(1, 2)
+            bias = randn(1, h, 1, s, dtype=dtype)
+            for masks in ({}, {"bias": bias, "keep": randn(2, 1, t, s) > 1}):
+                mikernels.attention_gradients(out, q, k, v, out, **options, **masks)
+
+
 def gradients() -> None:
     print("gradients")
     leaves = [randn(*s).requires_grad_() for s in ((33, 17), (203, 17), (203,), (203, 17), (17,))]
@@ -192,6 +208,15 @@ if __name__ == "__main__":
     for level in mikernels.supported_levels():
         with mikernels.force_level(level):
             print("level", level)
-            for part in (samples, sizes, cases, pair_sizes, pair_cases, gradients, hostile):
+            for part in (
+                samples,
+                sizes,
+                cases,
+                pair_sizes,
+                pair_cases,
+                attention,
+                gradients,
+                hostile,
+            ):
                 part()
     print("clean", *mikernels.supported_levels())

@@ -56,7 +56,7 @@ def _statistics(x: torch.Tensor, form: Form) -> tuple[torch.Tensor, torch.Tensor
     return wide, (wide.square().mean(-1, keepdim=True) + form.eps).rsqrt_()
 
 
-def _form(module: torch.nn.Module, x: torch.Tensor, y: torch.Tensor, name: str) -> Form | None:
+def _form(module: torch.nn.Module, name: str, x: torch.Tensor, y: torch.Tensor) -> Form | None:
     """The form whose value is y, within rounding; None for `gain x`, which scales by nothing.
 
     Raises:
@@ -172,7 +172,7 @@ class NormPlace:
                 return None
             y = output.detach()
             if not known:
-                form, known = _form(module, *some_rows(x, y), self.name), True
+                form, known = _form(module, self.name, *some_rows(x, y)), True
             if form is None:
                 return None
             weight, bias = (getattr(module, part, None) for part in ("weight", "bias"))

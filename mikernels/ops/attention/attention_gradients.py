@@ -32,7 +32,12 @@ CHECKS = 4
 
 
 def _kept(
-    shape: tuple[int, int], keep: torch.Tensor | None, causal: bool, window: int, like: torch.Tensor
+    shape: tuple[int, int],
+    keep: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    causal: bool,
+    window: int,
+    like: torch.Tensor,
 ) -> torch.Tensor:
     """Which keys each query of one head may attend to, `[T, S]`."""
     i = torch.arange(shape[0], device=like.device)[:, None]
@@ -40,6 +45,8 @@ def _kept(
     kept = torch.ones(shape, dtype=torch.bool, device=like.device)
     if keep is not None:
         kept &= keep
+    if bias is not None:
+        kept &= bias != -math.inf
     if causal:
         kept &= j <= i
     if window:
@@ -73,13 +80,14 @@ def reference(
         for h in range(heads[1]):
             g = h // group
             mine, added = (None if m is None else m[b, h] for m in masks)
-            kept = _kept(shape, mine, causal, window, q)
+            added = None if added is None else added.to(acc)
+            kept = _kept(shape, mine, added, causal, window, q)
             qh, kh, vh, do, o = (
                 t.to(acc) for t in (q[b, h], k[b, g], v[b, g], grad[b, h], out[b, h])
             )
             raw = scale * (qh @ kh.T)
             capped = softcap * (raw / softcap).tanh() if softcap else raw
-            s = capped if added is None else capped + added.to(acc)
+            s = capped if added is None else capped + added
             s = s.masked_fill(~kept, -math.inf)
             some = kept.any(-1, keepdim=True)
             # a row without keys would be NaN
