@@ -22,9 +22,10 @@ from typing import Any
 
 import torch
 
-from mikernels.models.decoder import Decoder, find_decoder
-from mikernels.models.hooks import check_eval, eager, original
+from mikernels.models.decoder import find_decoder
+from mikernels.models.hooks import original
 from mikernels.models.padding import with_positions
+from mikernels.models.parts import Decoder
 from mikernels.models.watch import Watch
 
 NAME = "gradient_components"
@@ -76,18 +77,6 @@ def _target(target: int | torch.Tensor | None, logits: torch.Tensor) -> torch.Te
     return ids.to(torch.int64).expand(len(logits))
 
 
-def _run(model: torch.nn.Module, inputs: Mapping[str, Any]) -> torch.Tensor:
-    """`[B, P, V]` logits."""
-    with eager():
-        logits = getattr(model(**{**inputs, "use_cache": False}), "logits", None)
-    if not isinstance(logits, torch.Tensor) or logits.dim() != 3:
-        raise ValueError(
-            f"{NAME}: model must return logits [B, P, V], got none from {type(model).__name__}; "
-            f"load it with AutoModelForCausalLM"
-        )
-    return logits
-
-
 @contextmanager
 def _frozen(model: torch.nn.Module) -> Iterator[None]:
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -132,9 +121,9 @@ def gradient_components(
 
     Args:
         model: a Hugging Face causal language model (Llama, Qwen, Mixtral, GPT-2, GPT-NeoX, OPT,
-            ... style) in eval mode, with blocks that add attention and MLP to the residual stream
-            as they are; or normed (Gemma 2 and 3, OLMo 2), and then the norm's output is the
-            component.
+            ... style) in eval mode, or a HookedTransformer, with blocks that add attention and MLP
+            to the residual stream as they are; or normed (Gemma 2 and 3, OLMo 2), and then the
+            norm's output is the component.
         inputs: token ids `[B, P]`, or what the tokeniser returned (keywords of the model), with an
             attention_mask of 1 for tokens and 0 for padding where there is any.
         target: a token id, `[B]` of them, or None: the one the model predicts.
@@ -157,7 +146,7 @@ def gradient_components(
     """
     model = original(model)
     decoder = find_decoder(model, NAME, FIX)
-    check_eval(NAME, model)
+    decoder.check_eval()
     given = {"input_ids": inputs} if isinstance(inputs, torch.Tensor) else inputs
     if not isinstance(given, Mapping):
         raise TypeError(
@@ -167,14 +156,14 @@ def gradient_components(
     ids = given.get("input_ids")
     if isinstance(ids, torch.Tensor) and (ids.dim() != 2 or ids.numel() == 0):
         raise ValueError(f"{NAME}: input_ids must be [B, P], not empty, got {list(ids.shape)}")
-    given, kept = with_positions(NAME, model, given)
+    given, kept = with_positions(NAME, model, given, decoder.counts_positions)
     w_o = [decoder.w_o(block) for block in decoder.blocks] if heads else []
     with ExitStack() as stack:
         stack.enter_context(_frozen(model))
         # switches gradients on, also within the caller's no_grad
         stack.enter_context(torch.inference_mode(False))
         watch = Watch(decoder, kept, w_o, stack)
-        logits = _last(kept, _run(model, given))
+        logits = _last(kept, decoder.logits(given))
         watch.check()
         for block, flow in zip(decoder.blocks, watch.flows, strict=True) if heads else ():
             if flow.attention_writer is not block.attention:
@@ -188,21 +177,26 @@ def gradient_components(
         sites = watch.sites
         at = "z" if heads and not attribution else "attn"
         wanted = {
-            f"L{i}.{name}": site[name] for i, site in enumerate(sites) for name in (at, "mlp")
+            f"L{i}.{name}": site[name]
+            for i, site in enumerate(sites)
+            for name in (at, "mlp")
+            if name in site
         }
-        grads = _gradients(decoder, score, wanted)
+        grads = dict(zip(wanted, _gradients(decoder, score, wanted), strict=True))
     found: dict[str, torch.Tensor] = {}
     for layer, site in enumerate(sites):
-        g, g_mlp = grads[2 * layer : 2 * layer + 2]
-        mlp = site["mlp"].detach().reshape(site["x"].shape)
-        g_mlp = g_mlp.reshape(site["x"].shape)
+        g, shape = grads[f"L{layer}.{at}"], site["x"].shape
         if heads:
-            z = (site["z"].detach() if attribution else g).unflatten(-1, w_o[layer].shape[:2])
+            z = (site["z"].detach() if attribution else g).reshape(
+                *shape[:2], *w_o[layer].shape[:2]
+            )
             written = torch.einsum("bphe,hed->bphd", z, w_o[layer])
             found |= split_heads(f"L{layer}", written * g[:, :, None] if attribution else written)
         else:
             found[f"L{layer}.attn"] = g * site["attn"].detach() if attribution else g
-        found[f"L{layer}.mlp"] = g_mlp * mlp if attribution else g_mlp
+        if "mlp" in site:
+            g = grads[f"L{layer}.mlp"]
+            found[f"L{layer}.mlp"] = (g * site["mlp"].detach() if attribution else g).reshape(shape)
     if kept is None:
         return found
     return {name: part.where(kept.to(part.device)[..., None], 0) for name, part in found.items()}

@@ -104,13 +104,16 @@ def _drops(module: torch.nn.Module) -> bool:
     return module.training and any(isinstance(rate, float) and rate > 0 for rate in rates)
 
 
-def check_eval(where: str, model: torch.nn.Module) -> None:
+def check_eval(where: str, model: torch.nn.Module, dropout_only: bool = False) -> None:
     """Refuses models that drop numbers at random.
+
+    Args:
+        dropout_only: training mode by itself says nothing.
 
     Raises:
         ValueError: in training mode, the whole or a part with dropout.
     """
-    if model.training or any(map(_drops, model.modules())):
+    if (model.training and not dropout_only) or any(map(_drops, model.modules())):
         raise ValueError(
             f"{where}: model must be in eval mode, got training mode, in which dropout makes "
             f"gradients random; call model.eval()"
