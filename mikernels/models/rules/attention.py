@@ -54,6 +54,7 @@ class Call(NamedTuple):
     Attributes:
         place: the module's name. function: what computes it. module: as handed to it. mask,
             options: its other arguments. causal: whether it masks later keys by itself.
+        claims: where its backward puts what has to be checked.
     """
 
     place: str
@@ -62,6 +63,7 @@ class Call(NamedTuple):
     mask: torch.Tensor | None
     options: dict[str, Any]
     causal: bool
+    claims: list[_Claim]
 
     def run(self, *qkv: torch.Tensor) -> tuple[torch.Tensor, Any]:
         """What the model would have of q, k and v."""
@@ -111,8 +113,16 @@ def _queries(call: Call, q: torch.Tensor) -> torch.Tensor | None:
     return call.mask[:, None, -q.shape[2] :, None].bool()
 
 
-def _check(call: Call, q: torch.Tensor, k: torch.Tensor, checks: torch.Tensor) -> None:
-    """Whether the output was that of these arguments, within rounding.
+class _Claim(NamedTuple):
+    """What the output of a call was off by, and what rounding explains, `[B, H, T]` each."""
+
+    place: str
+    error: torch.Tensor
+    limit: torch.Tensor
+
+
+def _claim(call: Call, q: torch.Tensor, k: torch.Tensor, checks: torch.Tensor) -> _Claim:
+    """That the output was that of these arguments, within rounding.
 
     A score S is rounded in the dtype of the model (and its product as `claims` has it), which
     changes the output by at most `exp(2 dS) - 1` times the largest |v| of a column; rounding the
@@ -130,19 +140,32 @@ def _check(call: Call, q: torch.Tensor, k: torch.Tensor, checks: torch.Tensor) -
     rounded = 4 * eps * size + sums * abs(call.scale(q)) * reach
     keys = 8 * math.sqrt(k.shape[2] / 3) * torch.finfo(acc).eps
     limit = torch.expm1(2 * rounded) + 4 * eps + 2 * keys + coarse
-    wrong = error > limit
     if (queries := _queries(call, q)) is not None:
-        wrong &= queries[..., 0]
-    wrong = wrong.nonzero()
-    if len(wrong):
-        b, h, i = wrong[0].tolist()
-        raise ValueError(
-            f"rules: softmax must act on attention that computes softmax(q k^T) v from its "
-            f"arguments, got {call.place}, whose output for query {i} of head {h} in row {b} is "
-            f"{float(error[b, h, i]):.3g} of its largest value away from that, with rounding "
-            f"{float(limit[b, h, i]):.2g} ({len(wrong)} of {error.numel()} queries); leave the "
-            f"rule out, or say attention='two-pass'"
-        )
+        error = error.where(queries[..., 0], 0)
+    return _Claim(call.place, error, limit)
+
+
+def _check(claims: list[_Claim]) -> None:
+    """Raises where one does not hold; reads the device once where all do."""
+    while claims:
+        found, claims[:] = tuple(claims), ()
+        # a NaN of the model is not a disagreement
+        worst = torch.stack([(c.error - c.limit).nan_to_num(nan=0.0).amax() for c in found])
+        for claim, excess in zip(found, worst.tolist(), strict=True):
+            if excess > 0:
+                _refuse(claim)
+
+
+def _refuse(claim: _Claim) -> None:
+    wrong = (claim.error > claim.limit).nonzero()
+    b, h, i = wrong[0].tolist()
+    raise ValueError(
+        f"rules: softmax must act on attention that computes softmax(q k^T) v from its arguments, "
+        f"got {claim.place}, whose output for query {i} of head {h} in row {b} is "
+        f"{float(claim.error[b, h, i]):.3g} of its largest value away from that, with rounding "
+        f"{float(claim.limit[b, h, i]):.2g} ({len(wrong)} of {claim.error.numel()} queries); leave "
+        f"the rule out, or say attention='two-pass'"
+    )
 
 
 def _leaves(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -180,7 +203,10 @@ class _Fused(torch.autograd.Function):
             grad.transpose(1, 2), q, k, v, out.transpose(1, 2),
             **_meaning(call, q, k), temperature=ctx.temperature,
         )  # fmt: skip
-        _check(call, q, k, checks)
+        if checks.numel():
+            call.claims.append(_claim(call, q, k, checks))
+            # at the end of this backward pass, all layers at once
+            torch.autograd.Variable._execution_engine.queue_callback(partial(_check, call.claims))
         ctx.measure(checks[..., 2].sum(), checks[..., 3].sum())
         return dq, dk, dv, None, None, None
 
@@ -288,15 +314,14 @@ def _attend(
     )
     causal = options.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
-    flash = mask is None or mask.dim() == 2
-    call = Call(
-        in_charge[next(iter(in_charge))][0].name, function, module, mask, options,
-        # eager attention has no mask but the one it is given
-        causal=bool(causal) and flash and name != "eager" and q.shape[2] > 1,
-    )  # fmt: skip
     if isinstance(softmax, str) or softmax == 1.0:
-        return call.run(q, k, v)
+        return function(module, q, k, v, mask, **options)
+    # eager attention has no mask but the one it is given
+    own_mask = (mask is None or mask.dim() == 2) and name != "eager" and q.shape[2] > 1
     place, scope = in_charge["softmax"]
+    call = Call(
+        place.name, function, module, mask, options, bool(causal) and own_mask, scope.claims
+    )
     fused = place.fused(q.device)
     if fused and (other := [n for n in UNKNOWN if options.get(n) is not None]):
         raise ValueError(

@@ -45,6 +45,8 @@ class Scope:
 
     def __init__(self, said: Rules, places: list[Place], report: RuleReport):
         self._said, self.report = said.said(), report
+        # of places whose arithmetic is checked when a backward pass ends
+        self.claims: list[Any] = []
         self._covered = {(p.key, rule) for p in places for rule in p.rules if rule in self._said}
 
     def value(self, place: Place, rule: str) -> Any:
