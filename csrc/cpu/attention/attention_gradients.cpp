@@ -193,7 +193,7 @@ class Gradients {
     k_.copy(b, g, 0, keys_, e_, qk_, worker.k.take(keys_ * qk_));
     A* const v = worker.v.take(keys_ * vo_);
     v_.copy(b, g, 0, keys_, f_, vo_, v);
-    MIK_AT_LEVEL(column_sizes<A>)(v, vo_, keys_, f_, worker.largest.take(f_));
+    MIK_AT_LEVEL(column_sizes<A>)(v, vo_, keys_, vo_, worker.largest.take(vo_));
   }
 
   void add_part(Worker& worker, int64_t place, int64_t part) {
@@ -243,16 +243,15 @@ class Gradients {
   void add_block(Worker& worker, int64_t b, int64_t h, int64_t first, A* dk, A* dv) {
     const int64_t rows = std::min(kQueries, queries_ - first);
     A *const q = worker.q.take(kQueries * qk_), *const grad = worker.grad.take(kQueries * vo_);
-    A* const q_across = worker.q_across.take(e_ * kQueries);
-    A* const grad_across = worker.grad_across.take(f_ * kQueries);
+    A* const q_across = worker.q_across.take(qk_ * kQueries);
+    A* const grad_across = worker.grad_across.take(vo_ * kQueries);
     q_.copy(b, h, first, rows, e_, qk_, q);
     grad_.copy(b, h, first, rows, f_, vo_, grad);
-    if (rows < kQueries) {
-      std::fill(q_across, q_across + e_ * kQueries, A(0));
-      std::fill(grad_across, grad_across + f_ * kQueries, A(0));
-    }
-    MIK_AT_LEVEL(across<A>)(q, qk_, rows, e_, q_across);
-    MIK_AT_LEVEL(across<A>)(grad, vo_, rows, f_, grad_across);
+    // queries that are not there only share vectors with others
+    std::fill(q + rows * qk_, q + kQueries * qk_, A(0));
+    std::fill(grad + rows * vo_, grad + kQueries * vo_, A(0));
+    MIK_AT_LEVEL(across<A>)(q, qk_, e_, q_across);
+    MIK_AT_LEVEL(across<A>)(grad, vo_, f_, grad_across);
 
     // keys out of reach of all queries are not met
     const int64_t end = options_.causal ? std::min(keys_, first + rows) : keys_;
@@ -317,7 +316,7 @@ class Gradients {
       const auto statistic = [&](int which) { return statistics[which * kQueries + r]; };
       to[0] = keys_ == 0 ? A(0)
                          : MIK_AT_LEVEL(distance<A>)(out + r * vo_, given + r * vo_,
-                                                     worker.largest.data(), f_);
+                                                     worker.largest.data(), vo_);
       to[1] = f_ > 0 ? statistic(kRawMost) : A(0);
       to[2] = statistic(kChange);
       to[3] = statistic(kPlain);

@@ -376,11 +376,47 @@ static void attention_sums(const AttentionBlock<A>& of, const KeyChunk& chunk) {
   });
 }
 
-// to[c, r] = from[r, c], rows of `from` `row` apart, those of `to` kQueries
+// 128 bits
 template <class A>
-static void across(const A* from, int64_t row, int64_t rows, int64_t cols, A* to) {
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t c = 0; c < cols; ++c) to[c * kQueries + r] = from[r * row + c];
+struct quarter {
+  typedef float type __attribute__((vector_size(16)));
+};
+template <>
+struct quarter<double> {
+  typedef double type __attribute__((vector_size(16)));
+};
+
+// square blocks of 128 bits by their diagonals: row r of the block takes lane c of row c
+template <class V>
+static inline void turn(V (&rows)[4]) {
+  const V a = __builtin_shufflevector(rows[0], rows[1], 0, 4, 1, 5);
+  const V b = __builtin_shufflevector(rows[2], rows[3], 0, 4, 1, 5);
+  const V c = __builtin_shufflevector(rows[0], rows[1], 2, 6, 3, 7);
+  const V d = __builtin_shufflevector(rows[2], rows[3], 2, 6, 3, 7);
+  rows[0] = __builtin_shufflevector(a, b, 0, 1, 4, 5);
+  rows[1] = __builtin_shufflevector(a, b, 2, 3, 6, 7);
+  rows[2] = __builtin_shufflevector(c, d, 0, 1, 4, 5);
+  rows[3] = __builtin_shufflevector(c, d, 2, 3, 6, 7);
+}
+template <class V>
+static inline void turn(V (&rows)[2]) {
+  const V a = __builtin_shufflevector(rows[0], rows[1], 0, 2);
+  rows[1] = __builtin_shufflevector(rows[0], rows[1], 1, 3);
+  rows[0] = a;
+}
+
+// to[c, r] = from[r, c] for kQueries rows, those of `from` `row` apart, in whole cache lines
+template <class A>
+static void across(const A* from, int64_t row, int64_t cols, A* to) {
+  using V = typename quarter<A>::type;
+  constexpr int side = 16 / sizeof(A);
+  for (int64_t r = 0; r < kQueries; r += side)
+    for (int64_t c = 0; c < cols; c += side) {
+      V block[side];
+      for (int i = 0; i < side; ++i) block[i] = load_wide<V>(from + (r + i) * row + c);
+      turn(block);
+      for (int i = 0; i < side; ++i) store_wide(to + (c + i) * kQueries + r, block[i]);
+    }
 }
 
 // largest[c] = max |of[r, c]| over the rows; NaN is the largest
@@ -409,16 +445,26 @@ static void write_rows(const A* from, int64_t row, int64_t rows, int64_t cols, A
     for (int64_t c = 0; c < cols; ++c) to[r * cols + c] = static_cast<T>(scale * from[r * row + c]);
 }
 
-// the largest |found[c] - given[c]| / largest[c]; 0 / 0 is 0, a column of zeros that gave zero
+// the largest |found[c] - given[c]| / largest[c], of whole cache lines; 0 / 0 is 0, a column of
+// zeros that gave zero
 template <class A>
 static A distance(const A* found, const A* given, const A* largest, int64_t cols) {
-  A most = 0;
-  bool defined = true;
-#pragma omp simd reduction(max : most) reduction(&& : defined)
-  for (int64_t c = 0; c < cols; ++c) {
-    const A apart = found[c] == given[c] ? A(0) : __builtin_fabs(found[c] - given[c]) / largest[c];
-    most = apart > most ? apart : most;
-    defined = defined && apart == apart;
+  using V = typename wide<A>::type;
+  using I = typename exponential<A>::ints;
+  constexpr int64_t lanes = MIK_VECTOR_BYTES / sizeof(A);
+  // NaN is the largest
+  I most = I{};
+  for (int64_t c = 0; c < cols; c += lanes) {
+    const V one = load_wide<V>(found + c), other = load_wide<V>(given + c);
+    const V apart = one == other ? V{} : (one - other) / load_wide<V>(largest + c);
+    I size;
+    __builtin_memcpy(&size, &apart, sizeof(size));
+    size &= kNoSign<A>;
+    most = size > most ? size : most;
   }
-  return defined ? most : static_cast<A>(__builtin_nan(""));
+  auto bits = most[0];
+  for (int64_t l = 1; l < lanes; ++l) bits = most[l] > bits ? most[l] : bits;
+  A result;
+  __builtin_memcpy(&result, &bits, sizeof(result));
+  return result;
 }
