@@ -158,10 +158,8 @@ class Gradients {
         group_(heads_ / shared_), queries_(q.size(2)), keys_(k.size(2)), e_(q.size(3)),
         f_(v.size(3)), qk_(row_of(e_)), vo_(row_of(f_)),
         head_blocks_((queries_ + kQueries - 1) / kQueries), blocks_(head_blocks_ * group_),
-        places_(k.size(0) * shared_),
-        parts_(std::clamp((kParts + places_ - 1) / std::max<int64_t>(places_, 1), int64_t{1},
-                          std::max<int64_t>(blocks_ / kLeastBlocks, 1))),
-        sums_(places_, parts_) {}
+        places_(k.size(0) * shared_), first_blocks_(cut()),
+        parts_(static_cast<int64_t>(first_blocks_.size()) - 1), sums_(places_, parts_) {}
 
   void run() {
     std::atomic<int64_t> taken{0};
@@ -177,6 +175,38 @@ class Gradients {
   }
 
  private:
+  struct Reach {
+    int64_t begin, end;
+  };
+
+  // the keys that queries from `first` on may attend to
+  Reach reach(int64_t first) const {
+    const int64_t last = std::min(first + kQueries, queries_);
+    const int64_t begin =
+        options_.window > 0 ? std::max<int64_t>(first - options_.window + 1, 0) / kStrip * kStrip : 0;
+    const int64_t end = options_.causal ? std::min(keys_, last) : keys_;
+    return {std::min(begin, end), end};
+  }
+
+  // the blocks of a head of keys in parts of about as many keys
+  std::vector<int64_t> cut() const {
+    const int64_t parts = std::clamp((kParts + places_ - 1) / std::max<int64_t>(places_, 1),
+                                     int64_t{1}, std::max<int64_t>(blocks_ / kLeastBlocks, 1));
+    const auto keys = [&](int64_t block) {
+      const Reach found = reach(block % head_blocks_ * kQueries);
+      return found.end - found.begin;
+    };
+    int64_t total = 0, met = 0;
+    for (int64_t i = 0; i < blocks_; ++i) total += keys(i);
+    std::vector<int64_t> first{0};
+    for (int64_t i = 0; i < blocks_; ++i) {
+      if (met * parts >= total * static_cast<int64_t>(first.size()) && met > 0) first.push_back(i);
+      met += keys(i);
+    }
+    first.push_back(blocks_);
+    return first;
+  }
+
   // memory of a thread
   struct Worker {
     int64_t place = -1;
@@ -203,7 +233,7 @@ class Gradients {
     A *const dk = sum.numbers.take(count), *const dv = dk + keys_ * qk_;
     sum.count = count;
     std::fill(dk, dk + count, A(0));
-    for (int64_t i = part * blocks_ / parts_; i < (part + 1) * blocks_ / parts_; ++i) {
+    for (int64_t i = first_blocks_[part]; i < first_blocks_[part + 1]; ++i) {
       const int64_t head = place % shared_ * group_ + i / head_blocks_;
       add_block(worker, place / shared_, head, i % head_blocks_ * kQueries, dk, dv);
     }
@@ -253,11 +283,8 @@ class Gradients {
     MIK_AT_LEVEL(across<A>)(q, qk_, e_, q_across);
     MIK_AT_LEVEL(across<A>)(grad, vo_, f_, grad_across);
 
-    // keys out of reach of all queries are not met
-    const int64_t end = options_.causal ? std::min(keys_, first + rows) : keys_;
-    const int64_t reach = options_.window > 0 ? std::max<int64_t>(first - options_.window + 1, 0) : 0;
-    const int64_t begin = reach / kStrip * kStrip;
-    const int64_t most = std::max<int64_t>(end - begin, 0) * kQueries;
+    const auto [begin, end] = reach(first);
+    const int64_t most = (end - begin) * kQueries;
     A* const statistics = worker.statistics;
     std::fill(statistics, statistics + kStatistics * kQueries, A(0));
     std::fill(statistics + kMost * kQueries, statistics + (kMost + 1) * kQueries,
@@ -329,8 +356,11 @@ class Gradients {
   T *const dq_, *const dk_, *const dv_;
   A* const checks_;
   const int64_t heads_, shared_, group_, queries_, keys_, e_, f_, qk_, vo_;
-  // of a head; of a head of keys; heads of keys in all; of a head of keys
-  const int64_t head_blocks_, blocks_, places_, parts_;
+  // of a head; of a head of keys; heads of keys in all
+  const int64_t head_blocks_, blocks_, places_;
+  // of a part, with the end of the last
+  const std::vector<int64_t> first_blocks_;
+  const int64_t parts_;
   OrderedSums<A> sums_;
 };
 
