@@ -131,20 +131,6 @@ class OrderedSums {
   std::vector<Sum> free_;
 };
 
-template <class A, class T>
-void add_bias(const T* from, int64_t query, int64_t key, int64_t rows, int64_t keys, A* to) {
-  if (query == 0) {
-    for (int64_t j = 0; j < keys; ++j) {
-      const A value = static_cast<A>(from[j * key]);
-      for (int64_t r = 0; r < kQueries; ++r) to[j * kQueries + r] = value;
-    }
-    return;
-  }
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t j = 0; j < keys; ++j)
-      to[j * kQueries + r] = static_cast<A>(from[r * query + j * key]);
-}
-
 template <class T>
 class Gradients {
  public:
@@ -211,7 +197,7 @@ class Gradients {
   struct Worker {
     int64_t place = -1;
     Scratch<A> k, v, largest, q, grad, given, q_across, grad_across;
-    Scratch<A> scores, dp, slope, tempered, added, dq, out;
+    Scratch<A> scores, dp, slope, tempered, added, lying, dq, out;
     A statistics[kStatistics * kQueries];
     std::vector<KeyChunk> chunks;
   };
@@ -247,27 +233,36 @@ class Gradients {
 
   // masks of a chunk, [keys, kQueries]: what is added, -inf where a query may not attend. False if
   // none of them may
-  bool mask(int64_t b, int64_t h, int64_t first, int64_t rows, const KeyChunk& chunk, A* to) const {
-    constexpr A none = -std::numeric_limits<A>::infinity();
-    if (rows < kQueries || !bias_.has_value()) std::fill(to, to + chunk.count * kQueries, A(0));
+  bool mask(Worker& worker, int64_t b, int64_t h, int64_t first, int64_t rows,
+            const KeyChunk& chunk) const {
+    A* const to = worker.added.take(kKeys * kQueries);
+    // by query, as masks lie; one row is that of all queries
+    A* const lying = worker.lying.take(kQueries * kKeys);
+    const bool same = (!bias_.has_value() || Strides(*bias_).row == 0) &&
+                      (!keep_.has_value() || Strides(*keep_).row == 0);
+    const int64_t own = same ? 1 : rows;
+    std::fill(lying, lying + kQueries * kKeys, A(0));
     if (bias_.has_value()) {
       const Strides at(*bias_);
       const int64_t start = at.at(b, h, first) + chunk.key * at.inner;
       MIK_DISPATCH_FLOATING(*bias_, [&] {
-        add_bias(data<scalar_t>(*bias_) + start, at.row, at.inner, rows, chunk.count, to);
+        MIK_AT_LEVEL(take_bias<A, scalar_t>)(data<scalar_t>(*bias_) + start, at.row, at.inner, own,
+                                   chunk.count, lying);
       });
     }
     if (keep_.has_value()) {
       const Strides at(*keep_);
-      const bool* const start = data<bool>(*keep_) + at.at(b, h, first) + chunk.key * at.inner;
-      for (int64_t r = 0; r < rows; ++r)
-        for (int64_t j = 0; j < chunk.count; ++j)
-          if (!start[r * at.row + j * at.inner]) to[j * kQueries + r] = none;
+      MIK_AT_LEVEL(take_keep<A>)(data<bool>(*keep_) + at.at(b, h, first) + chunk.key * at.inner,
+                                 at.row, at.inner, own, chunk.count, lying);
     }
-    bool any = false;
-    for (int64_t j = 0; j < chunk.count; ++j)
-      for (int64_t r = 0; r < rows; ++r) any |= to[j * kQueries + r] != none;
-    return any;
+    if (!MIK_AT_LEVEL(any_kept<A>)(lying, own, chunk.count)) return false;
+    if (same) {
+      for (int64_t j = 0; j < chunk.count; ++j)
+        std::fill(to + j * kQueries, to + (j + 1) * kQueries, lying[j]);
+    } else {
+      MIK_AT_LEVEL(across<A>)(lying, kKeys, chunk.count, to);
+    }
+    return true;
   }
 
   void add_block(Worker& worker, int64_t b, int64_t h, int64_t first, A* dk, A* dv) {
@@ -321,13 +316,12 @@ class Gradients {
                                   .dv = dv};
 
     const bool masked = keep_.has_value() || bias_.has_value();
-    A* const added = masked ? worker.added.take(kKeys * kQueries) : nullptr;
     int64_t live = 0;
     worker.chunks.clear();
     for (int64_t key = begin; key < end; key += kKeys) {
       const KeyChunk chunk{key, std::min(kKeys, end - key), live};
-      if (masked && !mask(b, h, first, rows, chunk, added)) continue;
-      MIK_AT_LEVEL(attention_scores<A>)(block, chunk, added);
+      if (masked && !mask(worker, b, h, first, rows, chunk)) continue;
+      MIK_AT_LEVEL(attention_scores<A>)(block, chunk, masked ? worker.added.data() : nullptr);
       worker.chunks.push_back(chunk);
       live += chunk.count;
     }

@@ -419,6 +419,46 @@ static void across(const A* from, int64_t row, int64_t cols, A* to) {
     }
 }
 
+// to[r, j] = from[r, j], rows of `from` `row` and its numbers `inner` apart, those of `to` kKeys
+template <class A, class B>
+static void take_bias(const B* from, int64_t row, int64_t inner, int64_t rows, int64_t keys,
+                      A* to) {
+  for (int64_t r = 0; r < rows; ++r, from += row, to += kKeys) {
+    if (inner == 1) {
+#pragma omp simd
+      for (int64_t j = 0; j < keys; ++j) to[j] = static_cast<A>(from[j]);
+    } else {
+      for (int64_t j = 0; j < keys; ++j) to[j] = static_cast<A>(from[j * inner]);
+    }
+  }
+}
+
+// -inf where `from` is not true
+template <class A>
+static void take_keep(const bool* from, int64_t row, int64_t inner, int64_t rows, int64_t keys,
+                      A* to) {
+  constexpr A none = -static_cast<A>(__builtin_inf());
+  for (int64_t r = 0; r < rows; ++r, from += row, to += kKeys) {
+    if (inner == 1) {
+#pragma omp simd
+      for (int64_t j = 0; j < keys; ++j) to[j] = from[j] ? to[j] : none;
+    } else {
+      for (int64_t j = 0; j < keys; ++j) to[j] = from[j * inner] ? to[j] : none;
+    }
+  }
+}
+
+// whether there is a number that is not -inf
+template <class A>
+static bool any_kept(const A* of, int64_t rows, int64_t keys) {
+  constexpr A none = -static_cast<A>(__builtin_inf());
+  int any = 0;
+  for (int64_t r = 0; r < rows && !any; ++r)
+#pragma omp simd reduction(| : any)
+    for (int64_t j = 0; j < keys; ++j) any |= of[r * kKeys + j] != none;
+  return any;
+}
+
 // largest[c] = max |of[r, c]| over the rows; NaN is the largest
 template <class A>
 static void column_sizes(const A* of, int64_t row, int64_t rows, int64_t cols, A* largest) {
