@@ -9,13 +9,13 @@
 #include "cpu/attention/attention_gradients.h"
 
 #include <algorithm>
-#include <cmath>
 #include <limits>
 #include <map>
 #include <mutex>
 #include <vector>
 
 #include "common.h"
+#include "cpu/pairs/row_products.h"
 #include "cpu/pairs/scratch.h"
 #include "cpu/simd/levels.h"
 #include "cpu/simd/scalar.h"
@@ -24,23 +24,6 @@
 #include "cpu/simd/each_level.h"
 
 namespace mik {
-
-#define MIK_ATTENTION(A)                                                                       \
-  void attention_scores(const AttentionBlock<A>& of, const KeyChunk& chunk, const A* added) {  \
-    MIK_AT_LEVEL(attention_scores<A>)(of, chunk, added);                                       \
-  }                                                                                            \
-  void attention_weights(const AttentionBlock<A>& of, int64_t keys) {                          \
-    MIK_AT_LEVEL(attention_weights<A>)(of, keys);                                              \
-  }                                                                                            \
-  void attention_sums(const AttentionBlock<A>& of, const KeyChunk& chunk) {                    \
-    MIK_AT_LEVEL(attention_sums<A>)(of, chunk);                                                \
-  }                                                                                            \
-  void across(const A* from, int64_t row, int64_t rows, int64_t cols, A* to) {                 \
-    MIK_AT_LEVEL(across<A>)(from, row, rows, cols, to);                                        \
-  }
-
-MIK_ATTENTION(float)
-MIK_ATTENTION(double)
 
 namespace {
 
@@ -55,15 +38,34 @@ struct Options {
   int64_t window;
 };
 
-// a mask [B|1, H|1, T|1, S] where it lies
+// an operand or a mask [B|1, H|1, T|1, S] where it lies: asking a tensor takes a call into torch
 struct Strides {
-  int64_t batch, head, query, key;
+  int64_t batch, head, row, inner;
 
   explicit Strides(const Tensor& of)
       : batch(of.size(0) == 1 ? 0 : of.stride(0)),
         head(of.size(1) == 1 ? 0 : of.stride(1)),
-        query(of.size(2) == 1 ? 0 : of.stride(2)),
-        key(of.stride(3)) {}
+        row(of.size(2) == 1 ? 0 : of.stride(2)),
+        inner(of.stride(3)) {}
+
+  int64_t at(int64_t b, int64_t h, int64_t r) const { return b * batch + h * head + r * row; }
+};
+
+template <class T>
+struct Operand : Strides {
+  const T* base;
+
+  explicit Operand(const Tensor& of) : Strides(of), base(data<T>(of)) {}
+
+  // rows as dense ones, `apart` numbers from each other, zeros beyond `cols`
+  template <class A>
+  void copy(int64_t b, int64_t h, int64_t first, int64_t rows, int64_t cols, int64_t apart,
+            A* to) const {
+    for (int64_t r = 0; r < rows; ++r, to += apart) {
+      copy_row(base + at(b, h, first + r), inner, static_cast<const T*>(nullptr), 0, cols, to);
+      std::fill(to + cols, to + apart, A(0));
+    }
+  }
 };
 
 // of parts, added up in their order whenever the next one is there
@@ -99,7 +101,7 @@ class OrderedSums {
       } else {
         A* const to = at.total.numbers.data();
         const A* const from = next->second.numbers.data();
-        for (int64_t i = 0; i < next->second.count; ++i) to[i] += from[i];
+        MIK_AT_LEVEL(add_numbers<A>)(from, next->second.count, to);
         give_back(std::move(next->second));
       }
       at.waiting.erase(next);
@@ -129,30 +131,6 @@ class OrderedSums {
   std::vector<Sum> free_;
 };
 
-// to[i] = the row's numbers, `stride` apart, zeros from `count` to `whole`
-template <class T, class A>
-void copy_row(const T* from, int64_t stride, int64_t count, int64_t whole, A* to) {
-  if (stride == 1)
-    for (int64_t i = 0; i < count; ++i) to[i] = static_cast<A>(from[i]);
-  else
-    for (int64_t i = 0; i < count; ++i) to[i] = static_cast<A>(from[i * stride]);
-  std::fill(to + count, to + whole, A(0));
-}
-
-template <class A, class T>
-void add_bias(const T* from, int64_t query, int64_t key, int64_t rows, int64_t keys, A* to) {
-  if (query == 0) {
-    for (int64_t j = 0; j < keys; ++j) {
-      const A value = static_cast<A>(from[j * key]);
-      for (int64_t r = 0; r < kQueries; ++r) to[j * kQueries + r] = value;
-    }
-    return;
-  }
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t j = 0; j < keys; ++j)
-      to[j * kQueries + r] = static_cast<A>(from[r * query + j * key]);
-}
-
 template <class T>
 class Gradients {
  public:
@@ -160,17 +138,14 @@ class Gradients {
 
   Gradients(const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor& v,
             const Tensor& out, const OptionalTensor& keep, const OptionalTensor& bias,
-            const Options& options, const Tensor& dq, const Tensor& dk, const Tensor& dv,
-            const Tensor& checks)
+            const Options& options, T* dq, T* dk, T* dv, A* checks)
       : grad_(grad), q_(q), k_(k), v_(v), out_(out), keep_(keep), bias_(bias), options_(options),
         dq_(dq), dk_(dk), dv_(dv), checks_(checks), heads_(q.size(1)), shared_(k.size(1)),
         group_(heads_ / shared_), queries_(q.size(2)), keys_(k.size(2)), e_(q.size(3)),
         f_(v.size(3)), qk_(row_of(e_)), vo_(row_of(f_)),
-        blocks_((queries_ + kQueries - 1) / kQueries * group_),
-        places_(k.size(0) * shared_),
-        parts_(std::clamp((kParts + places_ - 1) / std::max<int64_t>(places_, 1), int64_t{1},
-                          std::max<int64_t>(blocks_ / kLeastBlocks, 1))),
-        sums_(places_, parts_) {}
+        head_blocks_((queries_ + kQueries - 1) / kQueries), blocks_(head_blocks_ * group_),
+        places_(k.size(0) * shared_), first_blocks_(cut()),
+        parts_(static_cast<int64_t>(first_blocks_.size()) - 1), sums_(places_, parts_) {}
 
   void run() {
     std::atomic<int64_t> taken{0};
@@ -186,178 +161,200 @@ class Gradients {
   }
 
  private:
+  struct Reach {
+    int64_t begin, end;
+  };
+
+  // the keys that queries from `first` on may attend to
+  Reach reach(int64_t first) const {
+    const int64_t last = std::min(first + kQueries, queries_);
+    const int64_t begin =
+        options_.window > 0 ? std::max<int64_t>(first - options_.window + 1, 0) / kStrip * kStrip : 0;
+    const int64_t end = options_.causal ? std::min(keys_, last) : keys_;
+    return {std::min(begin, end), end};
+  }
+
+  // the blocks of a head of keys in parts of about as many keys
+  std::vector<int64_t> cut() const {
+    const int64_t parts = std::clamp((kParts + places_ - 1) / std::max<int64_t>(places_, 1),
+                                     int64_t{1}, std::max<int64_t>(blocks_ / kLeastBlocks, 1));
+    const auto keys = [&](int64_t block) {
+      const Reach found = reach(block % head_blocks_ * kQueries);
+      return found.end - found.begin;
+    };
+    int64_t total = 0, met = 0;
+    for (int64_t i = 0; i < blocks_; ++i) total += keys(i);
+    std::vector<int64_t> first{0};
+    for (int64_t i = 0; i < blocks_; ++i) {
+      if (met * parts >= total * static_cast<int64_t>(first.size()) && met > 0) first.push_back(i);
+      met += keys(i);
+    }
+    first.push_back(blocks_);
+    return first;
+  }
+
   // memory of a thread
   struct Worker {
     int64_t place = -1;
-    Scratch<A> k, v, largest, q, grad, q_across, grad_across;
-    Scratch<A> scores, dp, slope, tempered, added, dq, out;
+    Scratch<A> k, v, largest, q, grad, given, q_across, grad_across;
+    Scratch<A> scores, dp, slope, tempered, added, lying, dq, out;
     A statistics[kStatistics * kQueries];
     std::vector<KeyChunk> chunks;
   };
-
-  static const T* at(const Tensor& of, int64_t b, int64_t h) {
-    return data<T>(of) + b * of.stride(0) + h * of.stride(1);
-  }
 
   void take_keys(Worker& worker, int64_t place) {
     if (worker.place == place) return;
     worker.place = place;
     const int64_t b = place / shared_, g = place % shared_;
-    A *const k = worker.k.take(keys_ * qk_), *const v = worker.v.take(keys_ * vo_);
-    A* const largest = worker.largest.take(f_);
-    std::fill(largest, largest + f_, A(0));
-    for (int64_t j = 0; j < keys_; ++j) {
-      copy_row(at(k_, b, g) + j * k_.stride(2), k_.stride(3), e_, qk_, k + j * qk_);
-      A* const row = v + j * vo_;
-      copy_row(at(v_, b, g) + j * v_.stride(2), v_.stride(3), f_, vo_, row);
-      for (int64_t c = 0; c < f_; ++c) largest[c] = larger(largest[c], std::abs(row[c]));
-    }
+    k_.copy(b, g, 0, keys_, e_, qk_, worker.k.take(keys_ * qk_));
+    A* const v = worker.v.take(keys_ * vo_);
+    v_.copy(b, g, 0, keys_, f_, vo_, v);
+    MIK_AT_LEVEL(column_sizes<A>)(v, vo_, keys_, vo_, worker.largest.take(vo_));
   }
-
-  // NaN is the largest
-  static A larger(A a, A b) { return b > a || b != b ? b : a; }
 
   void add_part(Worker& worker, int64_t place, int64_t part) {
     take_keys(worker, place);
     auto sum = sums_.take();
-    A* const dk = sum.numbers.take(keys_ * (qk_ + vo_));
-    std::fill(dk, dk + keys_ * (qk_ + vo_), A(0));
-    sum.count = keys_ * (qk_ + vo_);
-    const int64_t of_head = (queries_ + kQueries - 1) / kQueries;
-    for (int64_t i = part * blocks_ / parts_; i < (part + 1) * blocks_ / parts_; ++i) {
-      const int64_t head = place % shared_ * group_ + i / of_head;
-      add_block(worker, place / shared_, head, i % of_head * kQueries, dk, dk + keys_ * qk_);
+    const int64_t count = keys_ * (qk_ + vo_);
+    A *const dk = sum.numbers.take(count), *const dv = dk + keys_ * qk_;
+    sum.count = count;
+    std::fill(dk, dk + count, A(0));
+    for (int64_t i = first_blocks_[part]; i < first_blocks_[part + 1]; ++i) {
+      const int64_t head = place % shared_ * group_ + i / head_blocks_;
+      add_block(worker, place / shared_, head, i % head_blocks_ * kQueries, dk, dv);
     }
     sums_.add(place, part, std::move(sum), [&](const A* total) {
-      write(total, qk_, A(options_.scale), mutable_data<T>(dk_) + place * keys_ * e_, keys_, e_);
-      write(total + keys_ * qk_, vo_, A(1), mutable_data<T>(dv_) + place * keys_ * f_, keys_, f_);
+      MIK_AT_LEVEL(write_rows<A, T>)(total, qk_, keys_, e_, A(options_.scale),
+                                     dk_ + place * keys_ * e_);
+      MIK_AT_LEVEL(write_rows<A, T>)(total + keys_ * qk_, vo_, keys_, f_, A(1),
+                                     dv_ + place * keys_ * f_);
     });
-  }
-
-  static void write(const A* from, int64_t row, A scale, T* to, int64_t rows, int64_t cols) {
-    for (int64_t r = 0; r < rows; ++r)
-      for (int64_t c = 0; c < cols; ++c)
-        to[r * cols + c] = static_cast<T>(scale * from[r * row + c]);
-  }
-
-  // rows of a head's queries or gradients, as they are and across
-  static void take_rows(const Tensor& of, int64_t b, int64_t h, int64_t first, int64_t rows,
-                        int64_t cols, int64_t row, A* to, A* across_to) {
-    const T* const from = at(of, b, h) + first * of.stride(2);
-    for (int64_t r = 0; r < rows; ++r)
-      copy_row(from + r * of.stride(2), of.stride(3), cols, row, to + r * row);
-    if (rows < kQueries) std::fill(across_to, across_to + cols * kQueries, A(0));
-    across(to, row, rows, cols, across_to);
   }
 
   // masks of a chunk, [keys, kQueries]: what is added, -inf where a query may not attend. False if
   // none of them may
-  bool mask(int64_t b, int64_t h, int64_t first, int64_t rows, const KeyChunk& chunk, A* to) const {
-    constexpr A none = -std::numeric_limits<A>::infinity();
-    if (rows < kQueries || !bias_.has_value()) std::fill(to, to + chunk.count * kQueries, A(0));
+  bool mask(Worker& worker, int64_t b, int64_t h, int64_t first, int64_t rows,
+            const KeyChunk& chunk) const {
+    A* const to = worker.added.take(kKeys * kQueries);
+    // by query, as masks lie; one row is that of all queries
+    A* const lying = worker.lying.take(kQueries * kKeys);
+    const bool same = (!bias_.has_value() || Strides(*bias_).row == 0) &&
+                      (!keep_.has_value() || Strides(*keep_).row == 0);
+    const int64_t own = same ? 1 : rows;
+    std::fill(lying, lying + kQueries * kKeys, A(0));
     if (bias_.has_value()) {
       const Strides at(*bias_);
-      const int64_t start = b * at.batch + h * at.head + first * at.query + chunk.key * at.key;
+      const int64_t start = at.at(b, h, first) + chunk.key * at.inner;
       MIK_DISPATCH_FLOATING(*bias_, [&] {
-        add_bias(data<scalar_t>(*bias_) + start, at.query, at.key, rows, chunk.count, to);
+        MIK_AT_LEVEL(take_bias<A, scalar_t>)(data<scalar_t>(*bias_) + start, at.row, at.inner, own,
+                                   chunk.count, lying);
       });
     }
     if (keep_.has_value()) {
       const Strides at(*keep_);
-      const bool* const start = data<bool>(*keep_) + b * at.batch + h * at.head +
-                                first * at.query + chunk.key * at.key;
-      for (int64_t r = 0; r < rows; ++r)
-        for (int64_t j = 0; j < chunk.count; ++j)
-          if (!start[r * at.query + j * at.key]) to[j * kQueries + r] = none;
+      MIK_AT_LEVEL(take_keep<A>)(data<bool>(*keep_) + at.at(b, h, first) + chunk.key * at.inner,
+                                 at.row, at.inner, own, chunk.count, lying);
     }
-    bool any = false;
-    for (int64_t j = 0; j < chunk.count; ++j)
-      for (int64_t r = 0; r < rows; ++r) any |= to[j * kQueries + r] != none;
-    return any;
+    if (!MIK_AT_LEVEL(any_kept<A>)(lying, own, chunk.count)) return false;
+    if (same) {
+      for (int64_t j = 0; j < chunk.count; ++j)
+        std::fill(to + j * kQueries, to + (j + 1) * kQueries, lying[j]);
+    } else {
+      MIK_AT_LEVEL(across<A>)(lying, kKeys, chunk.count, to);
+    }
+    return true;
   }
 
   void add_block(Worker& worker, int64_t b, int64_t h, int64_t first, A* dk, A* dv) {
     const int64_t rows = std::min(kQueries, queries_ - first);
-    AttentionBlock<A> block;
-    block.rows = rows;
-    block.first_row = first;
-    block.e = e_, block.f = f_, block.qk = qk_, block.vo = vo_;
-    block.scale = static_cast<A>(options_.scale);
-    block.softcap = static_cast<A>(options_.softcap);
-    block.temperature = static_cast<A>(options_.temperature);
-    block.causal = options_.causal, block.window = options_.window;
-    block.k = worker.k.data(), block.v = worker.v.data();
-    block.dk = dk, block.dv = dv;
     A *const q = worker.q.take(kQueries * qk_), *const grad = worker.grad.take(kQueries * vo_);
-    A* const q_across = worker.q_across.take(e_ * kQueries);
-    A* const grad_across = worker.grad_across.take(f_ * kQueries);
-    take_rows(q_, b, h, first, rows, e_, qk_, q, q_across);
-    take_rows(grad_, b, h, first, rows, f_, vo_, grad, grad_across);
-    block.q = q, block.grad = grad, block.q_across = q_across, block.grad_across = grad_across;
-    // queries and keys at their own numbers: what is not in reach of the block is not met
-    const int64_t end = options_.causal ? std::min(keys_, first + rows) : keys_;
-    const int64_t begin = options_.window > 0 ? std::max<int64_t>(0, first - options_.window + 1) : 0;
-    const int64_t most = std::max<int64_t>(end - begin, 0) * kQueries;
-    block.scores = worker.scores.take(most);
-    block.dp = worker.dp.take(most);
-    block.slope = options_.softcap > 0 ? worker.slope.take(most) : nullptr;
-    const bool own = options_.temperature != 1 && options_.temperature != 2;
-    block.tempered = own ? worker.tempered.take(most) : nullptr;
-    block.statistics = worker.statistics;
-    std::fill(worker.statistics, worker.statistics + kStatistics * kQueries, A(0));
-    std::fill(worker.statistics + kMost * kQueries, worker.statistics + (kMost + 1) * kQueries,
-              -std::numeric_limits<A>::infinity());
-    block.dq = worker.dq.take(kQueries * qk_);
-    block.out = worker.out.take(kQueries * vo_);
-    std::fill(block.dq, block.dq + kQueries * qk_, A(0));
-    std::fill(block.out, block.out + kQueries * vo_, A(0));
-    const bool masked = keep_.has_value() || bias_.has_value();
-    A* const added = masked ? worker.added.take(kKeys * kQueries) : nullptr;
+    A* const q_across = worker.q_across.take(qk_ * kQueries);
+    A* const grad_across = worker.grad_across.take(vo_ * kQueries);
+    q_.copy(b, h, first, rows, e_, qk_, q);
+    grad_.copy(b, h, first, rows, f_, vo_, grad);
+    // queries that are not there only share vectors with others
+    std::fill(q + rows * qk_, q + kQueries * qk_, A(0));
+    std::fill(grad + rows * vo_, grad + kQueries * vo_, A(0));
+    MIK_AT_LEVEL(across<A>)(q, qk_, e_, q_across);
+    MIK_AT_LEVEL(across<A>)(grad, vo_, f_, grad_across);
 
+    const auto [begin, end] = reach(first);
+    const int64_t most = (end - begin) * kQueries;
+    A* const statistics = worker.statistics;
+    std::fill(statistics, statistics + kStatistics * kQueries, A(0));
+    std::fill(statistics + kMost * kQueries, statistics + (kMost + 1) * kQueries,
+              -std::numeric_limits<A>::infinity());
+    A *const dq = worker.dq.take(kQueries * qk_), *const out = worker.out.take(kQueries * vo_);
+    std::fill(dq, dq + kQueries * qk_, A(0));
+    std::fill(out, out + kQueries * vo_, A(0));
+    const bool tempered = options_.temperature != 1 && options_.temperature != 2;
+    const AttentionBlock<A> block{.rows = rows,
+                                  .first_row = first,
+                                  .e = e_,
+                                  .f = f_,
+                                  .qk = qk_,
+                                  .vo = vo_,
+                                  .scale = static_cast<A>(options_.scale),
+                                  .softcap = static_cast<A>(options_.softcap),
+                                  .temperature = static_cast<A>(options_.temperature),
+                                  .causal = options_.causal,
+                                  .window = options_.window,
+                                  .q = q,
+                                  .grad = grad,
+                                  .q_across = q_across,
+                                  .grad_across = grad_across,
+                                  .k = worker.k.data(),
+                                  .v = worker.v.data(),
+                                  .scores = worker.scores.take(most),
+                                  .dp = worker.dp.take(most),
+                                  .slope = options_.softcap > 0 ? worker.slope.take(most) : nullptr,
+                                  .tempered = tempered ? worker.tempered.take(most) : nullptr,
+                                  .statistics = statistics,
+                                  .dq = dq,
+                                  .out = out,
+                                  .dk = dk,
+                                  .dv = dv};
+
+    const bool masked = keep_.has_value() || bias_.has_value();
     int64_t live = 0;
     worker.chunks.clear();
     for (int64_t key = begin; key < end; key += kKeys) {
       const KeyChunk chunk{key, std::min(kKeys, end - key), live};
-      if (masked && !mask(b, h, first, rows, chunk, added)) continue;
-      attention_scores(block, chunk, added);
+      if (masked && !mask(worker, b, h, first, rows, chunk)) continue;
+      MIK_AT_LEVEL(attention_scores<A>)(block, chunk, masked ? worker.added.data() : nullptr);
       worker.chunks.push_back(chunk);
       live += chunk.count;
     }
-    attention_weights(block, live);
-    for (const KeyChunk& chunk : worker.chunks) attention_sums(block, chunk);
+    MIK_AT_LEVEL(attention_weights<A>)(block, worker.chunks.data(), worker.chunks.size());
+    for (const KeyChunk& chunk : worker.chunks) MIK_AT_LEVEL(attention_sums<A>)(block, chunk);
 
     const int64_t row = (b * heads_ + h) * queries_ + first;
-    write(block.dq, qk_, block.scale, mutable_data<T>(dq_) + row * e_, rows, e_);
-    check(worker, block, b, h, mutable_data<A>(checks_) + row * 4);
-  }
-
-  void check(Worker& worker, const AttentionBlock<A>& block, int64_t b, int64_t h,
-             A* to) const {
-    const T* const out = at(out_, b, h) + block.first_row * out_.stride(2);
-    const A* const largest = worker.largest.data();
-    for (int64_t r = 0; r < block.rows; ++r, to += 4) {
-      A distance = 0;
-      for (int64_t c = 0; c < f_ && keys_ > 0; ++c) {
-        const A found = block.out[r * vo_ + c];
-        const A given = static_cast<A>(out[r * out_.stride(2) + c * out_.stride(3)]);
-        // 0 / 0: a column of zeros that gave zero
-        if (found != given) distance = larger(distance, std::abs(found - given) / largest[c]);
-      }
-      const auto statistic = [&](int which) { return block.statistics[which * kQueries + r]; };
-      to[0] = distance;
+    MIK_AT_LEVEL(write_rows<A, T>)(dq, qk_, rows, e_, block.scale, dq_ + row * e_);
+    A* const given = worker.given.take(kQueries * vo_);
+    out_.copy(b, h, first, rows, f_, vo_, given);
+    A* to = checks_ + row * 4;
+    for (int64_t r = 0; r < rows; ++r, to += 4) {
+      const auto statistic = [&](int which) { return statistics[which * kQueries + r]; };
+      to[0] = keys_ == 0 ? A(0)
+                         : MIK_AT_LEVEL(distance<A>)(out + r * vo_, given + r * vo_,
+                                                     worker.largest.data(), vo_);
       to[1] = f_ > 0 ? statistic(kRawMost) : A(0);
       to[2] = statistic(kChange);
       to[3] = statistic(kPlain);
     }
   }
 
-  const Tensor &grad_, &q_, &k_, &v_, &out_;
+  const Operand<T> grad_, q_, k_, v_, out_;
   const OptionalTensor &keep_, &bias_;
   const Options options_;
-  const Tensor &dq_, &dk_, &dv_, &checks_;
+  T *const dq_, *const dk_, *const dv_;
+  A* const checks_;
   const int64_t heads_, shared_, group_, queries_, keys_, e_, f_, qk_, vo_;
-  // of a head of keys; of keys' heads in all; of a head of keys
-  const int64_t blocks_, places_, parts_;
+  // of a head; of a head of keys; heads of keys in all
+  const int64_t head_blocks_, blocks_, places_;
+  // of a part, with the end of the last
+  const std::vector<int64_t> first_blocks_;
+  const int64_t parts_;
   OrderedSums<A> sums_;
 };
 
@@ -394,8 +391,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_gradients(
       q.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   Tensor checks = empty(q, {q.size(0), q.size(1), q.size(2), 4}, acc);
   MIK_DISPATCH_FLOATING(q, [&] {
-    Gradients<scalar_t>(grad, q, k, v, out, keep, bias,
-                        {scale, softcap, temperature, causal, window}, dq, dk, dv, checks)
+    using T = scalar_t;
+    Gradients<T>(grad, q, k, v, out, keep, bias, {scale, softcap, temperature, causal, window},
+                 mutable_data<T>(dq), mutable_data<T>(dk), mutable_data<T>(dv),
+                 mutable_data<accumulator_t<T>>(checks))
         .run();
   });
   return {dq, dk, dv, checks};

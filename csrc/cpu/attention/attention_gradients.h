@@ -50,26 +50,13 @@ struct AttentionBlock {
   A *dq, *out, *dk, *dv;   // sums to add to, as q, as grad, as k and v
 };
 
-// at most kKeys keys from `key` on, whose scores begin at row `at` of the block's
+// Where queries come before their keys, chunks are met by strips of as many queries and keys: 5/8 of
+// a chunk on the diagonal
+constexpr int64_t kStrip = 16;
+
+// at most kKeys keys from `key` on, a multiple of kStrip, whose scores begin at row `at` of the block's
 struct KeyChunk {
   int64_t key, count, at;
 };
-
-// scores and dP of a chunk; `added` to the scores, [keys, kQueries], -inf where a query may not
-// attend, or null
-void attention_scores(const AttentionBlock<float>& of, const KeyChunk& chunk, const float* added);
-void attention_scores(const AttentionBlock<double>& of, const KeyChunk& chunk, const double* added);
-
-// the statistics of a block from the scores of all its `keys` live keys
-void attention_weights(const AttentionBlock<float>& of, int64_t keys);
-void attention_weights(const AttentionBlock<double>& of, int64_t keys);
-
-// what a chunk adds to all sums
-void attention_sums(const AttentionBlock<float>& of, const KeyChunk& chunk);
-void attention_sums(const AttentionBlock<double>& of, const KeyChunk& chunk);
-
-// to[k, r] = from[r, k], rows of both their own number apart
-void across(const float* from, int64_t row, int64_t rows, int64_t cols, float* to);
-void across(const double* from, int64_t row, int64_t rows, int64_t cols, double* to);
 
 }  // namespace mik

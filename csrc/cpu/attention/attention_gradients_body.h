@@ -109,6 +109,13 @@ static inline typename wide<A>::type lane_numbers(A first) {
   return v;
 }
 
+// keys of a chunk that the queries from r to the end of its strip meet
+template <class A>
+static inline int64_t keys_met(const AttentionBlock<A>& of, const KeyChunk& chunk, int64_t r) {
+  const int64_t met = of.first_row + r / kStrip * kStrip + kStrip - chunk.key;
+  return !of.causal || met > chunk.count ? chunk.count : met < 0 ? 0 : met;
+}
+
 // raw scores as scores; lanes that are not kept -inf
 template <class A, bool Capped, bool Added, bool Edge>
 static void finish_scores(const AttentionBlock<A>& of, const KeyChunk& chunk, const A* added) {
@@ -123,7 +130,8 @@ static void finish_scores(const AttentionBlock<A>& of, const KeyChunk& chunk, co
     I some = load_wide<I>(of.statistics + kSome * kQueries + r);
     // query - key of lanes, exact below 2^24: chunks are near their queries where it is used
     const V distance = lane_numbers<A>(static_cast<A>(of.first_row + r - chunk.key));
-    for (int64_t j = 0; j < chunk.count; ++j) {
+    const int64_t met = keys_met(of, chunk, r);
+    for (int64_t j = 0; j < met; ++j) {
       A* const at = of.scores + (chunk.at + j) * kQueries + r;
       const V raw = of.scale * load_wide<V>(at);
       V score = raw;
@@ -172,13 +180,32 @@ static void finish_scores(const AttentionBlock<A>& of, const KeyChunk& chunk, co
     finish_scores<A, Capped, Added, false>(of, chunk, added);
 }
 
+// f(first key, keys, first query) for the chunk's parts that all later queries of the block meet:
+// the whole chunk, or strips of keys
+template <class A, class F>
+static inline void each_strip(const AttentionBlock<A>& of, const KeyChunk& chunk, const F& f) {
+  const int64_t ahead = chunk.key - of.first_row;
+  if (!of.causal || ahead + chunk.count <= kStrip) return f(0, chunk.count, 0);
+  // keys that all queries meet, then those that some do
+  const int64_t all = ahead >= 0 ? 0 : -ahead;
+  for (int64_t j = 0; j < chunk.count;) {
+    const int64_t keys = j < all ? all : j + kStrip < chunk.count ? kStrip : chunk.count - j;
+    f(j, keys, j < all ? 0 : j + ahead);
+    j += keys;
+  }
+}
+
+// scores and dP of a chunk; `added` to the scores, [keys, kQueries], -inf where a query may not
+// attend, or null
 template <class A>
 static void attention_scores(const AttentionBlock<A>& of, const KeyChunk& chunk, const A* added) {
-  A* const scores = of.scores + chunk.at * kQueries;
-  product<A, false>(of.k + chunk.key * of.qk, of.qk, chunk.count, of.q_across, kQueries, of.rows,
-                    of.e, scores, kQueries, false);
-  product<A, false>(of.v + chunk.key * of.vo, of.vo, chunk.count, of.grad_across, kQueries, of.rows,
-                    of.f, of.dp + chunk.at * kQueries, kQueries, false);
+  each_strip(of, chunk, [&](int64_t j, int64_t keys, int64_t r) {
+    const int64_t at = (chunk.at + j) * kQueries + r, key = chunk.key + j;
+    product<A, false>(of.k + key * of.qk, of.qk, keys, of.q_across + r, kQueries, of.rows - r, of.e,
+                      of.scores + at, kQueries, false);
+    product<A, false>(of.v + key * of.vo, of.vo, keys, of.grad_across + r, kQueries, of.rows - r,
+                      of.f, of.dp + at, kQueries, false);
+  });
   if (of.softcap > 0 && added != nullptr)
     finish_scores<A, true, true>(of, chunk, added);
   else if (of.softcap > 0)
@@ -195,7 +222,7 @@ enum class At { one, two, other };
 
 // scores as exponentials, and their sums
 template <class A, At Temperature>
-static void weigh(const AttentionBlock<A>& of, int64_t keys) {
+static void weigh(const AttentionBlock<A>& of, const KeyChunk* chunks, int64_t count) {
   using V = typename wide<A>::type;
   using I = typename exponential<A>::ints;
   constexpr int64_t lanes = MIK_VECTOR_BYTES / sizeof(A);
@@ -207,12 +234,12 @@ static void weigh(const AttentionBlock<A>& of, int64_t keys) {
     for (int s = kSum; s < kStatistics; ++s) store_wide(at(s, r), V{});
   }
   // a chunk's sums are added to each other before they are to those of others
-  for (int64_t j0 = 0; j0 < keys; j0 += kKeys) {
-    const int64_t last = keys - j0 < kKeys ? keys : j0 + kKeys;
+  for (const KeyChunk* chunk = chunks; chunk != chunks + count; ++chunk) {
     for (int64_t r = 0; r < of.rows; r += lanes) {
       const V most = load_wide<V>(at(kMost, r));
       V sum = V{}, mean = V{}, tempered = V{}, tempered_mean = V{};
-      for (int64_t j = j0; j < last; ++j) {
+      const int64_t last = chunk->at + keys_met(of, *chunk, r);
+      for (int64_t j = chunk->at; j < last; ++j) {
         A* const score = of.scores + j * kQueries + r;
         const V below = load_wide<V>(score) - most, dp = load_wide<V>(of.dp + j * kQueries + r);
         V p;
@@ -269,7 +296,8 @@ static void differentiate(const AttentionBlock<A>& of, const KeyChunk& chunk) {
     const V tempered = load_wide<V>(at(kTempered, r));
     const V tempered_mean = load_wide<V>(at(kTemperedMean, r));
     V change = V{}, squares = V{};
-    for (int64_t j = chunk.at; j < chunk.at + chunk.count; ++j) {
+    const int64_t last = chunk.at + keys_met(of, chunk, r);
+    for (int64_t j = chunk.at; j < last; ++j) {
       A *const score = of.scores + j * kQueries + r, *const dp = of.dp + j * kQueries + r;
       const V weight = load_wide<V>(score), given = load_wide<V>(dp);
       V p, ds;
@@ -309,16 +337,18 @@ static void differentiate(const AttentionBlock<A>& of, const KeyChunk& chunk) {
     differentiate<A, Temperature, false>(of, chunk);
 }
 
+// the statistics of a block from the scores of all its chunks
 template <class A>
-static void attention_weights(const AttentionBlock<A>& of, int64_t keys) {
+static void attention_weights(const AttentionBlock<A>& of, const KeyChunk* chunks, int64_t count) {
   if (of.temperature == 1)
-    weigh<A, At::one>(of, keys);
+    weigh<A, At::one>(of, chunks, count);
   else if (of.temperature == 2)
-    weigh<A, At::two>(of, keys);
+    weigh<A, At::two>(of, chunks, count);
   else
-    weigh<A, At::other>(of, keys);
+    weigh<A, At::other>(of, chunks, count);
 }
 
+// what a chunk adds to all sums
 template <class A>
 static void attention_sums(const AttentionBlock<A>& of, const KeyChunk& chunk) {
   if (of.temperature == 1)
@@ -329,16 +359,152 @@ static void attention_sums(const AttentionBlock<A>& of, const KeyChunk& chunk) {
     differentiate<A, At::other>(of, chunk);
   const A *const p = of.scores + chunk.at * kQueries, *const ds = of.dp + chunk.at * kQueries;
   const A *const k = of.k + chunk.key * of.qk, *const v = of.v + chunk.key * of.vo;
-  product<A, true>(ds, kQueries, of.rows, k, of.qk, of.e, chunk.count, of.dq, of.qk, true);
-  product<A, true>(p, kQueries, of.rows, v, of.vo, of.f, chunk.count, of.out, of.vo, true);
-  product<A, false>(ds, kQueries, chunk.count, of.q, of.qk, of.e, of.rows,
-                    of.dk + chunk.key * of.qk, of.qk, true);
-  product<A, false>(p, kQueries, chunk.count, of.grad, of.vo, of.f, of.rows,
-                    of.dv + chunk.key * of.vo, of.vo, true);
+  // queries of a strip meet as many keys, or all queries do
+  const bool whole = keys_met(of, chunk, 0) == chunk.count;
+  for (int64_t r = 0; r < of.rows; r += whole ? kQueries : kStrip) {
+    const int64_t most = whole ? kQueries : kStrip, rows = of.rows - r < most ? of.rows - r : most;
+    const int64_t met = keys_met(of, chunk, r);
+    product<A, true>(ds + r, kQueries, rows, k, of.qk, of.e, met, of.dq + r * of.qk, of.qk, true);
+    product<A, true>(p + r, kQueries, rows, v, of.vo, of.f, met, of.out + r * of.vo, of.vo, true);
+  }
+  each_strip(of, chunk, [&](int64_t j, int64_t keys, int64_t r) {
+    const int64_t at = j * kQueries + r, key = chunk.key + j;
+    product<A, false>(ds + at, kQueries, keys, of.q + r * of.qk, of.qk, of.e, of.rows - r,
+                      of.dk + key * of.qk, of.qk, true);
+    product<A, false>(p + at, kQueries, keys, of.grad + r * of.vo, of.vo, of.f, of.rows - r,
+                      of.dv + key * of.vo, of.vo, true);
+  });
+}
+
+// 128 bits
+template <class A>
+struct quarter {
+  typedef float type __attribute__((vector_size(16)));
+};
+template <>
+struct quarter<double> {
+  typedef double type __attribute__((vector_size(16)));
+};
+
+// square blocks of 128 bits by their diagonals: row r of the block takes lane c of row c
+template <class V>
+static inline void turn(V (&rows)[4]) {
+  const V a = __builtin_shufflevector(rows[0], rows[1], 0, 4, 1, 5);
+  const V b = __builtin_shufflevector(rows[2], rows[3], 0, 4, 1, 5);
+  const V c = __builtin_shufflevector(rows[0], rows[1], 2, 6, 3, 7);
+  const V d = __builtin_shufflevector(rows[2], rows[3], 2, 6, 3, 7);
+  rows[0] = __builtin_shufflevector(a, b, 0, 1, 4, 5);
+  rows[1] = __builtin_shufflevector(a, b, 2, 3, 6, 7);
+  rows[2] = __builtin_shufflevector(c, d, 0, 1, 4, 5);
+  rows[3] = __builtin_shufflevector(c, d, 2, 3, 6, 7);
+}
+template <class V>
+static inline void turn(V (&rows)[2]) {
+  const V a = __builtin_shufflevector(rows[0], rows[1], 0, 2);
+  rows[1] = __builtin_shufflevector(rows[0], rows[1], 1, 3);
+  rows[0] = a;
+}
+
+// to[c, r] = from[r, c] for kQueries rows, those of `from` `row` apart, in whole cache lines
+template <class A>
+static void across(const A* from, int64_t row, int64_t cols, A* to) {
+  using V = typename quarter<A>::type;
+  constexpr int side = 16 / sizeof(A);
+  for (int64_t r = 0; r < kQueries; r += side)
+    for (int64_t c = 0; c < cols; c += side) {
+      V block[side];
+      for (int i = 0; i < side; ++i) block[i] = load_wide<V>(from + (r + i) * row + c);
+      turn(block);
+      for (int i = 0; i < side; ++i) store_wide(to + (c + i) * kQueries + r, block[i]);
+    }
+}
+
+// to[r, j] = from[r, j], rows of `from` `row` and its numbers `inner` apart, those of `to` kKeys
+template <class A, class B>
+static void take_bias(const B* from, int64_t row, int64_t inner, int64_t rows, int64_t keys,
+                      A* to) {
+  for (int64_t r = 0; r < rows; ++r, from += row, to += kKeys) {
+    if (inner == 1) {
+#pragma omp simd
+      for (int64_t j = 0; j < keys; ++j) to[j] = static_cast<A>(from[j]);
+    } else {
+      for (int64_t j = 0; j < keys; ++j) to[j] = static_cast<A>(from[j * inner]);
+    }
+  }
+}
+
+// -inf where `from` is not true
+template <class A>
+static void take_keep(const bool* from, int64_t row, int64_t inner, int64_t rows, int64_t keys,
+                      A* to) {
+  constexpr A none = -static_cast<A>(__builtin_inf());
+  for (int64_t r = 0; r < rows; ++r, from += row, to += kKeys) {
+    if (inner == 1) {
+#pragma omp simd
+      for (int64_t j = 0; j < keys; ++j) to[j] = from[j] ? to[j] : none;
+    } else {
+      for (int64_t j = 0; j < keys; ++j) to[j] = from[j * inner] ? to[j] : none;
+    }
+  }
+}
+
+// whether there is a number that is not -inf
+template <class A>
+static bool any_kept(const A* of, int64_t rows, int64_t keys) {
+  constexpr A none = -static_cast<A>(__builtin_inf());
+  int any = 0;
+  for (int64_t r = 0; r < rows && !any; ++r)
+#pragma omp simd reduction(| : any)
+    for (int64_t j = 0; j < keys; ++j) any |= of[r * kKeys + j] != none;
+  return any;
+}
+
+// largest[c] = max |of[r, c]| over the rows; NaN is the largest
+template <class A>
+static void column_sizes(const A* of, int64_t row, int64_t rows, int64_t cols, A* largest) {
+  for (int64_t c = 0; c < cols; ++c) largest[c] = A(0);
+  for (int64_t r = 0; r < rows; ++r)
+#pragma omp simd
+    for (int64_t c = 0; c < cols; ++c) {
+      const A size = __builtin_fabs(of[r * row + c]), most = largest[c];
+      largest[c] = size > most || size != size ? size : most;
+    }
 }
 
 template <class A>
-static void across(const A* from, int64_t row, int64_t rows, int64_t cols, A* to) {
+static void add_numbers(const A* from, int64_t count, A* to) {
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) to[i] += from[i];
+}
+
+// to[r, c] = scale from[r, c], `to` dense
+template <class A, class T>
+static void write_rows(const A* from, int64_t row, int64_t rows, int64_t cols, A scale, T* to) {
   for (int64_t r = 0; r < rows; ++r)
-    for (int64_t c = 0; c < cols; ++c) to[c * kQueries + r] = from[r * row + c];
+#pragma omp simd
+    for (int64_t c = 0; c < cols; ++c) to[r * cols + c] = static_cast<T>(scale * from[r * row + c]);
+}
+
+// the largest |found[c] - given[c]| / largest[c], of whole cache lines; 0 / 0 is 0, a column of
+// zeros that gave zero
+template <class A>
+static A distance(const A* found, const A* given, const A* largest, int64_t cols) {
+  using V = typename wide<A>::type;
+  using I = typename exponential<A>::ints;
+  constexpr int64_t lanes = MIK_VECTOR_BYTES / sizeof(A);
+  // NaN is the largest
+  I most = I{};
+  for (int64_t c = 0; c < cols; c += lanes) {
+    const V one = load_wide<V>(found + c), other = load_wide<V>(given + c);
+    const V apart = one == other ? V{} : (one - other) / load_wide<V>(largest + c);
+    I size;
+    __builtin_memcpy(&size, &apart, sizeof(size));
+    size &= kNoSign<A>;
+    most = size > most ? size : most;
+  }
+  auto bits = most[0];
+  for (int64_t l = 1; l < lanes; ++l) bits = most[l] > bits ? most[l] : bits;
+  A result;
+  __builtin_memcpy(&result, &bits, sizeof(result));
+  return result;
 }
