@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-import sys
 
 import hypothesis.extra.numpy as hnp
 import pytest
 import torch
-from encode_cases import ADVERSARIAL, COARSE, NON_FINITE
+from encode_cases import ADVERSARIAL, COARSE, LARGE, NON_FINITE
 from hypothesis import given
 from hypothesis import strategies as st
 from one_level import one_impl
@@ -241,20 +240,10 @@ def test_threshold_encode_levels_agree(case):
             assert identical(a, b)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux")
-def test_threshold_encode_does_not_form_the_score_matrix(level, run_python):
+def test_threshold_encode_does_not_form_the_score_matrix(peak_growth):
     # scores would take 512 MB, and those that are kept, 0.3 % of them, take 5 MB as codes
-    grown = run_python(f"""
-        import resource, torch, mikernels
-        x, w = torch.randn(2048, 16), torch.randn(65536, 16)
-        with mikernels.force_level({level!r}):
-            mikernels.threshold_encode(x[:32], w, threshold=12.0, impl="cpp")
-            before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            codes = mikernels.threshold_encode(x, w, threshold=12.0, impl="cpp")
-            assert 1e5 < len(codes.values) < 1e6
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
-    """)
-    assert int(grown) * 1024 < 64e6
+    call = "kept = mikernels.threshold_encode(x, w, threshold=12.0, impl='cpp').values"
+    assert peak_growth(f"{call}; assert 3e3 < len(kept) < 1e6", LARGE[0]) < 64e6
 
 
 POOL = st.sampled_from([0.0, -0.0, 1.0, -1.0, 2.0, 3.0, NAN, INF, -INF])

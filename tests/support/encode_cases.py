@@ -293,3 +293,9 @@ COARSE = {
     "uneven rows": uneven_rows,
     "turning to the worse": turning_to_the_worse,
 }
+
+# "x, w_enc" whose scores would take 512 MB: at random, and as `ascending`
+LARGE = (
+    "torch.randn(2048, 16), torch.randn(65536, 16)",
+    "torch.rand(2048, 16), (1 + torch.arange(65536.) / 65536).repeat(16, 1).T.contiguous()",
+)
