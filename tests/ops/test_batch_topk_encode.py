@@ -3,7 +3,7 @@ import hypothesis.extra.numpy as hnp
 import pytest
 import torch
 from batch_cases import check
-from encode_cases import ADVERSARIAL, COARSE, LARGE, NON_FINITE
+from encode_cases import ADVERSARIAL, COARSE, LARGE, NON_FINITE, several_panels
 from hypothesis import given
 from hypothesis import strategies as st
 from oracle import DTYPES, identical, num_threads, randint, randn
@@ -128,10 +128,8 @@ def test_batch_topk_encode_layouts(impl, dtype):
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-def test_batch_topk_encode_over_several_weight_panels(impl, transposed):
-    x, w = randn(17, 768), randn(24593, 768, seed=1)
-    w[20000:] *= 1.1  # winners on both sides of every boundary
-    check(impl, x, w.T.contiguous().T if transposed else w, randn(24593, seed=2), k=64.5)
+def test_batch_topk_encode_over_several_weight_panels(level, transposed):
+    check("cpp", *several_panels(transposed), randn(24594, seed=2), k=64.5)
 
 
 def test_batch_topk_encode_over_several_chunks_of_tokens(level):

@@ -2,7 +2,7 @@
 import hypothesis.extra.numpy as hnp
 import pytest
 import torch
-from encode_cases import ADVERSARIAL, COARSE, LARGE, NON_FINITE, check
+from encode_cases import ADVERSARIAL, COARSE, LARGE, NON_FINITE, check, several_panels
 from hypothesis import given
 from hypothesis import strategies as st
 from oracle import (
@@ -176,10 +176,8 @@ def test_encode_layouts(impl, dtype):
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-def test_encode_over_several_weight_panels(impl, transposed):
-    x, w = randn(17, 768), randn(24593, 768, seed=1)
-    w[20000:] *= 1.1  # winners on both sides of every boundary
-    check(impl, x, w.T.contiguous().T if transposed else w, randn(24593, seed=2), k=64)
+def test_encode_over_several_weight_panels(level, transposed):
+    check("cpp", *several_panels(transposed), randn(24594, seed=2), k=64)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -3,7 +3,7 @@
 import hypothesis.extra.numpy as hnp
 import pytest
 import torch
-from encode_cases import ADVERSARIAL, COARSE, LARGE, NON_FINITE
+from encode_cases import ADVERSARIAL, COARSE, LARGE, NON_FINITE, several_panels
 from hypothesis import given
 from hypothesis import strategies as st
 from one_level import one_impl
@@ -188,11 +188,9 @@ def test_encoders_of_no_width(impl, n):
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-def test_threshold_encode_over_several_weight_panels(impl, transposed):
-    x, w = randn(17, 768), randn(24593, 768, seed=1)
-    w[20000:] *= 1.1  # survivors on both sides of every boundary
-    floor = 60 + randn(24593, seed=2)
-    check(impl, x, w.T.contiguous().T if transposed else w, randn(24593, seed=3), floor=floor)
+def test_threshold_encode_over_several_weight_panels(level, transposed):
+    floor = 60 + randn(24594, seed=2)
+    check("cpp", *several_panels(transposed), randn(24594, seed=3), floor=floor)
 
 
 def test_threshold_encode_over_several_chunks_of_tokens(level):
