@@ -66,7 +66,8 @@ def identical(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Equal bit for bit, except that one NaN is as good as another."""
     if a.dtype != b.dtype or a.shape != b.shape or not a.numel():
         return a.dtype == b.dtype and a.shape == b.shape
-    a, b = (t.detach().contiguous().reshape(-1) for t in (a, b))
+    # a single element may have any stride, and a view of bytes needs 1
+    a, b = (t.detach().contiguous().as_strided((t.numel(),), (1,)) for t in (a, b))
     if torch.equal(a.view(torch.uint8), b.view(torch.uint8)):
         return True
     if not torch.equal(a.isnan(), b.isnan()):
