@@ -50,7 +50,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         screens = item.path.stem in (f"test_{op}" for op in SCREENS)
         (same if again and not screens else kept).append(item)
     config.hook.pytest_deselected(items=same)
-    items[:] = kept
+    # minutes in one test: at the end the other worker would have nothing left to do meanwhile
+    items[:] = sorted(kept, key=lambda item: item.path.stem != "test_sanitizers")
 
 
 @pytest.fixture(autouse=True)
