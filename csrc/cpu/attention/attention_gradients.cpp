@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // attention_gradients: gradients of softmax(scale q k^T) v, from q, k and v alone.
 //
-// The queries of the heads that share a head of keys are cut into parts, whose number depends on
-// the shapes only. A thread takes a part: copies of the keys and values, and for 64 queries at a
-// time all their scores, [S, 64] of S and of dP, which the products read while they are in its
-// second-level cache (256 KB for 512 keys). What parts add to dK and dV is added up in their
-// order, so results do not depend on the number of threads.
+// The queries of the heads that share a head of keys are cut into parts, by the shapes alone. A
+// thread takes a part: copies of the keys and values in the accumulator type, and for 64 queries at
+// a time all their scores and dP, 512 bytes a key in fp32, which products read from its
+// second-level cache (256 KB for 512 keys) or the third. What parts add to dK and dV is added up in
+// their order, so results do not depend on the number of threads.
 #include "cpu/attention/attention_gradients.h"
 
 #include <algorithm>
@@ -24,7 +24,6 @@
 #include "cpu/simd/each_level.h"
 
 namespace mik {
-
 namespace {
 
 // parts that there are at least, where queries are enough for kLeastBlocks blocks each: work for
@@ -40,7 +39,9 @@ struct Options {
 
 // an operand or a mask [B|1, H|1, T|1, S] where it lies: asking a tensor takes a call into torch
 struct Strides {
-  int64_t batch, head, row, inner;
+  int64_t batch = 0, head = 0, row = 0, inner = 0;
+
+  Strides() = default;
 
   explicit Strides(const Tensor& of)
       : batch(of.size(0) == 1 ? 0 : of.stride(0)),
@@ -61,6 +62,7 @@ struct Operand : Strides {
   template <class A>
   void copy(int64_t b, int64_t h, int64_t first, int64_t rows, int64_t cols, int64_t apart,
             A* to) const {
+    if (cols == 0) return;
     for (int64_t r = 0; r < rows; ++r, to += apart) {
       copy_row(base + at(b, h, first + r), inner, static_cast<const T*>(nullptr), 0, cols, to);
       std::fill(to + cols, to + apart, A(0));
@@ -94,8 +96,8 @@ class OrderedSums {
     Place& at = places_[place];
     const std::lock_guard<std::mutex> guard(at.lock);
     at.waiting.emplace(part, std::move(sum));
-    for (auto next = at.waiting.begin();
-         next != at.waiting.end() && next->first == at.added; next = at.waiting.begin()) {
+    for (auto next = at.waiting.begin(); next != at.waiting.end() && next->first == at.added;
+         next = at.waiting.begin()) {
       if (at.added == 0) {
         at.total = std::move(next->second);
       } else {
@@ -139,13 +141,35 @@ class Gradients {
   Gradients(const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor& v,
             const Tensor& out, const OptionalTensor& keep, const OptionalTensor& bias,
             const Options& options, T* dq, T* dk, T* dv, A* checks)
-      : grad_(grad), q_(q), k_(k), v_(v), out_(out), keep_(keep), bias_(bias), options_(options),
-        dq_(dq), dk_(dk), dv_(dv), checks_(checks), heads_(q.size(1)), shared_(k.size(1)),
-        group_(heads_ / shared_), queries_(q.size(2)), keys_(k.size(2)), e_(q.size(3)),
-        f_(v.size(3)), qk_(row_of(e_)), vo_(row_of(f_)),
-        head_blocks_((queries_ + kQueries - 1) / kQueries), blocks_(head_blocks_ * group_),
-        places_(k.size(0) * shared_), first_blocks_(cut()),
-        parts_(static_cast<int64_t>(first_blocks_.size()) - 1), sums_(places_, parts_) {}
+      : grad_(grad),
+        q_(q),
+        k_(k),
+        v_(v),
+        out_(out),
+        keep_(keep),
+        bias_(bias),
+        keep_at_(keep.has_value() ? Strides(*keep) : Strides()),
+        bias_at_(bias.has_value() ? Strides(*bias) : Strides()),
+        options_(options),
+        dq_(dq),
+        dk_(dk),
+        dv_(dv),
+        checks_(checks),
+        heads_(q.size(1)),
+        shared_(k.size(1)),
+        group_(heads_ / shared_),
+        queries_(q.size(2)),
+        keys_(k.size(2)),
+        e_(q.size(3)),
+        f_(v.size(3)),
+        qk_(row_of(e_)),
+        vo_(row_of(f_)),
+        head_blocks_((queries_ + kQueries - 1) / kQueries),
+        blocks_(head_blocks_ * group_),
+        places_(k.size(0) * shared_),
+        first_blocks_(cut()),
+        parts_(static_cast<int64_t>(first_blocks_.size()) - 1),
+        sums_(places_, parts_) {}
 
   void run() {
     std::atomic<int64_t> taken{0};
@@ -168,8 +192,9 @@ class Gradients {
   // the keys that queries from `first` on may attend to
   Reach reach(int64_t first) const {
     const int64_t last = std::min(first + kQueries, queries_);
-    const int64_t begin =
-        options_.window > 0 ? std::max<int64_t>(first - options_.window + 1, 0) / kStrip * kStrip : 0;
+    const int64_t begin = options_.window > 0
+                              ? std::max<int64_t>(first - options_.window + 1, 0) / kStrip * kStrip
+                              : 0;
     const int64_t end = options_.causal ? std::min(keys_, last) : keys_;
     return {std::min(begin, end), end};
   }
@@ -238,22 +263,20 @@ class Gradients {
     A* const to = worker.added.take(kKeys * kQueries);
     // by query, as masks lie; one row is that of all queries
     A* const lying = worker.lying.take(kQueries * kKeys);
-    const bool same = (!bias_.has_value() || Strides(*bias_).row == 0) &&
-                      (!keep_.has_value() || Strides(*keep_).row == 0);
+    const bool same = bias_at_.row == 0 && keep_at_.row == 0;
     const int64_t own = same ? 1 : rows;
     std::fill(lying, lying + kQueries * kKeys, A(0));
     if (bias_.has_value()) {
-      const Strides at(*bias_);
-      const int64_t start = at.at(b, h, first) + chunk.key * at.inner;
+      const int64_t start = bias_at_.at(b, h, first) + chunk.key * bias_at_.inner;
       MIK_DISPATCH_FLOATING(*bias_, [&] {
-        MIK_AT_LEVEL(take_bias<A, scalar_t>)(data<scalar_t>(*bias_) + start, at.row, at.inner, own,
-                                   chunk.count, lying);
+        MIK_AT_LEVEL(take_bias<A, scalar_t>)(data<scalar_t>(*bias_) + start, bias_at_.row,
+                                             bias_at_.inner, own, chunk.count, lying);
       });
     }
     if (keep_.has_value()) {
-      const Strides at(*keep_);
-      MIK_AT_LEVEL(take_keep<A>)(data<bool>(*keep_) + at.at(b, h, first) + chunk.key * at.inner,
-                                 at.row, at.inner, own, chunk.count, lying);
+      const int64_t start = keep_at_.at(b, h, first) + chunk.key * keep_at_.inner;
+      MIK_AT_LEVEL(take_keep<A>)(data<uint8_t>(*keep_) + start, keep_at_.row, keep_at_.inner, own,
+                                 chunk.count, lying);
     }
     if (!MIK_AT_LEVEL(any_kept<A>)(lying, own, chunk.count)) return false;
     if (same) {
@@ -346,6 +369,7 @@ class Gradients {
 
   const Operand<T> grad_, q_, k_, v_, out_;
   const OptionalTensor &keep_, &bias_;
+  const Strides keep_at_, bias_at_;
   const Options options_;
   T *const dq_, *const dk_, *const dv_;
   A* const checks_;
@@ -365,9 +389,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_gradients(
     return t.dim() == 4 && t.scalar_type() == q.scalar_type() && t.size(0) == q.size(0) &&
            t.size(1) == heads && t.size(2) == rows && t.size(3) == cols;
   };
-  check(q.dim() == 4 && k.dim() == 4 && v.dim() == 4 &&
-            is(k, k.size(1), k.size(2), q.size(3)) && is(v, k.size(1), k.size(2), v.size(3)) &&
-            is(grad, q.size(1), q.size(2), v.size(3)) && is(out, q.size(1), q.size(2), v.size(3)),
+  check(q.dim() == 4 && k.dim() == 4 && v.dim() == 4 && is(k, k.size(1), k.size(2), q.size(3)) &&
+            is(v, k.size(1), k.size(2), v.size(3)) && is(grad, q.size(1), q.size(2), v.size(3)) &&
+            is(out, q.size(1), q.size(2), v.size(3)),
         "attention_gradients: expected q [B, H, T, e], k [B, G, S, e], v [B, G, S, f], grad and "
         "out [B, H, T, f] of one dtype");
   check(k.size(1) > 0 && q.size(1) % k.size(1) == 0,
@@ -387,8 +411,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_gradients(
     return empty(t, {t.size(0), t.size(1), t.size(2), t.size(3)});
   };
   Tensor dq = like(q), dk = like(k), dv = like(v);
-  const auto acc =
-      q.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  const auto acc = q.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   Tensor checks = empty(q, {q.size(0), q.size(1), q.size(2), 4}, acc);
   MIK_DISPATCH_FLOATING(q, [&] {
     using T = scalar_t;

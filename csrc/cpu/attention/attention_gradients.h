@@ -46,15 +46,16 @@ struct AttentionBlock {
   // of the live keys so far, [keys, kQueries]: score, then exp(score - most), then P; dP, then dS;
   // softcap' where there is one; exp at the temperature where it is not 1 or 2
   A *scores, *dp, *slope, *tempered;
-  A* statistics;           // [kStatistics, kQueries]
-  A *dq, *out, *dk, *dv;   // sums to add to, as q, as grad, as k and v
+  A* statistics;          // [kStatistics, kQueries]
+  A *dq, *out, *dk, *dv;  // sums to add to, as q, as grad, as k and v
 };
 
-// Where queries come before their keys, chunks are met by strips of as many queries and keys: 5/8 of
-// a chunk on the diagonal
+// Where queries come before their keys, chunks are met by strips of as many queries and keys: 5/8
+// of a chunk on the diagonal
 constexpr int64_t kStrip = 16;
 
-// at most kKeys keys from `key` on, a multiple of kStrip, whose scores begin at row `at` of the block's
+// at most kKeys keys from `key` on, a multiple of kStrip, whose scores begin at row `at` of the
+// block's
 struct KeyChunk {
   int64_t key, count, at;
 };

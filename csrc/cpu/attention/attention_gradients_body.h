@@ -1,10 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Attention's gradients for a block of queries, in register tiles; compiled once per level.
 
-// clang-format off: vectors come before what is made of them
 #include "cpu/simd/wide_body.h"
+
 #include "cpu/simd/exponential_body.h"
-// clang-format on
 
 constexpr int kTileRows = 6;
 #if MIK_VECTOR_BYTES == 64
@@ -72,7 +71,7 @@ static void product_columns(int64_t vectors, const A* a, int64_t lda, int64_t ro
   product_rows<A, Across, N>(a, lda, rows, b, ldb, depth, c, ldc, add);
 }
 
-// terms of one running sum: 128 numbers of 64 queries are 32 KB of the first-level cache
+// terms of one running sum; 128 numbers of 64 queries are 32 KB of the first-level cache
 constexpr int64_t kDepth = 128;
 
 // c[rows, cols] = or += a b; columns in whole vectors. A panel of b is met by all rows in turn
@@ -227,7 +226,9 @@ static void weigh(const AttentionBlock<A>& of, const KeyChunk* chunks, int64_t c
   using I = typename exponential<A>::ints;
   constexpr int64_t lanes = MIK_VECTOR_BYTES / sizeof(A);
   const A cooler = 1 / of.temperature;
-  const auto at = [&](int statistic, int64_t r) { return of.statistics + statistic * kQueries + r; };
+  const auto at = [&](int statistic, int64_t r) {
+    return of.statistics + statistic * kQueries + r;
+  };
   for (int64_t r = 0; r < of.rows; r += lanes) {
     const I some = load_wide<I>(at(kSome, r));
     store_wide(at(kMost, r), some ? load_wide<V>(at(kMost, r)) : V{});
@@ -290,7 +291,9 @@ template <class A, At Temperature, bool Capped>
 static void differentiate(const AttentionBlock<A>& of, const KeyChunk& chunk) {
   using V = typename wide<A>::type;
   constexpr int64_t lanes = MIK_VECTOR_BYTES / sizeof(A);
-  const auto at = [&](int statistic, int64_t r) { return of.statistics + statistic * kQueries + r; };
+  const auto at = [&](int statistic, int64_t r) {
+    return of.statistics + statistic * kQueries + r;
+  };
   for (int64_t r = 0; r < of.rows; r += lanes) {
     const V sum = load_wide<V>(at(kSum, r)), mean = load_wide<V>(at(kMean, r));
     const V tempered = load_wide<V>(at(kTempered, r));
@@ -378,15 +381,15 @@ static void attention_sums(const AttentionBlock<A>& of, const KeyChunk& chunk) {
 
 // 128 bits
 template <class A>
-struct quarter {
+struct narrow {
   typedef float type __attribute__((vector_size(16)));
 };
 template <>
-struct quarter<double> {
+struct narrow<double> {
   typedef double type __attribute__((vector_size(16)));
 };
 
-// square blocks of 128 bits by their diagonals: row r of the block takes lane c of row c
+// a square block turned about its diagonal
 template <class V>
 static inline void turn(V (&rows)[4]) {
   const V a = __builtin_shufflevector(rows[0], rows[1], 0, 4, 1, 5);
@@ -408,7 +411,7 @@ static inline void turn(V (&rows)[2]) {
 // to[c, r] = from[r, c] for kQueries rows, those of `from` `row` apart, in whole cache lines
 template <class A>
 static void across(const A* from, int64_t row, int64_t cols, A* to) {
-  using V = typename quarter<A>::type;
+  using V = typename narrow<A>::type;
   constexpr int side = 16 / sizeof(A);
   for (int64_t r = 0; r < kQueries; r += side)
     for (int64_t c = 0; c < cols; c += side) {
@@ -433,17 +436,21 @@ static void take_bias(const B* from, int64_t row, int64_t inner, int64_t rows, i
   }
 }
 
-// -inf where `from` is not true
+// -inf where `from` is 0: bytes, because loops over bool are not made of vectors
 template <class A>
-static void take_keep(const bool* from, int64_t row, int64_t inner, int64_t rows, int64_t keys,
+static void take_keep(const uint8_t* from, int64_t row, int64_t inner, int64_t rows, int64_t keys,
                       A* to) {
   constexpr A none = -static_cast<A>(__builtin_inf());
   for (int64_t r = 0; r < rows; ++r, from += row, to += kKeys) {
     if (inner == 1) {
 #pragma omp simd
-      for (int64_t j = 0; j < keys; ++j) to[j] = from[j] ? to[j] : none;
+      for (int64_t j = 0; j < keys; ++j) {
+        const A added = to[j];
+        to[j] = from[j] != 0 ? added : none;
+      }
     } else {
-      for (int64_t j = 0; j < keys; ++j) to[j] = from[j * inner] ? to[j] : none;
+      for (int64_t j = 0; j < keys; ++j)
+        if (from[j * inner] == 0) to[j] = none;
     }
   }
 }

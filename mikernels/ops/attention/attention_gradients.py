@@ -12,6 +12,8 @@ For each head, query i and the keys j that it may attend to,
 At temperature 1 that is the gradient of O; at others the rule of GIM (Edin et al., arXiv
 2505.17630), without a factor 1 / temperature. A query that may attend to no key has O = 0 and no
 gradients. Key and value heads that groups of query heads share get the sum over their group.
+What is not finite goes where these equations carry it; from a pair that is masked (0 times NaN) a
+kernel that leaves the pair out may spare what the reference does not.
 
 No statistics of the forward pass are needed: a block of queries meets all its keys, which gives P,
 P' and their sums before dS. So whoever computed O, in whatever way, can have these gradients; and
