@@ -132,6 +132,7 @@ attention_gradients_op = Op(
     " -> (Tensor, Tensor, Tensor, Tensor)",
     reference,
     _fake,
+    triton="attention.attention_gradients:attention_gradients",
     operands={
         "grad": "T[B,H,T,f]",
         "q": "T[B,H,T,e]",
