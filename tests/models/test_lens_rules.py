@@ -6,7 +6,7 @@ import threading
 import oracle as measure
 import pytest
 import torch
-from decoder_cases import IDS, hooks_of, padded
+from decoder_cases import IDS, hooks_of, padded, tiny
 from doubles import Doubles
 from lens_cases import KINDS, lens
 from lens_oracle import lens_oracle
@@ -261,6 +261,13 @@ def test_what_is_refused():
     ):
         with pytest.raises(ValueError, match=f"rules: {message}"), rules(model, **said):
             raise AssertionError
+    with rules(model, "attnlrp") as report:
+        theirs(model, padded("left"))
+    assert report["activation"].places == 0 and report["norm"].acted == 3
+    bridged = tiny("llama")
+    bridged.model.layers[1].self_attn.hook_pattern = lens("gpt2").blocks[0].attn.hook_pattern
+    with pytest.raises(ValueError, match="it is inside of a TransformerBridge.*make it with tran"):
+        rules(bridged, "gim").__enter__()
     model = lens("solu")
     message = "activation must act on .* got blocks.0.mlp, whose f of half a row is"
     with pytest.raises(ValueError, match=message), rules(model, activation="secant"):
