@@ -314,6 +314,25 @@ def test_places_that_compute_something_else_are_refused():
         assert hooks_of(model) == 0
 
 
+def test_gain_and_bias_may_be_in_what_is_normed():
+    """As in TransformerLens 2."""
+
+    def earlier(forward):
+        def changed(self, x):
+            x = x - x.mean(-1, keepdim=True)
+            scale = self.hook_scale((x.pow(2).mean(-1, keepdim=True) + self.eps).sqrt())
+            return self.hook_normalized(x / scale * self.w + self.b)
+
+        return changed
+
+    found, batch = [], padded("left")
+    for model in (lens("gpt2"), broken("gpt2", "blocks.1.ln1", earlier)):
+        with rules(model, norm="frozen", layers=[1]) as report:
+            found.append((theirs(model, batch)[1], report["norm"].change))
+    assert_truth(found[1][0], found[0][0])
+    assert found[1][1] == pytest.approx(found[0][1], rel=1e-9)
+
+
 def test_a_rule_that_does_not_act_on_what_ran_raises():
     def aside(forward):
         def changed(self, query_input, key_input, value_input, **options):
