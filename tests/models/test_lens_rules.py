@@ -6,7 +6,7 @@ import threading
 import oracle as measure
 import pytest
 import torch
-from decoder_cases import IDS, hooks_of, padded
+from decoder_cases import IDS, hooks_of, padded, tiny
 from doubles import Doubles
 from lens_cases import KINDS, lens
 from lens_oracle import lens_oracle
@@ -261,6 +261,13 @@ def test_what_is_refused():
     ):
         with pytest.raises(ValueError, match=f"rules: {message}"), rules(model, **said):
             raise AssertionError
+    with rules(model, "attnlrp") as report:
+        theirs(model, padded("left"))
+    assert report["activation"].places == 0 and report["norm"].acted == 3
+    bridged = tiny("llama")
+    bridged.model.layers[1].self_attn.hook_pattern = lens("gpt2").blocks[0].attn.hook_pattern
+    with pytest.raises(ValueError, match="it is inside of a TransformerBridge.*make it with tran"):
+        rules(bridged, "gim").__enter__()
     model = lens("solu")
     message = "activation must act on .* got blocks.0.mlp, whose f of half a row is"
     with pytest.raises(ValueError, match=message), rules(model, activation="secant"):
@@ -305,6 +312,25 @@ def test_places_that_compute_something_else_are_refused():
             theirs(model, batch)
         model.reset_hooks()
         assert hooks_of(model) == 0
+
+
+def test_gain_and_bias_may_be_in_what_is_normed():
+    """As in TransformerLens 2."""
+
+    def earlier(forward):
+        def changed(self, x):
+            x = x - x.mean(-1, keepdim=True)
+            scale = self.hook_scale((x.pow(2).mean(-1, keepdim=True) + self.eps).sqrt())
+            return self.hook_normalized(x / scale * self.w + self.b)
+
+        return changed
+
+    found, batch = [], padded("left")
+    for model in (lens("gpt2"), broken("gpt2", "blocks.1.ln1", earlier)):
+        with rules(model, norm="frozen", layers=[1]) as report:
+            found.append((theirs(model, batch)[1], report["norm"].change))
+    assert_truth(found[1][0], found[0][0])
+    assert found[1][1] == pytest.approx(found[0][1], rel=1e-9)
 
 
 def test_a_rule_that_does_not_act_on_what_ran_raises():

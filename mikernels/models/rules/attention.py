@@ -323,7 +323,9 @@ def _attend(
         place.name, function, module, mask, options, bool(causal) and own_mask, scope.claims
     )
     fused = place.fused(q.device)
-    if fused and (other := [n for n in UNKNOWN if options.get(n) is not None]):
+    other = [name for name in UNKNOWN if options.get(name) is not None]
+    # the two passes leave these as they are, which is right for some: for the user to say
+    if other and place.attention != "two-pass":
         raise ValueError(
             f"rules: softmax must act on attention without {other[0]}, got {place.name} with it; "
             f"say attention='two-pass' if its scores do not enter the softmax, or leave the rule "
@@ -350,12 +352,12 @@ class AttentionPlace:
         self, module: torch.nn.Module, name: str, layer: int | None, attention: str | None
     ):
         self.key, self.name, self.layer = module, name, layer
-        self._attention = attention
+        self.attention = attention
 
     def fused(self, device: torch.device) -> bool:
         """Whether softmax's temperature is computed by attention_gradients there."""
-        if self._attention is not None:
-            return self._attention == "fused"
+        if self.attention is not None:
+            return self.attention == "fused"
         kernel = "cpp" if device.type == "cpu" else "triton"
         return attention_gradients_op.state(kernel) == "ready"
 

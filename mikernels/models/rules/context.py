@@ -100,8 +100,10 @@ def rules(
     decoder.check_eval()
     covered = _covering(found, layers)
     places = {rule: [p.name for p in covered if rule in p.rules] for rule in said.said()}
+    without_mlps = all(block.mlp is None for block in decoder.blocks)
+    optional = (*OPTIONAL, "activation") if without_mlps else OPTIONAL
     for rule, names in places.items():
-        if not names and not (rule in OPTIONAL and asked[rule] is None):
+        if not names and not (rule in optional and asked[rule] is None):
             raise ValueError(
                 f"rules: {rule} must have a place in the model, got {type(model).__name__} without "
                 f"any; leave it out"

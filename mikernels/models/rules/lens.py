@@ -99,6 +99,18 @@ def _over(got: torch.Tensor, expected: torch.Tensor, limit: torch.Tensor) -> tup
     return float(got.reshape(-1)[at]), float(expected.reshape(-1)[at])
 
 
+class Form(NamedTuple):
+    """What hook_normalized is given: centred, with a mean taken off; affine, with gain and bias
+    (TransformerLens 2's LayerNorm), which come after it otherwise."""
+
+    centred: bool
+    affine: bool
+
+    def normed(self, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        """x over scale, without its mean if centred."""
+        return (x - x.mean(-1, keepdim=True) if self.centred else x) / scale
+
+
 class NormPlace:
     """A norm with hook points for its scale and for what it normed."""
 
@@ -109,7 +121,7 @@ class NormPlace:
 
     def install(self, scope: Scope) -> Iterable[Callable[[], None]]:
         scale_at, normed_at = (self.key.get_submodule(name) for name in NORM_POINTS)
-        centred: bool | None = None
+        form: Form | None = None
 
         def start(x: torch.Tensor) -> Iterable[Point]:
             said = scope.value(self, "norm")
@@ -128,12 +140,14 @@ class NormPlace:
                 seen.append(scale.detach())
 
             def normed(y: torch.Tensor, edited: torch.Tensor) -> None:
-                nonlocal centred
+                nonlocal form
                 scope.report.acted("norm", self.name)
-                if centred is None:
-                    centred = self._centred(*some_rows(x, seen[-1], y))
+                if form is None:
+                    form = self._form(*some_rows(x, seen[-1], y))
                 if y.requires_grad:
-                    self._measure(y, seen[-1], centred, scope)
+                    # what was normed is y, unless it has a gain
+                    kept = x if form.affine else y
+                    y.register_hook(self._measure(kept.detach(), seen[-1], form, scope))
 
             yield Point(scale_at, freeze, first=True)
             yield Point(scale_at, keep)
@@ -141,35 +155,52 @@ class NormPlace:
 
         yield from _at_each_call(self.key, start)
 
-    def _centred(self, x: torch.Tensor, scale: torch.Tensor, y: torch.Tensor) -> bool:
-        """Whether y is (x - mean) / scale, or x / scale."""
-        acc = accumulate_dtype(x.dtype)
-        x, got = x.to(acc), y.to(acc) * scale.to(acc)
+    def _form(self, x: torch.Tensor, scale: torch.Tensor, y: torch.Tensor) -> Form:
+        """What y is of x.
+
+        Raises:
+            ValueError: nothing that is known.
+        """
+        acc = accumulate_dtype(y.dtype)
+        wide, got = x.to(acc), y.to(acc)
+        weight: Any = getattr(self.key, "w", None)
+        bias: Any = getattr(self.key, "b", None)
         # the mean is rounded at the size of x
-        limit = 4 * torch.finfo(y.dtype).eps * (x.abs().amax(-1, keepdim=True) + x.abs())
-        both = [_over(got, x - mean, limit) for mean in (x.mean(-1, keepdim=True), 0.0)]
-        for found, (a, b) in zip((True, False), both, strict=True):
-            if a == b:
-                return found
-        a, b = both[0]
+        size = (wide.abs().amax(-1, keepdim=True) + wide.abs()) / scale
+        first = 0.0, 0.0
+        for affine in (False, True) if weight is not None else (False,):
+            gain = weight.detach().to(acc) if affine else got.new_ones(())
+            moved = got.new_zeros(()) if not affine or bias is None else bias.detach().to(acc)
+            limit = 4 * torch.finfo(y.dtype).eps * (size * gain.abs() + moved.abs())
+            for form in (Form(True, affine), Form(False, affine)):
+                expected = form.normed(wide, scale) * gain + moved
+                found = _over(got, expected, limit)
+                if found[0] == found[1]:
+                    return form
+                first = first if any(first) else found
         raise ValueError(
             f"rules: norm must be (x - mean) / scale or x / scale of its hook_scale, got "
-            f"{self.name}, whose hook_normalized times that is {a:.6g} for {b:.6g}; leave the "
-            f"rule out"
+            f"{self.name}, whose hook_normalized is given {first[0]:.6g} for {first[1]:.6g}; leave "
+            f"the rule out"
         )
 
-    def _measure(self, y: torch.Tensor, scale: torch.Tensor, centred: bool, scope: Scope) -> None:
-        """The true gradient is `u - c`, `c = y mean(u y)`, of u the rule's."""
-        kept = y.detach()
+    def _measure(
+        self, kept: torch.Tensor, scale: torch.Tensor, form: Form, scope: Scope
+    ) -> Callable[[torch.Tensor], None]:
+        """The true gradient is `u - c`, `c = n mean(u n)`, of u the rule's and n what is normed."""
+
+        weight: Any = getattr(self.key, "w", None)
 
         def measure(grad: torch.Tensor) -> None:
             acc = accumulate_dtype(grad.dtype)
-            u, normed = grad.to(acc) / scale, kept.to(acc)
-            u = u - u.mean(-1, keepdim=True) if centred else u
-            c = normed * (u * normed).mean(-1, keepdim=True)
+            u, n = grad.to(acc) / scale, kept.to(acc)
+            if form.affine:
+                u, n = u * weight.detach(), form.normed(n, scale)
+            u = u - u.mean(-1, keepdim=True) if form.centred else u
+            c = n * (u * n).mean(-1, keepdim=True)
             scope.report.changed("norm", c.square().sum(), (u - c).square().sum())
 
-        y.register_hook(measure)
+        return measure
 
 
 class _Tempered(torch.autograd.Function):

@@ -7,7 +7,7 @@ import torch
 
 from mikernels.models.hooks import check_fires
 from mikernels.models.lens import Lens
-from mikernels.models.parts import Decoder
+from mikernels.models.parts import Decoder, is_hook_point
 from mikernels.models.rules import lens
 from mikernels.models.rules.attention import AttentionPlace
 from mikernels.models.rules.mlp import (
@@ -52,6 +52,12 @@ def find_places(decoder: Decoder, attention: str | None) -> list[Place]:
 
 
 def _hugging_face(decoder: Decoder, attention: str | None) -> list[Place]:
+    if any(is_hook_point(module) for module in decoder.model.modules()):
+        raise decoder.refusal(
+            "it is inside of a TransformerBridge, whose parts compute attention, norms and gates "
+            "in their own way",
+            "make it with transformers alone, or ",
+        )
     found: list[Place] = []
     names = {module: name for name, module in decoder.model.named_modules()}
     for block in decoder.blocks:
