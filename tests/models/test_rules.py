@@ -8,6 +8,7 @@ import warnings
 import oracle as measure
 import pytest
 import torch
+import torch.nn.functional as F
 from decoder_cases import HARD, IDS, hooks_of, made, padded, tiny
 from doubles import Doubles
 from rules_cases import ALL, PLAIN_MLP, batches, score, theirs
@@ -422,6 +423,31 @@ def test_a_rule_that_does_not_act_on_what_ran_raises():
     with pytest.raises(RuntimeError, match="softmax must act on transformer.h.0.attn, which ran"):
         of(bypass, softmax=2.0)
     assert hooks_of(bypass) == 0
+
+
+def test_a_rule_that_no_module_of_a_block_that_ran_is_called_for_raises():
+    def by_hand(forward):
+        def whole(self, x):
+            gate, up = (F.linear(x, side.weight) for side in (self.gate_proj, self.up_proj))
+            return F.linear(F.silu(gate) * up, self.down_proj.weight)
+
+        return whole
+
+    model = changed("llama", "model.layers.1.mlp", by_hand)
+    for said in ({"gate": 0.5}, {"activation": "secant"}, {"preset": "gim"}):
+        rule = "gate" if "preset" in said else min(said)
+        with pytest.raises(RuntimeError, match=f"{rule} must act in block 1, which ran, got none"):
+            of(model, **said)
+    of(model, norm="frozen", softmax=2.0)
+    of(model, "gim", layers=[0, 2])
+    # what an inner block says is not for the outer one to do, nor what does not run
+    whole = tiny("llama")
+    with rules(whole, "gim"), rules(whole, softmax=3.0):
+        backward(whole)
+    x = torch.ones(1, 24, dtype=torch.float64, requires_grad=True)
+    with rules(whole, "gim") as report:
+        whole.model.norm(x).sum().backward()
+    assert report["norm"].acted == 1 and report["softmax"].acted == 0
 
 
 def test_a_block_in_which_nothing_ran_warns():

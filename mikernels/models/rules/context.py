@@ -4,13 +4,15 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 
 from mikernels.models.decoder import find_decoder
 from mikernels.models.hooks import check_uncompiled, eager
+from mikernels.models.parts import Block, first_tensor
 from mikernels.models.rules.places import find_places
 from mikernels.models.rules.preset import OPTIONAL, Rules, as_rules
 from mikernels.models.rules.report import RuleReport
@@ -30,6 +32,17 @@ def _covering(places: list[Place], layers: Iterable[int] | None) -> list[Place]:
             f"{sorted(unknown)}"
         )
     return [p for p in places if p.layer in wanted]
+
+
+def _counted(block: Block, scope: Scope) -> Callable[[], None]:
+    """Reports that a block runs with a gradient to come; returns what ends that."""
+
+    def enter(module: torch.nn.Module, args: Any, kwargs: Any) -> None:
+        x = first_tensor(args, kwargs)
+        if scope.entered() and torch.is_grad_enabled() and x is not None and x.requires_grad:
+            scope.report.entered(block.index)
+
+    return block.module.register_forward_pre_hook(enter, with_kwargs=True).remove
 
 
 @contextmanager
@@ -77,7 +90,8 @@ def rules(
             before anything is changed. Where a place turns out to compute something else than a
             rule assumes (a norm, a gated product, attention whose weights are not those of its q,
             k and mask), with the numbers; when it first runs, for attention in backward.
-        RuntimeError: at the end of the block, for a rule that did not act on a module that ran.
+        RuntimeError: at the end of the block, for a rule that did not act on a module that ran, or
+            on none of a block that ran.
 
     Source: GIM, Edin et al., arXiv 2505.17630, without its model conversion; see PRESETS.
 
@@ -99,7 +113,7 @@ def rules(
     check_uncompiled("rules", model)
     decoder.check_eval()
     covered = _covering(found, layers)
-    places = {rule: [p.name for p in covered if rule in p.rules] for rule in said.said()}
+    places = {rule: {p.name: p.layer for p in covered if rule in p.rules} for rule in said.said()}
     without_mlps = all(block.mlp is None for block in decoder.blocks)
     optional = (*OPTIONAL, "activation") if without_mlps else OPTIONAL
     for rule, names in places.items():
@@ -111,6 +125,8 @@ def rules(
     report = RuleReport(said.said(), places)
     scope = Scope(said, covered, report)
     with ExitStack() as stack:
+        for block in decoder.blocks:
+            stack.callback(_counted(block, scope))
         for place in covered:
             if any(rule in places for rule in place.rules):
                 for remove in place.install(scope):
@@ -124,6 +140,11 @@ def rules(
         raise RuntimeError(
             f"rules: {rule} must act on {name}, which ran without it: its code does not go the way "
             f"that this rule is placed on; leave the rule out"
+        )
+    for rule, layer, name in report.passed_by():
+        raise RuntimeError(
+            f"rules: {rule} must act in block {layer}, which ran, got none of its places there "
+            f"called as a module ({name}, ...); leave the rule out"
         )
     if not report.any_ran:
         warnings.warn(

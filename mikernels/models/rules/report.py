@@ -33,8 +33,11 @@ class Effect:
 class RuleReport:
     """The rules of one `with rules(...)`, filled while models run in it; prints as a table."""
 
-    def __init__(self, said: dict[str, Any], places: dict[str, list[str]]):
+    def __init__(self, said: dict[str, Any], places: dict[str, dict[str, int | None]]):
+        """Of each rule the places and their layers."""
         self._said, self._places = said, places
+        self._blocks: set[int] = set()
+        self._overruled: dict[str, set[str]] = defaultdict(set)
         self._ran: dict[str, set[str]] = defaultdict(set)
         self._acted: dict[str, set[str]] = defaultdict(set)
         self._changes: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = defaultdict(list)
@@ -47,6 +50,14 @@ class RuleReport:
         """The rule changed it."""
         self._acted[rule].add(place)
 
+    def overruled(self, rule: str, place: str) -> None:
+        """It was for an inner block to say."""
+        self._overruled[rule].add(place)
+
+    def entered(self, layer: int) -> None:
+        """A block of the model had a gradient to come."""
+        self._blocks.add(layer)
+
     def changed(self, rule: str, change: torch.Tensor, plain: torch.Tensor) -> None:
         """By these squared norms, of the difference and of the true gradient."""
         self._changes[rule].append((change.detach(), plain.detach()))
@@ -54,6 +65,17 @@ class RuleReport:
     def missed(self) -> list[tuple[str, str]]:
         """(rule, place) that ran without being changed."""
         return [(r, p) for r in self._said for p in sorted(self._ran[r] - self._acted[r])]
+
+    def passed_by(self) -> list[tuple[str, int, str]]:
+        """(rule, block, a place of the rule in it) of blocks that ran without it."""
+        found = []
+        for rule, places in self._places.items():
+            touched = self._acted[rule] | self._overruled[rule]
+            for layer in sorted(self._blocks):
+                there = [name for name, at in places.items() if at == layer]
+                if there and touched.isdisjoint(there):
+                    found.append((rule, layer, there[0]))
+        return found
 
     @property
     def any_ran(self) -> bool:

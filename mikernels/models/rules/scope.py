@@ -62,7 +62,10 @@ class Scope:
         at = place.key, rule
         for scope in reversed(_ACTIVE.get()):
             if at in scope._covered:
-                return self._said[rule] if scope is self else None
+                if scope is self:
+                    return self._said[rule]
+                self.report.overruled(rule, place.name)
+                return None
         return None
 
     @contextmanager
