@@ -87,6 +87,7 @@ ATTENTION_SHAPES = {
         # a layer of SmolLM2-135M, of GPT-2, of Gemma 2 2B, of Llama-3.1-8B
         AttentionShape("smollm2", 1, 9, 3, 512, 64),
         AttentionShape("gpt2-heads", 1, 12, 12, 1024, 64),
+        AttentionShape("gpt2-512", 1, 12, 12, 512, 64),
         AttentionShape("gemma2", 1, 8, 4, 512, 256, 50.0),
         AttentionShape("llama-heads", 1, 32, 8, 2048, 128),
     )
