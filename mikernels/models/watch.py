@@ -77,8 +77,9 @@ class Watch:
         stack: removes the hooks.
 
     Attributes:
-        sites: for each block "x", its input; "attn" and "mlp", what they write; "z", the input of
-            the projection. `[B, P, d]`, or `[B P, d]` where the model computes so.
+        sites: for each block "x", its input; "attn" and "mlp", what they write; "z" and
+            "projected", input and output of the projection. `[B, P, d]`, or `[B P, d]` where the
+            model computes so.
         flows: for each block how they were connected.
         reader: the module that read the stream after the last block, None without any.
     """
@@ -158,6 +159,7 @@ class Watch:
         def project(module, args, kwargs, output):
             z = args[0] if args else next(iter(kwargs.values()))
             keep("z", z)
+            keep("projected", output)
             seen.append(Seen(output))
             if self._w_o:
                 w = self._w_o[layer].flatten(0, 1)

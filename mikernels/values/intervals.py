@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -31,6 +31,33 @@ class Interval(NamedTuple):
         return f"{self.value:.4f} [{self.low:.4f}, {self.high:.4f}]"
 
 
+def _resamples(n: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
+    """Indices `[<= 64, n]` of the units of some samples: 64 at a time, as these may be large."""
+    generator = np.random.default_rng(seed)
+    for i in range(0, resamples, 64):
+        yield generator.integers(0, n, (min(64, resamples - i), n))
+
+
+def resampled_means(units: np.ndarray, resamples: int = RESAMPLES, seed: int = 0) -> np.ndarray:
+    """`[resamples, columns]`: the means of `[units, columns]` in each of bootstrap's samples."""
+    n = len(units)
+    # a product with how often each unit was drawn, in place of copies of the units
+    return np.concatenate(
+        [
+            np.stack([np.bincount(row, minlength=n) for row in drawn]) @ units / n
+            for drawn in _resamples(n, resamples, seed)
+        ]
+    )
+
+
+def percentiles(value: float, found: np.ndarray) -> Interval:
+    """A number, and where 95 % of its values in resamples lie."""
+    if not np.isfinite(found).all():
+        return Interval(value, math.nan, math.nan)
+    low, high = np.quantile(found, [0.025, 0.975])
+    return Interval(value, float(low), float(high))
+
+
 def bootstrap(
     statistic: Callable[[np.ndarray], np.ndarray],
     units: np.ndarray,
@@ -52,15 +79,6 @@ def bootstrap(
     n = len(units)
     if n < 2:
         return Interval(value, math.nan, math.nan)
-    generator = np.random.default_rng(seed)
-    found = np.concatenate(
-        [
-            # 64 at a time: resamples x units x columns may be large
-            np.atleast_1d(statistic(units[generator.integers(0, n, (min(64, resamples - i), n))]))
-            for i in range(0, resamples, 64)
-        ]
-    )
-    if not np.isfinite(found).all():
-        return Interval(value, math.nan, math.nan)
-    low, high = np.quantile(found, [0.025, 0.975])
-    return Interval(value, float(low), float(high))
+    drawn = _resamples(n, resamples, seed)
+    found = np.concatenate([np.atleast_1d(statistic(units[indices])) for indices in drawn])
+    return percentiles(value, found)
