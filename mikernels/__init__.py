@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from mikernels._ext import cpu_level, force_level, supported_levels
 from mikernels._version import __version__
+from mikernels.ops.attention.attention_gradients import attention_gradients
 from mikernels.ops.pairs.block_norms import block_norms
 from mikernels.ops.pairs.edge_heads import edge_scores_heads
 from mikernels.ops.pairs.edges import edge_mix, edge_scores
@@ -34,6 +35,7 @@ __all__ = [
     "SparseCodes",
     "__version__",
     "accelerate",
+    "attention_gradients",
     "batch_topk_encode",
     "block_norms",
     "by_feature",

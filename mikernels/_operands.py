@@ -7,7 +7,7 @@ The C++ kernels check their own; launchers of Triton kernels and references are 
     T, U      a floating dtype, the same wherever the letter stands
     acc       the accumulation dtype of T (fp32, or fp64)
     float     any floating dtype; number: int64 too
-    i64       int64
+    i64       int64; bool: bool
     N, F+1, N*k, R|1   a size, the same wherever the letter stands; `...` is any shape
     1..F      an int, 0.. without a limit, 0..N*F up to a product
     n==m      a flag that goes with equal sizes only
@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_TENSOR = re.compile(r"(T|U|acc|float|number|i64)\[(.*)\]")
+_TENSOR = re.compile(r"(T|U|acc|float|number|i64|bool)\[(.*)\]")
 _EITHER = re.compile(r"(.*) or (.*) with (\w+)")
 _EQUAL = re.compile(r"(\w+)==(\w+)")
 _RANGE = re.compile(r"(\d+)\.\.([\w*]*)")
@@ -123,8 +123,8 @@ class Operands:
                 )
 
     def _is(self, kind: str, dtype: torch.dtype, dtypes: Mapping[str, torch.dtype]) -> bool:
-        if kind == "i64":
-            return dtype == torch.int64
+        if kind in ("i64", "bool"):
+            return dtype == (torch.int64 if kind == "i64" else torch.bool)
         if kind == "acc":
             return dtype == accumulate_dtype(dtypes["T"])
         if kind == "number" and dtype == torch.int64:

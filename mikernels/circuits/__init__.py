@@ -10,16 +10,22 @@ from mikernels.circuits.interactions import (
     select_top_k,
 )
 from mikernels.circuits.interpret import CircuitEdge, Circuits, interpret_circuits
+from mikernels.models.rules import PRESETS, Effect, RuleReport, Rules, rules
 
 __all__ = [
+    "PRESETS",
     "CircuitEdge",
     "Circuits",
+    "Effect",
     "GradientInteractions",
     "NamedInteractions",
+    "RuleReport",
+    "Rules",
     "composition_scores",
     "compute_gradient_interactions",
     "gradient_components",
     "interpret_circuits",
+    "rules",
     "select_top_k",
     "split_heads",
 ]

@@ -25,8 +25,8 @@ from typing import Any
 import torch
 
 from mikernels.integrations.handle import Handle
-from mikernels.integrations.rebind import rebound
 from mikernels.models.hooks import check_uncompiled
+from mikernels.rebind import rebound
 
 # the operands of (z * w).sum(-2), as the library writes them: heads' results, split inputs
 ROWS = frozenset(

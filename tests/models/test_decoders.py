@@ -6,22 +6,15 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from decoder_cases import IDS, Characters, check_rows, hooks_of, padded, tiny
+from decoder_cases import IDS, OPTIONS, Characters, check_rows, hooks_of, made, padded, tiny
 
 from mikernels.activations import ModelSource
 from mikernels.circuits import gradient_components
 from mikernels.models.decoder import decoder_layers, find_decoder
 from mikernels.models.watch import Watch
 
-GROUPED = {"num_key_value_heads": 2}
-WIDE = {**GROUPED, "head_dim": 8}
-EXPERTS = {**GROUPED, "moe_intermediate_size": 16, "num_experts_per_tok": 2, "num_experts": 4}
-# the grouped product of the others has no double precision
-EAGER = {"_experts_implementation": "eager"}
-
 
 class Kind(NamedTuple):
-    options: dict
     heads: tuple[int, int, int]
     attention: tuple[str | None, str]
     mlp: tuple[str | None, str]
@@ -42,37 +35,31 @@ NEOX_ENDS = ("gpt_neox.embed_in", "gpt_neox.final_layer_norm", "lm_head")
 OPT_ENDS = ("model.decoder.embed_tokens", "model.decoder.final_layer_norm", "lm_head")
 # query heads, key and value heads, their size; (norm before, writer) of attention and MLP
 KINDS = {
-    "llama": Kind(WIDE, (4, 2, 8), *ROPE),
-    "qwen2": Kind(GROUPED, (4, 2, 6), *ROPE),
-    "qwen3": Kind(WIDE, (4, 2, 8), *ROPE),
-    "olmo": Kind(GROUPED, (4, 2, 6), *ROPE),
-    "phi3": Kind(GROUPED, (4, 2, 6), *ROPE),
-    "mixtral": Kind({**GROUPED, "num_local_experts": 4, **EAGER}, (4, 2, 6), *ROPE),
-    "qwen2_moe": Kind(
-        {**EXPERTS, "shared_expert_intermediate_size": 16, **EAGER}, (4, 2, 6), *ROPE
-    ),
-    "qwen3_moe": Kind({**EXPERTS, "head_dim": 8, **EAGER}, (4, 2, 8), *ROPE),
-    "gpt2": Kind({}, (4, 4, 6), *GPT2, GPT2_ENDS),
-    "gpt_bigcode": Kind({}, (4, 1, 6), *GPT2, GPT2_ENDS),
-    "gpt_neox": Kind({}, (4, 4, 6), *NEOX, NEOX_ENDS, parallel=True),
-    "gpt_neox, serial": Kind({"use_parallel_residual": False}, (4, 4, 6), *NEOX, NEOX_ENDS),
-    "gptj": Kind({"rotary_dim": 4}, (4, 4, 6), GPT2[0], ("ln_1", "mlp"), GPT2_ENDS, parallel=True),
-    "cohere": Kind(GROUPED, (4, 2, 6), ROPE[0], ("input_layernorm", "mlp"), parallel=True),
+    "llama": Kind((4, 2, 8), *ROPE),
+    "qwen2": Kind((4, 2, 6), *ROPE),
+    "qwen3": Kind((4, 2, 8), *ROPE),
+    "olmo": Kind((4, 2, 6), *ROPE),
+    "phi3": Kind((4, 2, 6), *ROPE),
+    "mixtral": Kind((4, 2, 6), *ROPE),
+    "qwen2_moe": Kind((4, 2, 6), *ROPE),
+    "qwen3_moe": Kind((4, 2, 8), *ROPE),
+    "gpt2": Kind((4, 4, 6), *GPT2, GPT2_ENDS),
+    "gpt_bigcode": Kind((4, 1, 6), *GPT2, GPT2_ENDS),
+    "gpt_neox": Kind((4, 4, 6), *NEOX, NEOX_ENDS, parallel=True),
+    "gpt_neox, serial": Kind((4, 4, 6), *NEOX, NEOX_ENDS),
+    "gptj": Kind((4, 4, 6), GPT2[0], ("ln_1", "mlp"), GPT2_ENDS, parallel=True),
+    "cohere": Kind((4, 2, 6), ROPE[0], ("input_layernorm", "mlp"), parallel=True),
     "opt": Kind(
-        {"ffn_dim": 40, "word_embed_proj_dim": 24},
         (4, 4, 6),
         ("self_attn_layer_norm", "self_attn"),
         ("final_layer_norm", "fc2"),
         OPT_ENDS,
     ),
-    "gemma2": Kind({**WIDE, "final_logit_softcapping": None}, (4, 2, 8), *SANDWICH, normed=True),
-    "gemma3_text": Kind(WIDE, (4, 2, 8), *SANDWICH, normed=True),
-    "olmo2": Kind(WIDE, (4, 2, 8), (None, SANDWICH[0][1]), (None, SANDWICH[1][1]), normed=True),
+    "gemma2": Kind((4, 2, 8), *SANDWICH, normed=True),
+    "gemma3_text": Kind((4, 2, 8), *SANDWICH, normed=True),
+    "olmo2": Kind((4, 2, 8), (None, SANDWICH[0][1]), (None, SANDWICH[1][1]), normed=True),
 }
-
-
-def made(name, dtype=torch.float64):
-    return tiny(name.split(",")[0], dtype, **KINDS[name].options)
+assert KINDS.keys() == OPTIONS.keys()
 
 
 def name_in(block, module):

@@ -10,6 +10,32 @@ KINDS = ("llama", "gpt2", "gpt_neox")
 SHAPE = {"vocab_size": 50, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 3}
 TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1, "max_position_embeddings": 32}
 IDS = torch.tensor([[3, 14, 15, 9, 2], [6, 5, 35, 8, 9]])
+GROUPED = {"num_key_value_heads": 2}
+WIDE = {**GROUPED, "head_dim": 8}
+EXPERTS = {**GROUPED, "moe_intermediate_size": 16, "num_experts_per_tok": 2, "num_experts": 4}
+# the grouped product of the others has no double precision
+EAGER = {"_experts_implementation": "eager"}
+# by name, which is the kind and perhaps, after a comma, what is special about it
+OPTIONS = {
+    "llama": WIDE,
+    "qwen2": GROUPED,
+    "qwen3": WIDE,
+    "olmo": GROUPED,
+    "phi3": GROUPED,
+    "mixtral": {**GROUPED, "num_local_experts": 4, **EAGER},
+    "qwen2_moe": {**EXPERTS, "shared_expert_intermediate_size": 16, **EAGER},
+    "qwen3_moe": {**EXPERTS, "head_dim": 8, **EAGER},
+    "gpt2": {},
+    "gpt_bigcode": {},
+    "gpt_neox": {},
+    "gpt_neox, serial": {"use_parallel_residual": False},
+    "gptj": {"rotary_dim": 4},
+    "cohere": GROUPED,
+    "opt": {"ffn_dim": 40, "word_embed_proj_dim": 24},
+    "gemma2": {**WIDE, "final_logit_softcapping": None},
+    "gemma3_text": WIDE,
+    "olmo2": WIDE,
+}
 ROWS = ([3, 14, 15, 9], [6, 5, 35, 8, 9, 7], [11, 2])
 
 
@@ -27,6 +53,10 @@ def tiny(kind, dtype=torch.float64, **options):
         for p in model.parameters():
             p.copy_(p + 0.2 * torch.randn_like(p))
     return model.to(dtype).eval()
+
+
+def made(name, dtype=torch.float64, **options):
+    return tiny(name.split(",")[0], dtype, **{**OPTIONS[name], **options})
 
 
 def parts(model, layer):

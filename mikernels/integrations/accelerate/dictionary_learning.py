@@ -18,7 +18,7 @@ import torch
 from mikernels.integrations.accelerate.jumps import JumpReLU, Step
 from mikernels.integrations.accelerate.plan import Method, Plan, refuse_overrides
 from mikernels.integrations.lazy import Ledger, leave_products
-from mikernels.integrations.rebind import rebound
+from mikernels.rebind import rebound
 
 PACKAGE = "dictionary_learning"
 DICTIONARIES = {

@@ -19,7 +19,7 @@ import torch
 from mikernels.integrations.accelerate.jumps import JumpReLU, Step
 from mikernels.integrations.accelerate.plan import Method, Plan, refuse_overrides
 from mikernels.integrations.lazy import Lazy, Ledger, leave_products
-from mikernels.integrations.rebind import rebound
+from mikernels.rebind import rebound
 
 PACKAGE = "sae_lens"
 NAMES = (

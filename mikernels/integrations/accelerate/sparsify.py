@@ -28,10 +28,10 @@ from mikernels.integrations.lazy import Ledger
 from mikernels.integrations.lazy.codes import dtype_of_product
 from mikernels.integrations.lazy.product import leave
 from mikernels.integrations.lazy.tensor import lazy
-from mikernels.integrations.rebind import rebound, within
 from mikernels.ops.sae.decode import sparse_decode
 from mikernels.ops.sae.encode import encode_gradients, encode_op
 from mikernels.ops.sae.groupmax_encode import groupmax_encode
+from mikernels.rebind import rebound, within
 from mikernels.values.codes import SparseCodes
 
 PACKAGE = "sparsify"

@@ -1,0 +1,393 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention under rules, whatever computes it.
+
+Hugging Face models hand q, k, v and a mask to a function of their configuration (sdpa, eager, a
+flash kernel), and use what it returns. Rules stand at that call, in this model's modules alone:
+
+- factors go onto the gradients of q, k and v; a frozen pattern detaches q and k;
+- a temperature leaves the function's own output, and replaces its backward. "fused" is
+  `attention_gradients`, which needs q, k, v and what the arguments mean (mask, scale, soft-cap,
+  window). It recomputes the output as well, and where that is not what the function returned,
+  within rounding, it raises: an attention with sinks, position biases or a mask of its own is never
+  taken for another. "two-pass" runs the function itself twice,
+
+      o1 = f(q, k, v, scale)    o2 = f(q, k, v, scale / t), soft-cap / t, bias / t
+
+  and takes dV from o1, dQ and dK from t o2: the gradients of `P' = softmax(S / t)` without the
+  factor 1 / t, from any implementation.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Iterable
+from functools import partial
+from types import MethodType
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from mikernels._dispatch import accumulate_dtype
+from mikernels.models.claims import FACTORS as PRODUCT_FACTORS
+from mikernels.models.rules.gradients import Measure, scaled
+from mikernels.models.rules.preset import FROZEN
+from mikernels.models.rules.scope import Scope
+from mikernels.ops.attention.attention_gradients import attention_gradients, attention_gradients_op
+from mikernels.rebind import rebound, within
+
+RULES = ("softmax", "query", "key", "value")
+# what a model's attention names in its own file, and calls
+REGISTRY, EAGER = "ALL_ATTENTION_FUNCTIONS", "eager_attention_forward"
+# arguments of attention functions that change what is computed, and that attention_gradients
+# does not know; None or 0 is without
+UNKNOWN = ("s_aux", "position_bias", "alibi", "head_mask", "relative_position_bias")
+
+Attend = Callable[..., tuple[torch.Tensor, Any]]
+
+
+class Call(NamedTuple):
+    """One call of an attention function.
+
+    Attributes:
+        place: the module's name. function: what computes it. module: as handed to it. mask,
+            options: its other arguments. causal: whether it masks later keys by itself.
+    """
+
+    place: str
+    function: Attend
+    module: torch.nn.Module
+    mask: torch.Tensor | None
+    options: dict[str, Any]
+    causal: bool
+
+    def run(self, *qkv: torch.Tensor) -> tuple[torch.Tensor, Any]:
+        """What the model would have of q, k and v."""
+        return self.function(self.module, *qkv, self.mask, **self.options)
+
+    def scale(self, q: torch.Tensor) -> float:
+        """Of the products q k."""
+        scale = self.options.get("scaling")
+        return 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
+
+    def tempered(self, q: torch.Tensor, temperature: float) -> Call:
+        """The call whose scores are these over the temperature."""
+        options = {**self.options, "scaling": self.scale(q) / temperature}
+        if options.get("softcap"):
+            options["softcap"] = options["softcap"] / temperature
+        mask = self.mask
+        if mask is not None and mask.is_floating_point():
+            mask = mask / temperature
+        return self._replace(mask=mask, options=options)
+
+
+def _meaning(call: Call, q: torch.Tensor, k: torch.Tensor) -> dict[str, Any]:
+    """The arguments of attention_gradients that say what the call computes."""
+    keep = bias = None
+    mask = call.mask
+    if mask is not None:
+        # of flash attention: one row of keys for each text
+        mask = mask[:, None, None] if mask.dim() == 2 else mask
+        mask = mask[..., : k.shape[2]]
+        keep, bias = (None, mask) if mask.is_floating_point() else (mask.bool(), None)
+    return {
+        "keep": keep,
+        "bias": bias,
+        "scale": call.scale(q),
+        "softcap": float(call.options.get("softcap") or 0.0),
+        "causal": call.causal,
+        # where a mask was made, the window is in it
+        "window": int(call.options.get("sliding_window") or 0) if call.causal else 0,
+    }
+
+
+def _check(call: Call, q: torch.Tensor, k: torch.Tensor, checks: torch.Tensor) -> None:
+    """Whether the output was that of these arguments, within rounding.
+
+    A score S is rounded in the dtype of the model (and its product as `claims` has it), which
+    changes the output by at most `exp(2 dS) - 1` times the largest |v| of a column; rounding the
+    pattern, by eps times that.
+    """
+    acc = accumulate_dtype(q.dtype)
+    # eager attention takes the softmax in fp32 also where all else is in fp64
+    eps = max(torch.finfo(q.dtype).eps, torch.finfo(torch.float32).eps)
+    error, size = checks[..., 0], checks[..., 1]
+    coarse = PRODUCT_FACTORS[torch.get_float32_matmul_precision()] if acc == torch.float32 else 0.0
+    sums = 8 * math.sqrt(q.shape[-1] / 3) * torch.finfo(acc).eps + coarse
+    reach = q.to(acc).norm(dim=-1) * k.to(acc).norm(dim=-1).amax(-1).repeat_interleave(
+        q.shape[1] // k.shape[1], 1
+    )[..., None]  # fmt: skip
+    rounded = 4 * eps * size + sums * abs(call.scale(q)) * reach
+    keys = 8 * math.sqrt(k.shape[2] / 3) * torch.finfo(acc).eps
+    limit = torch.expm1(2 * rounded) + 4 * eps + 2 * keys + coarse
+    wrong = (error > limit).nonzero()
+    if len(wrong):
+        b, h, i = wrong[0].tolist()
+        raise ValueError(
+            f"rules: softmax must act on attention that computes softmax(q k^T) v from its "
+            f"arguments, got {call.place}, whose output for query {i} of head {h} in row {b} is "
+            f"{float(error[b, h, i]):.3g} of its largest value away from that, with rounding "
+            f"{float(limit[b, h, i]):.2g} ({len(wrong)} of {error.numel()} queries); leave the "
+            f"rule out, or say attention='two-pass'"
+        )
+
+
+def _leaves(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return q.detach().requires_grad_(), k.detach().requires_grad_(), v.detach().requires_grad_()
+
+
+class _Fused(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        call: Call,
+        temperature: float,
+        measure: Measure,
+    ) -> Any:
+        # with gradients, because that is what a function may choose its kernel by
+        with torch.enable_grad():
+            out, weights = call.run(*_leaves(q, k, v))
+        out = out.detach()
+        ctx.call, ctx.temperature, ctx.measure = call, temperature, measure
+        ctx.save_for_backward(q, k, v, out)
+        weights = weights.detach() if isinstance(weights, torch.Tensor) else weights
+        if isinstance(weights, torch.Tensor):
+            ctx.mark_non_differentiable(weights)
+        return out, weights
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor, *rest: Any) -> Any:
+        q, k, v, out = ctx.saved_tensors
+        call = ctx.call
+        dq, dk, dv, checks = attention_gradients(
+            grad.transpose(1, 2), q, k, v, out.transpose(1, 2),
+            **_meaning(call, q, k), temperature=ctx.temperature,
+        )  # fmt: skip
+        _check(call, q, k, checks)
+        ctx.measure(checks[..., 2].sum(), checks[..., 3].sum())
+        return dq, dk, dv, None, None, None
+
+
+class _TwoPass(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        call: Call,
+        temperature: float,
+        measure: Measure,
+    ) -> Any:
+        with torch.enable_grad():
+            first, second = _leaves(q, k, v), _leaves(q, k, v)
+            out, weights = call.run(*first)
+            tempered, _ = call.tempered(q, temperature).run(*second[:2], v.detach())
+        ctx.graphs = (out, first), (tempered, second[:2])
+        ctx.temperature, ctx.measure = temperature, measure
+        weights = weights.detach() if isinstance(weights, torch.Tensor) else weights
+        if isinstance(weights, torch.Tensor):
+            ctx.mark_non_differentiable(weights)
+        return out.detach(), weights
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor, *rest: Any) -> Any:
+        if ctx.graphs is None:
+            raise RuntimeError(
+                "rules: attention='two-pass' must be differentiated once, got a second backward; "
+                "run the model again"
+            )
+        (out, first), (tempered, second) = ctx.graphs
+        ctx.graphs = None
+        true_q, true_k, dv = torch.autograd.grad(out, first, grad)
+        dq, dk = (g * ctx.temperature for g in torch.autograd.grad(tempered, second, grad))
+        pairs = ((dq, true_q), (dk, true_k))
+        ctx.measure(
+            sum((a.float() - b.float()).square().sum() for a, b in pairs),
+            sum(b.float().square().sum() for _, b in pairs),
+        )
+        return dq, dk, dv, None, None, None
+
+
+class _Registry:
+    """A model's registry of attention functions, each of them under rules."""
+
+    def __init__(self, registry: Any, under: Callable[[str, Attend], Attend]):
+        self._registry, self._under = registry, under
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._registry, name)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._registry
+
+    def __getitem__(self, name: str) -> Attend:
+        return self._under(name, self._registry[name])
+
+    def get_interface(self, name: str, default: Attend) -> Attend:
+        found = self._registry.get_interface(name, default)
+        # the default is what the module's file names, and under rules already
+        return found if found is default else self._under(name, found)
+
+
+# module -> (how many scopes it stands in, what it was before)
+_INSTALLED: WeakKeyDictionary[torch.nn.Module, tuple[int, Callable[[], None]]] = WeakKeyDictionary()
+_PLACES: WeakKeyDictionary[torch.nn.Module, list[tuple[AttentionPlace, Scope]]] = (
+    WeakKeyDictionary()
+)
+_LOCK = threading.RLock()
+
+
+def _attend(
+    name: str,
+    function: Attend,
+    module: torch.nn.Module,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    **options: Any,
+) -> tuple[torch.Tensor, Any]:
+    """An attention function, under the rules of the scopes that the module stands in."""
+    said: dict[str, Any] = {}
+    in_charge: dict[str, tuple[AttentionPlace, Scope]] = {}
+    for place, scope in tuple(_PLACES.get(module, ())):
+        for rule in RULES:
+            if (value := scope.value(place, rule)) is not None:
+                said[rule], in_charge[rule] = value, (place, scope)
+    if not said or not any(t.requires_grad for t in (q, k, v)):
+        return function(module, q, k, v, mask, **options)
+    if options.get("dropout"):
+        raise ValueError(f"rules: attention must have no dropout, got {options['dropout']}")
+    for rule, (place, scope) in in_charge.items():
+        scope.report.acted(rule, place.name)
+    softmax = said.get("softmax", 1.0)
+    if softmax == FROZEN:
+        q, k = q.detach(), k.detach()
+    q, k, v = (
+        x if said.get(rule, 1.0) == 1.0 else scaled(x, said[rule])
+        for x, rule in ((q, "query"), (k, "key"), (v, "value"))
+    )
+    causal = options.get("is_causal")
+    causal = getattr(module, "is_causal", True) if causal is None else causal
+    flash = mask is None or mask.dim() == 2
+    call = Call(
+        in_charge[next(iter(in_charge))][0].name, function, module, mask, options,
+        # eager attention has no mask but the one it is given
+        causal=bool(causal) and flash and name != "eager" and q.shape[2] > 1,
+    )  # fmt: skip
+    if isinstance(softmax, str) or softmax == 1.0:
+        return call.run(q, k, v)
+    place, scope = in_charge["softmax"]
+    fused = place.fused(q.device)
+    if fused and (other := [n for n in UNKNOWN if options.get(n) is not None]):
+        raise ValueError(
+            f"rules: softmax must act on attention without {other[0]}, got {place.name} with it; "
+            f"say attention='two-pass' if its scores do not enter the softmax, or leave the rule "
+            f"out"
+        )
+
+    def measure(change: torch.Tensor, plain: torch.Tensor) -> None:
+        scope.report.changed("softmax", change, plain)
+
+    replaced: type[torch.autograd.Function] = _Fused if fused else _TwoPass
+    return replaced.apply(q, k, v, call, float(softmax), measure)
+
+
+class AttentionPlace:
+    """An attention module of Hugging Face transformers.
+
+    Args:
+        attention: as in `rules`.
+    """
+
+    rules: tuple[str, ...] = RULES
+
+    def __init__(
+        self, module: torch.nn.Module, name: str, layer: int | None, attention: str | None
+    ):
+        self.key, self.name, self.layer = module, name, layer
+        self._attention = attention
+
+    def fused(self, device: torch.device) -> bool:
+        """Whether softmax's temperature is computed by attention_gradients there."""
+        if self._attention is not None:
+            return self._attention == "fused"
+        kernel = "cpp" if device.type == "cpu" else "triton"
+        return attention_gradients_op.state(kernel) == "ready"
+
+    def install(self, scope: Scope) -> Iterable[Callable[[], None]]:
+        def enter(module: torch.nn.Module, args: Any, kwargs: Any) -> None:
+            for rule in RULES:
+                if scope.value(self, rule) is None:
+                    continue
+                given = (*args, *kwargs.values())
+                if any(isinstance(x, torch.Tensor) and x.requires_grad for x in given):
+                    scope.report.ran(rule, self.name)
+
+        entry = self, scope
+        with _LOCK:
+            if self.key not in _INSTALLED:
+                _INSTALLED[self.key] = 0, self._replace()
+            count, undo = _INSTALLED[self.key]
+            _INSTALLED[self.key] = count + 1, undo
+            _PLACES.setdefault(self.key, []).append(entry)
+        yield partial(self._leave, entry)
+        yield self.key.register_forward_pre_hook(enter, with_kwargs=True).remove
+
+    def _leave(self, entry: tuple[AttentionPlace, Scope]) -> None:
+        with _LOCK:
+            _PLACES[self.key].remove(entry)
+            count, undo = _INSTALLED.pop(self.key)
+            if count > 1:
+                _INSTALLED[self.key] = count - 1, undo
+            else:
+                undo()
+
+    def _replace(self) -> Callable[[], None]:
+        """Gives the module a copy of its forward whose attention functions are under rules."""
+        module = self.key
+        # what accelerate's hooks call
+        attribute = "_old_forward" if "_old_forward" in vars(module) else "forward"
+        method = vars(module).get(attribute) or getattr(module, attribute)
+        forward: Any = getattr(method, "__func__", None)
+        if forward is None or getattr(method, "__self__", None) is not module:
+            raise ValueError(
+                f"rules: attention must run its class's forward, got {self.name} with "
+                f"{method!r}; remove what replaced it"
+            )
+
+        def changed(function: Any) -> Any:
+            there = function.__globals__
+            if REGISTRY not in function.__code__.co_names:
+                raise ValueError(
+                    f"rules: attention must call a function of transformers' {REGISTRY}, got "
+                    f"{self.name} ({type(module).__name__}), which does not; leave out "
+                    f"{', '.join(RULES)}"
+                )
+            eager = there[EAGER]
+            return rebound(
+                function,
+                **{
+                    REGISTRY: _Registry(there[REGISTRY], lambda n, f: partial(_attend, n, f)),
+                    EAGER: partial(_attend, "eager", eager),
+                },
+            )
+
+        before = vars(module).get(attribute)
+        setattr(module, attribute, MethodType(within(forward, changed), module))
+
+        def undo() -> None:
+            if before is None:
+                delattr(module, attribute)
+            else:
+                setattr(module, attribute, before)
+
+        return undo

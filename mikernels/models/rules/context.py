@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`with rules(model, preset):`."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+
+from mikernels.models.hooks import check_eval, check_uncompiled
+from mikernels.models.rules.places import find_places
+from mikernels.models.rules.preset import OPTIONAL, Rules, as_rules
+from mikernels.models.rules.report import RuleReport
+from mikernels.models.rules.scope import Place, Scope
+
+
+def _covering(places: list[Place], layers: Iterable[int] | None) -> list[Place]:
+    if layers is None:
+        return places
+    wanted = set(layers)
+    there = {p.layer for p in places if p.layer is not None}
+    if unknown := wanted - there:
+        raise ValueError(
+            f"rules: layers must be of 0..{max(there, default=-1)} (blocks of the model), got "
+            f"{sorted(unknown)}"
+        )
+    return [p for p in places if p.layer in wanted]
+
+
+@contextmanager
+def rules(
+    model: torch.nn.Module,
+    preset: str | Rules | None = None,
+    *,
+    layers: Iterable[int] | None = None,
+    attention: str | None = None,
+    norm: str | None = None,
+    softmax: str | float | None = None,
+    query: float | None = None,
+    key: float | None = None,
+    value: float | None = None,
+    activation: str | None = None,
+    gate: float | None = None,
+    up: float | None = None,
+) -> Iterator[RuleReport]:
+    """Inside the `with` block the model's backward follows other rules; its forward is unchanged.
+
+    Outputs stay bit for bit, gradients become those of the rules: of inputs, of activations and of
+    parameters. The model and its modules are as before when the block ends, whatever ends it.
+    Blocks may be nested (the innermost that says something about a place decides) and are of their
+    thread alone. Backward may run after the block, of what was computed in it.
+
+    Args:
+        model: a Hugging Face decoder (Llama, Qwen, Gemma, Phi-3, Mixtral, GPT-2, GPT-NeoX, ...) or
+            a TransformerLens model, in eval mode, not compiled.
+        preset: "gim", "frozen", "attnlrp", "relp" or "plain" (`PRESETS`), or Rules. With None only
+            what follows.
+        layers: blocks where the rules hold, all by default; the final norm is of none of them.
+        attention: how softmax's temperature is computed: "fused", by `attention_gradients`;
+            "two-pass", by running the model's own attention twice, at both temperatures; None is
+            "fused" where a kernel was built for the device. Both need memory O(T) where the model's
+            attention does.
+        norm, softmax, query, key, value, activation, gate, up: as in Rules, in place of what the
+            preset says.
+
+    Yields:
+        RuleReport: of each rule, on how many modules it acted and by how much.
+
+    Raises:
+        TypeError, ValueError: for a model that is not recognised, in training mode or compiled; for
+            rules that it has no place for (a gate in GPT-2 counts where it was asked for by name),
+            before anything is changed. Where a place turns out to compute something else than a
+            rule assumes (a norm, a gated product, attention whose weights are not those of its q,
+            k and mask), with the numbers; when it first runs, for attention in backward.
+        RuntimeError: at the end of the block, for a rule that did not act on a module that ran.
+
+    Source: GIM, Edin et al., arXiv 2505.17630, without its model conversion; see PRESETS.
+
+        >>> with rules(model, "gim") as report:
+        ...     model(input_ids).logits[0, -1, target].backward()
+        >>> print(report)
+    """
+    asked = {
+        "norm": norm, "softmax": softmax, "query": query, "key": key, "value": value,
+        "activation": activation, "gate": gate, "up": up,
+    }  # fmt: skip
+    said = as_rules(preset, asked)
+    if not said.said():
+        raise ValueError("rules: preset or a rule must be given, got neither")
+    if attention not in (None, "fused", "two-pass"):
+        raise ValueError(f"rules: attention must be 'fused' or 'two-pass', got {attention!r}")
+    found = find_places(model, attention)
+    check_uncompiled("rules", model)
+    check_eval("rules", model)
+    covered = _covering(found, layers)
+    places = {rule: [p.name for p in covered if rule in p.rules] for rule in said.said()}
+    for rule, names in places.items():
+        if not names and not (rule in OPTIONAL and asked[rule] is None):
+            raise ValueError(
+                f"rules: {rule} must have a place in the model, got {type(model).__name__} without "
+                f"any; leave it out"
+            )
+    report = RuleReport(said.said(), places)
+    scope = Scope(said, covered, report)
+    with ExitStack() as stack:
+        for place in covered:
+            if any(rule in places for rule in place.rules):
+                for remove in place.install(scope):
+                    stack.callback(remove)
+        stack.enter_context(scope.enter())
+        yield report
+    # not after an exception
+    for rule, name in report.missed():
+        raise RuntimeError(
+            f"rules: {rule} must act on {name}, which ran without it: its code does not go the way "
+            f"that this rule is placed on; leave the rule out"
+        )
+    if not report.any_ran:
+        warnings.warn(
+            "rules: no gradient was recorded in the `with` block; run the model inside it, with "
+            "inputs or parameters that require gradients",
+            RuntimeWarning,
+            stacklevel=3,
+        )

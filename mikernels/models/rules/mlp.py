@@ -1,0 +1,261 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Gated products and activations of MLPs and experts.
+
+A gated MLP computes `h = f(gate(x)) up(x)`, and `down(h)` is its output. The factors of its two
+sides go onto what `gate` and `up` return. Experts whose weights are one tensor have no such
+modules: there the factor of `up` goes onto x and that of `gate / up` onto what f receives, which is
+the same for every gradient outside.
+
+That h is this product is checked on the first batch, number by number; of experts, on its first
+token, from their weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+
+from mikernels._dispatch import accumulate_dtype
+from mikernels.models.claims import FACTORS as PRODUCT_FACTORS
+from mikernels.models.rules.gradients import scaled, secant
+from mikernels.models.rules.scope import Place, Scope
+
+GATES = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
+FUSED = ("gate_up_proj", "down_proj")
+ACTIVATIONS = ("act_fn", "act", "activation_fn", "activation")
+
+Hook = Callable[..., Any]
+
+
+def _refusal(name: str, reason: str) -> ValueError:
+    return ValueError(
+        f"rules: gate and up must act on an MLP that computes f(gate) up, got {name}, {reason}; "
+        f"leave them out"
+    )
+
+
+def child(module: torch.nn.Module, names: Iterable[str]) -> torch.nn.Module | None:
+    """The first of these parts that is a module."""
+    found = (module._modules.get(name) for name in names)
+    return next((part for part in found if part is not None), None)
+
+
+def _check_product(
+    name: str, a: torch.Tensor, up: torch.Tensor, h: torch.Tensor, factors: tuple[str, str]
+) -> None:
+    expected = a.to(accumulate_dtype(a.dtype)) * up
+    limit = expected.abs() * (2 * torch.finfo(h.dtype).eps) + torch.finfo(h.dtype).smallest_normal
+    off = (expected - h).abs() - limit
+    if off.numel() and float(off.nan_to_num(nan=0.0).amax()) > 0:
+        at = int(off.nan_to_num(nan=0.0).argmax())
+        raise _refusal(
+            name,
+            f"whose {factors[0]} is given {float(h.reshape(-1)[at]):.6g} for "
+            f"{float(expected.reshape(-1)[at]):.6g} of f({factors[1]})",
+        )
+
+
+def _factor(place: Place, scope: Scope, rule: str, x: Any) -> float | None:
+    """What to multiply a gradient by, None for nothing to do."""
+    said = scope.value(place, rule)
+    if said is None or not isinstance(x, torch.Tensor) or not x.requires_grad:
+        return None
+    scope.report.ran(rule, place.name)
+    scope.report.acted(rule, place.name)
+    return said
+
+
+class GatePlace:
+    """An MLP with modules for gate and up, or one for both.
+
+    Args:
+        parts: of the MLP: f, what returns gate and up (two, or one with both), what reads h.
+    """
+
+    rules: tuple[str, ...] = ("gate", "up")
+
+    def __init__(
+        self,
+        module: torch.nn.Module,
+        name: str,
+        layer: int | None,
+        parts: tuple[torch.nn.Module, tuple[torch.nn.Module, ...], torch.nn.Module],
+    ):
+        self.key, self.name, self.layer = module, name, layer
+        self._f, self._sides, self._down = parts
+
+    def install(self, scope: Scope) -> Iterable[Callable[[], None]]:
+        checked = False
+        seen: dict[str, torch.Tensor] = {}
+
+        def watching() -> bool:
+            return not checked and scope.entered()
+
+        def side(rule: str) -> Hook:
+            def hook(module: torch.nn.Module, args: Any, output: torch.Tensor) -> Any:
+                if watching():
+                    seen[rule] = output.detach()
+                factor = _factor(self, scope, rule, output)
+                return None if factor in (None, 1.0) else scaled(output, factor)
+
+            return hook
+
+        def both(module: torch.nn.Module, args: Any, output: torch.Tensor) -> Any:
+            if watching():
+                seen["gate"], seen["up"] = output.detach().chunk(2, -1)
+            factors = [_factor(self, scope, rule, output) for rule in ("gate", "up")]
+            gate, up = (1.0 if factor is None else factor for factor in factors)
+            if gate == up:
+                return None if gate == 1.0 else scaled(output, gate)
+            halves = output.new_full((output.shape[-1],), gate)
+            halves[output.shape[-1] // 2 :] = up
+            return scaled(output, halves)
+
+        def activated(module: torch.nn.Module, args: Any, output: torch.Tensor) -> None:
+            if watching():
+                seen["read"], seen["a"] = args[0].detach(), output.detach()
+
+        def read(module: torch.nn.Module, args: Any) -> None:
+            nonlocal checked
+            if not watching():
+                return
+            if seen.keys() < {"gate", "up", "read", "a"}:
+                raise _refusal(self.name, f"of which only {sorted(seen)} ran as modules")
+            if not torch.equal(seen["read"], seen["gate"]):
+                raise _refusal(self.name, "whose activation reads something else than gate")
+            _check_product(self.name, seen["a"], seen["up"], args[0].detach(), ("down", "gate) up"))
+            seen.clear()
+            checked = True
+
+        if len(self._sides) == 1:
+            yield self._sides[0].register_forward_hook(both).remove
+        else:
+            for module, rule in zip(self._sides, ("gate", "up"), strict=True):
+                yield module.register_forward_hook(side(rule)).remove
+        yield self._f.register_forward_hook(activated).remove
+        yield self._down.register_forward_pre_hook(read).remove
+
+
+class ExpertsPlace:
+    """Experts whose weights are two tensors, of gate and up and of down.
+
+    Args:
+        f: their activation.
+    """
+
+    rules: tuple[str, ...] = ("gate", "up")
+
+    def __init__(self, module: torch.nn.Module, name: str, layer: int | None, f: torch.nn.Module):
+        self.key, self.name, self.layer = module, name, layer
+        self._f = f
+
+    def install(self, scope: Scope) -> Iterable[Callable[[], None]]:
+        checked = False
+
+        def enter(module: torch.nn.Module, args: Any, kwargs: Any) -> Any:
+            x = args[0] if args else kwargs.get("hidden_states")
+            factor = _factor(self, scope, "up", x)
+            if factor in (None, 1.0):
+                return None
+            x = scaled(x, factor)
+            return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": x})
+
+        def activate(module: torch.nn.Module, args: Any) -> Any:
+            factor = _factor(self, scope, "gate", args[0])
+            if factor is None:
+                return None
+            up = scope.value(self, "up")
+            if up == 0:
+                raise _refusal(self.name, "whose up has the factor 0 and is no module")
+            ratio = factor / (1.0 if up is None else up)
+            return None if ratio == 1.0 else (scaled(args[0], ratio), *args[1:])
+
+        def leave(module: torch.nn.Module, args: Any, kwargs: Any, output: torch.Tensor) -> None:
+            nonlocal checked
+            if checked or not scope.entered():
+                return
+            names = ("hidden_states", "top_k_index", "top_k_weights")
+            given = dict(zip(names, args, strict=False)) | kwargs
+            if not given.keys() >= set(names):
+                raise _refusal(self.name, f"whose forward is given {sorted(given)}")
+            x, experts, weights = (given[name].detach() for name in names)
+            self._check(x, experts, weights, output.detach())
+            checked = True
+
+        yield self.key.register_forward_pre_hook(enter, with_kwargs=True).remove
+        yield self._f.register_forward_pre_hook(activate).remove
+        yield self.key.register_forward_hook(leave, with_kwargs=True).remove
+
+    @torch.no_grad()
+    def _check(
+        self, x: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor, y: torch.Tensor
+    ) -> None:
+        """The first token's output, from the weights."""
+        if not len(x := x.reshape(-1, x.shape[-1])):
+            return
+        tensors = [getattr(self.key, name) for name in FUSED]
+        if any(not t.is_floating_point() or t.dim() != 3 for t in tensors):
+            raise _refusal(self.name, "whose weights are quantised")
+        first, out = x[0].double(), y.reshape(-1, y.shape[-1])[0].double()
+        expected, limit = torch.zeros_like(out), torch.zeros_like(out)
+        acc = accumulate_dtype(y.dtype)
+        coarse = PRODUCT_FACTORS[torch.get_float32_matmul_precision()]
+        unit = 2 * torch.finfo(y.dtype).eps + (coarse if acc == torch.float32 else 0)
+        for expert, weight in zip(experts[0].tolist(), weights[0].tolist(), strict=True):
+            if expert >= len(tensors[0]):
+                continue  # a slot without an expert
+            both, down = (t[expert].double() for t in tensors)
+            if both.shape[-1] != len(first):
+                both, down = both.T, down.T
+            if both.shape[-1] != len(first) or down.shape[-1] * 2 != both.shape[0]:
+                raise _refusal(self.name, f"whose weights are {[list(t.shape) for t in tensors]}")
+            gate, up = (both @ first).chunk(2)
+            off = both.norm(dim=-1) * first.norm() * (unit + 8 * torch.finfo(acc).eps)
+            off_gate, off_up = off.chunk(2)
+            a = self._f.forward(gate.to(acc)).double()
+            h = a * up
+            # no activation of a language model is steeper than 1.2
+            off_h = 1.2 * off_gate * up.abs() + a.abs() * off_up + 2 * unit * h.abs()
+            expected += weight * (down @ h)
+            limit += abs(weight) * (down.abs() @ off_h + 4 * unit * (down.abs() @ h.abs()))
+        off = (expected - out).abs() - 2 * limit
+        if float(off.nan_to_num(nan=0.0).amax()) > 0:
+            at = int(off.nan_to_num(nan=0.0).argmax())
+            raise _refusal(
+                self.name,
+                f"whose first token is {float(out[at]):.6g} for {float(expected[at]):.6g} within "
+                f"{float(2 * limit[at]):.2g} of sum_e weight down (f(gate) up)",
+            )
+
+
+class ActivationPlace:
+    """The activation of an MLP or of experts."""
+
+    rules: tuple[str, ...] = ("activation",)
+
+    def __init__(self, module: torch.nn.Module, name: str, layer: int | None):
+        self.key, self.name, self.layer = module, name, layer
+
+    def install(self, scope: Scope) -> Iterable[Callable[[], None]]:
+        def slope(x: torch.Tensor) -> torch.Tensor:
+            with torch.enable_grad():
+                x = x.detach().requires_grad_()
+                # without hooks, so without this one
+                return torch.autograd.grad(self.key.forward(x).sum(), x)[0]
+
+        def measure(change: torch.Tensor, plain: torch.Tensor) -> None:
+            scope.report.changed("activation", change, plain)
+
+        def replace(module: torch.nn.Module, args: Any, output: torch.Tensor) -> Any:
+            said = scope.value(self, "activation")
+            if said is None or not output.requires_grad:
+                return None
+            scope.report.ran("activation", self.name)
+            scope.report.acted("activation", self.name)
+            if said == "gradient":
+                return None
+            return secant(args[0], output, slope, measure)
+
+        yield self.key.register_forward_hook(replace).remove

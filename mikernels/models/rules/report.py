@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What each rule did: on how many modules, and by how much."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.table import Table
+
+
+@dataclass(frozen=True)
+class Effect:
+    """One rule in one `with rules(...)`.
+
+    Attributes:
+        rule, value: a field of Rules and what was said.
+        places: modules that it is for.
+        acted: of those, on how many a forward pass was changed.
+        change: |gradient with the rule - without| / |without| at what it changes, over all of
+            them; None before a backward pass, and for frozen patterns, of which nothing passes.
+    """
+
+    rule: str
+    value: Any
+    places: int
+    acted: int
+    change: float | None
+
+
+class RuleReport:
+    """The rules of one `with rules(...)`, filled while models run in it; prints as a table."""
+
+    def __init__(self, said: dict[str, Any], places: dict[str, list[str]]):
+        self._said, self._places = said, places
+        self._ran: dict[str, set[str]] = defaultdict(set)
+        self._acted: dict[str, set[str]] = defaultdict(set)
+        self._changes: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = defaultdict(list)
+
+    def ran(self, rule: str, place: str) -> None:
+        """A place of this rule had a gradient to come."""
+        self._ran[rule].add(place)
+
+    def acted(self, rule: str, place: str) -> None:
+        """The rule changed it."""
+        self._acted[rule].add(place)
+
+    def changed(self, rule: str, change: torch.Tensor, plain: torch.Tensor) -> None:
+        """By these squared norms, of the difference and of the true gradient."""
+        self._changes[rule].append((change.detach(), plain.detach()))
+
+    def missed(self) -> list[tuple[str, str]]:
+        """(rule, place) that ran without being changed."""
+        return [(r, p) for r in self._said for p in sorted(self._ran[r] - self._acted[r])]
+
+    @property
+    def any_ran(self) -> bool:
+        """Whether a model ran with gradients."""
+        return any(self._ran.values())
+
+    @property
+    def effects(self) -> list[Effect]:
+        """Of each rule; reads the device."""
+        return [
+            Effect(rule, value, len(self._places[rule]), len(self._acted[rule]), self._change(rule))
+            for rule, value in self._said.items()
+        ]
+
+    def __getitem__(self, rule: str) -> Effect:
+        return next(effect for effect in self.effects if effect.rule == rule)
+
+    def _change(self, rule: str) -> float | None:
+        value = self._said[rule]
+        if isinstance(value, int | float) and rule != "softmax":
+            return abs(value - 1.0) if self._acted[rule] else None
+        if not (found := self._changes[rule]):
+            return None
+        change, plain = (
+            torch.stack([pair[i].double().cpu() for pair in found]).sum() for i in (0, 1)
+        )
+        return float((change / plain).sqrt()) if plain > 0 else float(change > 0)
+
+    def _cells(self) -> list[tuple[str, ...]]:
+        head: tuple[str, ...] = ("rule", "value", "acted on", "of", "change of the gradient")
+        return [head] + [
+            (
+                e.rule, str(e.value), str(e.acted), str(e.places),
+                "-" if e.change is None else f"{100 * e.change:.3g} %",
+            )
+            for e in self.effects
+        ]  # fmt: skip
+
+    def __str__(self) -> str:
+        cells = self._cells()
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        return "\n".join(
+            "  ".join(
+                cell.ljust(width) if i < 2 else cell.rjust(width)
+                for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+            ).rstrip()
+            for row in cells
+        )
+
+    def __rich__(self) -> Table:
+        head, *rows = self._cells()
+        table = Table()
+        for i, name in enumerate(head):
+            table.add_column(name, justify="left" if i < 2 else "right")
+        for row in rows:
+            table.add_row(*row)
+        return table
