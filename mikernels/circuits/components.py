@@ -53,8 +53,9 @@ def gradient_components(
     """The gradient of a logit at every attention block and MLP of a decoder, or at every head.
 
     The logit is that of the target token, or what else the target asks for, at the last position
-    that the attention mask keeps; the rows of a batch are independent, and padding, before or after, changes nothing: positions are
-    counted from the first token (unless position_ids are given), and at padding the result is 0.
+    that the attention mask keeps; the rows of a batch are independent, and padding, before or
+    after, changes nothing: positions are counted from the first token (unless position_ids are
+    given), and at padding the result is 0.
 
     Args:
         model: a Hugging Face causal language model (Llama, Qwen, Mixtral, GPT-2, GPT-NeoX, OPT,

@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The parts of a page about a prompt: rankings, heat maps, tokens, interactions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mikernels import _pages
+from mikernels.circuits.interpret import Circuits
+from mikernels.files import explained, write_atomic
+
+if TYPE_CHECKING:
+    from mikernels.circuits.probe import Probe
+
+Part = dict[str, Any]
+# prompts whose tokens are shown
+SHOWN = 8
+
+
+def _shade(value: float, most: float) -> dict[str, Any]:
+    """A colour and its strength, for CSS."""
+    if not most or value != value:
+        return {"side": "plus", "alpha": "0"}
+    return {"side": "plus" if value >= 0 else "minus", "alpha": f"{abs(value) / most:.3f}"}
+
+
+def ranking(probe: Probe) -> Part:
+    """The strongest components, with a bar and its interval each."""
+    rows = probe.components
+    several = len(probe.values) > 1
+    ends = [abs(x) for c in rows for x in (c.score if several else c.score[:1])]
+    most = max(ends, default=0.0) or 1.0
+
+    def at(value: float) -> str:
+        return f"{50 + 50 * value / most:.2f}"
+
+    bars = [
+        {
+            "name": c.name,
+            "score": f"{c.score.value:+.3f}",
+            "interval": f"{c.score.low:+.3f} to {c.score.high:+.3f}" if several else "",
+            "more": f"{c.stability:.0%}" if several else probe.where(c),
+            "zero": at(0.0),
+            "x": at(min(0.0, c.score.value)),
+            "width": f"{50 * abs(c.score.value) / most:.2f}",
+            "low": at(c.score.low) if several else "",
+            "high": at(c.score.high) if several else "",
+            "side": "plus" if c.score.value >= 0 else "minus",
+        }
+        for c in rows
+    ]
+    return {"kind": "ranking", "title": "Strongest components", "rows": bars, "several": several,
+            "k": probe.k}  # fmt: skip
+
+
+def heads(title: str, scores: torch.Tensor, signed: bool) -> Part:
+    """A heat map, `[layers, heads]`: of both signs, or of 0..1."""
+    most = float(scores.abs().nan_to_num(0).max()) if signed else 1.0
+    cells = [
+        {"x": h, "y": layer, "name": f"L{layer}.h{h}", "value": f"{v:.3f}", **_shade(v, most)}
+        for layer, row in enumerate(scores.tolist())
+        for h, v in enumerate(row)
+    ]
+    layers, columns = scores.shape
+    return {"kind": "heads", "title": title, "cells": cells, "layers": layers, "heads": columns,
+            "most": f"{most:.3g}", "signed": signed}  # fmt: skip
+
+
+def text(title: str, note: str, prompts: Sequence[Sequence[tuple[str, float]]]) -> Part:
+    """Tokens, shaded by their scores."""
+    most = max((abs(score) for row in prompts[:SHOWN] for _, score in row), default=0.0)
+    shown = [
+        [{"text": token, "value": f"{score:+.3f}", **_shade(score, most)} for token, score in row]
+        for row in prompts[:SHOWN]
+    ]
+    return {"kind": "text", "title": title, "note": note, "prompts": shown, "of": len(prompts)}
+
+
+def grid(probe: Probe) -> Part:
+    """The strongest components at each token of the first prompt."""
+    columns = [probe.names.index(c.name) for c in probe.components]
+    scores = probe.scores[0][probe.kept[0]][:, columns]
+    most = float(scores.abs().max())
+    rows = [
+        {"text": token, "cells": [{"value": f"{v:+.3f}", **_shade(v, most)} for v in row]}
+        for token, row in zip(probe.tokens[0], scores.tolist(), strict=True)
+    ]
+    return {"kind": "grid", "title": "Which component at which token", "rows": rows,
+            "names": [c.name for c in probe.components]}  # fmt: skip
+
+
+def circuits(found: Circuits) -> Part:
+    """Interactions, and the circuits that they make."""
+    edges = [
+        {"source": e.source, "target": e.target, "score": f"{e.score:+.3f}", "kind": e.kind,
+         "circuit": e.circuit or "-", **_shade(e.score, 1.0)}
+        for e in found
+    ]  # fmt: skip
+    return {"kind": "circuits", "title": "Which of them act together", "edges": edges,
+            "groups": [", ".join(names) for names in found.groups]}  # fmt: skip
+
+
+def write(
+    where: str, title: str, lede: str, parts: list[Part], facts: str, path: str | Path | None
+) -> str:
+    """The page; also in a file where there is a path.
+
+    Raises:
+        ModuleNotFoundError: without the `report` extra. OSError: it cannot be written.
+    """
+    values = {"title": title, "lede": lede, "parts": parts, "facts": facts}
+    made = _pages.render(where, "mikernels.circuits", "page.html.j2", values)
+    if path is not None:
+        path = Path(path)
+        with explained(where, "the page", path, "free space or choose another folder"):
+            write_atomic(path, made)
+    return made

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One forward and one backward pass of a decoder, with what its parts wrote and the gradients there.
+"""One forward and one backward pass of a decoder: what its parts wrote, and the gradients there.
 
 Parameters are frozen meanwhile, so that no weight gradient is computed, and nothing is left in any
 `.grad`.

@@ -19,11 +19,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -43,8 +43,9 @@ from mikernels.circuits.targets import Behavior, Target, read_target, vocabulary
 from mikernels.models.claims import Claims, product_limit
 from mikernels.models.decoder import Decoder, find_decoder
 from mikernels.models.hooks import check_eval, original
+from mikernels.models.rules import rules as engine
 from mikernels.ops.pairs.pairwise_topk import check_selection
-from mikernels.values.intervals import Interval, percentiles, resampled_means
+from mikernels.values.intervals import Interval, mean_intervals, resampled_means
 
 if TYPE_CHECKING:
     from mikernels.circuits.head_scores import HeadScores
@@ -62,10 +63,10 @@ class Component:
     Attributes:
         name: as `L3.h7`, `L3.mlp`, `L3.attn`.
         layer: from 0. head: its number, None for an MLP or a whole attention block.
-        score: the mean over prompts of what it adds to the answer's number, with a 95 % bootstrap
+        score: the mean over prompts of what it adds to the answer's number, with Student's 95 %
             interval over prompts (NaN for one prompt).
-        stability: in how many of the bootstrap's samples it is among the k strongest, 0..1; NaN for
-            one prompt.
+        stability: in how many bootstrap samples of the prompts it is among the k strongest, 0..1;
+            NaN for one prompt.
     """
 
     name: str
@@ -181,7 +182,8 @@ class Probe:
             table.add_column(name, justify="left" if name == "component" else "right")
         for row in self._cells():
             colour = "green" if row[2].startswith("+") else "red"
-            table.add_row(*(Text(cell, style=colour if i == 2 else "") for i, cell in enumerate(row)))
+            cells = (Text(cell, style=colour if i == 2 else "") for i, cell in enumerate(row))
+            table.add_row(*cells)
         return Group(table, self.interactions)
 
     def to_html(self, path: str | Path | None = None, head_scores: HeadScores | None = None) -> str:
@@ -199,11 +201,11 @@ class Probe:
             page.ranking(self),
             *([page.heads("Heads", self.head_matrix(), signed=True)] if self._has_heads() else []),
             *(head_scores.parts() if head_scores else []),
-            page.text("Where it is written", self.positions),
+            page.text("At which tokens", "What all components add there.", self.positions),
             page.grid(self),
             page.circuits(self.interactions),
         ]
-        return page.write(NAME, self._title(), self.label, parts, str(self.rules or ""), path)
+        return page.write(NAME, self._title(), "", parts, str(self.rules), path)
 
     def _has_heads(self) -> bool:
         return any(c.head is not None for c in self.ranking)
@@ -323,33 +325,19 @@ class _Attribution:
 def _rank(names: tuple[str, ...], scores: torch.Tensor, k: int) -> tuple[Component, ...]:
     """Of `[B, n]`: by the size of the mean; ties in the order of the model."""
     units = scores.double().cpu().numpy()
-    means = units.mean(0)
-    order = sorted(range(len(names)), key=lambda i: -abs(means[i]))
-    resampled = resampled_means(units) if len(units) > 1 else None
-    stable = None
-    if resampled is not None:
+    intervals = mean_intervals(units)
+    stable = [math.nan] * len(names)
+    if len(units) > 1:
+        size = abs(resampled_means(units))
         # ties at the k-th count for all of them
-        least = abs(resampled)
-        least.partition(len(names) - k, axis=1)
-        stable = (abs(resampled) >= least[:, len(names) - k, None]).mean(0)
+        least = np.partition(size, len(names) - k, axis=1)[:, len(names) - k, None]
+        stable = (size >= least).mean(0).tolist()
     found = []
-    for i in order:
+    for i in sorted(range(len(names)), key=lambda i: -abs(intervals[i].value)):
         layer, part = names[i][1:].split(".")
-        interval = Interval(float(means[i]), math.nan, math.nan)
-        if resampled is not None:
-            interval = percentiles(float(means[i]), resampled[:, i])
         head = int(part[1:]) if part[0] == "h" else None
-        stability = math.nan if stable is None else float(stable[i])
-        found.append(Component(names[i], int(layer), head, interval, stability))
+        found.append(Component(names[i], int(layer), head, intervals[i], stable[i]))
     return tuple(found)
-
-
-def _engine(model: torch.nn.Module, rules: Any) -> Any:
-    if rules == "plain":
-        return nullcontext()
-    from mikernels.models.rules import rules as engine
-
-    return engine(model, rules)
 
 
 def gim_probe(
@@ -430,7 +418,7 @@ def gim_probe(
             scores.append(found.scores())
             yield from found.vectors(names)
 
-    with _engine(model, rules) as report:
+    with engine(model, rules) as report:
         pairs = compute_gradient_interactions(passes(), normalize=True)
     found = torch.cat(scores)
     ranking = _rank(names, found.sum(1), min(k, len(names)))

@@ -72,7 +72,7 @@ def _encoded(where: str, name: str, inputs: Any, tokenizer: Any) -> dict[str, An
         return dict(inputs)
     if isinstance(inputs, torch.Tensor):
         return {"input_ids": inputs}
-    rows = [inputs] if isinstance(inputs, str) else inputs
+    rows: Any = [inputs] if isinstance(inputs, str) else inputs
     if not isinstance(rows, Sequence) or not len(rows):
         got = type(inputs).__name__ if not isinstance(rows, Sequence) else "none"
         raise TypeError(f"{where}: {name} must be {FORMS}, got {got}")

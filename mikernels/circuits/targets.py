@@ -8,7 +8,7 @@ With l the logits `[V]` at a row's last position that is not padding, and
 |---|---|
 | `a`, a token | `l_a` |
 | `(a, b)`, a pair | `l_a - l_b`, the logit difference |
-| `{a, b, ...}`, a set: a behaviour such as refusal | `lse(S) - lse(all)`, the log of its probability |
+| `{a, b}`, a set: a behaviour such as refusal | `lse(S) - lse(all)`, its log probability |
 | `(S, T)`, a pair of sets, or of a set and a token | `lse(S) - lse(T)`, the log odds |
 | a callable | what it makes of all logits `[B, P, V]`: `[B]` |
 | None | `l_a` of the token a that the model predicts |
@@ -102,7 +102,7 @@ def vocabulary(model: torch.nn.Module) -> int | None:
     weight = getattr(head, "weight", None)
     if isinstance(weight, torch.Tensor) and weight.dim() == 2:
         return int(getattr(head, "out_features", weight.shape[0]))
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     size = getattr(config, "vocab_size", None)
     return size if isinstance(size, int) else None

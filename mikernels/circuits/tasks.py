@@ -3,10 +3,10 @@
 
 | task | a prompt | its answer | the counterfactual |
 |---|---|---|---|
-| `ioi` | ... Mary and John ... John gave the ring to | Mary, not John | other names; or the other repeated |
-| `greater_than` | ... from the year 1745 to the year 17 | above 45, not below | from 1701 |
-| `induction` | random words r, then r again, cut off | the next word of r | its word there is another |
-| `repeated_name` | Anna Clarke and Tom Hughes ... Anna | Clarke, not Hughes | the surnames are swapped |
+| `ioi` | Mary and John ... John gave the ring to | Mary, not John | other names, or the other one |
+| `greater_than` | from the year 1745 to the year 17 | above 45, not below | from 1701 |
+| `induction` | random words, again, cut off | the next of them | that word is another |
+| `repeated_name` | Anna Clark and Tom Hughes ... Anna | Clark, not Hughes | surnames swapped |
 
 Prompts are made from a seed, in any number, and differ; names and words are those of a list that
 the tokeniser has as one token. That a prompt and its counterfactual are aligned is checked.
@@ -15,7 +15,7 @@ the tokeniser has as one token. That a prompt and its counterfactual are aligned
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,35 +23,35 @@ import torch
 
 from mikernels.circuits.prompts import pad_left
 
-NAMES = (
-    "Adam Alan Alex Alice Amy Andrew Anna Anne Arthur Ben Bob Brian Carl Charles Chris Daniel David "
-    "Elizabeth Emily Emma Eric Frank George Grace Henry Jack James Jane Jason Jim Joe John Julia "
-    "Kate Kevin Laura Linda Lisa Louis Lucy Maria Mark Martin Mary Matthew Max Michael Mike Nancy "
-    "Nick Oliver Paul Peter Rachel Richard Robert Rose Ruth Sam Sarah Scott Simon Sophie Steve Susan "
-    "Thomas Tim Tom Victor Will William"
-).split()
-SURNAMES = (
-    "Adams Allen Anderson Baker Bell Bennett Brown Campbell Carter Clark Cole Collins Cook Cooper "
-    "Cox Davis Edwards Evans Fisher Foster Gray Green Hall Harris Hill Hughes Jackson Johnson Jones "
-    "Kelly King Lee Lewis Long Martin Miller Mitchell Moore Morgan Morris Murphy Nelson Parker Perry "
-    "Phillips Porter Price Reed Roberts Robinson Rogers Ross Russell Scott Smith Stewart Taylor "
-    "Thompson Turner Walker Ward Watson White Williams Wilson Wood Wright Young"
-).split()
-PLACES = (
-    "airport bank beach bridge castle church city farm forest garden hospital hotel house island "
-    "lake library market mountain museum office park restaurant river school station store theater "
-    "tower valley village"
-).split()
-THINGS = (
-    "apple bag ball basket bell book bottle box cake camera card chair clock coat coin cup drink "
-    "flower gift guitar hammer hat key lamp letter map message mirror newspaper paper pen phone "
-    "picture ring rope shirt stone ticket tool toy watch"
-).split()
-EVENTS = (
-    "alliance attack campaign conference conflict construction crisis debate dispute expedition "
-    "famine festival journey mission occupation operation plan project reform revolution siege "
-    "strike struggle trial war"
-).split()
+NAMES = """
+    Adam Alan Alex Alice Amy Andrew Anna Anne Arthur Ben Bob Brian Carl Charles Chris Daniel David
+    Elizabeth Emily Emma Eric Frank George Grace Henry Jack James Jane Jason Jim Joe John Julia Kate
+    Kevin Laura Linda Lisa Louis Lucy Maria Mark Martin Mary Matthew Max Michael Mike Nancy Nick
+    Oliver Paul Peter Rachel Richard Robert Rose Ruth Sam Sarah Scott Simon Sophie Steve Susan
+    Thomas Tim Tom Victor Will William
+"""
+SURNAMES = """
+    Adams Allen Anderson Baker Bell Bennett Brown Campbell Carter Clark Cole Collins Cook Cooper Cox
+    Davis Edwards Evans Fisher Foster Gray Green Hall Harris Hill Hughes Jackson Johnson Jones Kelly
+    King Lee Lewis Long Martin Miller Mitchell Moore Morgan Morris Murphy Nelson Parker Perry
+    Phillips Porter Price Reed Roberts Robinson Rogers Ross Russell Scott Smith Stewart Taylor
+    Thompson Turner Walker Ward Watson White Williams Wilson Wood Wright Young
+"""
+PLACES = """
+    airport bank beach bridge castle church city farm forest garden hospital hotel house island lake
+    library market mountain museum office park restaurant river school station store theater tower
+    valley village
+"""
+THINGS = """
+    apple bag ball basket bell book bottle box cake camera card chair clock coat coin cup drink
+    flower gift guitar hammer hat key lamp letter map message mirror newspaper paper pen phone
+    picture ring rope shirt stone ticket tool toy watch
+"""
+EVENTS = """
+    alliance attack campaign conference conflict construction crisis debate dispute expedition
+    famine festival journey mission occupation operation plan project reform revolution siege strike
+    struggle trial war
+"""
 # A: the one that gives, who is named twice; B: the one that is given to
 IOI = (
     "When {x} and {y} came to the {place}, {a} handed the {thing} to",
@@ -63,10 +63,10 @@ IOI = (
 )
 YEARS = "The {event} went on from the year {century}{year} to the year {century}"
 FULL_NAMES = (
-    "This morning {a} {s} and {b} {t} visited the {place}. In the evening, the {thing} was found by "
-    "{a}",
+    "This morning {a} {s} and {b} {t} visited the {place}. In the evening, the {thing} was found "
+    "by {a}",
     "At the {place}, {a} {s} was waiting for {b} {t} with a {thing}. Nobody had told {a}",
-    "The {thing} belonged to {a} {s}, but {b} {t} took it to the {place}. Last week we spoke to {a}",
+    "The {thing} belonged to {a} {s}, but {b} {t} took it to the {place}. Later we spoke to {a}",
     "Both {a} {s} and {b} {t} were seen at the {place}. The owner of the {thing} was {a}",
 )
 # that of one prompt, until they are padded
@@ -117,10 +117,16 @@ class Task:
 
     def __getitem__(self, part: slice) -> Task:
         """Some of the prompts."""
-        return Task(self.name, *(getattr(self, name)[part] for name in (
-            "prompts", "counterfactuals", "input_ids", "counterfactual_ids", "attention_mask",
-            "correct", "wrong",
-        )))  # fmt: skip
+        return Task(
+            self.name,
+            self.prompts[part],
+            self.counterfactuals[part],
+            self.input_ids[part],
+            self.counterfactual_ids[part],
+            self.attention_mask[part],
+            self.correct[part],
+            self.wrong[part],
+        )
 
     @property
     def inputs(self) -> dict[str, torch.Tensor]:
@@ -154,8 +160,9 @@ class _Words:
     def plain(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    def single(self, words: Sequence[str], least: int) -> dict[str, int]:
+    def single(self, text: str, least: int) -> dict[str, int]:
         """Word -> its token after a space, of those that are one."""
+        words = text.split()
         tokens = {word: self.plain(f" {word}") for word in words}
         unknown = getattr(self.tokenizer, "unk_token_id", None)
         known = {word: ids[0] for word, ids in tokens.items() if len(ids) == 1 and ids != [unknown]}
@@ -193,7 +200,7 @@ def _task(name: str, words: _Words, n: int, make: Callable[[], _Row]) -> Task:
 
 
 def ioi(tokenizer: Any, n: int = 100, seed: int = 0, *, counterfactual: str = "abc") -> Task:
-    """Indirect objects: who is given something, of two people of whom one gives (Wang et al., 2022).
+    """Indirect objects: two people, of whom one gives; who is given? (Wang et al., 2022)
 
     Both orders of the names (ABBA and BABA) are as frequent.
 
@@ -220,10 +227,10 @@ def ioi(tokenizer: Any, n: int = 100, seed: int = 0, *, counterfactual: str = "a
         fixed = {"place": draw.choice(sorted(places)), "thing": draw.choice(sorted(things))}
         x, y = (a, b) if draw.random() < 0.5 else (b, a)
         other = {"x": c, "y": d, "a": e} if counterfactual == "abc" else {"x": x, "y": y, "a": b}
-        prompts = (
+        clean, swapped = (
             words.ids(template.format(**fixed, **own)) for own in ({"x": x, "y": y, "a": a}, other)
         )
-        return *prompts, (names[b],), (names[a],)
+        return clean, swapped, (names[b],), (names[a],)
 
     return _task("ioi", words, n, make)
 
@@ -245,7 +252,10 @@ def greater_than(tokenizer: Any, n: int = 100, seed: int = 0) -> Task:
     pairs = {f"{y:02}": words.plain(f" the year 17{y:02}")[len(stem) :] for y in range(100)}
     by_two = all(len(ids) == 1 for ids in pairs.values())
     answers = pairs if by_two else follows
-    if any(len(ids) != 1 for ids in answers.values()) or len(set(map(tuple, answers.values()))) < 10:
+    if (
+        any(len(ids) != 1 for ids in answers.values())
+        or len(set(map(tuple, answers.values()))) < 10
+    ):
         raise ValueError(
             "greater_than: tokenizer must make tokens of one digit, or of two in a year, got "
             f"{words.plain(' the year 1745')} for ' the year 1745'; make prompts of your own (Task)"
@@ -255,14 +265,14 @@ def greater_than(tokenizer: Any, n: int = 100, seed: int = 0) -> Task:
     def make() -> _Row:
         century, year = draw.randint(11, 18), draw.randint(20, 79)
         event = draw.choice(sorted(events))
-        prompts = (
+        clean, early = (
             words.ids(YEARS.format(event=event, century=century, year=f"{y:02}"))
             for y in (year, draw.randint(1, 9))
         )
         own = year if by_two else year // 10
         later = tuple(ids[0] for text, ids in answers.items() if int(text) > own)
         earlier = tuple(ids[0] for text, ids in answers.items() if int(text) < own)
-        return *prompts, later, earlier
+        return clean, early, later, earlier
 
     return _task("greater_than", words, n, make)
 
@@ -281,7 +291,7 @@ def induction(tokenizer: Any, n: int = 100, seed: int = 0, *, length: int = 12) 
         ValueError: for a tokenizer without the words, or a length that is not in 2..their number.
     """
     words = _Words("induction", tokenizer, seed)
-    known = words.single(sorted({*NAMES, *PLACES, *THINGS, *EVENTS}), 20)
+    known = words.single(f"{NAMES} {PLACES} {THINGS} {EVENTS}", 20)
     if not 2 <= length < len(known):
         raise ValueError(f"induction: length must be in 2..{len(known) - 1}, got {length}")
     start = words.ids("")
@@ -316,12 +326,13 @@ def repeated_name(tokenizer: Any, n: int = 100, seed: int = 0) -> Task:
         a, b = draw.sample(sorted(names), 2)
         s, t = draw.sample(sorted(surnames.keys() - {a, b}), 2)
         fixed = {
-            "a": a, "b": b, "place": draw.choice(sorted(places)), "thing": draw.choice(sorted(things))
+            "a": a, "b": b, "place": draw.choice(sorted(places)),
+            "thing": draw.choice(sorted(things)),
         }  # fmt: skip
-        prompts = (
+        clean, swapped = (
             words.ids(template.format(**fixed, s=first, t=second))
             for first, second in ((s, t), (t, s))
         )
-        return *prompts, (surnames[s],), (surnames[t],)
+        return clean, swapped, (surnames[s],), (surnames[t],)
 
     return _task("repeated_name", words, n, make)

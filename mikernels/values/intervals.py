@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bootstrap intervals: how much a number would move on another sample of the same size."""
+"""Intervals: how much a number would move on another sample of the same size."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ RESAMPLES = 1000
 
 
 class Interval(NamedTuple):
-    """A number, and where 95 % of its bootstrap resamples lie; NaN bounds of fewer than 2 units."""
+    """A number, and its 95 % interval; NaN bounds of fewer than 2 units."""
 
     value: float
     low: float
@@ -50,12 +50,35 @@ def resampled_means(units: np.ndarray, resamples: int = RESAMPLES, seed: int = 0
     )
 
 
-def percentiles(value: float, found: np.ndarray) -> Interval:
-    """A number, and where 95 % of its values in resamples lie."""
-    if not np.isfinite(found).all():
-        return Interval(value, math.nan, math.nan)
-    low, high = np.quantile(found, [0.025, 0.975])
-    return Interval(value, float(low), float(high))
+def _t975(degrees: int) -> float:
+    """Student's t below which 97.5 % lie; within 0.2 % (Cornish and Fisher's expansion in 1/n)."""
+    if degrees == 1:
+        return math.tan(0.475 * math.pi)
+    if degrees == 2:
+        return 0.95 * math.sqrt(2 / (4 * 0.975 * 0.025))
+    z = 1.959963984540054
+    terms = (
+        z,
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
+    )
+    return sum(term / degrees**power for power, term in enumerate(terms))
+
+
+def mean_intervals(units: np.ndarray) -> list[Interval]:
+    """Of each column of `[units, columns]` the mean, with Student's 95 % interval.
+
+    Wider than the bootstrap's for a few units, of which that makes too little.
+    """
+    n, means = len(units), units.mean(0)
+    if n < 2:
+        return [Interval(float(mean), math.nan, math.nan) for mean in means]
+    reach = _t975(n - 1) * units.std(0, ddof=1) / math.sqrt(n)
+    return [
+        Interval(*map(float, row)) for row in zip(means, means - reach, means + reach, strict=True)
+    ]
 
 
 def bootstrap(
@@ -81,4 +104,7 @@ def bootstrap(
         return Interval(value, math.nan, math.nan)
     drawn = _resamples(n, resamples, seed)
     found = np.concatenate([np.atleast_1d(statistic(units[indices])) for indices in drawn])
-    return percentiles(value, found)
+    if not np.isfinite(found).all():
+        return Interval(value, math.nan, math.nan)
+    low, high = np.quantile(found, [0.025, 0.975])
+    return Interval(value, float(low), float(high))
