@@ -205,8 +205,9 @@ def _at_embeddings(
     assert decoder.embedding is not None
     with frozen(decoder.model), ExitStack() as stack:
         stack.callback(decoder.embedding.register_forward_hook(enter).remove)
-        logits = run(NAME, decoder.model, prompts.given)
-        values = behavior(logits, prompts.kept)
+        last = behavior.only_last(prompts.kept)
+        logits = run(NAME, decoder.model, prompts.given, last)
+        values = behavior(logits, None if last else prompts.kept)
         if not found:
             raise decoder.refusal("its embedding is not called")
         (g,) = gradients(decoder, values, {"the embeddings": found[0]})

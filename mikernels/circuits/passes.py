@@ -7,6 +7,7 @@ Parameters are frozen meanwhile, so that no weight gradient is computed, and not
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -53,14 +54,23 @@ def frozen(model: torch.nn.Module) -> Iterator[None]:
                 p.requires_grad_(True)
 
 
-def run(where: str, model: torch.nn.Module, inputs: Mapping[str, Any]) -> torch.Tensor:
+def run(
+    where: str, model: torch.nn.Module, inputs: Mapping[str, Any], last: bool = False
+) -> torch.Tensor:
     """`[B, P, V]` logits.
+
+    Args:
+        last: those of the last position are enough, `[B, 1, V]`, where the model can: of the passes
+            of SmolLM2 a fifth, and most of their memory.
 
     Raises:
         ValueError: for a model without.
     """
+    given = {**inputs, "use_cache": False}
+    if last and "logits_to_keep" in inspect.signature(model.forward).parameters:
+        given["logits_to_keep"] = 1
     with eager():
-        logits = getattr(model(**{**inputs, "use_cache": False}), "logits", None)
+        logits = getattr(model(**given), "logits", None)
     if not isinstance(logits, torch.Tensor) or logits.dim() != 3:
         raise ValueError(
             f"{where}: model must return logits [B, P, V], got none from {type(model).__name__}; "
@@ -106,9 +116,10 @@ def backward(
     """
     with frozen(decoder.model), ExitStack() as stack:
         watch = Watch(decoder, kept, w_o, stack)
-        logits = run(decoder.where, decoder.model, inputs)
+        last = behavior.only_last(kept)
+        logits = run(decoder.where, decoder.model, inputs, last)
         watch.check()
-        values = behavior(logits, kept)
+        values = behavior(logits, None if last else kept)
         wanted = {f"L{i}.{name}": site[name] for i, site in enumerate(watch.sites) for name in at}
         found = iter(gradients(decoder, values, wanted))
         grads = [{name: next(found) for name in at} for _ in watch.sites]
@@ -125,6 +136,6 @@ def forward(
     """The sites of a pass without gradients."""
     with ExitStack() as stack:
         watch = Watch(decoder, kept, w_o, stack)
-        run(decoder.where, decoder.model, inputs)
+        run(decoder.where, decoder.model, inputs, last=True)
         watch.check()
     return watch.sites

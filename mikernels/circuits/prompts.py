@@ -87,7 +87,7 @@ def _encoded(where: str, name: str, inputs: Any, tokenizer: Any) -> dict[str, An
     if not all(isinstance(row, list | tuple) and row for row in rows):
         kinds = sorted({type(row).__name__ for row in rows})
         raise TypeError(f"{where}: {name} must be {FORMS}, got a list of {', '.join(kinds)}")
-    if not all(isinstance(token, int) for row in rows for token in row):
+    if not all(isinstance(one, int) for row in rows for one in row):
         raise TypeError(f"{where}: {name} must be {FORMS}, got lists of something else")
     return pad_left([list(row) for row in rows])
 

@@ -228,6 +228,10 @@ class Behavior:
         """That of some of the prompts."""
         return Behavior(self.where, self.label, self.rows and self.rows[part], self.function)
 
+    def only_last(self, kept: torch.Tensor | None) -> bool:
+        """Whether it needs no logits but those of the last position."""
+        return self.function is None and (kept is None or bool(kept[:, -1].all()))
+
     def __call__(self, logits: torch.Tensor, kept: torch.Tensor | None) -> torch.Tensor:
         """`[B]` of logits `[B, P, V]`.
 

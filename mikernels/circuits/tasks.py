@@ -195,8 +195,8 @@ def _task(name: str, words: _Words, n: int, make: Callable[[], _Row]) -> Task:
             )
     given, ids = pad_left(list(clean)), pad_left(list(other))["input_ids"]
     mask = given.get("attention_mask", torch.ones_like(ids))
-    texts = (tuple(words.tokenizer.decode(row) for row in side) for side in (clean, other))
-    return Task(name, *texts, given["input_ids"], ids, mask, correct, wrong)
+    texts, others = (tuple(words.tokenizer.decode(row) for row in side) for side in (clean, other))
+    return Task(name, texts, others, given["input_ids"], ids, mask, correct, wrong)
 
 
 def ioi(tokenizer: Any, n: int = 100, seed: int = 0, *, counterfactual: str = "abc") -> Task:
