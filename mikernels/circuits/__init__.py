@@ -5,7 +5,6 @@ from mikernels.circuits import tasks
 from mikernels.circuits.attribution import TokenAttribution, attribute
 from mikernels.circuits.components import gradient_components, split_heads
 from mikernels.circuits.composition import composition_scores
-from mikernels.circuits.head_scores import HeadScores, head_scores
 from mikernels.circuits.interactions import (
     GradientInteractions,
     NamedInteractions,
@@ -13,6 +12,7 @@ from mikernels.circuits.interactions import (
     select_top_k,
 )
 from mikernels.circuits.interpret import CircuitEdge, Circuits, interpret_circuits
+from mikernels.circuits.patterns import HeadScores, head_scores
 from mikernels.circuits.probe import Component, Probe, gim_probe
 from mikernels.circuits.tasks import Task
 from mikernels.models.rules import PRESETS, Effect, RuleReport, Rules, rules

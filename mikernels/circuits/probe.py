@@ -48,7 +48,7 @@ from mikernels.ops.pairs.pairwise_topk import check_selection
 from mikernels.values.intervals import Interval, mean_intervals, resampled_means
 
 if TYPE_CHECKING:
-    from mikernels.circuits.head_scores import HeadScores
+    from mikernels.circuits.patterns import HeadScores
 
 NAME = "gim_probe"
 FIX = "collect its gradients with hooks of your own for compute_gradient_interactions"

@@ -100,10 +100,10 @@ def _check_ids(where: str, name: str, ids: Any, size: int | None) -> None:
         raise TypeError(f"{where}: {name} must be {FORMS}, got input_ids of {ids.dtype}")
     least, most = ids.aminmax()
     if least < 0 or (size is not None and most >= size):
-        got = int(least) if least < 0 else int(most)
+        wrong = int(least if least < 0 else most)
         raise ValueError(
             f"{where}: {name} must be in 0..{'' if size is None else size - 1} (embeddings), got "
-            f"{got}; use the model's own tokenizer"
+            f"{wrong}; use the model's own tokenizer"
         )
 
 

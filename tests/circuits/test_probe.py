@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""gim_probe and attribute on tiny decoders, against gradients taken by hand under the same rules."""
+"""gim_probe and attribute on tiny decoders, against gradients taken by hand under their rules."""
 
 import math
 
