@@ -26,11 +26,11 @@ Head = tuple[int, int]
 
 
 def logit_differences(
-    model: torch.nn.Module, task: Task, heads: list[Head] = (), means: list[torch.Tensor] = ()
+    model: torch.nn.Module, task: Task, heads: list[Head], means: list[torch.Tensor]
 ) -> torch.Tensor:
     """`[B]`, with each of the heads' z at each position replaced by the mean."""
     decoder = find_decoder(model, "which_heads", "give a Hugging Face decoder")
-    inputs, kept = with_positions("which_heads", model, task.inputs)
+    inputs, _ = with_positions("which_heads", model, task.inputs)
     behavior = read_target("which_heads", task.target, len(task))
     size = decoder.heads(decoder.blocks[0]).size
 
@@ -57,12 +57,12 @@ def logit_differences(
 def mean_z(model: torch.nn.Module, task: Task) -> list[torch.Tensor]:
     """Of each layer z `[P, H dh]`, its mean over the counterfactual prompts at each position."""
     decoder = find_decoder(model, "which_heads", "give a Hugging Face decoder")
-    inputs, kept = with_positions("which_heads", model, task.counterfactual_inputs)
+    inputs, _ = with_positions("which_heads", model, task.counterfactual_inputs)
     weights = task.attention_mask[..., None].float()
     found: list[torch.Tensor] = []
 
     def keep(module, args):
-        found.append((args[0] * weights).sum(0) / weights.sum(0))
+        found.append((args[0] * weights).sum(0) / weights.sum(0).clamp(min=1))
 
     with torch.no_grad(), ExitStack() as stack:
         for block in decoder.blocks:
@@ -95,8 +95,8 @@ def main() -> None:
 
     heads = [(c.layer, c.head) for c in probe.ranking if c.head is not None]
     means = mean_z(model, task)
-    clean = logit_differences(model, task)
-    print(f"\nlogit difference {mean_intervals(clean.double().numpy()[:, None])[0]}; lost without")
+    clean = probe.values
+    print(f"\nlogit difference         {lost(clean, torch.zeros_like(clean))}; lost without")
     best = logit_differences(model, task, heads[:10], means)
     print(f"the ten strongest heads  {lost(clean, best)}")
     draw = random.Random(0)
