@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,7 +18,7 @@ from typer.core import TyperGroup
 from . import load, names
 from .gpu import device as devices
 from .harness import harness, results, session
-from .harness.spec import DTYPES, FAMILIES, GPU_SHAPES, PAIR_SHAPES, SHAPES, Benchmark, sizes_of
+from .harness.spec import DTYPES, FAMILIES, GPU_SHAPES, Benchmark, sizes_of
 
 
 class _RunByDefault(TyperGroup):
@@ -44,11 +45,11 @@ def run(
     shape: Annotated[
         str | None,
         typer.Option(
-            help=f"Comma-separated: {', '.join(SHAPES | PAIR_SHAPES)}; "
+            help=f"Comma-separated: {', '.join(dict.fromkeys(chain(*FAMILIES.values())))}; "
             f"with cuda also {', '.join(GPU_SHAPES)}."
         ),
     ] = None,
-    mode: Annotated[str | None, typer.Option(help="Comma-separated: fwd, bwd, step.")] = None,
+    mode: Annotated[str | None, typer.Option(help="Comma-separated: fwd, bwd, gim, step.")] = None,
     providers: Annotated[
         str, typer.Option(help="Comma-separated names or globs: ours,eager or '*,!compile'.")
     ] = "*",
@@ -256,7 +257,7 @@ def _list(console: Console) -> None:
         for m, shapes in bench.gpu_shapes.items():
             dtypes = ", ".join(bench.gpu_dtypes)
             console.print(f"  cuda, {m}: {' '.join(shapes)} in {dtypes}", highlight=False)
-    for s in (*SHAPES.values(), *PAIR_SHAPES.values(), *GPU_SHAPES.values()):
+    for s in chain(*(family.values() for family in (*FAMILIES.values(), GPU_SHAPES))):
         console.print(f"{s.name}: {sizes_of(vars(s))}", highlight=False)
 
 

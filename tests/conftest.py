@@ -50,7 +50,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         screens = item.path.stem in (f"test_{op}" for op in SCREENS)
         (same if again and not screens else kept).append(item)
     config.hook.pytest_deselected(items=same)
-    items[:] = kept
+    # minutes in one test: at the end the other worker would have nothing left to do meanwhile
+    items[:] = sorted(kept, key=lambda item: item.path.stem != "test_sanitizers")
 
 
 @pytest.fixture(autouse=True)
@@ -102,3 +103,34 @@ def run_python() -> Callable[[str], str]:
         return done.stdout
 
     return run
+
+
+@pytest.fixture
+def peak_growth(run_python: Callable[[str], str]) -> Callable[..., int]:
+    """Bytes by which the peak of a fresh process grows while `call`, an expression in x and w, runs
+    at every level on every "x, w" given. One process: each takes a second to import torch."""
+    if sys.platform != "linux":
+        pytest.skip("ru_maxrss is in KiB on Linux")
+    if not mikernels.supported_levels():
+        pytest.skip(_ext.MISSING)
+
+    def grown(call: str, *inputs: str) -> int:
+        script = f"""
+            import resource, torch, mikernels
+
+            def run(x, w):
+                for level in mikernels.supported_levels():
+                    with mikernels.force_level(level):
+                        {call}
+
+            inputs = [{", ".join(f"({given})" for given in inputs)}]
+            for x, w in inputs:
+                run(x[:64], w)
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            for x, w in inputs:
+                run(x, w)
+            print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+        """
+        return int(run_python(script)) * 1024
+
+    return grown

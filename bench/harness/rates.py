@@ -110,7 +110,7 @@ def sass_of(case: Any, target: str = "sm_90") -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [offline._tool("nvdisasm"), "-c", file.name]
+        command = [offline.tool("nvdisasm"), "-c", file.name]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 

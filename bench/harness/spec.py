@@ -36,6 +36,19 @@ class PairShape:
     k: int = 0
 
 
+@dataclass(frozen=True)
+class AttentionShape:
+    """`queries` of `heads` against as many keys of `groups` heads, causal, `width` numbers each."""
+
+    name: str
+    batch: int
+    heads: int
+    groups: int
+    queries: int
+    width: int
+    softcap: float = 0.0
+
+
 SHAPES = {
     shape.name: shape
     for shape in (
@@ -67,8 +80,23 @@ PAIR_SHAPES = {
         PairShape("tokens", 1, 1, 8192, 1, 2048),
     )
 }
+ATTENTION_SHAPES = {
+    shape.name: shape
+    for shape in (
+        AttentionShape("smoke", 2, 4, 2, 70, 16),
+        # a layer of SmolLM2-135M, of GPT-2, of Gemma 2 2B, of Llama-3.1-8B
+        AttentionShape("smollm2", 1, 9, 3, 512, 64),
+        AttentionShape("gpt2-heads", 1, 12, 12, 1024, 64),
+        AttentionShape("gemma2", 1, 8, 4, 512, 256, 50.0),
+        AttentionShape("llama-heads", 1, 32, 8, 2048, 128),
+    )
+}
 # what an operator is measured on; each has a "smoke"
-FAMILIES: dict[str, dict[str, Any]] = {"sae": SHAPES, "pairs": PAIR_SHAPES}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "sae": SHAPES,
+    "pairs": PAIR_SHAPES,
+    "attention": ATTENTION_SHAPES,
+}
 FIELDS = {"n": "N", "f": "F"}
 # of a GPU; row_topk at G2 is the 8192 x 131072 of its target
 GPU_SHAPES = {
@@ -160,7 +188,8 @@ class Benchmark:
     Attributes:
         ops: the registered operators whose speed it answers for; each belongs to one benchmark, and
             what is built on others' operators, such as a whole layer, has none.
-        modes: the first is the default; "fwd", "bwd" (backward alone) or "step".
+        modes: the first is the default; "fwd", "bwd" (backward alone), "gim" (the same by GIM's
+            rule) or "step".
         shapes: what `all` measures, per mode. gpu_shapes: the same with --device cuda.
         gpu_dtypes: what it is measured in there; on a CPU everything is fp32. fp32_modes: modes
             that only fp32 judges, because 16-bit scores tie and each side selects for itself.

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """One declaration a file: the folder is the list of what is measured.
 
-Order: the operators of SAEs, then those of pairs, each alphabetically, so that what has targets on
-a GPU comes first. The list is read from the sources, without importing them (10 ms, 90 ms in a
-fresh process), because `gpu/gpu_check.py` asks before the package is built: this file needs Python
-alone.
+Order: the operators of SAEs, then those of pairs and of attention, each alphabetically, so that
+what has targets on a GPU comes first. The list is read from the sources, without importing them
+(10 ms, 90 ms in a fresh process), because `gpu/gpu_check.py` asks before the package is built: this
+file needs Python alone.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ..harness.spec import Benchmark
 
 FOLDER = Path(__file__).parent
-FAMILIES = ("sae", "pairs")
+FAMILIES = ("sae", "pairs", "attention")
 
 
 @functools.cache

@@ -2,8 +2,8 @@
 """Compiles kernels for GPUs that are not there, and reads what the compiler made of them.
 
 The machine code is the one a launch would run: same source, same specialisation on divisibility by
-16, same warps and stages. What can be told without a GPU: registers, spills, shared memory, the
-number of instructions, and whether the matrix unit is used.
+16, same warps and stages. What can be told without a GPU: registers, spills, shared memory, and
+whether the matrix unit is used.
 """
 
 from __future__ import annotations
@@ -39,14 +39,8 @@ SHARED_LIMIT = {
     "sm_120": 99 << 10,
     "gfx942": 64 << 10,
 }
-MATRIX = {
-    "sm_80": r"\bHMMA\.",
-    "sm_89": r"\bHMMA\.",
-    "sm_90": r"\bHGMMA\.|\bHMMA\.",
-    "sm_100": r"\bUTC\w*MMA\b|\bHMMA\.",
-    "sm_120": r"\bHMMA\.",
-    "gfx942": r"\bv_mfma_",
-}
+# in PTX, of which the assembler makes instructions of the matrix unit one by one, and in AMD's code
+MATRIX = {"cuda": r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\.", "hip": r"\bv_mfma_"}
 
 
 @dataclass(frozen=True)
@@ -87,7 +81,6 @@ class Report:
     registers: int
     spills: int
     shared: int
-    instructions: int
     matrix_instructions: int
 
 
@@ -108,50 +101,34 @@ def compiled(case: Case, target: str) -> Any:
 def compile_case(case: Case, target: str) -> Report:
     """Compile for a target of TARGETS; raises what the compiler raises."""
     kernel = compiled(case, target)
-    if target.startswith("gfx"):
-        return _report_amd(kernel, target)
-    return _report_nvidia(kernel, target)
+    backend = TARGETS[target].backend
+    read, code = (_nvidia, "ptx") if backend == "cuda" else (_amd, "amdgcn")
+    matrix = len(re.findall(MATRIX[backend], kernel.asm[code]))
+    return Report(*read(kernel), kernel.metadata.shared, matrix)
 
 
-def _tool(name: str) -> str:
+def tool(name: str) -> str:
+    """The path of a tool that comes with Triton."""
     return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
 
 
-def _report_nvidia(compiled: Any, target: str) -> Report:
+def _nvidia(kernel: Any) -> tuple[int, int]:
+    """Registers and spills; disassembling to see them would take as long as the compilation."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(compiled.asm["cubin"])
+        cubin.write(kernel.asm["cubin"])
         cubin.flush()
-        usage = _run(_tool("cuobjdump"), "--dump-resource-usage", cubin.name)
-        sass = _run(_tool("nvdisasm"), "-c", cubin.name)
-    registers = int(re.findall(r"REG:(\d+)", usage)[-1])
+        command = [tool("cuobjdump"), "--dump-resource-usage", cubin.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    used = {key: int(size) for key, size in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     # the stack holds spilled registers and nothing else here
-    stack = int(re.findall(r"STACK:(\d+)", usage)[-1])
-    local = len(re.findall(r"\b(?:LDL|STL)\b", sass))
-    lines = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", sass, re.MULTILINE)
-    return Report(
-        registers,
-        max(stack, local),
-        compiled.metadata.shared,
-        len(lines),
-        len(re.findall(MATRIX[target], sass)),
-    )
+    return used["REG"], max(used["STACK"], used["LOCAL"])
 
 
-def _report_amd(compiled: Any, target: str) -> Report:
-    text = compiled.asm["amdgcn"]
+def _amd(kernel: Any) -> tuple[int, int]:
+    """Registers and spills; scalar registers spill into vector lanes, which costs no memory."""
 
     def number(name: str) -> int:
-        return int(re.findall(rf"\.{name}:\s+(\d+)", text)[-1])
+        return int(re.findall(rf"\.{name}:\s+(\d+)", kernel.asm["amdgcn"])[-1])
 
-    return Report(
-        number("vgpr_count"),
-        # scalar registers spill into vector lanes, which costs no memory
-        max(number("vgpr_spill_count"), number("private_segment_fixed_size")),
-        compiled.metadata.shared,
-        len(re.findall(r"^\s+[sv]_\w+", text, re.MULTILINE)),
-        len(re.findall(MATRIX[target], text)),
-    )
-
-
-def _run(*command: str) -> str:
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    spills = max(number("vgpr_spill_count"), number("private_segment_fixed_size"))
+    return number("vgpr_count"), spills

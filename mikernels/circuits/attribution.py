@@ -24,10 +24,11 @@ from rich.text import Text
 from mikernels._dispatch import accumulate_dtype
 from mikernels.circuits import page
 from mikernels.circuits.passes import frozen, gradients, run
-from mikernels.circuits.prompts import Inputs, Prompts, read_prompts
+from mikernels.circuits.prompts import Inputs, Prompts, embeddings, read_prompts
 from mikernels.circuits.targets import Target, read_target, token_id, vocabulary
-from mikernels.models.decoder import Decoder, find_decoder
-from mikernels.models.hooks import check_eval, original, returned
+from mikernels.models.decoder import find_decoder
+from mikernels.models.hooks import original, returned
+from mikernels.models.parts import Decoder
 from mikernels.models.rules import rules as engine
 
 NAME = "attribute"
@@ -167,12 +168,12 @@ def attribute(
     """
     model = original(model)
     decoder = find_decoder(model, NAME, FIX)
-    check_eval(NAME, model)
-    weight = getattr(decoder.embedding, "weight", None)
-    if decoder.embedding is None or weight is None:
+    decoder.check_eval()
+    weight = embeddings(decoder)
+    if weight is None:
         raise decoder.refusal("it names no input embedding")
-    prompts = read_prompts(NAME, "prompt", prompt, model, decoder.embedding, tokenizer)
-    behavior = read_target(NAME, target, len(prompts.ids), vocabulary(model), tokenizer)
+    prompts = read_prompts(decoder, "prompt", prompt, tokenizer)
+    behavior = read_target(NAME, target, len(prompts.ids), vocabulary(decoder), tokenizer)
     baseline = _baseline_id(baseline, tokenizer, len(weight))
     with engine(model, rules) as report:
         values, embedded, g = _at_embeddings(decoder, prompts, behavior)
@@ -206,7 +207,7 @@ def _at_embeddings(
     with frozen(decoder.model), ExitStack() as stack:
         stack.callback(decoder.embedding.register_forward_hook(enter).remove)
         last = behavior.only_last(prompts.kept)
-        logits = run(NAME, decoder.model, prompts.given, last)
+        logits = run(decoder, prompts.given, last)
         values = behavior(logits, None if last else prompts.kept)
         if not found:
             raise decoder.refusal("its embedding is not called")

@@ -23,7 +23,7 @@ import torch
 from mikernels.circuits.passes import backward
 from mikernels.circuits.targets import Target, read_target, vocabulary
 from mikernels.models.decoder import find_decoder
-from mikernels.models.hooks import check_eval, original
+from mikernels.models.hooks import original
 from mikernels.models.padding import with_positions
 
 NAME = "gradient_components"
@@ -59,9 +59,9 @@ def gradient_components(
 
     Args:
         model: a Hugging Face causal language model (Llama, Qwen, Mixtral, GPT-2, GPT-NeoX, OPT,
-            ... style) in eval mode, with blocks that add attention and MLP to the residual stream
-            as they are; or normed (Gemma 2 and 3, OLMo 2), and then the norm's output is the
-            component.
+            ... style) in eval mode, or a HookedTransformer, with blocks that add attention and MLP
+            to the residual stream as they are; or normed (Gemma 2 and 3, OLMo 2), and then the
+            norm's output is the component.
         inputs: token ids `[B, P]`, or what the tokeniser returned (keywords of the model), with an
             attention_mask of 1 for tokens and 0 for padding where there is any.
         target: a token id or `[B]` of them, a pair (a, b) for a logit difference, a set, a
@@ -86,7 +86,7 @@ def gradient_components(
     """
     model = original(model)
     decoder = find_decoder(model, NAME, FIX)
-    check_eval(NAME, model)
+    decoder.check_eval()
     given = {"input_ids": inputs} if isinstance(inputs, torch.Tensor) else inputs
     if not isinstance(given, Mapping):
         raise TypeError(
@@ -96,10 +96,10 @@ def gradient_components(
     ids = given.get("input_ids")
     if isinstance(ids, torch.Tensor) and (ids.dim() != 2 or ids.numel() == 0):
         raise ValueError(f"{NAME}: input_ids must be [B, P], not empty, got {list(ids.shape)}")
-    given, kept = with_positions(NAME, model, given)
+    given, kept = with_positions(NAME, model, given, decoder.counts_positions)
     content = given.get("inputs_embeds") if ids is None else ids
     rows = len(content) if isinstance(content, torch.Tensor) else 0
-    behavior = read_target(NAME, target, rows, vocabulary(model), tokenizer)
+    behavior = read_target(NAME, target, rows, vocabulary(decoder), tokenizer)
     w_o = [decoder.w_o(block) for block in decoder.blocks] if heads else []
     at = "z" if heads and not attribution else "attn"
     done = backward(decoder, given, kept, behavior, (at, "mlp"), w_o)
@@ -113,16 +113,18 @@ def gradient_components(
             )
     found: dict[str, torch.Tensor] = {}
     for layer, (site, grads) in enumerate(zip(done.sites, done.grads, strict=True)):
-        g = grads[at]
-        mlp = site["mlp"].detach().reshape(site["x"].shape)
-        g_mlp = grads["mlp"].reshape(site["x"].shape)
+        g, shape = grads[at], site["x"].shape
         if heads:
-            z = (site["z"].detach() if attribution else g).unflatten(-1, w_o[layer].shape[:2])
+            z = (site["z"].detach() if attribution else g).reshape(
+                *shape[:2], *w_o[layer].shape[:2]
+            )
             written = torch.einsum("bphe,hed->bphd", z, w_o[layer])
             found |= split_heads(f"L{layer}", written * g[:, :, None] if attribution else written)
         else:
             found[f"L{layer}.attn"] = g * site["attn"].detach() if attribution else g
-        found[f"L{layer}.mlp"] = g_mlp * mlp if attribution else g_mlp
+        if "mlp" in site:
+            g = grads["mlp"]
+            found[f"L{layer}.mlp"] = (g * site["mlp"].detach() if attribution else g).reshape(shape)
     if kept is None:
         return found
     return {name: part.where(kept.to(part.device)[..., None], 0) for name, part in found.items()}

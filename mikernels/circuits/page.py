@@ -5,16 +5,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from mikernels import _pages
 from mikernels.circuits.interpret import Circuits
 from mikernels.files import explained, write_atomic
-
-if TYPE_CHECKING:
-    from mikernels.circuits.probe import Probe
+from mikernels.values.intervals import Interval
 
 Part = dict[str, Any]
 # prompts whose tokens are shown
@@ -28,11 +26,9 @@ def _shade(value: float, most: float) -> dict[str, Any]:
     return {"side": "plus" if value >= 0 else "minus", "alpha": f"{abs(value) / most:.3f}"}
 
 
-def ranking(probe: Probe) -> Part:
-    """The strongest components, with a bar and its interval each."""
-    rows = probe.components
-    several = len(probe.values) > 1
-    ends = [abs(x) for c in rows for x in (c.score if several else c.score[:1])]
+def ranking(rows: Sequence[tuple[str, Interval, str]], k: int, several: bool) -> Part:
+    """Components by (name, score, note), with a bar and the score's interval each."""
+    ends = [abs(x) for _, score, _ in rows for x in (score if several else score[:1])]
     most = max(ends, default=0.0) or 1.0
 
     def at(value: float) -> str:
@@ -40,21 +36,21 @@ def ranking(probe: Probe) -> Part:
 
     bars = [
         {
-            "name": c.name,
-            "score": f"{c.score.value:+.3f}",
-            "interval": f"{c.score.low:+.3f} to {c.score.high:+.3f}" if several else "",
-            "more": f"{c.stability:.0%}" if several else probe.where(c),
+            "name": name,
+            "score": f"{score.value:+.3f}",
+            "interval": f"{score.low:+.3f} to {score.high:+.3f}" if several else "",
+            "more": note,
             "zero": at(0.0),
-            "x": at(min(0.0, c.score.value)),
-            "width": f"{50 * abs(c.score.value) / most:.2f}",
-            "low": at(c.score.low) if several else "",
-            "high": at(c.score.high) if several else "",
-            "side": "plus" if c.score.value >= 0 else "minus",
+            "x": at(min(0.0, score.value)),
+            "width": f"{50 * abs(score.value) / most:.2f}",
+            "low": at(score.low) if several else "",
+            "high": at(score.high) if several else "",
+            "side": "plus" if score.value >= 0 else "minus",
         }
-        for c in rows
+        for name, score, note in rows
     ]
     return {"kind": "ranking", "title": "Strongest components", "rows": bars, "several": several,
-            "k": probe.k}  # fmt: skip
+            "k": k}  # fmt: skip
 
 
 def heads(title: str, scores: torch.Tensor, signed: bool) -> Part:
@@ -80,17 +76,15 @@ def text(title: str, note: str, prompts: Sequence[Sequence[tuple[str, float]]]) 
     return {"kind": "text", "title": title, "note": note, "prompts": shown, "of": len(prompts)}
 
 
-def grid(probe: Probe) -> Part:
-    """The strongest components at each token of the first prompt."""
-    columns = [probe.names.index(c.name) for c in probe.components]
-    scores = probe.scores[0][probe.kept[0]][:, columns]
+def grid(names: Sequence[str], tokens: Sequence[str], scores: torch.Tensor) -> Part:
+    """Some components at each token of a prompt, scores `[tokens, names]`."""
     most = float(scores.abs().max())
     rows = [
         {"text": token, "cells": [{"value": f"{v:+.3f}", **_shade(v, most)} for v in row]}
-        for token, row in zip(probe.tokens[0], scores.tolist(), strict=True)
+        for token, row in zip(tokens, scores.tolist(), strict=True)
     ]
     return {"kind": "grid", "title": "Which component at which token", "rows": rows,
-            "names": [c.name for c in probe.components]}  # fmt: skip
+            "names": names}  # fmt: skip
 
 
 def circuits(found: Circuits) -> Part:

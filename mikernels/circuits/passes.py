@@ -16,8 +16,7 @@ from typing import Any
 import torch
 
 from mikernels.circuits.targets import Behavior
-from mikernels.models.decoder import Decoder
-from mikernels.models.hooks import eager
+from mikernels.models.parts import Decoder
 from mikernels.models.watch import Flow, Watch
 
 
@@ -54,29 +53,17 @@ def frozen(model: torch.nn.Module) -> Iterator[None]:
                 p.requires_grad_(True)
 
 
-def run(
-    where: str, model: torch.nn.Module, inputs: Mapping[str, Any], last: bool = False
-) -> torch.Tensor:
+def run(decoder: Decoder, inputs: Mapping[str, Any], last: bool = False) -> torch.Tensor:
     """`[B, P, V]` logits.
 
     Args:
         last: those of the last position are enough, `[B, 1, V]`, where the model can: of the passes
             of SmolLM2 a fifth, and most of their memory.
-
-    Raises:
-        ValueError: for a model without.
     """
-    given = {**inputs, "use_cache": False}
-    if last and "logits_to_keep" in inspect.signature(model.forward).parameters:
-        given["logits_to_keep"] = 1
-    with eager():
-        logits = getattr(model(**given), "logits", None)
-    if not isinstance(logits, torch.Tensor) or logits.dim() != 3:
-        raise ValueError(
-            f"{where}: model must return logits [B, P, V], got none from {type(model).__name__}; "
-            f"load it with AutoModelForCausalLM"
-        )
-    return logits
+    known = inspect.signature(decoder.model.forward).parameters
+    return decoder.logits(
+        {**inputs, "logits_to_keep": 1} if last and "logits_to_keep" in known else inputs
+    )
 
 
 def gradients(
@@ -117,12 +104,14 @@ def backward(
     with frozen(decoder.model), ExitStack() as stack:
         watch = Watch(decoder, kept, w_o, stack)
         last = behavior.only_last(kept)
-        logits = run(decoder.where, decoder.model, inputs, last)
+        logits = run(decoder, inputs, last)
         watch.check()
         values = behavior(logits, None if last else kept)
-        wanted = {f"L{i}.{name}": site[name] for i, site in enumerate(watch.sites) for name in at}
-        found = iter(gradients(decoder, values, wanted))
-        grads = [{name: next(found) for name in at} for _ in watch.sites]
+        places = [(i, name) for i, site in enumerate(watch.sites) for name in at if name in site]
+        wanted = {f"L{i}.{name}": watch.sites[i][name] for i, name in places}
+        grads: list[dict[str, torch.Tensor]] = [{} for _ in watch.sites]
+        for (i, name), g in zip(places, gradients(decoder, values, wanted), strict=True):
+            grads[i][name] = g
     return Pass(values.detach(), watch.sites, watch.flows, grads)
 
 
@@ -136,6 +125,6 @@ def forward(
     """The sites of a pass without gradients."""
     with ExitStack() as stack:
         watch = Watch(decoder, kept, w_o, stack)
-        run(decoder.where, decoder.model, inputs, last=True)
+        run(decoder, inputs, last=True)
         watch.check()
     return watch.sites

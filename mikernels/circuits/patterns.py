@@ -26,16 +26,18 @@ from rich.table import Table
 
 from mikernels._dispatch import accumulate_dtype
 from mikernels.circuits import page
+from mikernels.circuits.passes import run
 from mikernels.circuits.prompts import Inputs, Prompts, read_prompts
 from mikernels.circuits.targets import vocabulary
-from mikernels.models.decoder import Decoder, find_decoder
-from mikernels.models.hooks import check_eval, check_uncompiled, eager, original
+from mikernels.models.decoder import find_decoder
+from mikernels.models.hooks import check_uncompiled, original
+from mikernels.models.parts import Decoder
 from mikernels.models.rules.attention import (
     Attend,
     Call,
-    called,
     intercept,
     limits,
+    masks_itself,
     meaning,
 )
 
@@ -135,7 +137,8 @@ class _Heads:
         def attend(module, q, k, v, mask=None, **options):  # type: ignore[no-untyped-def]
             out, weights = function(module, q, k, v, mask, **options)
             layer = self._layers[module]
-            call = called(f"block {layer}", name, function, module, q, mask, options)
+            causal = masks_itself(name, module, q, mask, options)
+            call = Call(f"block {layer}", function, module, mask, options, causal, [])
             self._add(layer, call, q, k, v, out.transpose(1, 2))
             return out, weights
 
@@ -202,10 +205,10 @@ def _patterns(
 
 
 def _repeated(
-    model: torch.nn.Module, tokenizer: Any, prompts: int, length: int, seed: int
+    decoder: Decoder, tokenizer: Any, prompts: int, length: int, seed: int
 ) -> torch.Tensor:
     """`[prompts, 2 length]`, or with a first token that the tokeniser begins with."""
-    size = vocabulary(model)
+    size = vocabulary(decoder)
     if size is None:
         raise ValueError(f"{NAME}: input_tokens must be given for a model of unknown vocabulary")
     special = torch.tensor(sorted(getattr(tokenizer, "all_special_ids", None) or []))
@@ -260,13 +263,11 @@ def head_scores(
     """
     model = original(model)
     decoder = find_decoder(model, NAME, FIX)
-    check_eval(NAME, model)
+    decoder.check_eval()
     check_uncompiled(NAME, model)
     if input_tokens is None:
-        input_tokens = _repeated(model, tokenizer, 8, 32, seed)
-    prompts = read_prompts(
-        NAME, "input_tokens", input_tokens, model, decoder.embedding, tokenizer
-    )  # fmt: skip
+        input_tokens = _repeated(decoder, tokenizer, 8, 32, seed)
+    prompts = read_prompts(decoder, "input_tokens", input_tokens, tokenizer)
     heads = _Heads(decoder, prompts.ids.device)
     if len({len(total[0]) for total in heads.totals}) > 1:
         raise decoder.refusal("its layers have different numbers of heads")
@@ -278,8 +279,7 @@ def head_scores(
             heads.marks, heads.kept = _marks(some.ids, some.mask), some.mask
             heads.counts += heads.marks.any(-1).sum((1, 2))
             heads.seen.clear()
-            with eager():
-                model(**{**some.given, "use_cache": False})
+            run(decoder, some.given, last=True)
             if missing := set(range(len(decoder.blocks))) - heads.seen:
                 raise decoder.refusal(f"attention of block {min(missing)} calls no function")
     totals = torch.stack([total.to(heads.counts.device) for total in heads.totals], 1)

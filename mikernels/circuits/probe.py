@@ -21,7 +21,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,17 +38,16 @@ from mikernels.circuits.interactions import (
 )
 from mikernels.circuits.interpret import Circuits, interpret_circuits
 from mikernels.circuits.passes import Pass, backward, forward
+from mikernels.circuits.patterns import HeadScores
 from mikernels.circuits.prompts import Inputs, Prompts, check_aligned, read_prompts
 from mikernels.circuits.targets import Behavior, Target, read_target, vocabulary
 from mikernels.models.claims import Claims, product_limit
-from mikernels.models.decoder import Decoder, find_decoder
-from mikernels.models.hooks import check_eval, original
+from mikernels.models.decoder import find_decoder
+from mikernels.models.hooks import original
+from mikernels.models.parts import Block, Decoder
 from mikernels.models.rules import rules as engine
 from mikernels.ops.pairs.pairwise_topk import check_selection
 from mikernels.values.intervals import Interval, mean_intervals, resampled_means
-
-if TYPE_CHECKING:
-    from mikernels.circuits.patterns import HeadScores
 
 NAME = "gim_probe"
 FIX = "collect its gradients with hooks of your own for compute_gradient_interactions"
@@ -197,12 +196,19 @@ class Probe:
             ModuleNotFoundError: without the `report` extra.
             OSError: when it cannot be written.
         """
+        several = len(self.values) > 1
+        rows = [
+            (c.name, c.score, f"{c.stability:.0%}" if several else self.where(c))
+            for c in self.components
+        ]
+        columns = [self.names.index(c.name) for c in self.components]
+        first = self.scores[0][self.kept[0]][:, columns]
         parts = [
-            page.ranking(self),
+            page.ranking(rows, self.k, several),
             *([page.heads("Heads", self.head_matrix(), signed=True)] if self._has_heads() else []),
             *(head_scores.parts() if head_scores else []),
             page.text("At which tokens", "What all components add there.", self.positions),
-            page.grid(self),
+            page.grid([c.name for c in self.components], self.tokens[0], first),
             page.circuits(self.interactions),
         ]
         return page.write(NAME, self._title(), "", parts, str(self.rules), path)
@@ -213,10 +219,10 @@ class Probe:
 
 def _names(decoder: Decoder, w_o: list[torch.Tensor]) -> tuple[str, ...]:
     names: list[str] = []
-    for layer in range(len(decoder.blocks)):
+    for layer, block in enumerate(decoder.blocks):
         heads = range(len(w_o[layer])) if w_o else None
         names += [f"L{layer}.attn"] if heads is None else [f"L{layer}.h{h}" for h in heads]
-        names.append(f"L{layer}.mlp")
+        names += [f"L{layer}.mlp"] * (block.mlp is not None)
     return tuple(names)
 
 
@@ -238,7 +244,8 @@ class _Attribution:
         found = self.other if other else self.done.sites
         assert found is not None
         site = found[layer][name].detach()
-        return site.reshape(*self.shape[:2], site.shape[-1])
+        # of all heads side by side
+        return site.reshape(*self.shape[:2], -1)
 
     def grad(self, layer: int, name: str) -> torch.Tensor:
         return self.done.grads[layer][name].reshape(self._of(layer, name).shape)
@@ -263,11 +270,12 @@ class _Attribution:
         for layer, block in enumerate(self.decoder.blocks):
             if self.w_o:
                 z = self._products(layer, "z").unflatten(-1, self.w_o[layer].shape[:2]).sum(-1)
-                self._claim(claims, layer, block.projection, z.sum(-1))
+                self._claim(claims, layer, block, z.sum(-1))
                 found.append(z)
             else:
                 found.append(self._products(layer, "attn").sum(-1, keepdim=True))
-            found.append(self._products(layer, "mlp").sum(-1, keepdim=True))
+            if block.mlp is not None:
+                found.append(self._products(layer, "mlp").sum(-1, keepdim=True))
         claims.check(self.decoder.refusal)
         scores = torch.cat([part.to(found[0].device) for part in found], -1).float()
         if self.kept is not None:
@@ -278,21 +286,18 @@ class _Attribution:
             )
         return scores
 
-    def _claim(
-        self, claims: Claims, layer: int, projection: torch.nn.Module, heads: torch.Tensor
-    ) -> None:
+    def _claim(self, claims: Claims, layer: int, block: Block, heads: torch.Tensor) -> None:
         """Heads and bias are what the projection's output adds, within rounding."""
-        out, g, g_z = self._products(layer, "projected"), *(
-            self.grad(layer, name) for name in ("projected", "z")
-        )  # fmt: skip
-        w, bias = self.w_o[layer].flatten(0, 1), getattr(projection, "bias", None)
-        z, absolute = self.moved(layer, "z"), g.abs().to(out.dtype)
-        limit = (product_limit(g, w.T, None, g_z) * z.abs()).sum(-1)
+        out = self._products(layer, "projected")
+        g, g_z = (self.grad(layer, name) for name in ("projected", "z"))
+        w, bias = self.w_o[layer].flatten(0, 1), self.decoder.b_o(block)
+        z, size = self.moved(layer, "z"), g.abs().to(out.dtype)
+        rounded = self.decoder.rounds_products(block)
+        limit = (product_limit(g, w.T, None, g_z, rounded) * z.abs()).sum(-1)
         for other in (False, True)[: 1 if self.other is None else 2]:
-            sides = (self._of(layer, name, other) for name in ("z", "projected"))
-            read, made = sides
-            limit += (product_limit(read, w, bias, made) * absolute).sum(-1)
-        # of the sums over d and over the heads, as in claims
+            read, made = (self._of(layer, name, other) for name in ("z", "projected"))
+            limit += (product_limit(read, w, bias, made, rounded) * size).sum(-1)
+        # of these sums over d and over the heads, as in claims
         reach = z.norm(dim=-1) * g_z.to(z.dtype).norm(dim=-1)
         reach += out.norm(dim=-1) * math.sqrt(out.shape[-1])
         limit += 8 * math.sqrt(len(w) / 3) * torch.finfo(out.dtype).eps * reach
@@ -308,17 +313,18 @@ class _Attribution:
         tokens = kept.to(x.device).flatten().nonzero()[:, 0]
         for part in tokens.split(max(1, CHUNK // (len(names) * self.shape[-1]))):
             rows: list[torch.Tensor] = []
-            for layer in range(len(self.decoder.blocks)):
+            for layer, block in enumerate(self.decoder.blocks):
                 at = "projected" if self.w_o else "attn"
-                g, g_mlp = (self.grad(layer, n).flatten(0, 1)[part] for n in (at, "mlp"))
+                g = self.grad(layer, at).flatten(0, 1)[part]
                 if self.w_o:
                     w = self.w_o[layer]
                     z = self.moved(layer, "z").flatten(0, 1)[part].unflatten(-1, w.shape[:2])
-                    written = torch.einsum("the,hed->htd", z, w.to(z.dtype))
-                    rows += (written * g).unbind()
+                    rows += (torch.einsum("the,hed->htd", z, w.to(z.dtype)) * g).unbind()
                 else:
                     rows.append(self.moved(layer, at).flatten(0, 1)[part] * g)
-                rows.append(self.moved(layer, "mlp").flatten(0, 1)[part] * g_mlp)
+                if block.mlp is not None:
+                    g = self.grad(layer, "mlp").flatten(0, 1)[part]
+                    rows.append(self.moved(layer, "mlp").flatten(0, 1)[part] * g)
             yield dict(zip(names, rows, strict=True))
 
 
@@ -390,20 +396,19 @@ def gim_probe(
     """
     model = original(model)
     decoder = find_decoder(model, NAME, FIX)
-    check_eval(NAME, model)
+    decoder.check_eval()
     w_o = [decoder.w_o(block) for block in decoder.blocks] if heads else []
     names = _names(decoder, w_o)
     check_selection(NAME, k, "abs", None)
     if not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"{NAME}: batch_size must be at least 1, got {batch_size}")
-    embedding = decoder.embedding
-    prompts = read_prompts(NAME, "input_tokens", input_tokens, model, embedding, tokenizer)
+    prompts = read_prompts(decoder, "input_tokens", input_tokens, tokenizer)
     others = None
     if counterfactual is not None:
-        others = read_prompts(NAME, "counterfactual", counterfactual, model, embedding, tokenizer)
+        others = read_prompts(decoder, "counterfactual", counterfactual, tokenizer)
         check_aligned(NAME, prompts, others)
     b = len(prompts.ids)
-    behavior = read_target(NAME, target_behavior, b, vocabulary(model), tokenizer)
+    behavior = read_target(NAME, target_behavior, b, vocabulary(decoder), tokenizer)
     step = b if behavior.function is not None else batch_size
     at = ("z", "projected", "mlp") if heads else ("attn", "mlp")
     values: list[torch.Tensor] = []

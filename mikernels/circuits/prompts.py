@@ -11,6 +11,7 @@ import torch
 
 from mikernels.circuits.targets import piece
 from mikernels.models.padding import with_positions
+from mikernels.models.parts import Decoder
 
 Inputs = torch.Tensor | str | Sequence[Any] | Mapping[str, Any]
 FORMS = (
@@ -121,27 +122,27 @@ def _check_padding(where: str, name: str, ids: torch.Tensor, pad: Any) -> None:
         )
 
 
-def read_prompts(
-    where: str,
-    name: str,
-    inputs: Inputs,
-    model: torch.nn.Module,
-    embedding: torch.nn.Module | None,
-    tokenizer: Any = None,
-) -> Prompts:
+def embeddings(decoder: Decoder) -> torch.Tensor | None:
+    """Of the tokens, `[V, d]`; None for a model that names none."""
+    found = (getattr(decoder.embedding, name, None) for name in ("weight", "W_E"))
+    return next((x for x in found if isinstance(x, torch.Tensor) and x.dim() == 2), None)
+
+
+def read_prompts(decoder: Decoder, name: str, inputs: Inputs, tokenizer: Any = None) -> Prompts:
     """Read prompts before the model runs; texts of different lengths are padded before them.
 
     Args:
-        where, name: of messages: the public function, its argument.
+        decoder: gets them, on the device of its embeddings.
+        name: of messages: the argument.
         inputs: token ids `[P]` or `[B, P]`, or lists of them; what a tokeniser returned; a text or
             several.
-        model: gets them, on the device of its embedding.
         tokenizer: for texts; its padding token is not taken for a token.
 
     Raises:
         TypeError, ValueError: another form; texts without a tokenizer; ids that the embedding does
             not have; padding without an attention_mask, or another mask (`with_positions`).
     """
+    where = decoder.where
     given = _encoded(where, name, inputs, tokenizer)
     ids = given.get("input_ids")
     if isinstance(ids, torch.Tensor) and ids.dim() == 1:
@@ -149,7 +150,7 @@ def read_prompts(
             key: value[None] if isinstance(value, torch.Tensor) and value.dim() == 1 else value
             for key, value in given.items()
         }
-    weight = getattr(embedding, "weight", None)
+    weight = embeddings(decoder)
     _check_ids(where, name, given.get("input_ids"), None if weight is None else len(weight))
     if given.get("attention_mask") is None:
         _check_padding(where, name, given["input_ids"], getattr(tokenizer, "pad_token_id", None))
@@ -158,7 +159,7 @@ def read_prompts(
             key: value.to(weight.device) if isinstance(value, torch.Tensor) else value
             for key, value in given.items()
         }
-    return Prompts(*with_positions(where, model, given))
+    return Prompts(*with_positions(where, decoder.model, given, decoder.counts_positions))
 
 
 def check_aligned(where: str, clean: Prompts, other: Prompts) -> None:

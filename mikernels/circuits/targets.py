@@ -26,6 +26,8 @@ from typing import Any
 
 import torch
 
+from mikernels.models.parts import Decoder
+
 Metric = Callable[[torch.Tensor], torch.Tensor]
 # a list, a pair or a set may nest these
 Target = int | str | tuple[Any, Any] | set[Any] | frozenset[Any] | list[Any] | torch.Tensor | Metric
@@ -96,12 +98,15 @@ def token_id(where: str, text: str, tokenizer: Any) -> int:
     raise ValueError(f"{where}: target {text!r} must be one token, got {got}; {fix}")
 
 
-def vocabulary(model: torch.nn.Module) -> int | None:
+def vocabulary(decoder: Decoder) -> int | None:
     """How many logits the model gives; None where it does not say."""
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    weight = getattr(head, "weight", None)
+    head, model = decoder.unembedding, decoder.model
+    weight, own = (getattr(head, name, None) for name in ("weight", "W_U"))
     if isinstance(weight, torch.Tensor) and weight.dim() == 2:
+        # of quantised layers the weight is packed
         return int(getattr(head, "out_features", weight.shape[0]))
+    if isinstance(own, torch.Tensor) and own.dim() == 2:
+        return int(own.shape[1])
     config: Any = getattr(model, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     size = getattr(config, "vocab_size", None)

@@ -39,13 +39,24 @@ def sum_limit(terms: list[torch.Tensor], result: torch.Tensor) -> torch.Tensor:
 
 
 def product_limit(
-    z: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, result: torch.Tensor
+    z: torch.Tensor,
+    w: torch.Tensor,
+    bias: torch.Tensor | None,
+    result: torch.Tensor,
+    rounded: bool = False,
 ) -> torch.Tensor:
-    """How far from `z w + bias` the model's own product may be, for z `[..., n]` and w `[n, d]`."""
+    """How far from `z w + bias` the model's own product may be, for z `[..., n]` and w `[n, d]`.
+
+    Args:
+        rounded: whether each product, and each head's sum of them, is rounded to the result's dtype
+            before it is added: half eps of `sum_i |z_i w_i| <= |z| |w|` each.
+    """
     acc = accumulate_dtype(w.dtype)
     factors = FACTORS[torch.get_float32_matmul_precision()] if acc == torch.float32 else 0.0
     if _eps(result) > min(_eps(z), _eps(w)):
         factors = max(factors, _eps(result))
+    if rounded:
+        factors += _eps(result) / 2
     sums = 8 * math.sqrt(w.shape[0] / 3) * torch.finfo(acc).eps
     reach = z.to(acc).norm(dim=-1, keepdim=True) * w.to(acc).norm(dim=0)
     size = result.to(acc).abs()

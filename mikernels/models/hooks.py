@@ -8,8 +8,9 @@ shapes only. So a model that is watched runs as the Python that it was compiled 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -20,6 +21,34 @@ NEVER = (
 )
 
 
+class _Stance:
+    """torch's stance "force_eager" while anybody needs it; blocks of several threads may end in any
+    order."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._count = 0
+        self._forced: Any = None
+
+    @contextmanager
+    def forced(self) -> Iterator[None]:
+        with self._lock:
+            if self._count == 0:
+                self._forced = torch.compiler.set_stance("force_eager")
+                self._forced.__enter__()
+            self._count += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._count -= 1
+                if self._count == 0:
+                    self._forced.__exit__(None, None, None)
+
+
+_STANCE = _Stance()
+
+
 def eager() -> AbstractContextManager[Any]:
     """While it is entered, whatever `torch.compile` made runs uncompiled, to its own rounding.
 
@@ -27,9 +56,7 @@ def eager() -> AbstractContextManager[Any]:
     10 us where something was compiled, nothing elsewhere.
     """
     # it is imported by the first torch.compile, and takes a second
-    if "torch._dynamo" not in sys.modules:
-        return nullcontext()
-    return torch.compiler.set_stance("force_eager")
+    return _STANCE.forced() if "torch._dynamo" in sys.modules else nullcontext()
 
 
 def original(model: Any) -> Any:
@@ -77,13 +104,16 @@ def _drops(module: torch.nn.Module) -> bool:
     return module.training and any(isinstance(rate, float) and rate > 0 for rate in rates)
 
 
-def check_eval(where: str, model: torch.nn.Module) -> None:
+def check_eval(where: str, model: torch.nn.Module, dropout_only: bool = False) -> None:
     """Refuses models that drop numbers at random.
+
+    Args:
+        dropout_only: training mode by itself says nothing.
 
     Raises:
         ValueError: in training mode, the whole or a part with dropout.
     """
-    if model.training or any(map(_drops, model.modules())):
+    if (model.training and not dropout_only) or any(map(_drops, model.modules())):
         raise ValueError(
             f"{where}: model must be in eval mode, got training mode, in which dropout makes "
             f"gradients random; call model.eval()"

@@ -34,17 +34,20 @@ def _quiet_transformers() -> Iterator[None]:
 
 
 @contextmanager
-def _one_gguf_reader() -> Iterator[None]:
+def _gguf_read_once() -> Iterator[None]:
     """Parse a GGUF file once: transformers makes a reader for the configuration, the tokeniser and
-    the weights each, and reading 100,000 metadata strings is most of the time of a small model."""
+    the weights each, and reading 100,000 metadata strings is most of the time of a small model; it
+    makes the table of tensor names, 4.7 of the 10.5 s of SmolLM2, for each of 397 modules."""
     import gguf
 
-    original = gguf.GGUFReader
-    gguf.GGUFReader = functools.cache(original)  # type: ignore[misc, assignment]
+    makers = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
+    for name, make in makers.items():
+        setattr(gguf, name, functools.cache(make))
     try:
         yield
     finally:
-        gguf.GGUFReader = original  # type: ignore[misc]
+        for name, make in makers.items():
+            setattr(gguf, name, make)
 
 
 def _unreadable(folder: Path, expected: str, error: Exception, fix: str = "") -> ValueError:
@@ -158,7 +161,7 @@ class LocalModel:
     @contextmanager
     def reading(self) -> Iterator[None]:
         """Quietly; while it is entered, a GGUF file is parsed once for all that is loaded."""
-        once = _one_gguf_reader() if "gguf_file" in self._options else nullcontext()
+        once = _gguf_read_once() if "gguf_file" in self._options else nullcontext()
         with _quiet_transformers(), once:
             yield
 

@@ -29,7 +29,7 @@ def _row(rows: torch.Tensor) -> int:
 
 
 def with_positions(
-    where: str, model: torch.nn.Module, inputs: Mapping[str, Any]
+    where: str, model: torch.nn.Module, inputs: Mapping[str, Any], counted: bool = False
 ) -> tuple[dict[str, Any], torch.Tensor | None]:
     """Inputs under which every row of a padded batch gives what it gives without its padding.
 
@@ -39,9 +39,11 @@ def with_positions(
         inputs: its keywords, with `input_ids [B, P]` or `inputs_embeds [B, P, d]`, and perhaps
             `attention_mask [B, P]`, 1 (or True, 1.0) for a token and 0 for padding, which is before
             or after the tokens of a row or both. `position_ids` of the where's are kept.
+        counted: whether the model counts positions from the mask by itself.
 
     Returns:
-        The inputs with position_ids, and which positions hold tokens `[B, P]`, None if all do.
+        The inputs with position_ids (unless counted), and which positions hold tokens `[B, P]`,
+        None if all do.
 
     Raises:
         TypeError, ValueError: for another mask: of other values or another shape, without a token
@@ -99,7 +101,7 @@ def with_positions(
     given["attention_mask"] = kept.to(torch.int64)
     if not padded:
         return given, None
-    if given.get("position_ids") is None:
+    if given.get("position_ids") is None and not counted:
         if _takes_positions(model):
             given["position_ids"] = (given["attention_mask"].cumsum(-1) - 1).clamp_(min=0)
         elif before:

@@ -16,17 +16,19 @@ is arithmetic: what the block returns is what it got plus attn_out plus mlp_out,
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from numbers import Integral
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from mikernels.models.claims import Claims
-from mikernels.models.decoder import Decoder, decoder_layers, find_decoder
-from mikernels.models.hooks import NEVER, check_fires, eager, returned
+from mikernels.models.decoder import decoder_layers, find_decoder
+from mikernels.models.hooks import NEVER, check_fires, eager
+from mikernels.models.parts import Decoder, Tap
 from mikernels.models.watch import Watch
 
 PLACES = ("residual", "mlp_in", "mlp_out", "attn_out")
@@ -95,18 +97,6 @@ class _Reached(Exception):
     """Ends the forward pass: all has been recorded, so what is behind never runs."""
 
 
-class _Tap(NamedTuple):
-    """A module and which side of it: its output, or its first input."""
-
-    module: torch.nn.Module
-    before: bool = False
-
-
-def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    given = (*args, kwargs.get("hidden_states"), *kwargs.values())
-    return next((x for x in given if isinstance(x, torch.Tensor)), None)
-
-
 class Recorder:
     """Records sites in one forward pass, which ends as soon as all of them have been reached.
 
@@ -141,7 +131,7 @@ class Recorder:
         self._claimed = dict(writers)
         for layer in self._written:
             block = self._known().blocks[layer].module
-            self._claimed |= {f"{layer}.input": _Tap(block, True), f"{layer}.residual": _Tap(block)}
+            self._claimed |= {f"{layer}.input": Tap(block, True), f"{layer}.residual": Tap(block)}
         probe = torch.zeros(1, 1, dtype=torch.int64)
         first = sites[0]
         if len(sites) > 1 or (isinstance(first, Site) and first.place != "residual"):
@@ -155,11 +145,11 @@ class Recorder:
             self._decoder = find_decoder(self._model, self._where, _BY_NAME)
         return self._decoder
 
-    def _find(self, site: Site | str) -> _Tap | None:
+    def _find(self, site: Site | str) -> Tap | None:
         """Where to record a site; None where only a forward pass tells."""
         if isinstance(site, str):
             try:
-                return _Tap(self._model.get_submodule(site))
+                return Tap(self._model.get_submodule(site))
             except AttributeError as error:
                 raise AttributeError(
                     f"{self._where}: layer must be a layer's number, NUMBER.PLACE with one of "
@@ -172,9 +162,12 @@ class Recorder:
                 f"({len(layers)} decoder layers), got {site.layer}"
             )
         if site.place == "residual":
-            return _Tap(layers[site.layer])
+            return Tap(layers[site.layer])
         if site.place == "mlp_in":
-            return _Tap(self._known().blocks[site.layer].mlp_reader, before=True)
+            reader = self._known().blocks[site.layer].mlp_reader
+            if reader is None:
+                raise self._known().refusal(f"block {site.layer} has no MLP")
+            return Tap(reader, before=True)
         return None
 
     def _run(self, tokens: torch.Tensor) -> None:
@@ -182,7 +175,7 @@ class Recorder:
         with eager(), torch.no_grad():
             self._model(input_ids=tokens.to(device), use_cache=False)
 
-    def _writers(self) -> dict[str, _Tap]:
+    def _writers(self) -> dict[str, Tap]:
         """What adds to the stream in the blocks that are asked for, seen in a pass of one token."""
         # inside of inference mode nothing says what is changed in place
         with ExitStack() as stack, torch.inference_mode(False):
@@ -191,12 +184,14 @@ class Recorder:
         found = {}
         for layer in self._written:
             flow = watch.flows[layer]
-            found[f"{layer}.attn_out"] = _Tap(flow.attention_writer)
-            found[f"{layer}.mlp_out"] = _Tap(flow.mlp_writer)
+            found[f"{layer}.attn_out"] = Tap(flow.attention_writer)
+            if flow.mlp_writer is None:
+                raise self._known().refusal(f"block {layer} has no MLP")
+            found[f"{layer}.mlp_out"] = Tap(flow.mlp_writer)
         return found
 
     def _pass(
-        self, tokens: torch.Tensor, taps: Mapping[str, _Tap], whole: bool = False
+        self, tokens: torch.Tensor, taps: Mapping[str, Tap], whole: bool = False
     ) -> dict[str, torch.Tensor]:
         """What is seen at each tap; runs the model to its end if `whole`."""
         found: dict[str, torch.Tensor] = {}
@@ -218,20 +213,9 @@ class Recorder:
             # the model may change it in place when it goes on
             found[name] = value.clone()
 
-        def hook(name: str, tap: _Tap) -> Callable[[], None]:
-            def before(module: torch.nn.Module, args: Any, kwargs: Any) -> None:
-                keep(name, _first(args, kwargs))
-
-            def after(module: torch.nn.Module, args: Any, output: Any) -> None:
-                keep(name, returned(output))
-
-            if tap.before:
-                return tap.module.register_forward_pre_hook(before, with_kwargs=True).remove
-            return tap.module.register_forward_hook(after).remove
-
         with ExitStack() as stack:
             for name, tap in taps.items():
-                stack.callback(hook(name, tap))
+                stack.callback(tap.hook(partial(keep, name)))
             try:
                 self._run(tokens)
             except _Reached:

@@ -7,6 +7,8 @@ the batch at hand:
 - every block returns its input plus what its attention and its MLP wrote, within rounding. A part
   writes what it returns, or, where a norm of the block reads that (Gemma 2, OLMo 2), what the norm
   returns;
+- an MLP reads what its block got, with what attention wrote or (parallel) without, where the model
+  says which;
 - the next block, and after the last the module that reads the stream (the final norm), gets that;
 - attention returns what its projection returned, bit for bit;
 - for heads, the projection returned `z W_O + b`, within rounding.
@@ -28,8 +30,8 @@ import torch
 
 from mikernels._dispatch import accumulate_dtype
 from mikernels.models.claims import Claims, product_limit
-from mikernels.models.decoder import Block, Decoder
 from mikernels.models.hooks import NEVER, returned
+from mikernels.models.parts import Block, Decoder
 
 
 @dataclass
@@ -39,14 +41,15 @@ class Flow:
     Attributes:
         attention_norm, mlp_norm: whose output the part read, None for the stream itself; one norm
             may serve both.
-        attention_writer, mlp_writer: whose output was added to the stream: the part, or a norm.
+        attention_writer, mlp_writer: whose output was added to the stream: the part, or a norm;
+            None for the MLP of a block without.
         parallel: whether the MLP read the block's input, without what attention wrote.
     """
 
     attention_norm: torch.nn.Module | None
     mlp_norm: torch.nn.Module | None
     attention_writer: torch.nn.Module
-    mlp_writer: torch.nn.Module
+    mlp_writer: torch.nn.Module | None
     parallel: bool = False
 
 
@@ -79,7 +82,7 @@ class Watch:
     Attributes:
         sites: for each block "x", its input; "attn" and "mlp", what they write; "z" and
             "projected", input and output of the projection. `[B, P, d]`, or `[B P, d]` where the
-            model computes so.
+            model computes so; z as `Block.z` says. A block without an MLP has no "mlp".
         flows: for each block how they were connected.
         reader: the module that read the stream after the last block, None without any.
     """
@@ -144,6 +147,13 @@ class Watch:
         def before_mlp(module, args, kwargs):
             flow.mlp_norm, read = source(args, kwargs)
             flow.parallel = read is not None and read is site.get("x")
+            if block.parallel is None or read is None:
+                return
+            # what it reads may be a copy, which no identity tells
+            flow.parallel = block.parallel
+            alone = "its input" if block.parallel else "input + attention"
+            terms = [site["x"]] if block.parallel else [site["x"], site["attn"]]
+            claims.sums(f"the MLP of block {layer} must read {alone}", read.detach(), terms)
 
         def norm(module, args, kwargs, output):
             read = _tensors(args, kwargs)[0]
@@ -156,14 +166,14 @@ class Watch:
                     return
             normed.append((module, read, returned(output)))
 
-        def project(module, args, kwargs, output):
-            z = args[0] if args else next(iter(kwargs.values()))
-            keep("z", z)
+        def project(module, args, output):
+            output = returned(output)
             keep("projected", output)
             seen.append(Seen(output))
-            if self._w_o:
+            if self._w_o and "z" in site:
                 w = self._w_o[layer].flatten(0, 1)
-                bias = getattr(module, "bias", None)
+                bias = self._decoder.b_o(block)
+                z = site["z"].flatten(-2) if site["z"].dim() == 4 else site["z"]
                 if z.shape[-1] != len(w) or output.shape[-1] != w.shape[1]:
                     reason = f"{list(z.shape)} times W_O {list(w.shape)} is {list(output.shape)}"
                     raise refusal(f"in block {layer} {reason}")
@@ -171,7 +181,8 @@ class Watch:
                 z = z.detach().to(w.device)
                 expected = z.to(acc) @ w.to(acc)
                 expected = expected if bias is None else expected + bias.detach()
-                limit = product_limit(z, w, bias, output.detach())
+                rounded = self._decoder.rounds_products(block)
+                limit = product_limit(z, w, bias, output.detach(), rounded)
                 claim = f"the projection of block {layer} must return z W_O + b"
                 claims.equal(f"{claim} ({type(module).__name__})", output, expected, limit)
 
@@ -184,11 +195,12 @@ class Watch:
             raw["mlp"] = site["mlp"]
 
         def leave(module, args, output):
-            if not site.keys() >= {"attn", "z", "mlp"}:
+            if not site.keys() >= {"z", *block.writes}:
                 raise refusal(f"in block {layer} hooks fire only on {sorted(site)}; {NEVER}")
             y = returned(output).detach()
-            claim = f"block {layer} must return input + attention + mlp"
-            claims.sums(claim, y, [site[n] for n in ("x", "attn", "mlp")])
+            parts = " + ".join({"attn": "attention"}.get(n, n) for n in block.writes)
+            claim = f"block {layer} must return input + {parts}"
+            claims.sums(claim, y, [site[n] for n in ("x", *block.writes)])
             claim = f"attention of block {layer} must return what its projection does"
             projected, attended = seen.pop().read(self._decoder, claim), raw["attn"]
             if projected.shape != attended.shape:
@@ -201,18 +213,23 @@ class Watch:
 
         add = self._stack.callback
         add(block.module.register_forward_pre_hook(enter, with_kwargs=True).remove)
-        add(block.projection.register_forward_hook(project, with_kwargs=True).remove)
+        add(block.z.hook(lambda z: keep("z", z)))
+        add(block.projection.register_forward_hook(project).remove)
         read = block.attention.register_forward_pre_hook(before_attention, with_kwargs=True)
         add(read.remove)
         add(block.attention.register_forward_hook(attend).remove)
-        add(block.mlp_reader.register_forward_pre_hook(before_mlp, with_kwargs=True).remove)
-        add(block.mlp.register_forward_hook(feed).remove)
+        if block.mlp is not None and block.mlp_reader is not None:
+            add(block.mlp_reader.register_forward_pre_hook(before_mlp, with_kwargs=True).remove)
+            add(block.mlp.register_forward_hook(feed).remove)
         for part in block.norms.values():
             add(part.register_forward_hook(norm, with_kwargs=True).remove)
         add(block.module.register_forward_hook(leave).remove)
 
+    def _ran(self, layer: int) -> bool:
+        return self._decoder.blocks[layer].writes[-1] in self.sites[layer]
+
     def _read(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if "mlp" in self.sites[-1] and self._stream is not None:
+        if self._ran(len(self.sites) - 1) and self._stream is not None:
             x = args[0] if args else next(iter(kwargs.values()))
             claim = f"{type(module).__name__} must get what the last block returned"
             self._claims.equal(claim, x, self._stream.read(self._decoder, claim))
@@ -226,7 +243,7 @@ class Watch:
         """
         refusal = self._decoder.refusal
         for layer, site in enumerate(self.sites):
-            if "mlp" not in site:
+            if not self._ran(layer):
                 raise refusal(f"in block {layer} hooks fire only on {sorted(site)}; {NEVER}")
         fix = "remove or merge what changes it (a hook, an adapter), or "
         self._claims.check(lambda found: refusal(found, fix))

@@ -18,7 +18,7 @@ from mikernels.circuits import (
     tasks,
 )
 from mikernels.demo.data import smollm2_folder
-from mikernels.models.load import _one_gguf_reader, _quiet_transformers
+from mikernels.models.load import _gguf_read_once, _quiet_transformers
 
 pytestmark = [
     pytest.mark.model,
@@ -35,7 +35,7 @@ def smollm2():
     transformers = pytest.importorskip("transformers")
     folder = smollm2_folder()
     options = {"gguf_file": next(folder.glob("*.gguf")).name, "local_files_only": True}
-    with _quiet_transformers(), _one_gguf_reader():
+    with _quiet_transformers(), _gguf_read_once():
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, **options)
     return model.eval(), tokenizer

@@ -232,9 +232,9 @@ def test_smollm2_end_to_end(command, tmp_path):
     with local.reading():
         tokenizer, model = local.tokenizer(), local.model(head=True)
     documents = python_documentation()
-    source = ModelSource(model, tokenizer, 14, documents[:20], 512, context=64, buffer_rows=4096)
+    source = ModelSource(model, tokenizer, 14, documents[:20], 256, context=64, buffer_rows=1024)
     sae = TopKSAE(576, 1152, 32, generator=torch.Generator().manual_seed(0))
-    config = TrainConfig(total_tokens=512 * 16, batch_size=512, lr=1e-3)
+    config = TrainConfig(total_tokens=256 * 12, batch_size=256, lr=1e-3)
     Trainer(sae, source, config, out_dir=tmp_path / "run").run()
     text = tmp_path / "unseen.txt"
     text.write_text("\n".join(documents[-10:]), encoding="utf-8")

@@ -1,49 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The oracle of backward rules is transformers' model without them, and with them what they say."""
 
-from contextlib import ExitStack
-
 import pytest
 import torch
-from decoder_cases import IDS, made, padded
+from decoder_cases import HARD, IDS, made, padded
 from doubles import Doubles
 from rules_algebra import Rules, activated, gated, normed, pattern, scaled
+from rules_cases import ALL, PLAIN_MLP, batches, score, theirs
 from rules_oracle import oracle
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
-
-MIXED = {
-    "sliding_window": 3,
-    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
-}
-WINDOWED = {"use_sliding_window": True, **MIXED}
-PARTIAL = {
-    "rope_parameters": {
-        "rope_type": "default",
-        "rope_theta": 10000.0,
-        "partial_rotary_factor": 0.7,
-    }
-}
-# name -> options beyond those of the other tests
-CASES = {
-    "llama": {},
-    "qwen2": WINDOWED,
-    "qwen3": WINDOWED,
-    "phi3": {"sliding_window": 3, **PARTIAL},
-    "mixtral": {"sliding_window": 3},
-    "qwen2_moe": {**WINDOWED, "mlp_only_layers": [1]},
-    "qwen3_moe": {"use_sliding_window": True, "sliding_window": 3, "norm_topk_prob": True},
-    "gpt2": {},
-    "gpt_neox": PARTIAL,
-    "gpt_neox, serial": {},
-    "opt": {},
-    "gemma2": {**MIXED, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 5.0},
-    "gemma3_text": MIXED,
-    "olmo2": {},
-}
-PLAIN_MLP = "gpt2", "gpt_neox", "gpt_neox, serial", "opt"
-# no factor is another's, and no product of theirs
-ALL = Rules("frozen", 3.0, query=0.3, key=0.7, value=0.6, gate=0.4, up=0.9, activation="secant")
 
 
 def close(found, expected):
@@ -53,35 +19,8 @@ def close(found, expected):
     assert (found - expected).abs().max() <= 1e-11 * scale
 
 
-def score(logits, kept):
-    generator = torch.Generator().manual_seed(1)
-    weights = torch.randn(logits.shape, generator=generator, dtype=torch.float64)
-    return (logits * weights)[kept].sum()
-
-
-def theirs(model, batch, modes=()):
-    """Logits of transformers' model, its gradients at the embeddings and before each block."""
-    reads, kept = [], batch["attention_mask"] == 1
-
-    def embed(module, args, output):
-        reads.append(output.detach().requires_grad_())
-        return reads[-1]
-
-    blocks = next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList))
-    with ExitStack() as stack:
-        for mode in (Doubles(), *modes):
-            stack.enter_context(mode)
-        stack.callback(model.get_input_embeddings().register_forward_hook(embed).remove)
-        for block in blocks:
-            read = block.register_forward_pre_hook(lambda module, args: reads.append(args[0]))
-            stack.callback(read.remove)
-        positions = (kept.cumsum(-1) - 1).clamp(min=0)
-        logits = model(**batch, position_ids=positions, use_cache=False).logits
-    return logits[kept], torch.autograd.grad(score(logits, kept), reads)
-
-
 def check(model, batch, rules=None, modes=()):
-    logits, grads = theirs(model, batch, modes)
+    logits, grads = theirs(model, batch, (Doubles(), *modes))
     kept = batch["attention_mask"] == 1
     found = oracle(model, batch, rules)
     close(found.logits[kept], logits)
@@ -92,17 +31,12 @@ def check(model, batch, rules=None, modes=()):
         assert not one[~kept].any()
 
 
-def batches():
-    # without padding and with it; both longer than the windows
-    return {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}, padded("left")
-
-
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", HARD)
 def test_without_rules_it_is_the_model(name, attention):
     # for Gemma 2 transformers has no sdpa, which has no soft-cap
     if (name, attention) != ("gemma2", "sdpa"):
-        model = made(name, attn_implementation=attention, **CASES[name])
+        model = made(name, attn_implementation=attention, **HARD[name])
         for batch in batches():
             check(model, batch)
 
@@ -174,16 +108,16 @@ class Ruled(TorchFunctionMode):
         return func(*args, **kwargs or {})
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", HARD)
 def test_with_all_rules_it_is_the_model_with_the_rules_put_in_by_hand(name):
-    model = made(name, attn_implementation="eager", **CASES[name])
+    model = made(name, attn_implementation="eager", **HARD[name])
     mode = Ruled(model, ALL, name not in PLAIN_MLP)
     check(model, padded("left"), ALL, [mode])
     assert mode.products == 6 and mode.active is None
 
 
 def test_rules_of_one_place_act_there_and_nowhere_else():
-    model = made("qwen3", **CASES["qwen3"])
+    model = made("qwen3", **HARD["qwen3"])
     plain, ruled = oracle(model, IDS), oracle(model, IDS, ALL)
     some = oracle(model, IDS, for_layers={1: ALL, "final": ALL})
     found = torch.autograd.grad(some.logits[:, -1, 7].sum(), some.stream)
@@ -253,10 +187,19 @@ def test_factors_change_gradients_and_no_bit_of_a_value():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_in_a_smaller_dtype_it_rounds_as_the_model_does(dtype):
     for name in ("llama", "gemma3_text", "gpt2"):
-        model = made(name, dtype, attn_implementation="eager", **CASES[name])
+        model = made(name, dtype, attn_implementation="eager", **HARD[name])
         logits = model(IDS, use_cache=False).logits
         truth = oracle(model, IDS).logits
         found = oracle(model, IDS, dtype=dtype).logits
         assert found.dtype == dtype
         error, expected = ((y - truth).abs().mean() for y in (found, logits))
         assert 0.5 * expected <= error <= 2 * expected
+
+
+def test_the_experts_it_chose_are_the_models():
+    model = made("qwen2_moe", **HARD["qwen2_moe"])
+    found = oracle(model, IDS).chosen
+    logits = model(IDS, output_router_logits=True, use_cache=False).router_logits
+    assert len(found) == len(logits) == 2  # the block between has none
+    for chosen, row in zip(found, logits, strict=True):
+        assert torch.equal(chosen.flatten(0, 1), row.topk(2, -1).indices)

@@ -1,11 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-import sys
-
 import hypothesis.extra.numpy as hnp
 import pytest
 import torch
 from batch_cases import check
-from encode_cases import ADVERSARIAL, COARSE, NON_FINITE
+from encode_cases import ADVERSARIAL, COARSE, LARGE, NON_FINITE, several_panels
 from hypothesis import given
 from hypothesis import strategies as st
 from oracle import DTYPES, identical, num_threads, randint, randn
@@ -130,10 +128,8 @@ def test_batch_topk_encode_layouts(impl, dtype):
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-def test_batch_topk_encode_over_several_weight_panels(impl, transposed):
-    x, w = randn(17, 768), randn(24593, 768, seed=1)
-    w[20000:] *= 1.1  # winners on both sides of every boundary
-    check(impl, x, w.T.contiguous().T if transposed else w, randn(24593, seed=2), k=64.5)
+def test_batch_topk_encode_over_several_weight_panels(level, transposed):
+    check("cpp", *several_panels(transposed), randn(24594, seed=2), k=64.5)
 
 
 def test_batch_topk_encode_over_several_chunks_of_tokens(level):
@@ -179,22 +175,9 @@ def test_batch_topk_encode_levels_agree(case):
         assert torch.equal(codes.indices, results[0][0].indices)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux")
-@pytest.mark.parametrize("case", ["random", "ascending"])
-def test_batch_topk_encode_does_not_form_the_score_matrix(level, run_python, case):
+def test_batch_topk_encode_does_not_form_the_score_matrix(peak_growth):
     # scores would take 512 MB
-    grown = run_python(f"""
-        import resource, torch, mikernels
-        x, w = torch.randn(2048, 16), torch.randn(65536, 16)
-        if {case!r} == "ascending":
-            x, w = x.abs(), (1 + torch.arange(65536.)[:, None] / 65536).expand(-1, 16).contiguous()
-        with mikernels.force_level({level!r}):
-            mikernels.batch_topk_encode(x[:32], w, k=8, impl="cpp")
-            before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            mikernels.batch_topk_encode(x, w, k=8, impl="cpp")
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
-    """)
-    assert int(grown) * 1024 < 64e6
+    assert peak_growth("mikernels.batch_topk_encode(x, w, k=8, impl='cpp')", *LARGE) < 64e6
 
 
 POOL = st.sampled_from([0.0, -0.0, 1.0, -1.0, 2.0, 3.0, float("nan"), float("inf"), -float("inf")])

@@ -60,7 +60,11 @@ SAMPLES_A, SAMPLES_G = randn(4, P, D, seed=9), randn(4, P, W, seed=10)
 INDICES = random_indices(9, 3, F)
 CODES = mk.SparseCodes(randn(9, 3, seed=11).abs(), INDICES, F)
 PLACES = torch.arange(F) % 5
+HEADS = randn(2, 4, 5, 3, seed=12)
 PUBLIC = {
+    "attention_gradients": lambda: mk.attention_gradients(
+        HEADS, HEADS, HEADS[:, :2], HEADS[:, :2], HEADS, causal=True, temperature=2.0
+    ),
     "block_norms": lambda: mk.block_norms(randn(3, D, DH), randn(2, D, DH, seed=1).mT),
     "by_feature": lambda: mk.by_feature(INDICES.reshape(-1), F),
     "edge_mix": lambda: mk.edge_mix(randn(B, P, R, D), DELTA, MASK),

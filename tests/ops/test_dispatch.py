@@ -33,8 +33,12 @@ def test_every_operator_has_samples():
 )
 @pytest.mark.parametrize("name", SAMPLES)
 def test_opcheck(name, layout, n, dtype):
+    checks = ["test_schema", "test_autograd_registration", "test_faketensor"]
+    # two thirds of the time; what is traced hangs on layouts and sizes alone
+    if dtype == torch.float32:
+        checks.append("test_aot_dispatch_dynamic")
     for arguments in SAMPLES[name](LAYOUTS[layout], n, dtype):
-        torch.library.opcheck(OPS[name].default, arguments)
+        torch.library.opcheck(OPS[name].default, arguments, test_utils=checks)
 
 
 # results -> axes whose size hangs on the data

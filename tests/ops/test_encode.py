@@ -1,10 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-import sys
-
 import hypothesis.extra.numpy as hnp
 import pytest
 import torch
-from encode_cases import ADVERSARIAL, COARSE, NON_FINITE, check
+from encode_cases import ADVERSARIAL, COARSE, LARGE, NON_FINITE, check, several_panels
 from hypothesis import given
 from hypothesis import strategies as st
 from oracle import (
@@ -178,10 +176,8 @@ def test_encode_layouts(impl, dtype):
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-def test_encode_over_several_weight_panels(impl, transposed):
-    x, w = randn(17, 768), randn(24593, 768, seed=1)
-    w[20000:] *= 1.1  # winners on both sides of every boundary
-    check(impl, x, w.T.contiguous().T if transposed else w, randn(24593, seed=2), k=64)
+def test_encode_over_several_weight_panels(level, transposed):
+    check("cpp", *several_panels(transposed), randn(24594, seed=2), k=64)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -233,19 +229,9 @@ def test_encode_precision_rounds_the_operands_first(impl):
     assert torch.equal(low.indices, rounded.indices)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux")
-def test_encode_does_not_form_the_score_matrix(level, run_python):
+def test_encode_does_not_form_the_score_matrix(peak_growth):
     # scores would take 512 MB
-    grown = run_python(f"""
-        import resource, torch, mikernels
-        x, w = torch.randn(2048, 16), torch.randn(65536, 16)
-        with mikernels.force_level({level!r}):
-            mikernels.topk_encode(x[:32], w, k=8, impl="cpp")
-            before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            mikernels.topk_encode(x, w, k=8, impl="cpp")
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
-    """)
-    assert int(grown) * 1024 < 64e6
+    assert peak_growth("mikernels.topk_encode(x, w, k=8, impl='cpp')", LARGE[0]) < 64e6
 
 
 POOL = st.sampled_from([0.0, -0.0, 1.0, -1.0, 2.0, 3.0, float("nan"), float("inf"), -float("inf")])

@@ -1,10 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-import sys
-
 import hypothesis.extra.numpy as hnp
 import pytest
 import torch
-from encode_cases import ADVERSARIAL, NON_FINITE
+from encode_cases import ADVERSARIAL, LARGE, NON_FINITE, several_panels
 from groupmax_cases import check, group_counts
 from hypothesis import given
 from hypothesis import strategies as st
@@ -152,14 +150,12 @@ def test_groupmax_encode_layouts(impl, dtype):
         check(impl, tokens, w, vectors[0][:1].expand(300), k=12, scale=vectors[0][::2], exact=True)
 
 
-@pytest.mark.parametrize("transposed", [False, True])
-# of some 10,000 features a panel: groups that span panels, and panels that cut groups
-@pytest.mark.parametrize("k", [1, 2, 6, 4099])
-def test_groupmax_encode_over_several_weight_panels(impl, transposed, k):
-    x, w = randn(17, 768), randn(24594, 768, seed=1)
-    w[[*range(5, 24594, 4099)]] *= 2  # winners on both sides of every boundary
-    weight = w.T.contiguous().T if transposed else w
-    check(impl, x, weight, randn(24594, seed=2), k=k)
+# groups that span panels, and panels that cut groups
+@pytest.mark.parametrize(
+    "transposed, k", [(False, 1), (False, 2), (False, 6), (False, 4099), (True, 2), (True, 4099)]
+)
+def test_groupmax_encode_over_several_weight_panels(level, transposed, k):
+    check("cpp", *several_panels(transposed), randn(24594, seed=2), k=k)
 
 
 def test_groupmax_encode_over_several_chunks_of_tokens(level):
@@ -204,22 +200,9 @@ def test_groupmax_encode_levels_agree(case):
             assert torch.equal(codes.indices, results[0].indices)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux")
-@pytest.mark.parametrize("case", ["random", "ascending"])
-def test_groupmax_encode_does_not_form_the_score_matrix(level, run_python, case):
+def test_groupmax_encode_does_not_form_the_score_matrix(peak_growth):
     # scores would take 512 MB
-    grown = run_python(f"""
-        import resource, torch, mikernels
-        x, w = torch.randn(2048, 16), torch.randn(65536, 16)
-        if {case!r} == "ascending":
-            x, w = x.abs(), (1 + torch.arange(65536.)[:, None] / 65536).expand(-1, 16).contiguous()
-        with mikernels.force_level({level!r}):
-            mikernels.groupmax_encode(x[:32], w, k=64, impl="cpp")
-            before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            mikernels.groupmax_encode(x, w, k=64, impl="cpp")
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
-    """)
-    assert int(grown) * 1024 < 64e6
+    assert peak_growth("mikernels.groupmax_encode(x, w, k=64, impl='cpp')", *LARGE) < 64e6
 
 
 POOL = st.sampled_from([0.0, -0.0, 1.0, -1.0, 2.0, 3.0, float("nan"), float("inf"), -float("inf")])

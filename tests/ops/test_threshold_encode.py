@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-import sys
 
 import hypothesis.extra.numpy as hnp
 import pytest
 import torch
-from encode_cases import ADVERSARIAL, COARSE, NON_FINITE
+from encode_cases import ADVERSARIAL, COARSE, LARGE, NON_FINITE, several_panels
 from hypothesis import given
 from hypothesis import strategies as st
 from one_level import one_impl
@@ -189,11 +188,9 @@ def test_encoders_of_no_width(impl, n):
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-def test_threshold_encode_over_several_weight_panels(impl, transposed):
-    x, w = randn(17, 768), randn(24593, 768, seed=1)
-    w[20000:] *= 1.1  # survivors on both sides of every boundary
-    floor = 60 + randn(24593, seed=2)
-    check(impl, x, w.T.contiguous().T if transposed else w, randn(24593, seed=3), floor=floor)
+def test_threshold_encode_over_several_weight_panels(level, transposed):
+    floor = 60 + randn(24594, seed=2)
+    check("cpp", *several_panels(transposed), randn(24594, seed=3), floor=floor)
 
 
 def test_threshold_encode_over_several_chunks_of_tokens(level):
@@ -241,20 +238,10 @@ def test_threshold_encode_levels_agree(case):
             assert identical(a, b)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux")
-def test_threshold_encode_does_not_form_the_score_matrix(level, run_python):
+def test_threshold_encode_does_not_form_the_score_matrix(peak_growth):
     # scores would take 512 MB, and those that are kept, 0.3 % of them, take 5 MB as codes
-    grown = run_python(f"""
-        import resource, torch, mikernels
-        x, w = torch.randn(2048, 16), torch.randn(65536, 16)
-        with mikernels.force_level({level!r}):
-            mikernels.threshold_encode(x[:32], w, threshold=12.0, impl="cpp")
-            before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            codes = mikernels.threshold_encode(x, w, threshold=12.0, impl="cpp")
-            assert 1e5 < len(codes.values) < 1e6
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
-    """)
-    assert int(grown) * 1024 < 64e6
+    call = "kept = mikernels.threshold_encode(x, w, threshold=12.0, impl='cpp').values"
+    assert peak_growth(f"{call}; assert 3e3 < len(kept) < 1e6", LARGE[0]) < 64e6
 
 
 POOL = st.sampled_from([0.0, -0.0, 1.0, -1.0, 2.0, 3.0, NAN, INF, -INF])

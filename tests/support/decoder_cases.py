@@ -36,6 +36,36 @@ OPTIONS = {
     "gemma3_text": WIDE,
     "olmo2": WIDE,
 }
+MIXED = {
+    "sliding_window": 3,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+}
+WINDOWED = {"use_sliding_window": True, **MIXED}
+PARTIAL = {
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 10000.0,
+        "partial_rotary_factor": 0.7,
+    }
+}
+# the kinds with backward rules, and what makes each hard: windows shorter than a text, soft-caps
+# that matter, a rotation of a part of a head, a block without experts among those with them
+HARD = {
+    "llama": {},
+    "qwen2": WINDOWED,
+    "qwen3": WINDOWED,
+    "phi3": {"sliding_window": 3, **PARTIAL},
+    "mixtral": {"sliding_window": 3},
+    "qwen2_moe": {**WINDOWED, "mlp_only_layers": [1]},
+    "qwen3_moe": {"use_sliding_window": True, "sliding_window": 3, "norm_topk_prob": True},
+    "gpt2": {},
+    "gpt_neox": PARTIAL,
+    "gpt_neox, serial": {},
+    "opt": {},
+    "gemma2": {**MIXED, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 5.0},
+    "gemma3_text": MIXED,
+    "olmo2": {},
+}
 ROWS = ([3, 14, 15, 9], [6, 5, 35, 8, 9, 7], [11, 2])
 
 

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from oracle import (
     assert_accurate,
@@ -293,3 +295,22 @@ COARSE = {
     "uneven rows": uneven_rows,
     "turning to the worse": turning_to_the_worse,
 }
+
+# "x, w_enc" whose scores would take 512 MB: at random, and as `ascending`
+LARGE = (
+    "torch.randn(2048, 16), torch.randn(65536, 16)",
+    "torch.rand(2048, 16), (1 + torch.arange(65536.) / 65536).repeat(16, 1).T.contiguous()",
+)
+
+
+@functools.cache
+def several_panels(transposed: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """x and w_enc of some 10,000 features a panel, winners on both sides of every boundary. Not to
+    be written to: drawing them takes longer than a test of them."""
+    if transposed:
+        x, w = several_panels(False)
+        return x, w.T.contiguous().T
+    x, w = randn(17, 768), randn(24594, 768, seed=1)
+    w[20000:] *= 1.1
+    w[5::4099] *= 2
+    return x, w

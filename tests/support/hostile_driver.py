@@ -15,7 +15,13 @@ sys.path.append(str(Path(__file__).parent))
 
 from op_samples import LAYOUTS, SAMPLES, copies, mangled  # noqa: E402
 
+from mikernels import _triton  # noqa: E402
 from mikernels._dispatch import OPS, Op  # noqa: E402
+
+if _triton.interpreting():
+    import interpreter_once
+
+    interpreter_once.install()
 
 # int64 operands whose entries are places; prefixes and ranks are compared only. Kernels by slots
 # have no use for indices

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Triton's interpreter replaces what `triton.language` holds at every call of a helper: 2.7 ms.
+"""What Triton's interpreter does again and again, done once.
 
-A launch needs it once. What a helper's module sees is replaced at its first call in a launch, and
-the launch puts all back, as before.
+It replaces what `triton.language` holds at every call of a helper, which takes 2.7 ms; a launch
+needs it once. What a helper's module sees is replaced at its first call in a launch, and the launch
+puts all back, as before. It makes its table of types at every look into it, 9% of a launch's time.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from interpreter_patches import Method, replace
@@ -40,6 +42,18 @@ def _launch(old: Method) -> Method:
     return launch
 
 
+def _table(old: Method) -> Method:
+    known = functools.cache(old)
+
+    def np_dtype(of: Any) -> Any:
+        scalar = of.scalar
+        # types of pointers have no hash, and need no table
+        return old(scalar) if scalar.is_ptr() else known(scalar)
+
+    return np_dtype
+
+
 def install() -> None:
+    interpreter._get_np_dtype = _table(interpreter._get_np_dtype)
     replace(interpreter.GridExecutor, "__call__", "args_dev kwargs", _launch)
     replace(interpreter.InterpretedFunction, "__call__", "args kwargs", _helper)

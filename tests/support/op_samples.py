@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import attention_samples
 import pair_samples
 import torch
 from oracle import randn, random_indices
@@ -179,6 +180,7 @@ SAMPLES = {
     "adam_rows_": adam_rows_samples,
     "grad_sumsq": grad_sumsq_samples,
     **pair_samples.SAMPLES,
+    **attention_samples.SAMPLES,
 }
 
 
@@ -304,6 +306,7 @@ HOSTILE = {
         (V, *slots(5), None, X, X, W, None, None, W.half(), W.clone(), torch.zeros(F), False),
     ),
     **pair_samples.HOSTILE,
+    **attention_samples.HOSTILE,
 }
 
 

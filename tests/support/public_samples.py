@@ -12,7 +12,26 @@ from oracle import randn, random_indices
 import mikernels as mk
 
 SIZES = dict(
-    N=6, d=5, F=40, K=3, B=2, P=3, W=4, R=5, H=4, e=3, n=6, m=7, D=5, Q=2, T=2, i=4, o=3, r=3, s=4
+    N=6,
+    d=5,
+    F=40,
+    K=3,
+    B=2,
+    P=3,
+    W=4,
+    R=5,
+    H=4,
+    G=2,
+    e=3,
+    n=6,
+    m=7,
+    D=5,
+    Q=2,
+    T=2,
+    i=4,
+    o=3,
+    r=3,
+    s=4,
 )
 
 
@@ -89,6 +108,27 @@ def limits(grad):
     return torch.arange(grad.shape[2]) % 3 + 1
 
 
+def plain_attention_gradients(g, q, k, v):
+    """dq, dk and dv end to end, at temperature 2."""
+    group = q.shape[1] // 2
+    k, v = (t.repeat_interleave(group, 1) for t in (k, v))
+    scale = max(1, q.shape[-1]) ** -0.5
+    s, dp = scale * q @ k.mT, g @ v.mT
+    p, tempered = torch.softmax(s, -1), torch.softmax(s / 2, -1)
+    ds = scale * tempered * (dp - (tempered * dp).sum(-1, keepdim=True))
+    dk, dv = (t.unflatten(1, (2, group)).sum(2) for t in (ds.mT @ q, p.mT @ g))
+    return flat(ds @ k, dk, dv)
+
+
+def flat(*tensors):
+    """Of any dtype under autocast, which torch.cat is not."""
+    flattened = tensors[0].new_empty(sum(t.numel() for t in tensors))
+    parts = flattened.split([t.numel() for t in tensors])
+    for part, t in zip(parts, tensors, strict=True):
+        part.copy_(t.reshape(-1))
+    return flattened
+
+
 def everything(interactions):
     found = interactions if isinstance(interactions, list) else [interactions]
     return torch.stack([i.to_dense() for i in found])
@@ -111,6 +151,14 @@ def plain_gram(acts, grads):
 ALL = 1 << 20
 
 PUBLIC = {
+    "attention_gradients": Public(
+        ["BHPd", "BHPe", "BGNe", "BGNd"],
+        lambda impl, g, q, k, v: flat(
+            *mk.attention_gradients(g, q, k, v, g, temperature=2.0, impl=impl)[:3]
+        ),
+        plain_attention_gradients,
+        {"G": "k must have heads of which H is a multiple"},
+    ),
     "row_topk": Public(
         ["NF"],
         lambda impl, s: mk.row_topk(s, 1, impl=impl)[0],

@@ -21,6 +21,9 @@ class Result(NamedTuple):
     logits: Tensor  # [B, P, V]
     x0: Tensor  # [B, P, d], what the embedding gives; a leaf that requires a gradient
     stream: list[Tensor]  # what each block reads, then what the final norm reads
+    # [B, P, k] of each block with experts: in a smaller dtype the choice may be another, and then
+    # the result is another function's and not less exact
+    chosen: list[Tensor]
 
 
 class Family(NamedTuple):
@@ -132,20 +135,18 @@ class Decoder:
 
     def __init__(self, model: Any, dtype: torch.dtype) -> None:
         config = model.config
-        self.family, self.config, self.dtype = FAMILIES[config.model_type], config, dtype
+        self.family, self.config = FAMILIES[config.model_type], config
         # GPT-2 keeps its weights the other way round
         turned = {n for n, m in model.named_modules() if type(m).__name__ == "Conv1D"}
-        self.weights = Weights(
-            {
-                name: (t.T if name.removesuffix(".weight") in turned and t.ndim == 2 else t)
-                .detach()
-                .to(dtype)
-                for name, t in model.state_dict().items()
-            }
-        )
+        tensors = {
+            name: (t.T if name.removesuffix(".weight") in turned else t).detach().to(dtype)
+            for name, t in model.state_dict().items()
+        }
+        self.weights = Weights(tensors)
         root = model.get_submodule(self.family.root)
         self.rotary = getattr(root, "rotary_emb", None)
         self.embed_scale = getattr(getattr(root, self.family.embedding), "embed_scale", None)
+        self.chosen: list[Tensor] = []
         self.heads = config.num_attention_heads
         self.groups = first_of(config, "num_key_value_heads", default=self.heads)
         self.size = first_of(config, "head_dim", default=config.hidden_size // self.heads)
@@ -250,6 +251,7 @@ class Decoder:
         top, chosen = chances.topk(self.config.num_experts_per_tok, -1)
         if getattr(self.config, "norm_topk_prob", True):  # Mixtral always
             top = top / top.sum(-1, keepdim=True)
+        self.chosen.append(chosen)
         weights = torch.zeros_like(chances).scatter(-1, chosen, top).to(x.dtype)
         both = torch.einsum("bpd,efd->bpef", x, w("experts.gate_up_proj"))
         inner = gated(*both.chunk(2, -1), self.f, rules)
@@ -294,9 +296,7 @@ def oracle(
             `rules`: a function, or a mapping of those places where they are others.
     """
     rules = Rules() if rules is None else rules
-    if for_layers is None:
-        for_layers = {}
-    others = for_layers
+    others = {} if for_layers is None else for_layers
     at = others if callable(others) else lambda place: others.get(place, rules)
     inputs = {"input_ids": inputs} if isinstance(inputs, Tensor) else inputs
     decoder = Decoder(model, dtype)
@@ -324,4 +324,5 @@ def oracle(
         stream.append(x)
     logits = w.linear("lm_head", decoder.norm(inner, family.final, x, at("final")))
     cap = getattr(decoder.config, "final_logit_softcapping", None)
-    return Result(logits if cap is None else (logits / cap).tanh() * cap, x0, stream)
+    logits = logits if cap is None else (logits / cap).tanh() * cap
+    return Result(logits, x0, stream, decoder.chosen)

@@ -54,7 +54,8 @@ def sizes() -> None:
         (9, 1, 97, 97),
         (33, 31, 193, 7),
         (40, 65, 1000, 300),
-        (12, 768, 24577, 8),
+        # several panels of weights
+        (9, 768, 24577, 8),
     ):
         print("sizes", n, d, n_features, k)
         x, w = randn(n, d), randn(n_features, d, seed=1)
@@ -62,7 +63,8 @@ def sizes() -> None:
         for weights in (w, w.T.contiguous().T):
             codes = topk_encode(x, weights, k=k)
             sparse_decode(codes, weights)
-            for floor in (0.0, float("-inf")):
+            # unoptimised, each exact score of a wide row takes microseconds
+            for floor in (0.0, float("-inf")) if d < 768 else (60.0,):
                 slots_above(x, weights, None, None, floor)
             for groups in group_counts(n_features)[:2]:
                 groupmax_encode(x, weights, k=groups)
@@ -145,6 +147,22 @@ def pair_cases() -> None:
                     OPS["mass_threshold"].default(x, frac, absolute)
 
 
+def attention() -> None:
+    for h, g, t, s, e, f, options in (
+        (1, 1, 1, 1, 1, 1, {}),
+        (4, 1, 70, 131, 17, 70, {"causal": True, "temperature": 2.0}),
+        (2, 2, 65, 64, 141, 5, {"window": 3, "softcap": 2.0, "temperature": 3.0}),
+        (2, 1, 66, 9, 16, 16, {"causal": True, "window": 2}),
+    ):
+        print("attention", h, g, t, s, e, f)
+        for dtype in DTYPES:
+            q, out = randn(2, h, t, e, dtype=dtype), randn(2, h, t, f, dtype=dtype)
+            k, v = randn(2, g, s, e, dtype=dtype), randn(2, s, g, f, dtype=dtype).transpose(1, 2)
+            bias = randn(1, h, 1, s, dtype=dtype)
+            for masks in ({}, {"bias": bias, "keep": randn(2, 1, t, s) > 1}):
+                mikernels.attention_gradients(out, q, k, v, out, **options, **masks)
+
+
 def gradients() -> None:
     print("gradients")
     leaves = [randn(*s).requires_grad_() for s in ((33, 17), (203, 17), (203,), (203, 17), (17,))]
@@ -192,6 +210,15 @@ if __name__ == "__main__":
     for level in mikernels.supported_levels():
         with mikernels.force_level(level):
             print("level", level)
-            for part in (samples, sizes, cases, pair_sizes, pair_cases, gradients, hostile):
+            for part in (
+                samples,
+                sizes,
+                cases,
+                pair_sizes,
+                pair_cases,
+                attention,
+                gradients,
+                hostile,
+            ):
                 part()
     print("clean", *mikernels.supported_levels())

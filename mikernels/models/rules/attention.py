@@ -54,6 +54,7 @@ class Call(NamedTuple):
     Attributes:
         place: the module's name. function: what computes it. module: as handed to it. mask,
             options: its other arguments. causal: whether it masks later keys by itself.
+        claims: where its backward puts what has to be checked.
     """
 
     place: str
@@ -62,6 +63,7 @@ class Call(NamedTuple):
     mask: torch.Tensor | None
     options: dict[str, Any]
     causal: bool
+    claims: list[_Claim]
 
     def run(self, *qkv: torch.Tensor) -> tuple[torch.Tensor, Any]:
         """What the model would have of q, k and v."""
@@ -83,22 +85,19 @@ class Call(NamedTuple):
         return self._replace(mask=mask, options=options)
 
 
-def called(
-    place: str,
+def masks_itself(
     name: str,
-    function: Attend,
     module: torch.nn.Module,
     q: torch.Tensor,
     mask: torch.Tensor | None,
     options: dict[str, Any],
-) -> Call:
-    """A call, by the name of the implementation that the function is."""
+) -> bool:
+    """Whether a call of an implementation of this name leaves out later keys by itself."""
     causal = options.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
-    flash = mask is None or mask.dim() == 2
     # eager attention has no mask but the one it is given
-    causal = bool(causal) and flash and name != "eager" and q.shape[2] > 1
-    return Call(place, function, module, mask, options, causal)
+    own = (mask is None or mask.dim() == 2) and name != "eager" and q.shape[2] > 1
+    return bool(causal) and own
 
 
 def meaning(call: Call, q: torch.Tensor, k: torch.Tensor) -> dict[str, Any]:
@@ -119,6 +118,22 @@ def meaning(call: Call, q: torch.Tensor, k: torch.Tensor) -> dict[str, Any]:
         # where a mask was made, the window is in it
         "window": int(call.options.get("sliding_window") or 0) if call.causal else 0,
     }
+
+
+def _queries(call: Call, q: torch.Tensor) -> torch.Tensor | None:
+    """`[B, 1, T, 1]`, which queries are computed at all; None for all. Flash attention leaves out
+    those of padding."""
+    if call.mask is None or call.mask.dim() != 2:
+        return None
+    return call.mask[:, None, -q.shape[2] :, None].bool()
+
+
+class _Claim(NamedTuple):
+    """What the output of a call was off by, and what rounding explains, `[B, H, T]` each."""
+
+    place: str
+    error: torch.Tensor
+    limit: torch.Tensor
 
 
 def limits(call: Call, q: torch.Tensor, k: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
@@ -145,19 +160,35 @@ def limits(call: Call, q: torch.Tensor, k: torch.Tensor, size: torch.Tensor) -> 
     return torch.expm1(2 * rounded) + 4 * eps + 2 * keys + coarse
 
 
-def _check(call: Call, q: torch.Tensor, k: torch.Tensor, checks: torch.Tensor) -> None:
-    """Whether the output was that of these arguments, within rounding."""
+def _claim(call: Call, q: torch.Tensor, k: torch.Tensor, checks: torch.Tensor) -> _Claim:
+    """That the output was that of these arguments, within rounding."""
     error, limit = checks[..., 0], limits(call, q, k, checks[..., 1])
-    wrong = (error > limit).nonzero()
-    if len(wrong):
-        b, h, i = wrong[0].tolist()
-        raise ValueError(
-            f"rules: softmax must act on attention that computes softmax(q k^T) v from its "
-            f"arguments, got {call.place}, whose output for query {i} of head {h} in row {b} is "
-            f"{float(error[b, h, i]):.3g} of its largest value away from that, with rounding "
-            f"{float(limit[b, h, i]):.2g} ({len(wrong)} of {error.numel()} queries); leave the "
-            f"rule out, or say attention='two-pass'"
-        )
+    if (queries := _queries(call, q)) is not None:
+        error = error.where(queries[..., 0], 0)
+    return _Claim(call.place, error, limit)
+
+
+def _check(claims: list[_Claim]) -> None:
+    """Raises where one does not hold; reads the device once where all do."""
+    while claims:
+        found, claims[:] = tuple(claims), ()
+        # a NaN of the model is not a disagreement
+        worst = torch.stack([(c.error - c.limit).nan_to_num(nan=0.0).amax() for c in found])
+        for claim, excess in zip(found, worst.tolist(), strict=True):
+            if excess > 0:
+                _refuse(claim)
+
+
+def _refuse(claim: _Claim) -> None:
+    wrong = (claim.error > claim.limit).nonzero()
+    b, h, i = wrong[0].tolist()
+    raise ValueError(
+        f"rules: softmax must act on attention that computes softmax(q k^T) v from its arguments, "
+        f"got {claim.place}, whose output for query {i} of head {h} in row {b} is "
+        f"{float(claim.error[b, h, i]):.3g} of its largest value away from that, with rounding "
+        f"{float(claim.limit[b, h, i]):.2g} ({len(wrong)} of {claim.error.numel()} queries); leave "
+        f"the rule out, or say attention='two-pass'"
+    )
 
 
 def _leaves(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -195,7 +226,10 @@ class _Fused(torch.autograd.Function):
             grad.transpose(1, 2), q, k, v, out.transpose(1, 2),
             **meaning(call, q, k), temperature=ctx.temperature,
         )  # fmt: skip
-        _check(call, q, k, checks)
+        if checks.numel():
+            call.claims.append(_claim(call, q, k, checks))
+            # at the end of this backward pass, all layers at once
+            torch.autograd.Variable._execution_engine.queue_callback(partial(_check, call.claims))
         ctx.measure(checks[..., 2].sum(), checks[..., 3].sum())
         return dq, dk, dv, None, None, None
 
@@ -299,13 +333,8 @@ def intercept(
                 f"{where}: attention must call a function of transformers' {REGISTRY}, got {name} "
                 f"({type(module).__name__}), which does not; {fix}"
             )
-        return rebound(
-            function,
-            **{
-                REGISTRY: _Registry(there[REGISTRY], under),
-                EAGER: under("eager", there[EAGER]),
-            },
-        )
+        registry = _Registry(there[REGISTRY], under)
+        return rebound(function, **{REGISTRY: registry, EAGER: under("eager", there[EAGER])})
 
     before = vars(module).get(attribute)
     setattr(module, attribute, MethodType(within(forward, changed), module))
@@ -357,13 +386,15 @@ def _attend(
         x if said.get(rule, 1.0) == 1.0 else scaled(x, said[rule])
         for x, rule in ((q, "query"), (k, "key"), (v, "value"))
     )
-    name_of_place = in_charge[next(iter(in_charge))][0].name
-    call = called(name_of_place, name, function, module, q, mask, options)
     if isinstance(softmax, str) or softmax == 1.0:
-        return call.run(q, k, v)
+        return function(module, q, k, v, mask, **options)
     place, scope = in_charge["softmax"]
+    causal = masks_itself(name, module, q, mask, options)
+    call = Call(place.name, function, module, mask, options, causal, scope.claims)
     fused = place.fused(q.device)
-    if fused and (other := [n for n in UNKNOWN if options.get(n) is not None]):
+    other = [name for name in UNKNOWN if options.get(name) is not None]
+    # the two passes leave these as they are, which is right for some: for the user to say
+    if other and place.attention != "two-pass":
         raise ValueError(
             f"rules: softmax must act on attention without {other[0]}, got {place.name} with it; "
             f"say attention='two-pass' if its scores do not enter the softmax, or leave the rule "
@@ -390,12 +421,12 @@ class AttentionPlace:
         self, module: torch.nn.Module, name: str, layer: int | None, attention: str | None
     ):
         self.key, self.name, self.layer = module, name, layer
-        self._attention = attention
+        self.attention = attention
 
     def fused(self, device: torch.device) -> bool:
         """Whether softmax's temperature is computed by attention_gradients there."""
-        if self._attention is not None:
-            return self._attention == "fused"
+        if self.attention is not None:
+            return self.attention == "fused"
         kernel = "cpp" if device.type == "cpu" else "triton"
         return attention_gradients_op.state(kernel) == "ready"
 

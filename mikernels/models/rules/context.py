@@ -9,11 +9,14 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 
-from mikernels.models.hooks import check_eval, check_uncompiled
+from mikernels.models.decoder import find_decoder
+from mikernels.models.hooks import check_uncompiled, eager
 from mikernels.models.rules.places import find_places
 from mikernels.models.rules.preset import OPTIONAL, Rules, as_rules
 from mikernels.models.rules.report import RuleReport
 from mikernels.models.rules.scope import Place, Scope
+
+FIX = "leave the rules out, and use the gradients of the model as it is"
 
 
 def _covering(places: list[Place], layers: Iterable[int] | None) -> list[Place]:
@@ -54,14 +57,14 @@ def rules(
 
     Args:
         model: a Hugging Face decoder (Llama, Qwen, Gemma, Phi-3, Mixtral, GPT-2, GPT-NeoX, ...) or
-            a TransformerLens model, in eval mode, not compiled.
+            a HookedTransformer of TransformerLens, in eval mode, not compiled.
         preset: "gim", "frozen", "attnlrp", "relp" or "plain" (`PRESETS`), or Rules. With None only
             what follows.
         layers: blocks where the rules hold, all by default; the final norm is of none of them.
         attention: how softmax's temperature is computed: "fused", by `attention_gradients`;
             "two-pass", by running the model's own attention twice, at both temperatures; None is
             "fused" where a kernel was built for the device. Both need memory O(T) where the model's
-            attention does.
+            attention does. A TransformerLens model forms the pattern, and its rule stands there.
         norm, softmax, query, key, value, activation, gate, up: as in Rules, in place of what the
             preset says.
 
@@ -91,13 +94,16 @@ def rules(
         raise ValueError("rules: preset or a rule must be given, got neither")
     if attention not in (None, "fused", "two-pass"):
         raise ValueError(f"rules: attention must be 'fused' or 'two-pass', got {attention!r}")
-    found = find_places(model, attention)
+    decoder = find_decoder(model, "rules", FIX)
+    found = find_places(decoder, attention)
     check_uncompiled("rules", model)
-    check_eval("rules", model)
+    decoder.check_eval()
     covered = _covering(found, layers)
     places = {rule: [p.name for p in covered if rule in p.rules] for rule in said.said()}
+    without_mlps = all(block.mlp is None for block in decoder.blocks)
+    optional = (*OPTIONAL, "activation") if without_mlps else OPTIONAL
     for rule, names in places.items():
-        if not names and not (rule in OPTIONAL and asked[rule] is None):
+        if not names and not (rule in optional and asked[rule] is None):
             raise ValueError(
                 f"rules: {rule} must have a place in the model, got {type(model).__name__} without "
                 f"any; leave it out"
@@ -109,6 +115,8 @@ def rules(
             if any(rule in places for rule in place.rules):
                 for remove in place.install(scope):
                     stack.callback(remove)
+        # a wrapper of torch.compile around the model would leave out hooks
+        stack.enter_context(eager())
         stack.enter_context(scope.enter())
         yield report
     # not after an exception

@@ -15,6 +15,17 @@ from mikernels._dispatch import accumulate_dtype
 Measure = Callable[[torch.Tensor, torch.Tensor], None]
 
 
+# of a batch: what a module computes of a row does not depend on which row it is
+ROWS = 64
+
+
+def some_rows(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    """The same rows of each, at most ROWS, from all over: `[n, d]`."""
+    rows = [t.detach().reshape(-1, t.shape[-1]) for t in tensors]
+    step = max(1, len(rows[0]) // ROWS)
+    return [t[::step][:ROWS] for t in rows]
+
+
 class _Scaled(torch.autograd.Function):
     @staticmethod
     def forward(x: torch.Tensor, factor: Any) -> torch.Tensor:

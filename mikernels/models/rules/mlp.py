@@ -19,7 +19,7 @@ import torch
 
 from mikernels._dispatch import accumulate_dtype
 from mikernels.models.claims import FACTORS as PRODUCT_FACTORS
-from mikernels.models.rules.gradients import scaled, secant
+from mikernels.models.rules.gradients import scaled, secant, some_rows
 from mikernels.models.rules.scope import Place, Scope
 
 GATES = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
@@ -42,18 +42,17 @@ def child(module: torch.nn.Module, names: Iterable[str]) -> torch.nn.Module | No
     return next((part for part in found if part is not None), None)
 
 
-def _check_product(
-    name: str, a: torch.Tensor, up: torch.Tensor, h: torch.Tensor, factors: tuple[str, str]
-) -> None:
+def _check_product(name: str, a: torch.Tensor, up: torch.Tensor, h: torch.Tensor) -> None:
+    """h = a up, within rounding."""
     expected = a.to(accumulate_dtype(a.dtype)) * up
     limit = expected.abs() * (2 * torch.finfo(h.dtype).eps) + torch.finfo(h.dtype).smallest_normal
-    off = (expected - h).abs() - limit
-    if off.numel() and float(off.nan_to_num(nan=0.0).amax()) > 0:
-        at = int(off.nan_to_num(nan=0.0).argmax())
+    over = ((expected - h).abs() - limit).nan_to_num(nan=0.0)
+    if over.numel() and float(over.amax()) > 0:
+        at = int(over.argmax())
         raise _refusal(
             name,
-            f"whose {factors[0]} is given {float(h.reshape(-1)[at]):.6g} for "
-            f"{float(expected.reshape(-1)[at]):.6g} of f({factors[1]})",
+            f"whose down is given {float(h.reshape(-1)[at]):.6g} where that is "
+            f"{float(expected.reshape(-1)[at]):.6g}",
         )
 
 
@@ -125,7 +124,7 @@ class GatePlace:
                 raise _refusal(self.name, f"of which only {sorted(seen)} ran as modules")
             if not torch.equal(seen["read"], seen["gate"]):
                 raise _refusal(self.name, "whose activation reads something else than gate")
-            _check_product(self.name, seen["a"], seen["up"], args[0].detach(), ("down", "gate) up"))
+            _check_product(self.name, *some_rows(seen["a"], seen["up"], args[0]))
             seen.clear()
             checked = True
 
@@ -163,13 +162,10 @@ class ExpertsPlace:
             return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": x})
 
         def activate(module: torch.nn.Module, args: Any) -> Any:
-            factor = _factor(self, scope, "gate", args[0])
-            if factor is None:
-                return None
-            up = scope.value(self, "up")
-            if up == 0:
-                raise _refusal(self.name, "whose up has the factor 0 and is no module")
-            ratio = factor / (1.0 if up is None else up)
+            gate, up = _factor(self, scope, "gate", args[0]), scope.value(self, "up")
+            if up == 0 and gate != 0:
+                raise _refusal(self.name, "whose up is no module, with a factor of 0")
+            ratio = 1.0 if up == gate else (1.0 if gate is None else gate) / (up or 1.0)
             return None if ratio == 1.0 else (scaled(args[0], ratio), *args[1:])
 
         def leave(module: torch.nn.Module, args: Any, kwargs: Any, output: torch.Tensor) -> None:

@@ -21,15 +21,19 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from mikernels._dispatch import accumulate_dtype
-from mikernels.models.rules.gradients import Measure
+from mikernels.models.rules.gradients import Measure, some_rows
 from mikernels.models.rules.scope import Scope
 
 EPS = ("variance_epsilon", "eps", "epsilon", "layer_norm_eps", "norm_eps")
 
 
-def is_norm(module: torch.nn.Module) -> bool:
-    """A module without parts, called a norm; what it computes is checked when it runs."""
-    return next(module.children(), None) is None and "norm" in type(module).__name__.lower()
+def may_be_norm(module: torch.nn.Module) -> bool:
+    """A module without parts that is called a norm, or has nothing but vectors; what it computes is
+    seen when it runs."""
+    if next(module.children(), None) is not None:
+        return False
+    dims = {p.dim() for p in module.parameters()}
+    return dims == {1} or "norm" in type(module).__name__.lower()
 
 
 class Form(NamedTuple):
@@ -52,8 +56,12 @@ def _statistics(x: torch.Tensor, form: Form) -> tuple[torch.Tensor, torch.Tensor
     return wide, (wide.square().mean(-1, keepdim=True) + form.eps).rsqrt_()
 
 
-def _form(module: torch.nn.Module, x: torch.Tensor, y: torch.Tensor, name: str) -> Form:
-    """The form whose value is y, within rounding; ValueError when there is none."""
+def _form(module: torch.nn.Module, name: str, x: torch.Tensor, y: torch.Tensor) -> Form | None:
+    """The form whose value is y, within rounding; None for `gain x`, which scales by nothing.
+
+    Raises:
+        ValueError: y is neither.
+    """
     weight, bias = (getattr(module, part, None) for part in ("weight", "bias"))
     found = (getattr(module, part, None) for part in EPS)
     eps = next((float(e) for e in found if isinstance(e, float | int)), None)
@@ -85,6 +93,8 @@ def _form(module: torch.nn.Module, x: torch.Tensor, y: torch.Tensor, name: str) 
                 excess = float(over.amax()) if over.numel() else 0.0
     if best is not None and excess <= 0:
         return best
+    if weight is not None and x.shape == y.shape and torch.equal(y, x * weight.detach()):
+        return None
     raise ValueError(
         f"rules: norm must be gain (x - mean) / scale + bias or gain x / rms + bias, got {name} "
         f"({type(module).__name__}), which is {excess:.3g} further away from both than "
@@ -146,9 +156,10 @@ class NormPlace:
 
     def install(self, scope: Scope) -> Iterable[Callable[[], None]]:
         form: Form | None = None
+        known = False
 
         def freeze(module: torch.nn.Module, args: Any, output: Any) -> torch.Tensor | None:
-            nonlocal form
+            nonlocal form, known
             x = args[0] if args else None
             said = scope.value(self, "norm")
             if said is None or not isinstance(x, torch.Tensor):
@@ -160,8 +171,10 @@ class NormPlace:
             if said == "gradient":
                 return None
             y = output.detach()
+            if not known:
+                form, known = _form(module, self.name, *some_rows(x, y)), True
             if form is None:
-                form = _form(module, x.detach(), y, self.name)
+                return None
             weight, bias = (getattr(module, part, None) for part in ("weight", "bias"))
 
             def measure(change: torch.Tensor, plain: torch.Tensor) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import torch
 
-from mikernels.models.decoder import Decoder, find_decoder
 from mikernels.models.hooks import check_fires
+from mikernels.models.lens import Lens
+from mikernels.models.parts import Decoder, is_hook_point
+from mikernels.models.rules import lens
 from mikernels.models.rules.attention import AttentionPlace
 from mikernels.models.rules.mlp import (
     ACTIVATIONS,
@@ -17,10 +19,8 @@ from mikernels.models.rules.mlp import (
     GatePlace,
     child,
 )
-from mikernels.models.rules.norms import NormPlace, is_norm
+from mikernels.models.rules.norms import NormPlace, may_be_norm
 from mikernels.models.rules.scope import Place
-
-FIX = "leave the rules out, and use the gradients of the model as it is"
 
 
 def _gated(module: torch.nn.Module, name: str, layer: int) -> Place | None:
@@ -38,20 +38,33 @@ def _gated(module: torch.nn.Module, name: str, layer: int) -> Place | None:
     return None
 
 
-def find_places(model: torch.nn.Module, attention: str | None) -> list[Place]:
-    """Norms (of blocks, of q and k, the final one), attention, activations and gated products.
+def find_places(decoder: Decoder, attention: str | None) -> list[Place]:
+    """Norms (of blocks, of q and k, the final one), attention, activations and gated products."""
+    model = decoder.model
+    found: list[Place]
+    if isinstance(decoder, Lens):
+        found = lens.places(model, decoder.blocks)
+    else:
+        found = _hugging_face(decoder, attention)
+    check_fires("rules", model, [place.key for place in found])
+    # a module in two places of the tree is one
+    return list({(type(place), place.key): place for place in found}.values())
 
-    Raises:
-        TypeError, ValueError: for a model that is not recognised.
-    """
-    decoder: Decoder = find_decoder(model, "rules", FIX)
+
+def _hugging_face(decoder: Decoder, attention: str | None) -> list[Place]:
+    if any(is_hook_point(module) for module in decoder.model.modules()):
+        raise decoder.refusal(
+            "it is inside of a TransformerBridge, whose parts compute attention, norms and gates "
+            "in their own way",
+            "make it with transformers alone, or ",
+        )
     found: list[Place] = []
-    names = {module: name for name, module in model.named_modules()}
+    names = {module: name for name, module in decoder.model.named_modules()}
     for block in decoder.blocks:
         layer = block.index
         found.append(AttentionPlace(block.attention, names[block.attention], layer, attention))
         for module in block.module.modules():
-            if is_norm(module):
+            if may_be_norm(module):
                 found.append(NormPlace(module, names[module], layer))
             if (gate := _gated(module, names[module], layer)) is not None:
                 found.append(gate)
@@ -60,6 +73,4 @@ def find_places(model: torch.nn.Module, attention: str | None) -> list[Place]:
                 found.append(ActivationPlace(f, names[f], layer))
     if decoder.final_norm is not None:
         found.append(NormPlace(decoder.final_norm, names[decoder.final_norm], None))
-    check_fires("rules", model, [place.key for place in found])
-    # a module in two places of the tree is one
-    return list({(type(place), place.key): place for place in found}.values())
+    return found

@@ -45,6 +45,8 @@ class Scope:
 
     def __init__(self, said: Rules, places: list[Place], report: RuleReport):
         self._said, self.report = said.said(), report
+        # of places whose arithmetic is checked when a backward pass ends
+        self.claims: list[Any] = []
         self._covered = {(p.key, rule) for p in places for rule in p.rules if rule in self._said}
 
     def value(self, place: Place, rule: str) -> Any:
@@ -66,11 +68,12 @@ class Scope:
     @contextmanager
     def enter(self) -> Iterator[None]:
         """While it is entered, this scope is the innermost of this context."""
-        token = _ACTIVE.set((*_ACTIVE.get(), self))
+        _ACTIVE.set((*_ACTIVE.get(), self))
         try:
             yield
         finally:
-            _ACTIVE.reset(token)
+            # not by the token: blocks may end in any order
+            _ACTIVE.set(tuple(scope for scope in _ACTIVE.get() if scope is not self))
 
     def entered(self) -> bool:
         """Whether this scope is entered in this context."""

@@ -12,6 +12,8 @@ For each head, query i and the keys j that it may attend to,
 At temperature 1 that is the gradient of O; at others the rule of GIM (Edin et al., arXiv
 2505.17630), without a factor 1 / temperature. A query that may attend to no key has O = 0 and no
 gradients. Key and value heads that groups of query heads share get the sum over their group.
+What is not finite goes where these equations carry it; from a pair that is masked (0 times NaN) a
+kernel that leaves the pair out may spare what the reference does not.
 
 No statistics of the forward pass are needed: a block of queries meets all its keys, which gives P,
 P' and their sums before dS. So whoever computed O, in whatever way, can have these gradients; and
@@ -32,7 +34,12 @@ CHECKS = 4
 
 
 def _kept(
-    shape: tuple[int, int], keep: torch.Tensor | None, causal: bool, window: int, like: torch.Tensor
+    shape: tuple[int, int],
+    keep: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    causal: bool,
+    window: int,
+    like: torch.Tensor,
 ) -> torch.Tensor:
     """Which keys each query of one head may attend to, `[T, S]`."""
     i = torch.arange(shape[0], device=like.device)[:, None]
@@ -40,6 +47,8 @@ def _kept(
     kept = torch.ones(shape, dtype=torch.bool, device=like.device)
     if keep is not None:
         kept &= keep
+    if bias is not None:
+        kept &= bias != -math.inf
     if causal:
         kept &= j <= i
     if window:
@@ -73,13 +82,14 @@ def reference(
         for h in range(heads[1]):
             g = h // group
             mine, added = (None if m is None else m[b, h] for m in masks)
-            kept = _kept(shape, mine, causal, window, q)
+            added = None if added is None else added.to(acc)
+            kept = _kept(shape, mine, added, causal, window, q)
             qh, kh, vh, do, o = (
                 t.to(acc) for t in (q[b, h], k[b, g], v[b, g], grad[b, h], out[b, h])
             )
             raw = scale * (qh @ kh.T)
             capped = softcap * (raw / softcap).tanh() if softcap else raw
-            s = capped if added is None else capped + added.to(acc)
+            s = capped if added is None else capped + added
             s = s.masked_fill(~kept, -math.inf)
             some = kept.any(-1, keepdim=True)
             # a row without keys would be NaN
@@ -122,6 +132,7 @@ attention_gradients_op = Op(
     " -> (Tensor, Tensor, Tensor, Tensor)",
     reference,
     _fake,
+    triton="attention.attention_gradients:attention_gradients",
     operands={
         "grad": "T[B,H,T,f]",
         "q": "T[B,H,T,e]",
