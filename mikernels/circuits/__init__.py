@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a model to the components that act together: gradients, their interactions, circuits."""
+"""Which parts of a model an answer rests on: gradients under rules, interactions, circuits."""
 
+from mikernels.circuits import tasks
+from mikernels.circuits.attribution import TokenAttribution, attribute
 from mikernels.circuits.components import gradient_components, split_heads
 from mikernels.circuits.composition import composition_scores
 from mikernels.circuits.interactions import (
@@ -10,22 +12,34 @@ from mikernels.circuits.interactions import (
     select_top_k,
 )
 from mikernels.circuits.interpret import CircuitEdge, Circuits, interpret_circuits
+from mikernels.circuits.patterns import HeadScores, head_scores
+from mikernels.circuits.probe import Component, Probe, gim_probe
+from mikernels.circuits.tasks import Task
 from mikernels.models.rules import PRESETS, Effect, RuleReport, Rules, rules
 
 __all__ = [
-    "PRESETS",
     "CircuitEdge",
     "Circuits",
+    "Component",
     "Effect",
     "GradientInteractions",
+    "HeadScores",
     "NamedInteractions",
+    "PRESETS",
+    "Probe",
     "RuleReport",
     "Rules",
+    "Task",
+    "TokenAttribution",
+    "attribute",
     "composition_scores",
     "compute_gradient_interactions",
+    "gim_probe",
     "gradient_components",
+    "head_scores",
     "interpret_circuits",
     "rules",
     "select_top_k",
     "split_heads",
+    "tasks",
 ]

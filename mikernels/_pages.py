@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One self-contained HTML page from plain values: no script, no external resource."""
+
+from __future__ import annotations
+
+from importlib import resources
+from typing import Any
+
+
+def visible(text: str) -> Any:
+    """A token's text as markup, with its line ends and runs of spaces shown."""
+    from markupsafe import Markup, escape
+
+    shown = str(escape(text))
+    if not text.strip():
+        shown = shown.replace(" ", "\u00a0")
+        if len(text) > 2:
+            shown = "\u00a0\u00a0"
+    return Markup(shown.replace("\n", '<i class="nl">\u21b5</i>').replace("\t", "\u21e5"))
+
+
+def render(where: str, package: str, template: str, values: dict[str, Any], **filters: Any) -> str:
+    """Fill a template that lies in a package; missing values are errors.
+
+    Args:
+        where: of the message: the public function.
+
+    Raises:
+        ModuleNotFoundError: without the `report` extra.
+    """
+    try:
+        import jinja2
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"{where}: jinja2 must be installed; `pip install 'mikernels[report]'`"
+        ) from error
+    environment = jinja2.Environment(
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"visible": visible, **filters}
+    source = resources.files(package).joinpath(template).read_text(encoding="utf-8")
+    return environment.from_string(source).render(**values)

@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Generated prompts: their answers follow from their text, and counterfactuals are aligned."""
+
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+from decoder_cases import words_tokenizer
+
+from mikernels.circuits import tasks
+
+TEXTS = (tasks.NAMES, tasks.SURNAMES, tasks.PLACES, tasks.THINGS, tasks.EVENTS, tasks.YEARS)
+TEXTS = (*TEXTS, *tasks.IOI, *tasks.FULL_NAMES)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return words_tokenizer(
+        sorted(set(re.findall(r"[A-Za-z]+|[,.]|\d", " ".join(TEXTS)))) + [*"0123456789"]
+    )
+
+
+def words_of(task, row, side="prompts"):
+    return re.findall(r"\w+", getattr(task, side)[row])
+
+
+def check(task, n, tokenizer):
+    again = getattr(tasks, task.name)(tokenizer, n)
+    other = getattr(tasks, task.name)(tokenizer, n, seed=1)
+    assert len(task) == n == len(set(task.prompts))
+    assert torch.equal(task.input_ids, again.input_ids) and task.correct == again.correct
+    assert task.prompts != other.prompts
+    kept = task.attention_mask == 1
+    # padded before the tokens, which are those of the text
+    assert kept[:, -1].all()
+    for row in range(n):
+        for ids, side in (
+            (task.input_ids, "prompts"),
+            (task.counterfactual_ids, "counterfactuals"),
+        ):
+            tokens = ids[row][kept[row]].tolist()
+            assert tokenizer.decode(tokens) == getattr(task, side)[row]
+            assert 0 not in tokens
+    return task
+
+
+@pytest.mark.parametrize("counterfactual", ["abc", "flip"])
+def test_ioi(tokenizer, counterfactual):
+    task = check(tasks.ioi(tokenizer, 60), 60, tokenizer)
+    task = tasks.ioi(tokenizer, 60, counterfactual=counterfactual)
+    names = set(tasks.NAMES.split())
+    first = 0
+    for row in range(60):
+        x, y, a = (w for w in words_of(task, row) if w in names)
+        answer, wrong = (tokenizer.decode(ids[row]) for ids in (task.correct, task.wrong))
+        assert a in (x, y) and wrong == a and answer == (y if a == x else x)
+        first += a == x
+        u, v, c = (w for w in words_of(task, row, "counterfactuals") if w in names)
+        assert len({u, v, c, x, y}) == 5 if counterfactual == "abc" else (u, v, c) == (x, y, answer)
+        assert task.target[row] == (task.correct[row][0], task.wrong[row][0])
+    assert 15 < first < 45
+
+
+def test_greater_than(tokenizer):
+    task = check(tasks.greater_than(tokenizer, 30), 30, tokenizer)
+    for row in range(30):
+        digits = re.findall(r"\d", task.prompts[row])
+        assert len(digits) == 6 and digits[:2] == digits[4:]
+        right, wrong = (
+            {int(tokenizer.decode([i])) for i in ids[row]} for ids in (task.correct, task.wrong)
+        )
+        tens = int(digits[2])
+        assert right == set(range(tens + 1, 10)) and wrong == set(range(tens))
+        assert re.findall(r"\d", task.counterfactuals[row])[2] == "0"
+        sides = zip(task.target[row], (right, wrong), strict=True)
+        for side, digits in sides:
+            ids = side if isinstance(side, frozenset) else [side]
+            assert {int(tokenizer.decode([i])) for i in ids} == digits
+
+
+def test_induction(tokenizer):
+    task = check(tasks.induction(tokenizer, 30), 30, tokenizer)
+    for row in range(30):
+        clean, other = (words_of(task, row, side) for side in ("prompts", "counterfactuals"))
+        at = clean.index(clean[-1])
+        assert clean[12:] == clean[: at + 1] and len(set(clean[:12])) == 12
+        assert clean[at + 1] == tokenizer.decode(task.correct[row])
+        assert other[at + 1] == tokenizer.decode(task.wrong[row])
+        assert [i for i, (a, b) in enumerate(zip(clean, other, strict=True)) if a != b] == [at + 1]
+    with pytest.raises(ValueError, match="length must be in 2.."):
+        tasks.induction(tokenizer, 3, length=1)
+
+
+def test_repeated_name(tokenizer):
+    task = check(tasks.repeated_name(tokenizer, 40), 40, tokenizer)
+    for row in range(40):
+        clean, other = (words_of(task, row, side) for side in ("prompts", "counterfactuals"))
+        for words, ids in ((clean, task.correct), (other, task.wrong)):
+            # after the first mention of the last name stands its surname
+            assert words[words.index(words[-1]) + 1] == tokenizer.decode(ids[row])
+
+
+def test_tasks_are_sliced_and_checked(tokenizer):
+    task = tasks.repeated_name(tokenizer, 8)
+    part = task[2:5]
+    assert part.prompts == task.prompts[2:5] and torch.equal(part.input_ids, task.input_ids[2:5])
+    for change, message in (
+        ({"correct": task.wrong}, "row 0 of repeated_name must have answers"),
+        ({"counterfactual_ids": task.input_ids}, "a counterfactual that differ"),
+        ({"counterfactual_ids": task.input_ids[:, 1:]}, "of as many tokens"),
+        ({"prompts": task.prompts[1:]}, r"as prompts \(7\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            replace(task, **change)
+
+
+def test_tokenizers_without_the_words_are_refused(tokenizer):
+    few = words_tokenizer(["Mary", "John"])
+    for make, message in (
+        (lambda: tasks.ioi(few), r"ioi: tokenizer must have 6 of Adam, Alan, Alex, .* got 2"),
+        (lambda: tasks.ioi(tokenizer, counterfactual="x"), "must be 'abc' or 'flip', got 'x'"),
+        (lambda: tasks.ioi(tokenizer, 0), "n must be at least 1"),
+        (lambda: tasks.greater_than(tokenizer, 10**5), r"n must be at most \d+ different prompts"),
+        (
+            lambda: tasks.greater_than(
+                words_tokenizer([*tasks.EVENTS.split(), "the", "year", "1"])
+            ),
+            "must make tokens of one digit, or of two in a year",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make()
