@@ -466,7 +466,7 @@ static bool any_kept(const A* of, int64_t rows, int64_t keys) {
   return any;
 }
 
-// largest[c] = max |of[r, c]| over the rows; NaN is the largest
+// largest[c] = max |of[r, c]| over the rows that are numbers: a NaN is in what it is compared with
 template <class A>
 static void column_sizes(const A* of, int64_t row, int64_t rows, int64_t cols, A* largest) {
   for (int64_t c = 0; c < cols; ++c) largest[c] = A(0);
@@ -474,7 +474,7 @@ static void column_sizes(const A* of, int64_t row, int64_t rows, int64_t cols, A
 #pragma omp simd
     for (int64_t c = 0; c < cols; ++c) {
       const A size = __builtin_fabs(of[r * row + c]), most = largest[c];
-      largest[c] = size > most || size != size ? size : most;
+      largest[c] = size > most ? size : most;
     }
 }
 
