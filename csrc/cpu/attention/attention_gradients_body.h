@@ -408,12 +408,12 @@ static inline void turn(V (&rows)[2]) {
   rows[0] = a;
 }
 
-// to[c, r] = from[r, c] for kQueries rows, those of `from` `row` apart, in whole cache lines
+// to[c, r] = from[r, c] for whole strips of rows, those of `from` `row` apart, in whole cache lines
 template <class A>
-static void across(const A* from, int64_t row, int64_t cols, A* to) {
+static void across(const A* from, int64_t row, int64_t rows, int64_t cols, A* to) {
   using V = typename narrow<A>::type;
   constexpr int side = 16 / sizeof(A);
-  for (int64_t r = 0; r < kQueries; r += side)
+  for (int64_t r = 0; r < rows; r += side)
     for (int64_t c = 0; c < cols; c += side) {
       V block[side];
       for (int i = 0; i < side; ++i) block[i] = load_wide<V>(from + (r + i) * row + c);
