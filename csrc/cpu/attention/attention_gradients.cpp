@@ -218,6 +218,8 @@ class Gradients {
     return first;
   }
 
+  static int64_t in_strips(int64_t rows) { return (rows + kStrip - 1) / kStrip * kStrip; }
+
   // memory of a thread
   struct Worker {
     int64_t place = -1;
@@ -265,7 +267,7 @@ class Gradients {
     A* const lying = worker.lying.take(kQueries * kKeys);
     const bool same = bias_at_.row == 0 && keep_at_.row == 0;
     const int64_t own = same ? 1 : rows;
-    std::fill(lying, lying + kQueries * kKeys, A(0));
+    std::fill(lying, lying + in_strips(rows) * kKeys, A(0));
     if (bias_.has_value()) {
       const int64_t start = bias_at_.at(b, h, first) + chunk.key * bias_at_.inner;
       MIK_DISPATCH_FLOATING(*bias_, [&] {
@@ -283,7 +285,7 @@ class Gradients {
       for (int64_t j = 0; j < chunk.count; ++j)
         std::fill(to + j * kQueries, to + (j + 1) * kQueries, lying[j]);
     } else {
-      MIK_AT_LEVEL(across<A>)(lying, kKeys, chunk.count, to);
+      MIK_AT_LEVEL(across<A>)(lying, kKeys, in_strips(rows), chunk.count, to);
     }
     return true;
   }
@@ -296,10 +298,11 @@ class Gradients {
     q_.copy(b, h, first, rows, e_, qk_, q);
     grad_.copy(b, h, first, rows, f_, vo_, grad);
     // queries that are not there only share vectors with others
-    std::fill(q + rows * qk_, q + kQueries * qk_, A(0));
-    std::fill(grad + rows * vo_, grad + kQueries * vo_, A(0));
-    MIK_AT_LEVEL(across<A>)(q, qk_, e_, q_across);
-    MIK_AT_LEVEL(across<A>)(grad, vo_, f_, grad_across);
+    const int64_t whole = in_strips(rows);
+    std::fill(q + rows * qk_, q + whole * qk_, A(0));
+    std::fill(grad + rows * vo_, grad + whole * vo_, A(0));
+    MIK_AT_LEVEL(across<A>)(q, qk_, whole, e_, q_across);
+    MIK_AT_LEVEL(across<A>)(grad, vo_, whole, f_, grad_across);
 
     const auto [begin, end] = reach(first);
     const int64_t most = (end - begin) * kQueries;
@@ -308,8 +311,8 @@ class Gradients {
     std::fill(statistics + kMost * kQueries, statistics + (kMost + 1) * kQueries,
               -std::numeric_limits<A>::infinity());
     A *const dq = worker.dq.take(kQueries * qk_), *const out = worker.out.take(kQueries * vo_);
-    std::fill(dq, dq + kQueries * qk_, A(0));
-    std::fill(out, out + kQueries * vo_, A(0));
+    std::fill(dq, dq + rows * qk_, A(0));
+    std::fill(out, out + rows * vo_, A(0));
     const bool tempered = options_.temperature != 1 && options_.temperature != 2;
     const AttentionBlock<A> block{.rows = rows,
                                   .first_row = first,

@@ -408,12 +408,12 @@ static inline void turn(V (&rows)[2]) {
   rows[0] = a;
 }
 
-// to[c, r] = from[r, c] for kQueries rows, those of `from` `row` apart, in whole cache lines
+// to[c, r] = from[r, c] for whole strips of rows, those of `from` `row` apart, in whole cache lines
 template <class A>
-static void across(const A* from, int64_t row, int64_t cols, A* to) {
+static void across(const A* from, int64_t row, int64_t rows, int64_t cols, A* to) {
   using V = typename narrow<A>::type;
   constexpr int side = 16 / sizeof(A);
-  for (int64_t r = 0; r < kQueries; r += side)
+  for (int64_t r = 0; r < rows; r += side)
     for (int64_t c = 0; c < cols; c += side) {
       V block[side];
       for (int i = 0; i < side; ++i) block[i] = load_wide<V>(from + (r + i) * row + c);
@@ -466,7 +466,7 @@ static bool any_kept(const A* of, int64_t rows, int64_t keys) {
   return any;
 }
 
-// largest[c] = max |of[r, c]| over the rows; NaN is the largest
+// largest[c] = max |of[r, c]| over the rows that are numbers: a NaN is in what it is compared with
 template <class A>
 static void column_sizes(const A* of, int64_t row, int64_t rows, int64_t cols, A* largest) {
   for (int64_t c = 0; c < cols; ++c) largest[c] = A(0);
@@ -474,7 +474,7 @@ static void column_sizes(const A* of, int64_t row, int64_t rows, int64_t cols, A
 #pragma omp simd
     for (int64_t c = 0; c < cols; ++c) {
       const A size = __builtin_fabs(of[r * row + c]), most = largest[c];
-      largest[c] = size > most || size != size ? size : most;
+      largest[c] = size > most ? size : most;
     }
 }
 
