@@ -110,9 +110,9 @@ def _masked(
     scores, i, j, place, first, last, rows, columns, keep_ptr, keep_t, bias_ptr, bias_t,
     FROM: tl.constexpr,
 ):  # fmt: skip
-    """Scores of queries i and keys j with their bias, -inf where not attended to; and where that
-    is, but for a bias of -inf. All count from the tile's first; masks have rows and columns.
-    `place` is the one of i and j that first (if FROM) and last are of."""
+    """Scores of queries i and keys j with their bias, -inf where not attended to; and where they
+    are. All count from the tile's first; masks have rows and columns. `place` is the one of i and j
+    that first (if FROM) and last are of."""
     inside = place < last
     if FROM:
         inside = inside & (place >= first)
@@ -123,7 +123,9 @@ def _masked(
         inside = inside & (tl.load(at, mask=there, other=0) != 0)
     if bias_ptr is not None:
         at = bias_ptr + (i.to(tl.int64) * bias_t + j)
-        scores += tl.load(at, mask=there, other=0.0).to(tl.float32)
+        added = tl.load(at, mask=there, other=0.0).to(tl.float32)
+        inside = inside & (added != -INF)
+        scores += added
     return tl.where(inside, scores, -INF), inside
 
 
