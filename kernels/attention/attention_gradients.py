@@ -10,10 +10,12 @@ share it, in order, for dk and dv: no atomics, and the same call gives the same 
 Rows of 16-bit numbers are loaded whole: P and dS are rounded to their dtype for the matrix unit, as
 in eager torch; everything else is fp32. Rows of fp32, rows wider than 256 (128 before Hopper), and
 those of which 16 bytes cannot be read at a time are multiplied COLUMNS at a time, and a program
-makes 64 columns of a result: registers hold no more.
+makes 64 or 128 columns of a result: registers hold no more.
 """
 
 from __future__ import annotations
+
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -438,26 +440,51 @@ def _attention_keys_kernel(
         _store(dv_ptr + head * values, dv, begin_s, j, keys, in_v, values)
 
 
-def tile_of(kind: str, size: int, large: bool, plain: bool) -> dict[str, int]:
-    """The pinned tile of "sums", "queries" or "keys", for rows of `size` numbers at most, or, for
-    size 0, for those multiplied in parts: of what a program has, and of what it meets.
+class Form(NamedTuple):
+    """What a call's pinned tiles depend on.
 
-    large: `is_deep` and `is_even`. plain: scores are products, with no bias, mask or cap.
+    Attributes:
+        size: columns of q, k and v, padded to a power of two.
+        whole: rows are loaded whole.
+        large: `is_deep` and `is_even`.
+        masked: with keep or bias. capped: with a softcap.
     """
-    if 0 < size <= 128 and large:
-        own, met = 128, 64 if plain and (size <= 64 or kind == "queries") else 32
-    elif size > 128:
-        # beside 256 columns of P v and two exponentials of each score registers are short
-        own, met = (64 if kind == "sums" else 128), 16
+
+    size: int
+    whole: bool
+    large: bool
+    masked: bool
+    capped: bool
+
+
+def tile_of(kind: str, form: Form) -> dict[str, int]:
+    """The pinned tile of "sums", "queries" or "keys": of what a program has, and of what it meets,
+    as much as registers hold."""
+    size, whole, large, masked, capped = form
+    if not whole:
+        wide = large and (kind == "sums" or (kind == "queries" and size <= PART))
+        own, met = 64, 32 if wide else 16
+    elif not large:
+        own, met = 64, 16
+    elif size <= 128:
+        alone = kind == "queries" and not capped
+        own, met = 128, 64 if not masked and (size <= 64 or alone) else 32
     else:
-        own, met = 64, 32 if large and kind != "keys" else 16
+        own = 64 if kind == "sums" and masked else 128
+        met = 32 if kind == "queries" and not masked else 16
     t, s = (met, own) if kind == "keys" else (own, met)
     return {"BLOCK_T": t, "BLOCK_S": s, "num_warps": 8, "num_stages": 2}
 
 
-def at_once(size: int, large: bool, plain: bool) -> bool:
+def columns_of(kind: str, size: int, whole: bool) -> int:
+    """Columns of a result that a program makes, of `size`, where registers do not hold them all."""
+    return size if whole else min(size, PART if kind == "sums" else 2 * PART)
+
+
+def at_once(form: Form) -> bool:
     """Whether registers hold dk and dv: else each is made by itself, for a fourth more products."""
-    return plain and large and 0 < size <= 128
+    fits = form.size <= (64 if form.capped else 128)
+    return form.whole and form.large and not form.masked and fits
 
 
 def _in_rows(mask: torch.Tensor) -> torch.Tensor:
@@ -499,10 +526,9 @@ def attention_gradients(
     full, even, deep = q.dtype == torch.float32, is_even(*operands, out), is_deep(q.device)
     # 16 columns are the least of a matrix product
     sizes = [max(16, power_of_two(n)) for n in (width, values)]
-    size = max(sizes)
-    if full or not even or size > (WIDEST if deep else WIDEST // 2):
-        size, sizes = 0, [PART, PART]
-    large, plain = deep and even, keep is None and bias is None and not softcap
+    whole = not full and even and max(sizes) <= (WIDEST if deep else WIDEST // 2)
+    masked = keep is not None or bias is not None
+    form = Form(max(sizes), whole, deep and even, masked, softcap > 0)
     flags = {
         "CAUSAL": causal,
         "WINDOWED": window > 0,
@@ -510,9 +536,7 @@ def attention_gradients(
         # of the usual temperatures one exponential does
         "POWER": int(temperature) if temperature in (1, 2) else 0,
         "WIDEN": WIDEN,
-        "COLUMNS": 0 if size else columns(full, even, deep),
-        "WIDTH": sizes[0],
-        "VALUES": sizes[1],
+        "COLUMNS": 0 if whole else columns(full, even, deep),
     }
     strides = [s for t in operands for s in t.stride()]
     for mask in (keep, bias):
@@ -521,29 +545,34 @@ def attention_gradients(
         strides += [0] * 3 if mask is None else mask.expand(batch, heads, queries, -1).stride()[:3]
     # the masks' columns
     strides.append(ceil_div(keys, 16) * 16)
-    parts = [ceil_div(n, part) for n, part in zip((width, values), sizes, strict=True)]
     largest = torch.linalg.vector_norm(v, torch.inf, 2)
-    shape = FAR.value + parts[1], batch * heads * queries
-    rows = torch.empty(shape, dtype=torch.float32, device=q.device)
     # a window beyond all places is none
     window = min(window, queries + keys)
-    numbers = heads, heads // groups, queries, keys, width, values, window, rows.shape[1]
+    numbers = heads, heads // groups, queries, keys, width, values, window, batch * heads * queries
     factors = scale, softcap, 1 / temperature
-    tile = flags | tile_of("sums", size, large, plain)
+
+    def options(kind: str) -> tuple[dict[str, Any], int, int]:
+        """A kernel's constants, and in how many parts columns of q and of v are made."""
+        part = [columns_of(kind, n, whole) for n in sizes]
+        found = flags | tile_of(kind, form) | {"WIDTH": part[0], "VALUES": part[1]}
+        return found, ceil_div(width, part[0]), ceil_div(values, part[1])
+
+    tile, _, parts = options("sums")
+    rows = torch.empty(FAR.value + parts, numbers[-1], dtype=torch.float32, device=q.device)
     blocks = ceil_div(queries, tile["BLOCK_T"]) * batch * heads
-    _attention_sums_kernel[(blocks, parts[1])](
+    _attention_sums_kernel[(blocks, parts)](
         *operands, out, largest, rows, checks, *numbers, *factors, *strides, *out.stride(), **tile
     )
-    tile = flags | tile_of("queries", size, large, plain)
+    tile, of_width, _ = options("queries")
     blocks = ceil_div(queries, tile["BLOCK_T"]) * batch * heads
-    _attention_queries_kernel[(blocks, max(1, parts[0]))](
-        *operands, rows, checks, dq, *numbers, parts[1], *factors, *strides, **tile
+    _attention_queries_kernel[(blocks, max(1, of_width))](
+        *operands, rows, checks, dq, *numbers, parts, *factors, *strides, **tile
     )
-    tile = flags | tile_of("keys", size, large, plain)
+    tile, of_width, of_values = options("keys")
     blocks = ceil_div(keys, tile["BLOCK_S"]) * batch * groups
-    made = {(True, False): parts[0], (False, True): parts[1]}
-    if at_once(size, large, plain):
-        made = {(True, True): max(parts)}
+    made = {(True, False): of_width, (False, True): of_values}
+    if at_once(form):
+        made = {(True, True): max(of_width, of_values)}
     for (key, value), count in made.items():
         if count:
             _attention_keys_kernel[(blocks, count)](
@@ -552,15 +581,16 @@ def attention_gradients(
     return dq, dk, dv, checks
 
 
-def _case(kind: str, dtype: str, size: int, plain: bool, *targets: str) -> Case:
-    """With dk and dv only where they are made at once; with a window, and neither of the
-    temperatures for which one exponential does."""
+def _case(kind: str, dtype: str, size: int, masked: bool, capped: bool, *targets: str) -> Case:
+    """With a window, and neither of the temperatures for which one exponential does; of dk and dv
+    the first, unless they are made at once."""
     kernel = {
         "sums": _attention_sums_kernel,
         "queries": _attention_queries_kernel,
         "keys": _attention_keys_kernel,
     }[kind]
-    large = targets[0] in DEEP
+    full = dtype == "fp32"
+    form = Form(size, not full, targets[0] in DEEP, masked, capped)
     axes = {"grad": "bht", "q": "bht", "k": "bgs", "v": "bgs"}
     axes |= {"out": "bht"} if kind == "sums" else {}
     strides = [f"{t}_{a}" for t in axes for a in axes[t]]
@@ -571,18 +601,18 @@ def _case(kind: str, dtype: str, size: int, plain: bool, *targets: str) -> Case:
     types |= {t: f"*{dtype}" for t in kernel.jit.arg_names if t.endswith("_ptr")}
     types |= dict.fromkeys(types.keys() & {"rows_ptr", "checks_ptr"}, "*fp32")
     constants = {f"{t}_d": 1 for t in axes}
-    constants |= {"CAUSAL": True, "WINDOWED": True, "CAPPED": not plain, "POWER": 0, "WIDEN": False}
-    constants |= {"WIDTH": size or PART, "VALUES": size or PART}
-    constants["COLUMNS"] = 0 if size else columns(dtype == "fp32", True, large)
+    constants |= {"CAUSAL": True, "WINDOWED": True, "CAPPED": capped, "POWER": 0, "WIDEN": False}
+    constants |= dict.fromkeys(("WIDTH", "VALUES"), columns_of(kind, size, form.whole))
+    constants["COLUMNS"] = 0 if form.whole else columns(full, True, form.large)
     types["keep_ptr"] = "*i1"
-    if plain:
+    if not masked:
         del types["keep_ptr"], types["bias_ptr"]
         constants |= {"keep_ptr": None, "bias_ptr": None}
     if kind == "keys":
-        constants |= {"DK": True, "DV": at_once(size, large, plain)}
-    tile = tile_of(kind, size, large, plain)
+        constants |= {"DK": True, "DV": at_once(form)}
+    tile = tile_of(kind, form)
     launch = {key: tile.pop(key) for key in ("num_warps", "num_stages")}
-    name = f"{kind} {dtype} {size or 'in parts'}{' plain' if plain else ''}, {targets[0]}"
+    name = f"{kind} {dtype} {size}{' masked' * masked}{' capped' * capped}, {targets[0]}"
     divisible = ("width", "values", *strides)
     return Case(
         name, kernel, types, constants | tile, **launch, divisible=divisible, matrix=True,
@@ -593,15 +623,16 @@ def _case(kind: str, dtype: str, size: int, plain: bool, *targets: str) -> Case:
 def cases() -> list[Case]:
     """Those of the pinned tiles that leave the fewest registers."""
     return [
-        _case("sums", "bf16", 128, False, "sm_90"),
-        _case("sums", "bf16", 256, False, "sm_90"),
-        _case("sums", "bf16", 128, False, "sm_80", "sm_89", "gfx942"),
-        _case("sums", "fp32", 0, False, "sm_90"),
-        _case("queries", "bf16", 128, True, "sm_90"),
-        _case("queries", "fp32", 0, False, "sm_90"),
-        _case("keys", "bf16", 64, True, "sm_90"),
-        _case("keys", "bf16", 128, True, "sm_90", "sm_100"),
-        _case("keys", "bf16", 256, False, "sm_90"),
-        _case("keys", "bf16", 128, False, "gfx942"),
-        _case("keys", "fp32", 0, False, "sm_80", "sm_89"),
+        _case("sums", "bf16", 128, True, True, "sm_90"),
+        _case("sums", "bf16", 256, False, True, "sm_90"),
+        _case("sums", "bf16", 256, True, True, "sm_90"),
+        _case("sums", "bf16", 128, True, True, "sm_80", "sm_89", "gfx942"),
+        _case("sums", "fp32", 128, True, True, "sm_90"),
+        _case("queries", "bf16", 128, False, False, "sm_90"),
+        _case("queries", "bf16", 256, False, True, "sm_90"),
+        _case("keys", "bf16", 64, False, True, "sm_90"),
+        _case("keys", "bf16", 128, False, False, "sm_90", "sm_100"),
+        _case("keys", "bf16", 256, True, True, "sm_90"),
+        _case("keys", "bf16", 128, True, True, "gfx942"),
+        _case("keys", "fp32", 128, True, True, "sm_80", "sm_89"),
     ]
