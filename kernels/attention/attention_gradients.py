@@ -1,19 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """attention_gradients: see mikernels/ops/attention/attention_gradients.py.
 
-Two kernels, and 4 fp32 numbers a query between them. A program of the first has a block of queries
-and meets its keys twice: once for the largest score, the sums of exponentials and the means
-`sum_j P dP` of both temperatures and for `P v`, then for dq and the squared sums. A program of the
-second has a block of keys and meets the queries of all heads that share them, in order: dk and dv
-need no atomics, and the same call gives the same bits.
+Three kernels, each of which makes the scores and dP anew, a tile at a time, so that no T x S matrix
+is in memory. A block of queries meets its keys twice: first for the largest score, the sums of
+exponentials and the means `sum_j P dP` at both temperatures, and for P v; then, with these numbers
+of each query, for dq and the squared sums. A block of keys meets the queries of all heads that
+share it, in order, for dk and dv: no atomics, and the same call gives the same bits.
 
-Rows of 16-bit numbers are loaded whole: P and dS are rounded to their dtype for the matrix unit,
-as in eager torch, and everything else is fp32. Rows of fp32, wider than 256, or of which 16 bytes
-cannot be read at a time are multiplied COLUMNS at a time, and the results' columns are made 64 at
-a time, each with scores of their own: else registers would not do.
+Rows of 16-bit numbers are loaded whole: P and dS are rounded to their dtype for the matrix unit, as
+in eager torch; everything else is fp32. Rows of fp32, rows wider than 256 (128 before Hopper), and
+those of which 16 bytes cannot be read at a time are multiplied COLUMNS at a time, and a program
+makes 64 or 128 columns of a result: registers hold no more.
 """
 
 from __future__ import annotations
+
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -21,9 +23,9 @@ import triton.language as tl
 
 from ..common.launch import ceil_div, kernel, power_of_two
 from ..common.offline import Case
-from ..common.products import WIDEN, columns, dot, is_deep, is_even, multiply
+from ..common.products import DEEP, WIDEN, columns, dot, is_deep, is_even, multiply
 
-INF = tl.constexpr(float("inf"))
+INF, LOG2E = tl.constexpr(float("inf")), tl.constexpr(1.4426950408889634)
 # rows of numbers a query: largest score; of both temperatures 1 / sum of exponentials and mean of
 # dP; from FAR on, of each part of the values' columns, how far P v is from out
 FAR = tl.constexpr(5)
@@ -110,9 +112,9 @@ def _masked(
     scores, i, j, place, first, last, rows, columns, keep_ptr, keep_t, bias_ptr, bias_t,
     FROM: tl.constexpr,
 ):  # fmt: skip
-    """Scores of queries i and keys j with their bias, -inf where not attended to; and where that
-    is, but for a bias of -inf. All count from the tile's first; masks have rows and columns.
-    `place` is the one of i and j that first (if FROM) and last are of."""
+    """Scores of queries i and keys j with their bias, -inf where not attended to; and where they
+    are. All count from the tile's first; masks have rows and columns. `place` is the one of i and j
+    that first (if FROM) and last are of."""
     inside = place < last
     if FROM:
         inside = inside & (place >= first)
@@ -123,15 +125,18 @@ def _masked(
         inside = inside & (tl.load(at, mask=there, other=0) != 0)
     if bias_ptr is not None:
         at = bias_ptr + (i.to(tl.int64) * bias_t + j)
-        scores += tl.load(at, mask=there, other=0.0).to(tl.float32)
+        added = tl.load(at, mask=there, other=0.0).to(tl.float32)
+        inside = inside & (added != -INF)
+        scores += added
     return tl.where(inside, scores, -INF), inside
 
 
 @triton.jit
 def _exponentials(x, rate, POWER: tl.constexpr):
     """exp(x) and exp(rate x), the first of which is the second to this power, unless it is 0."""
-    tempered = tl.exp(x) if POWER == 1 else tl.exp(x * rate)
-    plain = tl.exp(x) if POWER == 0 else tempered if POWER == 1 else tempered * tempered
+    # exp2 is one instruction, and flushes what is below 2^-126
+    tempered = tl.exp2(x * (rate * LOG2E))
+    plain = tl.exp2(x * LOG2E) if POWER == 0 else tempered if POWER == 1 else tempered * tempered
     return plain, tempered
 
 
@@ -148,7 +153,7 @@ def _inverse(total):
     return tl.where(total == 0, 0.0, tl.div_rn(1.0, total))
 
 
-@kernel(do_not_specialize=["queries", "keys", "window"])
+@kernel(do_not_specialize=["queries", "keys", "window", "total_rows"])
 def _attention_sums_kernel(
     grad_ptr, q_ptr, k_ptr, v_ptr, keep_ptr, bias_ptr, out_ptr, largest_ptr, rows_ptr, checks_ptr,
     heads, group, queries, keys, width, values, window, total_rows, scale, softcap, rate,
@@ -241,6 +246,7 @@ def _attention_sums_kernel(
     known = begin_t + i < queries
     row = head.to(tl.int64) * queries + begin_t + i
     rows_ptr += row
+    total_rows = tl.cast(total_rows, tl.int64)
     tl.store(rows_ptr + (FAR + tl.program_id(1)) * total_rows, far, mask=known)
     if tl.program_id(1) == 0:
         tl.store(rows_ptr, tl.where(top == -INF, 0.0, top), mask=known)
@@ -251,7 +257,7 @@ def _attention_sums_kernel(
         tl.store(checks_ptr + row * 4 + 1, raw_most, mask=known)
 
 
-@kernel(do_not_specialize=["queries", "keys", "window"])
+@kernel(do_not_specialize=["queries", "keys", "window", "total_rows"])
 def _attention_queries_kernel(
     grad_ptr, q_ptr, k_ptr, v_ptr, keep_ptr, bias_ptr, rows_ptr, checks_ptr, dq_ptr,
     heads, group, queries, keys, width, values, window, total_rows, parts, scale, softcap, rate,
@@ -291,6 +297,7 @@ def _attention_queries_kernel(
     known = begin_t + i < queries
     row = head.to(tl.int64) * queries + begin_t + i
     rows_ptr += row
+    total_rows = tl.cast(total_rows, tl.int64)
     top = tl.load(rows_ptr, mask=known, other=0.0)
     plain_scale = tl.load(rows_ptr + total_rows, mask=known, other=0.0)
     scale_ = tl.load(rows_ptr + 2 * total_rows, mask=known, other=0.0)
@@ -349,7 +356,7 @@ def _attention_queries_kernel(
         tl.store(to + 3, squares, mask=known)
 
 
-@kernel(do_not_specialize=["queries", "keys", "window"])
+@kernel(do_not_specialize=["queries", "keys", "window", "total_rows"])
 def _attention_keys_kernel(
     grad_ptr, q_ptr, k_ptr, v_ptr, keep_ptr, bias_ptr, rows_ptr, dk_ptr, dv_ptr,
     heads, group, queries, keys, width, values, window, total_rows, scale, softcap, rate,
@@ -375,6 +382,7 @@ def _attention_keys_kernel(
         k = _load(k_ptr, begin_s, j, k_s, keys, in_q, k_d, width)
     if COLUMNS == 0 and DK:
         v = _load(v_ptr, begin_s, j, v_s, keys, in_v, v_d, values)
+    total_rows = tl.cast(total_rows, tl.int64)
     # blocks of queries that may attend to these keys by their places
     begin = begin_s // BLOCK_T if CAUSAL else 0
     end = queries
@@ -432,27 +440,51 @@ def _attention_keys_kernel(
         _store(dv_ptr + head * values, dv, begin_s, j, keys, in_v, values)
 
 
-def tile_of(kind: str, size: int, large: bool) -> dict[str, int]:
-    """The pinned tile of "sums", "queries" or "keys", for rows of `size` numbers at most, or, for
-    size 0, for those multiplied in parts: of what a program has, and of what it meets.
-    large: `is_deep` and `is_even`."""
-    if 0 < size <= 128 and large:
-        own, met = 128, 32
-    elif size > 128:
-        # beside 256 columns of sums and both temperatures' scores registers are short
-        own, met = (64 if kind == "sums" else 128), 16
+class Form(NamedTuple):
+    """What a call's pinned tiles depend on.
+
+    Attributes:
+        size: columns of q, k and v, padded to a power of two.
+        whole: rows are loaded whole.
+        large: `is_deep` and `is_even`.
+        masked: with keep or bias. capped: with a softcap.
+    """
+
+    size: int
+    whole: bool
+    large: bool
+    masked: bool
+    capped: bool
+
+
+def tile_of(kind: str, form: Form) -> dict[str, int]:
+    """The pinned tile of "sums", "queries" or "keys": of what a program has, and of what it meets,
+    as much as registers hold."""
+    size, whole, large, masked, capped = form
+    if not whole:
+        wide = large and (kind == "sums" or (kind == "queries" and size <= PART))
+        own, met = 64, 32 if wide else 16
+    elif not large:
+        own, met = 64, 16
+    elif size <= 128:
+        alone = kind == "queries" and not capped
+        own, met = 128, 64 if not masked and (size <= 64 or alone) else 32
     else:
-        own, met = 64, 32 if large and kind != "keys" else 16
-    blocks = (
-        {"BLOCK_T": met, "BLOCK_S": own} if kind == "keys" else {"BLOCK_T": own, "BLOCK_S": met}
-    )
-    return blocks | {"num_warps": 8, "num_stages": 2}
+        own = 64 if kind == "sums" and masked else 128
+        met = 32 if kind == "queries" and not masked else 16
+    t, s = (met, own) if kind == "keys" else (own, met)
+    return {"BLOCK_T": t, "BLOCK_S": s, "num_warps": 8, "num_stages": 2}
 
 
-def at_once(size: int, deep: bool, plain: bool) -> bool:
-    """Whether registers hold dk and dv: else each is made by itself, for a fifth more products.
-    plain: scores are products, with no bias, mask or cap."""
-    return plain and deep and 0 < size <= 128
+def columns_of(kind: str, size: int, whole: bool) -> int:
+    """Columns of a result that a program makes, of `size`, where registers do not hold them all."""
+    return size if whole else min(size, PART if kind == "sums" else 2 * PART)
+
+
+def at_once(form: Form) -> bool:
+    """Whether registers hold dk and dv: else each is made by itself, for a fourth more products."""
+    fits = form.size <= (64 if form.capped else 128)
+    return form.whole and form.large and not form.masked and fits
 
 
 def _in_rows(mask: torch.Tensor) -> torch.Tensor:
@@ -485,17 +517,18 @@ def attention_gradients(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """`mikernels::attention_gradients` for operands of any strides."""
     (batch, heads, queries, width), (groups, keys, values) = q.shape, v.shape[1:]
+    operands = grad, q, k, v
     # contiguous, whatever the operands are
     dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
     checks = torch.empty(batch, heads, queries, 4, dtype=torch.float32, device=q.device)
     if 0 in (batch, heads, queries, keys, values):
         return dq.zero_(), dk.zero_(), dv.zero_(), checks.zero_()
-    full, even, deep = q.dtype == torch.float32, is_even(grad, q, k, v), is_deep(q.device)
+    full, even, deep = q.dtype == torch.float32, is_even(*operands, out), is_deep(q.device)
     # 16 columns are the least of a matrix product
     sizes = [max(16, power_of_two(n)) for n in (width, values)]
-    size = max(sizes)
-    if full or not even or size > (WIDEST if deep else WIDEST // 2):
-        size, sizes = 0, [PART, PART]
+    whole = not full and even and max(sizes) <= (WIDEST if deep else WIDEST // 2)
+    masked = keep is not None or bias is not None
+    form = Form(max(sizes), whole, deep and even, masked, softcap > 0)
     flags = {
         "CAUSAL": causal,
         "WINDOWED": window > 0,
@@ -503,116 +536,103 @@ def attention_gradients(
         # of the usual temperatures one exponential does
         "POWER": int(temperature) if temperature in (1, 2) else 0,
         "WIDEN": WIDEN,
-        "COLUMNS": 0 if size else columns(full, even, deep),
-        "WIDTH": sizes[0],
-        "VALUES": sizes[1],
+        "COLUMNS": 0 if whole else columns(full, even, deep),
     }
-    masks, strides = [], [s for t in (grad, q, k, v) for s in t.stride()]
+    strides = [s for t in operands for s in t.stride()]
     for mask in (keep, bias):
-        rows = None if mask is None else _in_rows(mask)
-        masks.append(rows)
-        strides += [0] * 3 if rows is None else rows.expand(batch, heads, queries, -1).stride()[:3]
+        mask = None if mask is None else _in_rows(mask)
+        operands += (mask,)
+        strides += [0] * 3 if mask is None else mask.expand(batch, heads, queries, -1).stride()[:3]
     # the masks' columns
     strides.append(ceil_div(keys, 16) * 16)
-    parts = [ceil_div(n, part) for n, part in zip((width, values), sizes, strict=True)]
     largest = torch.linalg.vector_norm(v, torch.inf, 2)
-    shape = FAR.value + parts[1], batch * heads * queries
-    rows = torch.empty(shape, dtype=torch.float32, device=q.device)
     # a window beyond all places is none
     window = min(window, queries + keys)
-    numbers = heads, heads // groups, queries, keys, width, values, window, rows.shape[1]
+    numbers = heads, heads // groups, queries, keys, width, values, window, batch * heads * queries
     factors = scale, softcap, 1 / temperature
-    operands = grad, q, k, v, *masks
-    tile = flags | tile_of("sums", size, deep and even)
+
+    def options(kind: str) -> tuple[dict[str, Any], int, int]:
+        """A kernel's constants, and in how many parts columns of q and of v are made."""
+        part = [columns_of(kind, n, whole) for n in sizes]
+        found = flags | tile_of(kind, form) | {"WIDTH": part[0], "VALUES": part[1]}
+        return found, ceil_div(width, part[0]), ceil_div(values, part[1])
+
+    tile, _, parts = options("sums")
+    rows = torch.empty(FAR.value + parts, numbers[-1], dtype=torch.float32, device=q.device)
     blocks = ceil_div(queries, tile["BLOCK_T"]) * batch * heads
-    _attention_sums_kernel[(blocks, parts[1])](
+    _attention_sums_kernel[(blocks, parts)](
         *operands, out, largest, rows, checks, *numbers, *factors, *strides, *out.stride(), **tile
     )
-    tile = flags | tile_of("queries", size, deep and even)
+    tile, of_width, _ = options("queries")
     blocks = ceil_div(queries, tile["BLOCK_T"]) * batch * heads
-    _attention_queries_kernel[(blocks, max(1, parts[0]))](
-        *operands, rows, checks, dq, *numbers, parts[1], *factors, *strides, **tile
+    _attention_queries_kernel[(blocks, max(1, of_width))](
+        *operands, rows, checks, dq, *numbers, parts, *factors, *strides, **tile
     )
-    tile = flags | tile_of("keys", size, deep and even)
+    tile, of_width, of_values = options("keys")
     blocks = ceil_div(keys, tile["BLOCK_S"]) * batch * groups
-    both = at_once(size, deep, keep is None and bias is None and not softcap)
-    for made, count in (((True, True), max(parts)),) if both else (
-        ((True, False), parts[0]), ((False, True), parts[1])
-    ):  # fmt: skip
+    made = {(True, False): of_width, (False, True): of_values}
+    if at_once(form):
+        made = {(True, True): max(of_width, of_values)}
+    for (key, value), count in made.items():
         if count:
             _attention_keys_kernel[(blocks, count)](
-                *operands, rows, dk, dv, *numbers, *factors, *strides, DK=made[0], DV=made[1],
-                **tile,
-            )  # fmt: skip
+                *operands, rows, dk, dv, *numbers, *factors, *strides, DK=key, DV=value, **tile
+            )
     return dq, dk, dv, checks
 
 
-KERNELS = {
-    "sums": _attention_sums_kernel,
-    "queries": _attention_queries_kernel,
-    "keys": _attention_keys_kernel,
-}
-
-
-def _case(
-    kind: str, dtype: str, size: int, deep: bool, targets: tuple[str, ...], made: str
-) -> Case:
-    """Of a kernel, with all that scores may have; made: of the keys' kernel, "dk", "dv" or, for
-    scores that are products, both."""
-    plain, even = made == "dk dv", "odd" not in dtype
-    dtype = dtype.split()[0]
-    axes = dict.fromkeys(("grad", "q", "out"), "bht") | dict.fromkeys("kv", "bgs")
-    operands = ("grad", "q", "k", "v", "out") if kind == "sums" else ("grad", "q", "k", "v")
-    strides = [f"{t}_{a}" for t in operands for a in axes[t]]
-    of_masks = [*(f"{t}_{a}" for t in ("keep", "bias") for a in "bht"), "columns"]
+def _case(kind: str, dtype: str, size: int, masked: bool, capped: bool, *targets: str) -> Case:
+    """With a window, and neither of the temperatures for which one exponential does; of dk and dv
+    the first, unless they are made at once."""
+    kernel = {
+        "sums": _attention_sums_kernel,
+        "queries": _attention_queries_kernel,
+        "keys": _attention_keys_kernel,
+    }[kind]
+    full = dtype == "fp32"
+    form = Form(size, not full, targets[0] in DEEP, masked, capped)
+    axes = {"grad": "bht", "q": "bht", "k": "bgs", "v": "bgs"}
+    axes |= {"out": "bht"} if kind == "sums" else {}
+    strides = [f"{t}_{a}" for t in axes for a in axes[t]]
+    strides += [*(f"{t}_{a}" for t in ("keep", "bias") for a in "bht"), "columns"]
     sizes = ("heads", "group", "queries", "keys", "width", "values", "window", "total_rows")
-    types = dict.fromkeys((*sizes, *strides, *of_masks), "i32")
-    types |= dict.fromkeys((f"{t}_ptr" for t in operands), f"*{dtype}") | {"rows_ptr": "*fp32"}
+    types = dict.fromkeys((*sizes, *strides, *(["parts"] if kind == "queries" else [])), "i32")
     types |= dict.fromkeys(("scale", "softcap", "rate"), "fp32")
-    more = {
-        "sums": {"largest_ptr": f"*{dtype}", "checks_ptr": "*fp32"},
-        "queries": {"parts": "i32", "checks_ptr": "*fp32", "dq_ptr": f"*{dtype}"},
-        "keys": {"dk_ptr": f"*{dtype}", "dv_ptr": f"*{dtype}"},
-    }
-    types |= more[kind]
-    constants = dict.fromkeys((f"{t}_d" for t in operands), 1) | {"POWER": 0, "WIDEN": False}
-    constants |= {"CAUSAL": True, "WINDOWED": True, "CAPPED": not plain}
-    constants |= {"WIDTH": size or PART, "VALUES": size or PART}
-    constants["COLUMNS"] = 0 if size else columns(dtype == "fp32", even, deep)
-    if plain:
+    types |= {t: f"*{dtype}" for t in kernel.jit.arg_names if t.endswith("_ptr")}
+    types |= dict.fromkeys(types.keys() & {"rows_ptr", "checks_ptr"}, "*fp32")
+    constants = {f"{t}_d": 1 for t in axes}
+    constants |= {"CAUSAL": True, "WINDOWED": True, "CAPPED": capped, "POWER": 0, "WIDEN": False}
+    constants |= dict.fromkeys(("WIDTH", "VALUES"), columns_of(kind, size, form.whole))
+    constants["COLUMNS"] = 0 if form.whole else columns(full, True, form.large)
+    types["keep_ptr"] = "*i1"
+    if not masked:
+        del types["keep_ptr"], types["bias_ptr"]
         constants |= {"keep_ptr": None, "bias_ptr": None}
-    else:
-        types |= {"keep_ptr": "*i1", "bias_ptr": f"*{dtype}"}
     if kind == "keys":
-        constants |= {"DK": "dk" in made, "DV": "dv" in made}
-    tile = tile_of(kind, size, deep and even)
+        constants |= {"DK": True, "DV": at_once(form)}
+    tile = tile_of(kind, form)
     launch = {key: tile.pop(key) for key in ("num_warps", "num_stages")}
+    name = f"{kind} {dtype} {size}{' masked' * masked}{' capped' * capped}, {targets[0]}"
+    divisible = ("width", "values", *strides)
     return Case(
-        f"{kind} {made} {dtype} {size or 'in parts'}, {targets[0]}{'' if even else ', odd sizes'}",
-        KERNELS[kind],
-        types,
-        constants | tile,
-        **launch,
-        divisible=(*(("width", "values", *strides) if even else ()), *of_masks),
-        matrix=True,
+        name, kernel, types, constants | tile, **launch, divisible=divisible, matrix=True,
         targets=targets,
-    )
+    )  # fmt: skip
 
 
 def cases() -> list[Case]:
-    """What registers are shortest for: without a mask, a cap, dk or dv there are more."""
-    found = []
-    for dtype, size, deep, targets in (
-        ("bf16", 128, True, ("sm_90",)),
-        ("bf16", 256, True, ("sm_90",)),
-        ("bf16", 128, False, ("sm_80", "sm_89", "gfx942")),
-        ("fp32", 0, True, ("sm_90",)),
-        ("fp32", 0, False, ("sm_80", "sm_89", "gfx942")),
-        ("bf16 odd", 0, True, ("sm_90",)),
-        ("fp32 odd", 0, True, ("sm_90",)),
-    ):
-        for kind, made in (("sums", ""), ("queries", "dq"), ("keys", "dk")):
-            found.append(_case(kind, dtype, size, deep, targets, made))
-    found.append(_case("keys", "bf16", 256, True, ("sm_90",), "dv"))
-    found.append(_case("keys", "bf16", 128, True, ("sm_90", "sm_100"), "dk dv"))
-    return found
+    """Those of the pinned tiles that leave the fewest registers."""
+    return [
+        _case("sums", "bf16", 128, True, True, "sm_90"),
+        _case("sums", "bf16", 256, False, True, "sm_90"),
+        _case("sums", "bf16", 256, True, True, "sm_90"),
+        _case("sums", "bf16", 128, True, True, "sm_80", "sm_89", "gfx942"),
+        _case("sums", "fp32", 128, True, True, "sm_90"),
+        _case("queries", "bf16", 128, False, False, "sm_90"),
+        _case("queries", "bf16", 256, False, True, "sm_90"),
+        _case("keys", "bf16", 64, False, True, "sm_90"),
+        _case("keys", "bf16", 128, False, False, "sm_90", "sm_100"),
+        _case("keys", "bf16", 256, True, True, "sm_90"),
+        _case("keys", "bf16", 128, True, True, "gfx942"),
+        _case("keys", "fp32", 128, True, True, "sm_80", "sm_89"),
+    ]

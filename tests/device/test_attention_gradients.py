@@ -87,7 +87,7 @@ def test_masks(device, dt, keys):
     bias = bias.float().transpose(2, 3).expand(1, 2, keys, 19).transpose(2, 3)
     check(given, bias=bias, keep=keep[:1, :, :1].expand(2, 2, 19, keys), softcap=3.0)
     found = run(given, bias=torch.full_like(bias, -INF))
-    assert not any(t.any() for i, t in enumerate(found) if i not in (3, 4))
+    assert not any(t.any() for i, t in enumerate(found) if i != 3)
 
 
 def test_layouts(device):
