@@ -179,12 +179,12 @@ def _task(name: str, words: _Words, n: int, make: Callable[[], _Row]) -> Task:
     if not isinstance(n, int) or n < 1:
         raise ValueError(f"{name}: n must be at least 1, got {n}")
     rows: dict[tuple[int, ...], _Row] = {}
-    for _ in range(20 * n + 100):
+    again = 0
+    while len(rows) < n and again <= 2 * len(rows) + 100:
         row = make()
+        again = again + 1 if tuple(row[0]) in rows else 0
         rows.setdefault(tuple(row[0]), row)
-        if len(rows) == n:
-            break
-    else:
+    if len(rows) < n:
         raise ValueError(f"{name}: n must be at most {len(rows)} different prompts, got {n}")
     clean, other, correct, wrong = zip(*rows.values(), strict=True)
     for a, b in zip(clean, other, strict=True):
