@@ -5,7 +5,7 @@
 
 Finds the ten strongest heads on indirect-object prompts with `gim_probe`, replaces what they
 compute by its mean over other prompts, and compares the logit difference with that without ten
-random heads. Writes which_heads.html.
+random heads. Writes out/which_heads.html.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import random
 import sys
 from contextlib import ExitStack
+from pathlib import Path
 
 import torch
 
@@ -91,7 +92,8 @@ def main() -> None:
     )  # fmt: skip
     print(probe, probe.rules, sep="\n\n")
     found = head_scores(model, tokenizer=tokenizer)
-    probe.to_html("which_heads.html", found)
+    Path("out").mkdir(exist_ok=True)
+    probe.to_html("out/which_heads.html", found)
 
     heads = [(c.layer, c.head) for c in probe.ranking if c.head is not None]
     means = mean_z(model, task)
