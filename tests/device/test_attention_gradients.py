@@ -7,6 +7,7 @@ import torch
 from oracle import assert_accurate, far_and_near, identical, randn, unchanged
 
 from mikernels import _triton, attention_gradients
+from mikernels.kernels.attention import attention_gradients as launcher
 
 NAN, INF = float("nan"), float("inf")
 
@@ -73,7 +74,15 @@ def test_attention_gradients_are_accurate(device, dtype, shape, options):
     check(operands(device, dtype, *shape), **options)
 
 
-@pytest.mark.parametrize("dt, keys", [(torch.bfloat16, 48), (torch.float32, 37)])
+def test_other_tiles(device, monkeypatch):
+    """Those of smaller GPUs, where 256 columns are multiplied in parts; and of wide rows."""
+    check(operands(device, torch.bfloat16, 1, 1, 1, 5, 9, 272, 16), causal=True)
+    monkeypatch.setattr(launcher, "is_deep", lambda device: False)
+    check(operands(device, torch.bfloat16, 1, 2, 1, 70, 20, 16, 32), causal=True, temperature=2.0)
+    check(operands(device, torch.bfloat16, 1, 1, 1, 5, 9, 144, 16), softcap=1.0)
+
+
+@pytest.mark.parametrize("dt, keys", [(torch.bfloat16, 48), (torch.float16, 37)])
 def test_masks(device, dt, keys):
     """In place, and where rows of masks begin at odd places or have strides of 0."""
     given = operands(device, dt, 2, 2, 1, 19, keys, 16, 16)
@@ -86,6 +95,9 @@ def test_masks(device, dt, keys):
     assert not any(found[i][:, :, 7].any() for i in (0, 4, 5, 6))
     bias = bias.float().transpose(2, 3).expand(1, 2, keys, 19).transpose(2, 3)
     check(given, bias=bias, keep=keep[:1, :, :1].expand(2, 2, 19, keys), softcap=3.0)
+    # what is copied is not what was expanded
+    wide = keep[:1, :, :1].expand(2, 2, 19, keys)
+    assert launcher._in_rows(wide).numel() == (wide.numel() if keys == 48 else 48)
     found = run(given, bias=torch.full_like(bias, -INF))
     assert not any(t.any() for i, t in enumerate(found) if i != 3)
 
