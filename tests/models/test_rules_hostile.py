@@ -4,6 +4,7 @@
 import contextvars
 import copy
 import pickle
+import threading
 import warnings
 
 import pytest
@@ -391,6 +392,21 @@ def test_gradients_of_projections_alone():
         with rules(model, query=0.25, layers=[0]) as report:
             model(IDS).logits.sum().backward()
     assert report["query"].acted == 1
+
+
+def test_a_thread_that_runs_the_model_while_hooks_come_and_go():
+    """torch registers a hook first, and then that it takes keywords."""
+    model, found = made("mixtral"), []
+    plain = backward(model)
+    with rules(model, "gim"):
+        ruled = backward(model)
+        for module in model.modules():
+            module._forward_hooks_with_kwargs.clear()
+            module._forward_pre_hooks_with_kwargs.clear()
+        thread = threading.Thread(target=lambda: found.append(backward(model)))
+        thread.start()
+        thread.join()
+    assert torch.equal(found[0], plain) and not torch.equal(plain, ruled)
 
 
 def test_hooks_that_accelerate_adds_in_the_block_stay():

@@ -55,7 +55,16 @@ class Uncopied:
         cls, register: Callable[..., Any], see: Callable[..., Any], **options: Any
     ) -> Callable[[], None]:
         """Registers a hook; what removes it."""
-        return register(cls(see), **options).remove  # type: ignore[no-any-return]
+        if not options.get("with_kwargs"):
+            return register(cls(see), **options).remove  # type: ignore[no-any-return]
+        count = 3 if register.__name__ == "register_forward_pre_hook" else 4
+
+        def tolerant(*given: Any) -> Any:
+            # torch notes that a hook takes keywords after it is there to be called: a thread that
+            # runs the model then calls it without
+            return see(*given) if len(given) == count else see(*given[:2], {}, *given[2:])
+
+        return register(cls(tolerant), **options).remove  # type: ignore[no-any-return]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._function(*args, **kwargs)
