@@ -138,7 +138,7 @@ class _Heads:
             out, weights = function(module, q, k, v, mask, **options)
             layer = self._layers[module]
             causal = masks_itself(name, module, q, mask, options)
-            call = Call(f"block {layer}", function, module, mask, options, causal, [])
+            call = Call(f"block {layer}", function, module, mask, options, causal, [], set())
             self._add(layer, call, q, k, v, out.transpose(1, 2))
             return out, weights
 

@@ -134,6 +134,8 @@ def find(model: torch.nn.Module, where: str, fix: str) -> HuggingFace:
     Raises:
         ValueError: for another model, with what is missing.
     """
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise refusal(model, where, "it has an encoder beside its decoder", fix)
     layers, d = layers_of(model), getattr(getattr(model, "config", None), "hidden_size", None)
     if layers is None:
         n = n_layers(model)

@@ -257,7 +257,7 @@ def test_what_is_refused():
     for said, message in (
         ({"gate": 0.5}, "gate must have a place in the model, got HookedTransformer without any"),
         ({"activation": "secant"}, "activation must have a place in the model"),
-        ({"preset": "gim", "layers": [2]}, r"layers must be of 0..1 .* got \[2\]"),
+        ({"preset": "gim", "layers": [2]}, r"layers must be some of 0..1 .* got \[2\]"),
     ):
         with pytest.raises(ValueError, match=f"rules: {message}"), rules(model, **said):
             raise AssertionError

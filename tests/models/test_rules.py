@@ -301,7 +301,7 @@ def test_what_is_refused():
         (ValueError, "gate must be a finite number, got nan", None, {"gate": float("nan")}),
         (ValueError, "key must be a finite number, got True", None, {"key": True}),
         (ValueError, "attention must be 'fused' or 'two-pass'", "gim", {"attention": "sdpa"}),
-        (ValueError, r"layers must be of 0..2 .* got \[7\]", "gim", {"layers": [1, 7]}),
+        (ValueError, r"layers must be some of 0..2 .* got \[7\]", "gim", {"layers": [1, 7]}),
     ):
         with pytest.raises(error, match=message), rules(model, preset, **options):
             raise AssertionError

@@ -14,11 +14,12 @@ flash kernel), and use what it returns. Rules stand at that call, in this model'
       o1 = f(q, k, v, scale)    o2 = f(q, k, v, scale / t), soft-cap / t, bias / t
 
   and takes dV from o1, dQ and dK from t o2: the gradients of `P' = softmax(S / t)` without the
-  factor 1 / t, from any implementation.
+  factor 1 / t, from any implementation whose scores are made of nothing else.
 """
 
 from __future__ import annotations
 
+import inspect
 import math
 import threading
 from collections.abc import Callable, Iterable
@@ -28,22 +29,25 @@ from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from mikernels._dispatch import accumulate_dtype
 from mikernels.models.claims import FACTORS as PRODUCT_FACTORS
-from mikernels.models.rules.gradients import Measure, scaled
+from mikernels.models.rules.gradients import Measure, once, scaled
 from mikernels.models.rules.preset import FROZEN
-from mikernels.models.rules.scope import Scope
+from mikernels.models.rules.scope import Scope, Uncopied
 from mikernels.ops.attention.attention_gradients import attention_gradients, attention_gradients_op
 from mikernels.rebind import rebound, within
 
 RULES = ("softmax", "query", "key", "value")
 # what a model's attention names in its own file, and calls
 REGISTRY, EAGER = "ALL_ATTENTION_FUNCTIONS", "eager_attention_forward"
+# where accelerate's hooks put a module's forward
+OLD = "_old_forward"
 # arguments of attention functions that change what is computed, and that attention_gradients
 # does not know; None or 0 is without
 UNKNOWN = ("s_aux", "position_bias", "alibi", "head_mask", "relative_position_bias")
+# of those, what does not enter the softmax
+AFTER = ("head_mask",)
 
 Attend = Callable[..., tuple[torch.Tensor, Any]]
 
@@ -54,7 +58,8 @@ class Call(NamedTuple):
     Attributes:
         place: the module's name. function: what computes it. module: as handed to it. mask,
             options: its other arguments. causal: whether it masks later keys by itself.
-        claims: where its backward puts what has to be checked.
+        claims: where its backward puts what has to be checked. heed: places whose function was seen
+            to heed `scaling`.
     """
 
     place: str
@@ -64,6 +69,7 @@ class Call(NamedTuple):
     options: dict[str, Any]
     causal: bool
     claims: list[_Claim]
+    heed: set[str]
 
     def run(self, *qkv: torch.Tensor) -> tuple[torch.Tensor, Any]:
         """What the model would have of q, k and v."""
@@ -80,24 +86,40 @@ class Call(NamedTuple):
         if options.get("softcap"):
             options["softcap"] = options["softcap"] / temperature
         mask = self.mask
-        if mask is not None and mask.is_floating_point():
+        if isinstance(mask, torch.Tensor) and mask.is_floating_point():
             mask = mask / temperature
         return self._replace(mask=mask, options=options)
+
+    @torch.no_grad()
+    def check_heeds(self, temperature: float, *qkv: torch.Tensor) -> None:
+        """Whether the function computes something else at another scale, of q, k and v that are not
+        alike."""
+        other = [
+            torch.arange(t.numel(), device=t.device, dtype=torch.float64).square().cos()
+            .reshape(t.shape).to(t.dtype)
+            for t in qkv
+        ]  # fmt: skip
+        if torch.equal(self.run(*other)[0], self.tempered(other[0], temperature).run(*other)[0]):
+            raise ValueError(
+                f"rules: softmax must act on attention that heeds the argument scaling, got "
+                f"{self.place}, whose function computes the same at another; leave the rule out, "
+                f"or say attention='fused'"
+            )
 
 
 def masks_itself(
     name: str,
     module: torch.nn.Module,
     q: torch.Tensor,
-    mask: torch.Tensor | None,
+    mask: Any,
     options: dict[str, Any],
 ) -> bool:
     """Whether a call of an implementation of this name leaves out later keys by itself."""
     causal = options.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
     # eager attention has no mask but the one it is given
-    own = (mask is None or mask.dim() == 2) and name != "eager" and q.shape[2] > 1
-    return bool(causal) and own
+    alone = mask is None or (isinstance(mask, torch.Tensor) and mask.dim() == 2)
+    return bool(causal) and alone and name != "eager" and q.shape[2] > 1
 
 
 def meaning(call: Call, q: torch.Tensor, k: torch.Tensor) -> dict[str, Any]:
@@ -170,13 +192,18 @@ def _claim(call: Call, q: torch.Tensor, k: torch.Tensor, checks: torch.Tensor) -
 
 def _check(claims: list[_Claim]) -> None:
     """Raises where one does not hold; reads the device once where all do."""
+    found = []
+    # another thread may add to them
     while claims:
-        found, claims[:] = tuple(claims), ()
-        # a NaN of the model is not a disagreement
-        worst = torch.stack([(c.error - c.limit).nan_to_num(nan=0.0).amax() for c in found])
-        for claim, excess in zip(found, worst.tolist(), strict=True):
-            if excess > 0:
-                _refuse(claim)
+        found.append(claims.pop(0))
+    if not found:
+        return
+    # a NaN of the model is not a disagreement; blocks may lie on several devices
+    worst = [(c.error - c.limit).nan_to_num(nan=0.0).amax() for c in found]
+    excess = torch.stack([one.to(worst[0].device) for one in worst]).tolist()
+    for claim, over in zip(found, excess, strict=True):
+        if over > 0:
+            _refuse(claim)
 
 
 def _refuse(claim: _Claim) -> None:
@@ -218,10 +245,11 @@ class _Fused(torch.autograd.Function):
         return out, weights
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor, *rest: Any) -> Any:
-        q, k, v, out = ctx.saved_tensors
-        call = ctx.call
+    @once
+    def backward(ctx: Any, saved: Any, grad: torch.Tensor, *rest: Any) -> Any:
+        call, out = ctx.call, saved[-1]
+        # autocast: what the function made of them
+        q, k, v = (t.to(out.dtype) for t in saved[:-1])
         dq, dk, dv, checks = attention_gradients(
             grad.transpose(1, 2), q, k, v, out.transpose(1, 2),
             **meaning(call, q, k), temperature=ctx.temperature,
@@ -231,7 +259,8 @@ class _Fused(torch.autograd.Function):
             # at the end of this backward pass, all layers at once
             torch.autograd.Variable._execution_engine.queue_callback(partial(_check, call.claims))
         ctx.measure(checks[..., 2].sum(), checks[..., 3].sum())
-        return dq, dk, dv, None, None, None
+        found = (t.to(like.dtype) for t, like in zip((dq, dk, dv), saved[:-1], strict=True))
+        return *found, None, None, None
 
 
 class _TwoPass(torch.autograd.Function):
@@ -249,16 +278,18 @@ class _TwoPass(torch.autograd.Function):
             first, second = _leaves(q, k, v), _leaves(q, k, v)
             out, weights = call.run(*first)
             tempered, _ = call.tempered(q, temperature).run(*second[:2], v.detach())
+        # for `once`
+        ctx.save_for_backward(q, k, v)
         ctx.graphs = (out, first), (tempered, second[:2])
-        ctx.temperature, ctx.measure = temperature, measure
+        ctx.temperature, ctx.measure, ctx.call = temperature, measure, call
         weights = weights.detach() if isinstance(weights, torch.Tensor) else weights
         if isinstance(weights, torch.Tensor):
             ctx.mark_non_differentiable(weights)
         return out.detach(), weights
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor, *rest: Any) -> Any:
+    @once
+    def backward(ctx: Any, saved: Any, grad: torch.Tensor, *rest: Any) -> Any:
         if ctx.graphs is None:
             raise RuntimeError(
                 "rules: attention='two-pass' must be differentiated once, got a second backward; "
@@ -267,6 +298,12 @@ class _TwoPass(torch.autograd.Function):
         (out, first), (tempered, second) = ctx.graphs
         ctx.graphs = None
         true_q, true_k, dv = torch.autograd.grad(out, first, grad)
+        call = ctx.call
+        if call.place not in call.heed:
+            if not torch.equal(out, tempered):
+                call.heed.add(call.place)
+            elif bool(true_q.any()):
+                call.check_heeds(ctx.temperature, *first)
         dq, dk = (g * ctx.temperature for g in torch.autograd.grad(tempered, second, grad))
         pairs = ((dq, true_q), (dk, true_k))
         ctx.measure(
@@ -316,8 +353,7 @@ def intercept(
     Raises:
         ValueError: for a module that does not call a function of transformers' registry.
     """
-    # what accelerate's hooks call
-    attribute = "_old_forward" if "_old_forward" in vars(module) else "forward"
+    attribute = OLD if OLD in vars(module) else "forward"
     method = vars(module).get(attribute) or getattr(module, attribute)
     forward: Any = getattr(method, "__func__", None)
     if forward is None or getattr(method, "__self__", None) is not module:
@@ -333,17 +369,24 @@ def intercept(
                 f"{where}: attention must call a function of transformers' {REGISTRY}, got {name} "
                 f"({type(module).__name__}), which does not; {fix}"
             )
-        registry = _Registry(there[REGISTRY], under)
-        return rebound(function, **{REGISTRY: registry, EAGER: under("eager", there[EAGER])})
+        names: dict[str, object] = {REGISTRY: _Registry(there[REGISTRY], under)}
+        # not every model has one of its own
+        if EAGER in there:
+            names[EAGER] = under("eager", there[EAGER])
+        return rebound(function, **names)
 
     before = vars(module).get(attribute)
-    setattr(module, attribute, MethodType(within(forward, changed), module))
+    ours = Uncopied(MethodType(within(forward, changed), module))
+    setattr(module, attribute, ours)
 
     def undo() -> None:
-        if before is None:
-            delattr(module, attribute)
-        else:
-            setattr(module, attribute, before)
+        # others (accelerate's hooks) may have put it elsewhere, and theirs in its place
+        there = [name for name in (attribute, OLD) if vars(module).get(name) is ours]
+        for name in there:
+            if before is None and name == "forward":
+                delattr(module, name)
+            else:
+                setattr(module, name, before or MethodType(forward, module))
 
     return undo
 
@@ -356,32 +399,42 @@ _PLACES: WeakKeyDictionary[torch.nn.Module, list[tuple[AttentionPlace, Scope]]] 
 _LOCK = threading.RLock()
 
 
+def attends(module: torch.nn.Module) -> bool:
+    """Whether it calls an attention function of transformers by itself."""
+    forward = inspect.unwrap(type(module).forward)
+    return REGISTRY in getattr(getattr(forward, "__code__", None), "co_names", ())
+
+
 def _attend(
     name: str,
     function: Attend,
     module: torch.nn.Module,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    mask: torch.Tensor | None = None,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
     **options: Any,
 ) -> tuple[torch.Tensor, Any]:
     """An attention function, under the rules of the scopes that the module stands in."""
+    q, k, v, mask = query, key, value, attention_mask
     said: dict[str, Any] = {}
     in_charge: dict[str, tuple[AttentionPlace, Scope]] = {}
     for place, scope in tuple(_PLACES.get(module, ())):
         for rule in RULES:
-            if (value := scope.value(place, rule)) is not None:
-                said[rule], in_charge[rule] = value, (place, scope)
+            if (holds := scope.value(place, rule)) is not None:
+                said[rule], in_charge[rule] = holds, (place, scope)
     if not said or not any(t.requires_grad for t in (q, k, v)):
         return function(module, q, k, v, mask, **options)
     if options.get("dropout"):
         raise ValueError(f"rules: attention must have no dropout, got {options['dropout']}")
     for rule, (place, scope) in in_charge.items():
+        scope.report.ran(rule, place.name)
         scope.report.acted(rule, place.name)
     softmax = said.get("softmax", 1.0)
+    learned = isinstance(mask, torch.Tensor) and mask.requires_grad
     if softmax == FROZEN:
         q, k = q.detach(), k.detach()
+        mask = mask.detach() if isinstance(mask, torch.Tensor) else mask
     q, k, v = (
         x if said.get(rule, 1.0) == 1.0 else scaled(x, said[rule])
         for x, rule in ((q, "query"), (k, "key"), (v, "value"))
@@ -389,17 +442,31 @@ def _attend(
     if isinstance(softmax, str) or softmax == 1.0:
         return function(module, q, k, v, mask, **options)
     place, scope = in_charge["softmax"]
-    causal = masks_itself(name, module, q, mask, options)
-    call = Call(place.name, function, module, mask, options, causal, scope.claims)
     fused = place.fused(q.device)
-    other = [name for name in UNKNOWN if options.get(name) is not None]
-    # the two passes leave these as they are, which is right for some: for the user to say
-    if other and place.attention != "two-pass":
+    if other := [n for n in UNKNOWN if options.get(n) is not None and (fused or n not in AFTER)]:
+        more = "say attention='two-pass', or " if other[0] in AFTER else ""
         raise ValueError(
             f"rules: softmax must act on attention without {other[0]}, got {place.name} with it; "
-            f"say attention='two-pass' if its scores do not enter the softmax, or leave the rule "
-            f"out"
+            f"{more}leave the rule out"
         )
+    if learned:
+        raise ValueError(
+            f"rules: softmax must act on attention whose mask is a constant, got {place.name} with "
+            f"one that requires gradients; leave the rule out"
+        )
+    if fused and mask is not None and not isinstance(mask, torch.Tensor):
+        raise ValueError(
+            f"rules: softmax must act on attention whose mask is a tensor, got {place.name} with a "
+            f"{type(mask).__name__}; say attention='two-pass', or leave the rule out"
+        )
+    if not fused and name == "eager" and mask is not None and not mask.is_floating_point():
+        # it may be added as it is, which has to be divided, or not
+        raise ValueError(
+            f"rules: attention_mask must be of a floating dtype in eager attention, got "
+            f"{mask.dtype} in {place.name}; say attention='fused', or leave the rule out"
+        )
+    causal = masks_itself(name, module, q, mask, options)
+    call = Call(place.name, function, module, mask, options, causal, scope.claims, scope.heed)
 
     def measure(change: torch.Tensor, plain: torch.Tensor) -> None:
         scope.report.changed("softmax", change, plain)
@@ -451,7 +518,7 @@ class AttentionPlace:
             _INSTALLED[self.key] = count + 1, undo
             _PLACES.setdefault(self.key, []).append(entry)
         yield partial(self._leave, entry)
-        yield self.key.register_forward_pre_hook(enter, with_kwargs=True).remove
+        yield Uncopied.hook(self.key.register_forward_pre_hook, enter, with_kwargs=True)
 
     def _leave(self, entry: tuple[AttentionPlace, Scope]) -> None:
         with _LOCK:

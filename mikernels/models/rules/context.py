@@ -16,22 +16,31 @@ from mikernels.models.parts import Block, first_tensor
 from mikernels.models.rules.places import find_places
 from mikernels.models.rules.preset import OPTIONAL, Rules, as_rules
 from mikernels.models.rules.report import RuleReport
-from mikernels.models.rules.scope import Place, Scope
+from mikernels.models.rules.scope import Place, Scope, Uncopied
 
 FIX = "leave the rules out, and use the gradients of the model as it is"
 
 
 def _covering(places: list[Place], layers: Iterable[int] | None) -> list[Place]:
-    if layers is None:
-        return places
-    wanted = set(layers)
-    there = {p.layer for p in places if p.layer is not None}
-    if unknown := wanted - there:
-        raise ValueError(
-            f"rules: layers must be of 0..{max(there, default=-1)} (blocks of the model), got "
-            f"{sorted(unknown)}"
-        )
-    return [p for p in places if p.layer in wanted]
+    """Those of these blocks; a module that several share is one place."""
+    covered, left = places, set()
+    if layers is not None:
+        wanted = list(layers) if isinstance(layers, Iterable) else [layers]
+        there = {p.layer for p in places if p.layer is not None}
+        if not wanted or (unknown := [layer for layer in wanted if layer not in there]):
+            raise ValueError(
+                f"rules: layers must be some of 0..{max(there, default=-1)} (blocks of the model), "
+                f"got {unknown if wanted else []}"
+            )
+        covered = [p for p in places if p.layer in wanted]
+        left = {(type(p), p.key) for p in places if p.layer not in wanted}
+    for p in covered:
+        if (type(p), p.key) in left:
+            raise ValueError(
+                f"rules: layers must be all those that share {p.name}, which block {p.layer} does "
+                f"with others"
+            )
+    return list({(type(p), p.key): p for p in covered}.values())
 
 
 def _counted(block: Block, scope: Scope) -> Callable[[], None]:
@@ -42,7 +51,7 @@ def _counted(block: Block, scope: Scope) -> Callable[[], None]:
         if scope.entered() and torch.is_grad_enabled() and x is not None and x.requires_grad:
             scope.report.entered(block.index)
 
-    return block.module.register_forward_pre_hook(enter, with_kwargs=True).remove
+    return Uncopied.hook(block.module.register_forward_pre_hook, enter, with_kwargs=True)
 
 
 @contextmanager

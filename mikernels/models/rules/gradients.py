@@ -3,11 +3,11 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from mikernels._dispatch import accumulate_dtype
 
@@ -15,15 +15,53 @@ from mikernels._dispatch import accumulate_dtype
 Measure = Callable[[torch.Tensor, torch.Tensor], None]
 
 
+SECOND = b"rules: gradients under rules must be differentiated once, got a second derivative"
+
 # of a batch: what a module computes of a row does not depend on which row it is
 ROWS = 64
 
 
-def some_rows(*tensors: torch.Tensor) -> list[torch.Tensor]:
-    """The same rows of each, at most ROWS, from all over: `[n, d]`."""
-    rows = [t.detach().reshape(-1, t.shape[-1]) for t in tensors]
+def some_rows(*tensors: torch.Tensor, dims: int = 1) -> list[torch.Tensor]:
+    """The same rows of each, at most ROWS, from all over: `[n, d]`; of more dimensions each."""
+    rows = [t.detach().reshape(t.shape[:-dims].numel(), *t.shape[-dims:]) for t in tensors]
     step = max(1, len(rows[0]) // ROWS)
     return [t[::step][:ROWS] for t in rows]
+
+
+def _is_batched(grad: Any) -> bool:
+    vmap: Any = torch._C._functorch
+    return isinstance(grad, torch.Tensor) and (
+        vmap.is_batchedtensor(grad) or vmap.is_legacy_batchedtensor(grad)
+    )
+
+
+def once(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """A backward of `(ctx, saved tensors, *gradients)` whose result cannot be differentiated again.
+
+    torch's own `once_differentiable` takes it for a constant where the incoming gradient is one,
+    whatever was saved.
+    """
+
+    @functools.wraps(backward)
+    def run(ctx: Any, *grads: Any) -> Any:
+        if any(map(_is_batched, grads)):
+            raise RuntimeError(
+                "rules: gradients must be computed one at a time, got a batch (vmap, jacrev, "
+                "is_grads_batched); call torch.autograd.grad for each"
+            )
+        # unpacked once: a checkpoint recomputes it
+        saved = ctx.saved_tensors
+        with torch.no_grad():
+            found = backward(ctx, saved, *grads)
+        if not torch.is_grad_enabled():
+            return found
+        outputs = found if isinstance(found, tuple) else (found,)
+        given = [t for t in (*grads, *saved) if isinstance(t, torch.Tensor) and t.requires_grad]
+        refuse = torch._C._functions.DelayedError(SECOND, len(outputs) + len(given))
+        refused: Any = refuse(*outputs, *given)
+        return refused[: len(outputs)]
+
+    return run
 
 
 class _Scaled(torch.autograd.Function):
@@ -36,8 +74,8 @@ class _Scaled(torch.autograd.Function):
         ctx.factor = inputs[1]
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+    @once
+    def backward(ctx: Any, saved: Any, grad: torch.Tensor) -> Any:
         return grad * ctx.factor, None
 
 
@@ -57,9 +95,9 @@ class _Secant(torch.autograd.Function):
         ctx.save_for_backward(x, y)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        x, y = (t.to(accumulate_dtype(t.dtype)) for t in ctx.saved_tensors)
+    @once
+    def backward(ctx: Any, saved: Any, grad: torch.Tensor) -> Any:
+        x, y = (t.to(accumulate_dtype(t.dtype)) for t in saved)
         true = ctx.slope(x)
         ratio = torch.where(x == 0, true, y / x)
         wide = grad.to(x.dtype)

@@ -24,13 +24,12 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from mikernels._dispatch import accumulate_dtype
 from mikernels.models.parts import Block, first_tensor, is_hook_point
-from mikernels.models.rules.gradients import Measure, scaled, secant, some_rows
+from mikernels.models.rules.gradients import Measure, once, scaled, secant, some_rows
 from mikernels.models.rules.preset import FROZEN, GRADIENT
-from mikernels.models.rules.scope import Place, Scope
+from mikernels.models.rules.scope import Place, Scope, Uncopied
 
 NORM_POINTS = ("hook_scale", "hook_normalized")
 MLP_POINTS = ("hook_pre", "hook_pre_linear")
@@ -85,8 +84,8 @@ def _at_each_call(
                 remove()
         running.clear()
 
-    yield module.register_forward_pre_hook(enter, with_kwargs=True).remove
-    yield module.register_forward_hook(leave, always_call=True).remove
+    yield Uncopied.hook(module.register_forward_pre_hook, enter, with_kwargs=True)
+    yield Uncopied.hook(module.register_forward_hook, leave, always_call=True)
     yield end
 
 
@@ -216,9 +215,9 @@ class _Tempered(torch.autograd.Function):
         ctx.save_for_backward(scores, pattern)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        scores, pattern = ctx.saved_tensors
+    @once
+    def backward(ctx: Any, saved: Any, grad: torch.Tensor) -> Any:
+        scores, pattern = saved
         acc = accumulate_dtype(scores.dtype)
         wide, true = grad.to(acc), pattern.to(acc)
         # a query that sees no key has no pattern

@@ -3,8 +3,8 @@
 
 A gated MLP computes `h = f(gate(x)) up(x)`, and `down(h)` is its output. The factors of its two
 sides go onto what `gate` and `up` return. Experts whose weights are one tensor have no such
-modules: there the factor of `up` goes onto x and that of `gate / up` onto what f receives, which is
-the same for every gradient outside.
+modules: what f receives is a half of their product, and the factors go onto the gradient that
+leaves the node of autograd that made the halves.
 
 That h is this product is checked on the first batch, number by number; of experts, on its first
 token, from their weights.
@@ -12,6 +12,7 @@ token, from their weights.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -19,12 +20,16 @@ import torch
 
 from mikernels._dispatch import accumulate_dtype
 from mikernels.models.claims import FACTORS as PRODUCT_FACTORS
+from mikernels.models.parts import first_tensor
 from mikernels.models.rules.gradients import scaled, secant, some_rows
-from mikernels.models.rules.scope import Place, Scope
+from mikernels.models.rules.scope import Place, Scope, Uncopied
 
 GATES = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
 FUSED = ("gate_up_proj", "down_proj")
 ACTIVATIONS = ("act_fn", "act", "activation_fn", "activation")
+
+# nodes of autograd that take a tensor apart
+HALVES = ("SplitBackward0", "SplitWithSizesBackward0")
 
 Hook = Callable[..., Any]
 
@@ -36,10 +41,31 @@ def _refusal(name: str, reason: str) -> ValueError:
     )
 
 
+def looks_gated(module: torch.nn.Module) -> bool:
+    """Whether its layers are, by their sizes, those of a product of two sides: what reads it makes
+    twice the numbers that what writes needs."""
+    sizes = [tuple(p.shape) for part in module.children() for p in part.parameters(recurse=False)]
+    matrices = [size for size in sizes if len(size) == 2]
+    # transformers' Conv1D, of GPT-2, is the other way round; so is nothing else
+    turned = any(type(part).__name__ == "Conv1D" for part in module.children())
+    ends = [(b, a) if turned else (a, b) for a, b in matrices]
+    return any(
+        sum(out for out, read in ends if read == d) == 2 * sum(r for out, r in ends if out == d) > 0
+        for d in {read for _, read in ends}
+    )
+
+
 def child(module: torch.nn.Module, names: Iterable[str]) -> torch.nn.Module | None:
     """The first of these parts that is a module."""
     found = (module._modules.get(name) for name in names)
     return next((part for part in found if part is not None), None)
+
+
+def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Equal, NaN to NaN too."""
+    return torch.equal(a, b) or (
+        a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all())
+    )
 
 
 def _check_product(name: str, a: torch.Tensor, up: torch.Tensor, h: torch.Tensor) -> None:
@@ -64,6 +90,24 @@ def _factor(place: Place, scope: Scope, rule: str, x: Any) -> float | None:
     scope.report.ran(rule, place.name)
     scope.report.acted(rule, place.name)
     return said
+
+
+class UnknownPlace:
+    """A gated product that rules cannot reach: refused, not left out."""
+
+    def __init__(self, module: torch.nn.Module, name: str, layer: int | None, *more: str):
+        self.key, self.name, self.layer = module, name, layer
+        self.rules: tuple[str, ...] = ("gate", "up", *more)
+
+    def install(self, scope: Scope) -> Iterable[Callable[[], None]]:
+        if all(scope.said.get(rule) in (None, 1.0, "gradient") for rule in self.rules):
+            return ()
+        parts = [name for name, _ in self.key.named_children()]
+        raise _refusal(
+            self.name,
+            f"a {type(self.key).__name__} of {parts}, whose activation or whose sides are no "
+            f"modules of their own",
+        )
 
 
 class GatePlace:
@@ -122,19 +166,20 @@ class GatePlace:
                 return
             if seen.keys() < {"gate", "up", "read", "a"}:
                 raise _refusal(self.name, f"of which only {sorted(seen)} ran as modules")
-            if not torch.equal(seen["read"], seen["gate"]):
+            if not _same(seen["read"], seen["gate"]):
                 raise _refusal(self.name, "whose activation reads something else than gate")
             _check_product(self.name, *some_rows(seen["a"], seen["up"], args[0]))
             seen.clear()
             checked = True
 
+        # before what others change, which they may
         if len(self._sides) == 1:
-            yield self._sides[0].register_forward_hook(both).remove
+            yield Uncopied.hook(self._sides[0].register_forward_hook, both, prepend=True)
         else:
             for module, rule in zip(self._sides, ("gate", "up"), strict=True):
-                yield module.register_forward_hook(side(rule)).remove
-        yield self._f.register_forward_hook(activated).remove
-        yield self._down.register_forward_pre_hook(read).remove
+                yield Uncopied.hook(module.register_forward_hook, side(rule), prepend=True)
+        yield Uncopied.hook(self._f.register_forward_hook, activated, prepend=True)
+        yield Uncopied.hook(self._down.register_forward_pre_hook, read, prepend=True)
 
 
 class ExpertsPlace:
@@ -152,25 +197,37 @@ class ExpertsPlace:
 
     def install(self, scope: Scope) -> Iterable[Callable[[], None]]:
         checked = False
+        # threads in these experts: others may have the same f
+        inside: set[int] = set()
 
-        def enter(module: torch.nn.Module, args: Any, kwargs: Any) -> Any:
-            x = args[0] if args else kwargs.get("hidden_states")
-            factor = _factor(self, scope, "up", x)
-            if factor in (None, 1.0):
-                return None
-            x = scaled(x, factor)
-            return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": x})
+        def enter(module: torch.nn.Module, args: Any) -> None:
+            inside.add(threading.get_ident())
 
-        def activate(module: torch.nn.Module, args: Any) -> Any:
-            gate, up = _factor(self, scope, "gate", args[0]), scope.value(self, "up")
-            if up == 0 and gate != 0:
-                raise _refusal(self.name, "whose up is no module, with a factor of 0")
-            ratio = 1.0 if up == gate else (1.0 if gate is None else gate) / (up or 1.0)
-            return None if ratio == 1.0 else (scaled(args[0], ratio), *args[1:])
+        def activate(module: torch.nn.Module, args: Any) -> None:
+            if threading.get_ident() not in inside:
+                return
+            factors = [_factor(self, scope, rule, args[0]) for rule in ("gate", "up")]
+            gate, up = (1.0 if factor is None else factor for factor in factors)
+            if gate == up == 1.0:
+                return
+            node = args[0].grad_fn
+            if type(node).__name__ not in HALVES:
+                raise _refusal(self.name, f"whose activation reads the result of {node}")
 
-        def leave(module: torch.nn.Module, args: Any, kwargs: Any, output: torch.Tensor) -> None:
+            def scale(grads: Any, outputs: Any) -> Any:
+                (grad,) = grads
+                size = grad.shape[-1] // 2
+                return (torch.cat([gate * grad[..., :size], up * grad[..., size:]], -1),)
+
+            node.register_hook(scale)
+
+        def leave(
+            module: torch.nn.Module, args: Any, kwargs: Any, output: torch.Tensor | None
+        ) -> None:
             nonlocal checked
-            if checked or not scope.entered():
+            inside.discard(threading.get_ident())
+            # None after an exception
+            if checked or output is None or not scope.entered():
                 return
             names = ("hidden_states", "top_k_index", "top_k_weights")
             given = dict(zip(names, args, strict=False)) | kwargs
@@ -180,9 +237,12 @@ class ExpertsPlace:
             self._check(x, experts, weights, output.detach())
             checked = True
 
-        yield self.key.register_forward_pre_hook(enter, with_kwargs=True).remove
-        yield self._f.register_forward_pre_hook(activate).remove
-        yield self.key.register_forward_hook(leave, with_kwargs=True).remove
+        yield Uncopied.hook(self.key.register_forward_pre_hook, enter)
+        # after what others change
+        yield Uncopied.hook(self._f.register_forward_pre_hook, activate)
+        yield Uncopied.hook(
+            self.key.register_forward_hook, leave, with_kwargs=True, prepend=True, always_call=True
+        )
 
     @torch.no_grad()
     def _check(
@@ -198,6 +258,9 @@ class ExpertsPlace:
         expected, limit = torch.zeros_like(out), torch.zeros_like(out)
         acc = accumulate_dtype(y.dtype)
         coarse = PRODUCT_FACTORS[torch.get_float32_matmul_precision()]
+        kind = y.device.type
+        if torch.is_autocast_enabled(kind):
+            coarse = max(coarse, 2 * torch.finfo(torch.get_autocast_dtype(kind)).eps)
         unit = 2 * torch.finfo(y.dtype).eps + (coarse if acc == torch.float32 else 0)
         for expert, weight in zip(experts[0].tolist(), weights[0].tolist(), strict=True):
             if expert >= len(tensors[0]):
@@ -244,7 +307,10 @@ class ActivationPlace:
         def measure(change: torch.Tensor, plain: torch.Tensor) -> None:
             scope.report.changed("activation", change, plain)
 
-        def replace(module: torch.nn.Module, args: Any, output: torch.Tensor) -> Any:
+        checked = False
+
+        def replace(module: torch.nn.Module, args: Any, kwargs: Any, output: torch.Tensor) -> Any:
+            nonlocal checked
             said = scope.value(self, "activation")
             if said is None or not output.requires_grad:
                 return None
@@ -252,6 +318,25 @@ class ActivationPlace:
             scope.report.acted("activation", self.name)
             if said == "gradient":
                 return None
-            return secant(args[0], output, slope, measure)
+            x = first_tensor(args, kwargs)
+            if not checked:
+                self._check(x, output.detach())
+                checked = True
+            return secant(x, output, slope, measure)
 
-        yield self.key.register_forward_hook(replace).remove
+        yield Uncopied.hook(self.key.register_forward_hook, replace, with_kwargs=True, prepend=True)
+
+    @torch.no_grad()
+    def _check(self, x: torch.Tensor, y: torch.Tensor) -> None:
+        """That it is elementwise: numbers stay where others become 0."""
+        if x.shape == y.shape:
+            x, y = some_rows(x, y)
+            kept = torch.arange(x.shape[-1], device=x.device) % 2 == 0
+            # kernels round a number by its place in a vector
+            off = (self.key.forward(x * kept) - y)[..., kept].nan_to_num(nan=0.0)
+            if bool((off.abs() <= 8 * torch.finfo(y.dtype).eps * y.abs()[..., kept]).all()):
+                return
+        raise ValueError(
+            f"rules: activation must act on an elementwise f(x), got {self.name} "
+            f"({type(self.key).__name__}), of which a number depends on others; leave the rule out"
+        )

@@ -9,7 +9,8 @@ The true gradient is `dx - c` with `c = xc mean(dx xc) / scale^2`, xc = x - mean
 changes is known for one more product of rows.
 
 Which of these a module computes is not read off its class: the first batch decides between the two
-norms and gains `w`, `1 + w` (Gemma) and none, and refuses the rest.
+norms and gains `w`, `1 + w` (Gemma) and none, and refuses the rest. Where it leaves several (of
+zeros, of NaN, of a residual stream without a mean), rows that tell them apart decide.
 """
 
 from __future__ import annotations
@@ -18,11 +19,12 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from mikernels._dispatch import accumulate_dtype
-from mikernels.models.rules.gradients import Measure, some_rows
-from mikernels.models.rules.scope import Scope
+from mikernels.models.hooks import returned
+from mikernels.models.parts import first_tensor
+from mikernels.models.rules.gradients import Measure, once, some_rows
+from mikernels.models.rules.scope import Scope, Uncopied
 
 EPS = ("variance_epsilon", "eps", "epsilon", "layer_norm_eps", "norm_eps")
 
@@ -30,7 +32,8 @@ EPS = ("variance_epsilon", "eps", "epsilon", "layer_norm_eps", "norm_eps")
 def may_be_norm(module: torch.nn.Module) -> bool:
     """A module without parts that is called a norm, or has nothing but vectors; what it computes is
     seen when it runs."""
-    if next(module.children(), None) is not None:
+    # what torch.nn.utils.parametrize makes weights of is no part
+    if any(name != "parametrizations" for name, _ in module.named_children()):
         return False
     dims = {p.dim() for p in module.parameters()}
     return dims == {1} or "norm" in type(module).__name__.lower()
@@ -56,21 +59,30 @@ def _statistics(x: torch.Tensor, form: Form) -> tuple[torch.Tensor, torch.Tensor
     return wide, (wide.square().mean(-1, keepdim=True) + form.eps).rsqrt_()
 
 
-def _form(module: torch.nn.Module, name: str, x: torch.Tensor, y: torch.Tensor) -> Form | None:
-    """The form whose value is y, within rounding; None for `gain x`, which scales by nothing.
+class _Fit(NamedTuple):
+    """How far an output is from that of a form, in all, and at most beyond rounding."""
 
-    Raises:
-        ValueError: y is neither.
-    """
-    weight, bias = (getattr(module, part, None) for part in ("weight", "bias"))
+    distance: float
+    excess: float
+    form: Form
+
+
+def _eps(module: torch.nn.Module, dtype: torch.dtype) -> float:
     found = (getattr(module, part, None) for part in EPS)
     eps = next((float(e) for e in found if isinstance(e, float | int)), None)
     if eps is None:
         # torch.nn.RMSNorm(eps=None) takes that of the dtype; others may have it in their code
-        eps = torch.finfo(x.dtype).eps if isinstance(module, torch.nn.RMSNorm) else 1e-5
+        eps = torch.finfo(dtype).eps if isinstance(module, torch.nn.RMSNorm) else 1e-5
+    return eps
+
+
+def _fits(module: torch.nn.Module, x: torch.Tensor, y: torch.Tensor) -> list[_Fit]:
+    """Every form, the nearest first."""
+    weight, bias = (getattr(module, part, None) for part in ("weight", "bias"))
+    eps = _eps(module, x.dtype)
     # transformers' norms compute in fp32 also where all else is in fp64
     unit = 8 * max(torch.finfo(y.dtype).eps, torch.finfo(torch.float32).eps)
-    best, distance, excess = None, float("inf"), 0.0
+    found = []
     for centred in (False, True):
         form = Form(centred, 0.0, eps)
         wide, inverse = _statistics(x, form)
@@ -85,20 +97,55 @@ def _form(module: torch.nn.Module, name: str, x: torch.Tensor, y: torch.Tensor) 
                 expected = expected + bias.detach().to(wide.dtype)
                 limit = limit + bias.detach().abs()
             off = (expected - y).abs()
-            # in 16 bits several may be near enough: the nearest
-            if (total := float(off.nan_to_num(nan=0.0).sum())) < distance:
-                least = torch.finfo(y.dtype).smallest_normal
-                over = (off - unit * limit - least).nan_to_num(nan=0.0)
-                best, distance = form._replace(added=added), total
-                excess = float(over.amax()) if over.numel() else 0.0
-    if best is not None and excess <= 0:
-        return best
-    if weight is not None and x.shape == y.shape and torch.equal(y, x * weight.detach()):
+            over = (off - unit * limit - torch.finfo(y.dtype).smallest_normal).nan_to_num(nan=0.0)
+            excess = float(over.amax()) if over.numel() else 0.0
+            total = float(off.nan_to_num(nan=0.0).sum())
+            found.append(_Fit(total, excess, form._replace(added=added)))
+    # stable, so of equals the first
+    return sorted(found, key=lambda fit: fit.distance)
+
+
+@torch.no_grad()
+def _form(module: torch.nn.Module, name: str, x: torch.Tensor, y: torch.Tensor) -> Form | None:
+    """The form whose value is y, within rounding; None for `gain x` and x, which are not scaled.
+
+    Raises:
+        ValueError: y is neither, or is made of other parameters.
+    """
+    parts = {part: getattr(module, part, None) for part in ("weight", "bias")}
+    weight = parts["weight"]
+
+    def refusal(reason: str) -> ValueError:
+        return ValueError(
+            f"rules: norm must be gain (x - mean) / scale + bias or gain x / rms + bias, got "
+            f"{name} ({type(module).__name__}), {reason}; leave the rule out"
+        )
+
+    if others := [part for part, _ in module.named_parameters(recurse=False) if part not in parts]:
+        raise refusal(f"with a parameter {others[0]}")
+    # gains of several heads: whole rows of them
+    inner = 1 if weight is None else weight.dim()
+    row = list(x.shape[-inner:]) if weight is None else list(weight.shape)
+    if x.shape != y.shape or list(x.shape[-inner:]) != row:
+        raise refusal(f"which makes {list(y.shape)} of {list(x.shape)} with {row} gains")
+    x, y = some_rows(x, y, dims=inner)
+    fits = _fits(module, x, y)
+    left = [fit for fit in fits if fit.excess <= 0]
+    if len(left) > 1:
+        # rows with a mean, none alike and none 0, of no random numbers: those are the user's
+        at = torch.arange(4 * x.shape[1:].numel(), device=x.device, dtype=torch.float64)
+        probe = (2 + (at * at).cos()).reshape(4, *x.shape[1:]).to(x.dtype)
+        # without hooks
+        told = {fit.form: fit.distance for fit in _fits(module, probe, module.forward(probe))}
+        left.sort(key=lambda fit: told[fit.form])
+    if left:
+        return left[0].form
+    if torch.equal(y, x if weight is None else x * weight):
         return None
-    raise ValueError(
-        f"rules: norm must be gain (x - mean) / scale + bias or gain x / rms + bias, got {name} "
-        f"({type(module).__name__}), which is {excess:.3g} further away from both than "
-        f"rounding, with eps = {eps:g}; leave the rule out"
+    nearest = fits[0]
+    raise refusal(
+        f"which is {nearest.excess:.3g} further away from both than rounding, with eps = "
+        f"{nearest.form.eps:g}"
     )
 
 
@@ -120,9 +167,9 @@ class _Frozen(torch.autograd.Function):
         ctx.save_for_backward(x, weight, bias)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        x, weight, bias = ctx.saved_tensors
+    @once
+    def backward(ctx: Any, saved: Any, grad: torch.Tensor) -> Any:
+        x, weight, bias = saved
         centred, inverse = _statistics(x, ctx.form)
         wide = grad.to(centred.dtype)
         dx = wide * inverse
@@ -158,28 +205,37 @@ class NormPlace:
         form: Form | None = None
         known = False
 
-        def freeze(module: torch.nn.Module, args: Any, output: Any) -> torch.Tensor | None:
+        def freeze(
+            module: torch.nn.Module, args: Any, kwargs: Any, output: Any
+        ) -> torch.Tensor | None:
             nonlocal form, known
-            x = args[0] if args else None
+            x, y = first_tensor(args, kwargs), returned(output)
             said = scope.value(self, "norm")
-            if said is None or not isinstance(x, torch.Tensor):
-                return None
-            if not isinstance(output, torch.Tensor) or not output.requires_grad:
+            if said is None or not isinstance(y, torch.Tensor) or not y.requires_grad:
                 return None
             scope.report.ran("norm", self.name)
+            # one that returns several adds to the residual stream as well
+            if not isinstance(x, torch.Tensor) or y is not output:
+                return None
             scope.report.acted("norm", self.name)
             if said == "gradient":
                 return None
             y = output.detach()
+            weight, bias = (getattr(module, part, None) for part in ("weight", "bias"))
+            if weight is not None and weight.is_meta:
+                raise ValueError(
+                    f"rules: norm must have its weight in memory, got {self.name} whose weight is "
+                    f"elsewhere between calls (offloaded); leave the rule out, or keep it there"
+                )
             if not known:
-                form, known = _form(module, self.name, *some_rows(x, y)), True
+                form, known = _form(module, self.name, x.detach(), y), True
             if form is None:
                 return None
-            weight, bias = (getattr(module, part, None) for part in ("weight", "bias"))
 
             def measure(change: torch.Tensor, plain: torch.Tensor) -> None:
                 scope.report.changed("norm", change, plain)
 
             return _Frozen.apply(x, weight, bias, y, form, measure)
 
-        yield self.key.register_forward_hook(freeze).remove
+        # before what others do to the output
+        yield Uncopied.hook(self.key.register_forward_hook, freeze, with_kwargs=True, prepend=True)

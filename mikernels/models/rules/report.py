@@ -3,12 +3,16 @@
 
 from __future__ import annotations
 
+import math
+import threading
 from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from rich.table import Table
+
+from mikernels.models.rules.preset import GRADIENT
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,9 @@ class RuleReport:
         self._overruled: dict[str, set[str]] = defaultdict(set)
         self._ran: dict[str, set[str]] = defaultdict(set)
         self._acted: dict[str, set[str]] = defaultdict(set)
-        self._changes: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = defaultdict(list)
+        # (rule, device) -> the sums so far, of the differences and of the true gradients
+        self._changes: dict[tuple[str, torch.device], torch.Tensor] = {}
+        self._lock = threading.Lock()
 
     def ran(self, rule: str, place: str) -> None:
         """A place of this rule had a gradient to come."""
@@ -60,7 +66,10 @@ class RuleReport:
 
     def changed(self, rule: str, change: torch.Tensor, plain: torch.Tensor) -> None:
         """By these squared norms, of the difference and of the true gradient."""
-        self._changes[rule].append((change.detach(), plain.detach()))
+        sums = torch.stack([change.detach(), plain.detach()]).double()
+        at = rule, sums.device
+        with self._lock:
+            self._changes[at] = self._changes[at] + sums if at in self._changes else sums
 
     def missed(self) -> list[tuple[str, str]]:
         """(rule, place) that ran without being changed."""
@@ -70,6 +79,8 @@ class RuleReport:
         """(rule, block, a place of the rule in it) of blocks that ran without it."""
         found = []
         for rule, places in self._places.items():
+            if self._said[rule] in (GRADIENT, 1.0):
+                continue  # which is so without any place
             touched = self._acted[rule] | self._overruled[rule]
             for layer in sorted(self._blocks):
                 there = [name for name, at in places.items() if at == layer]
@@ -97,12 +108,13 @@ class RuleReport:
         value = self._said[rule]
         if isinstance(value, int | float) and rule != "softmax":
             return abs(value - 1.0) if self._acted[rule] else None
-        if not (found := self._changes[rule]):
+        with self._lock:
+            found = [sums for (name, _), sums in self._changes.items() if name == rule]
+        if not found:
             return None
-        change, plain = (
-            torch.stack([pair[i].double().cpu() for pair in found]).sum() for i in (0, 1)
-        )
-        return float((change / plain).sqrt()) if plain > 0 else float(change > 0)
+        change, plain = torch.stack([sums.cpu() for sums in found]).sum(0).tolist()
+        # NaN stays
+        return float(change > 0) if plain <= 0 else math.sqrt(change / plain)
 
     def _cells(self) -> list[tuple[str, ...]]:
         head: tuple[str, ...] = ("rule", "value", "acted on", "of", "change of the gradient")
