@@ -26,7 +26,17 @@ from mikernels.files import finite, write_atomic
 
 from .. import load, names
 from ..harness import machine
-from ..harness.spec import DTYPES, Outputs, PairShape, Provider, Runner, Shape, Unavailable, cast
+from ..harness.spec import (
+    DTYPES,
+    AttentionShape,
+    Outputs,
+    PairShape,
+    Provider,
+    Runner,
+    Shape,
+    Unavailable,
+    cast,
+)
 from . import assumptions
 from . import device as devices
 from .device import Cpu
@@ -35,6 +45,7 @@ from .device import Cpu
 SMALL: dict[str, Any] = {
     "sae": Shape("small", 67, 200, 9001, 12),
     "pairs": PairShape("small", 2, 3, 67, 41, 200, 12),
+    "attention": AttentionShape("small", 2, 4, 2, 167, 40),
 }
 # enough for several programs, and for slots of one feature in several chunks
 TOKENS = 67
@@ -53,7 +64,9 @@ def _measured(device: Cpu, few: bool = False) -> Iterator[Case]:
     for op in names(gpu=True):
         benchmark = load(op)
         shape = SMALL[benchmark.family]
-        shape = replace(shape, n=5) if few else shape
+        if few:
+            size = "queries" if benchmark.family == "attention" else "n"
+            shape = replace(shape, **{size: 5})
         for mode in benchmark.modes:
             for dtype in ("fp32",) if few else benchmark.gpu_dtypes:
                 if dtype != "fp32" and mode in benchmark.fp32_modes:

@@ -16,6 +16,7 @@ from typing import Any
 from .. import load
 from ..harness.rates import DEVICES, Rates, decode_cycles, row_cycles, winners_cycles
 from ..harness.spec import GPU_SHAPES, Shape
+from .predict_attention import attention_cases
 from .predict_pairs import pair_cases
 
 Part = tuple[str, float, str]
@@ -352,7 +353,7 @@ def predictions(device: str) -> dict[str, Any]:
                 "ratios": {"certain": round(parts[0][1] / _total(parts), 2)},
             }
         )
-    cases += pair_cases(r)
+    cases += [*pair_cases(r), *attention_cases(r)]
     return {"schema": 1, "device": r.name, "rates": vars(r), "cases": cases}
 
 

@@ -90,6 +90,9 @@ ATTENTION_SHAPES = {
         AttentionShape("gpt2-512", 1, 12, 12, 512, 64),
         AttentionShape("gemma2", 1, 8, 4, 512, 256, 50.0),
         AttentionShape("llama-heads", 1, 32, 8, 2048, 128),
+        # the last two with long prompts, on a GPU
+        AttentionShape("gemma2-4k", 1, 8, 4, 4096, 256, 50.0),
+        AttentionShape("llama-4k", 1, 32, 8, 4096, 128),
     )
 }
 # what an operator is measured on; each has a "smoke"

@@ -143,12 +143,15 @@ def _pairs(s: AttentionShape) -> float:
 
 
 SHAPES = "smollm2", "gpt2-heads", "gemma2", "llama-heads"
+GPU_SHAPES = "gpt2-heads", "gemma2-4k", "llama-4k"
 BENCHMARK = Benchmark(
     name="attention_gradients",
     summary="gradients of attention from q, k and v, true ones and GIM's",
     ops=("attention_gradients",),
     modes=("bwd", "gim"),
     shapes={"bwd": SHAPES, "gim": SHAPES},
+    gpu_shapes={"bwd": GPU_SHAPES, "gim": GPU_SHAPES},
+    gpu_dtypes=("bf16", "fp32"),
     inputs=_inputs,
     providers=(
         Provider("ours", _ours, ours=True),

@@ -226,7 +226,7 @@ def test_every_gpu_case_is_predicted() -> None:
                         case = {
                             "op": op,
                             "mode": mode,
-                            "shape": vars((GPU_SHAPES | spec.PAIR_SHAPES)[name]),
+                            "shape": vars((GPU_SHAPES | spec.FAMILIES[benchmark.family])[name]),
                             "dtype": str(spec.DTYPES[dtype]).removeprefix("torch."),
                         }
                         found = predicted.find(case, f"NVIDIA {key.upper()} 80GB HBM3")

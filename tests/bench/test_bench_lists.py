@@ -15,7 +15,7 @@ from mikernels import info, ops
 from mikernels._dispatch import OPS
 from mikernels.bench import load, names
 from mikernels.bench import ops as folder
-from mikernels.bench.gpu import gpu_check, predict, predict_pairs
+from mikernels.bench.gpu import gpu_check, predict, predict_attention, predict_pairs
 from mikernels.bench.harness.rates import DEVICES
 from mikernels.bench.harness.spec import CPU, FAMILIES
 
@@ -119,6 +119,8 @@ def test_predictions_have_a_model_of_all_that_has_gpu_shapes() -> None:
         assert set(load(name).gpu_shapes) == {predict.MODES.get(name, "fwd")}
     pairs = {case["op"] for case in predict_pairs.pair_cases(DEVICES["h200"])}
     assert pairs == set(names("pairs", gpu=True))
+    attention = {case["op"] for case in predict_attention.attention_cases(DEVICES["h200"])}
+    assert attention == set(names("attention", gpu=True))
 
 
 def test_the_readme_names_every_public_operator() -> None:
