@@ -179,13 +179,15 @@ def _task(name: str, words: _Words, n: int, make: Callable[[], _Row]) -> Task:
     if not isinstance(n, int) or n < 1:
         raise ValueError(f"{name}: n must be at least 1, got {n}")
     rows: dict[tuple[int, ...], _Row] = {}
-    for _ in range(20 * n + 100):
+    again = 0
+    while len(rows) < n:
         row = make()
+        before = len(rows)
         rows.setdefault(tuple(row[0]), row)
-        if len(rows) == n:
-            break
-    else:
-        raise ValueError(f"{name}: n must be at most {len(rows)} different prompts, got {n}")
+        again = again + 1 if len(rows) == before else 0
+        # the last of m that are left out by so many draws in a row: once in e^20
+        if again > 1000 + 20 * len(rows):
+            raise ValueError(f"{name}: n must be at most {len(rows)} different prompts, got {n}")
     clean, other, correct, wrong = zip(*rows.values(), strict=True)
     for a, b in zip(clean, other, strict=True):
         if len(a) != len(b):
