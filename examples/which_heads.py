@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which heads of SmolLM2-135M say who was given something, and whether taking them away matters.
 
-    python examples/which_heads.py [prompts]
+    python examples/which_heads.py [prompts] [rules]
 
 Finds the ten strongest heads on indirect-object prompts with `gim_probe`, replaces what they
 compute by its mean over other prompts, and compares the logit difference with that without ten
@@ -85,10 +85,11 @@ def main() -> None:
     folder, file = smollm2_folder(), "SmolLM2-135M-Instruct.Q4_1.gguf"
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file).eval()
-    task = tasks.ioi(tokenizer, int(sys.argv[1]) if len(sys.argv) > 1 else 100)
+    prompts, rules = (*sys.argv[1:], *("100", "gim")[len(sys.argv) - 1 :])[:2]
+    task = tasks.ioi(tokenizer, int(prompts))
     probe = gim_probe(
         model, task.inputs, task.target, tokenizer=tokenizer,
-        counterfactual=task.counterfactual_inputs,
+        counterfactual=task.counterfactual_inputs, rules=rules,
     )  # fmt: skip
     print(probe, probe.rules, sep="\n\n")
     found = head_scores(model, tokenizer=tokenizer)
@@ -104,9 +105,8 @@ def main() -> None:
     draw = random.Random(0)
     for _ in range(5):
         chosen = draw.sample(sorted(heads[10:]), 10)
-        print(
-            f"ten random heads         {lost(clean, logit_differences(model, task, chosen, means))}"
-        )
+        other = logit_differences(model, task, chosen, means)
+        print(f"ten random heads         {lost(clean, other)}")
 
 
 if __name__ == "__main__":

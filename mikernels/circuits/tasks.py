@@ -180,12 +180,14 @@ def _task(name: str, words: _Words, n: int, make: Callable[[], _Row]) -> Task:
         raise ValueError(f"{name}: n must be at least 1, got {n}")
     rows: dict[tuple[int, ...], _Row] = {}
     again = 0
-    while len(rows) < n and again <= 2 * len(rows) + 100:
+    while len(rows) < n:
         row = make()
-        again = again + 1 if tuple(row[0]) in rows else 0
+        before = len(rows)
         rows.setdefault(tuple(row[0]), row)
-    if len(rows) < n:
-        raise ValueError(f"{name}: n must be at most {len(rows)} different prompts, got {n}")
+        again = again + 1 if len(rows) == before else 0
+        # the last of m that are left out by so many draws in a row: once in e^20
+        if again > 1000 + 20 * len(rows):
+            raise ValueError(f"{name}: n must be at most {len(rows)} different prompts, got {n}")
     clean, other, correct, wrong = zip(*rows.values(), strict=True)
     for a, b in zip(clean, other, strict=True):
         if len(a) != len(b):
