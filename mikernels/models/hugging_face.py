@@ -141,6 +141,12 @@ def find(model: torch.nn.Module, where: str, fix: str) -> HuggingFace:
         n = n_layers(model)
         reason = f"no ModuleList of config.num_hidden_layers ({n}) blocks"
         raise refusal(model, where, reason, fix)
+    inside = set(layers.modules())
+    for other in lists_in(model):
+        attend = all(child_named(block, ATTENTION) for block in other)
+        if len(other) == len(layers) and attend and not inside & set(other):
+            reason = f"it has several lists of {len(layers)} blocks with attention"
+            raise refusal(model, where, reason, f"give the part with one of them, or {fix}")
     if not isinstance(d, int):
         raise refusal(model, where, f"config.hidden_size is {d}", fix)
     blocks = []

@@ -113,6 +113,26 @@ def test_norms_of_several_heads_and_of_nothing():
     near(found, backward(model))
 
 
+def test_eps_of_a_norm_that_names_none():
+    """In 16 bits: rows that are small beside the eps of their dtype, and not of float32."""
+    model = tiny("llama", torch.bfloat16)
+    for block in model.model.layers:
+        block.input_layernorm = torch.nn.RMSNorm(24, eps=None, dtype=torch.bfloat16)
+    exact = copy.deepcopy(model).double()
+    for block in exact.model.layers:
+        block.input_layernorm.eps = torch.finfo(torch.float32).eps
+    small = embedded(model).detach() / 100
+
+    def run(one):
+        x = small.to(one.dtype, copy=True).requires_grad_()
+        with rules(one, norm="frozen", layers=[0]):
+            backward(one)  # of another size
+            score(one, x).backward()
+        return x.grad.double()
+
+    near(run(model), run(exact), 0.1)
+
+
 class Gamma(torch.nn.Module):
     def __init__(self):
         super().__init__()
@@ -159,6 +179,28 @@ def test_hooks_of_others_change_what_the_rules_left():
         near(backward(model), truth(same, PRESETS["gim"]))
 
 
+def test_hooks_of_others_may_change_outputs_in_place():
+    said = Rules(norm="frozen", activation="secant", up=0.5)
+    model = tiny("llama")
+    layer, found = model.model.layers[1], []
+
+    def edit(module, args, y):
+        y[:, 1:3] *= 2
+        return y
+
+    for hook in (edit, lambda module, args, y: edit(module, args, y.clone())):
+        with rules(model, said):
+            backward(model)
+            hooks = [
+                part.register_forward_hook(hook)
+                for part in (layer.input_layernorm, layer.mlp.up_proj)
+            ]
+            found.append(backward(model))
+        for one in hooks:
+            one.remove()
+    assert torch.equal(*found) and not torch.equal(found[0], of(model, said))
+
+
 def test_modules_that_blocks_share():
     model = made("gpt2")
     blocks = model.transformer.h
@@ -203,9 +245,10 @@ def test_gated_products_without_modules_are_refused_not_left_out():
 
 def test_activations_that_are_not_elementwise_are_refused():
     model = made("gpt2")
-    model.transformer.h[1].mlp.act = torch.nn.Softmax(-1)
-    with pytest.raises(ValueError, match="activation must act on .* transformer.h.1.mlp.act"):
-        of(model, activation="secant")
+    for act, why in ((torch.nn.Softmax(-1), "depends on oth"), (torch.nn.ReLU(True), "overwrites")):
+        model.transformer.h[1].mlp.act = act
+        with pytest.raises(ValueError, match=f"activation must .* transformer.h.1.mlp.act .*{why}"):
+            of(model, activation="secant")
 
 
 def test_numbers_that_are_not_finite_pass_and_are_reported():
@@ -322,6 +365,10 @@ def test_cross_attention_counts_and_encoders_are_refused():
     near(*found, limit=1e-12)
     sizes = {f"{part}_{name}": n for part in ("encoder", "decoder") for name, n in (
         ("layers", 2), ("attention_heads", 2), ("ffn_dim", 8))}  # fmt: skip
+    both = torch.nn.ModuleList([tiny("llama"), tiny("llama")])
+    both.config = both[0].config
+    with pytest.raises(ValueError, match="it has several lists of 3 blocks with attention; give"):
+        of(both, "gim")
     config = transformers.BartConfig(vocab_size=50, d_model=8, **sizes, **TOKENS)
     with pytest.raises(ValueError, match="it has an encoder beside its decoder"):
         of(transformers.BartForConditionalGeneration(config).eval(), "gim")

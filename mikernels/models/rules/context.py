@@ -73,20 +73,25 @@ def rules(
     """Inside the `with` block the model's backward follows other rules; its forward is unchanged.
 
     Outputs stay bit for bit, gradients become those of the rules: of inputs, of activations and of
-    parameters. The model and its modules are as before when the block ends, whatever ends it.
+    parameters: first derivatives, one at a time. The model and its modules are as before when the
+    block ends, whatever ends it; copies of it are made outside. Others' hooks come after the rules.
     Blocks may be nested (the innermost that says something about a place decides) and are of their
-    thread alone. Backward may run after the block, of what was computed in it.
+    thread alone. Backward may run after the block, of what was computed in it; what a checkpoint
+    (use_reentrant=False) computes again has to be computed in the block and in its thread.
 
     Args:
         model: a Hugging Face decoder (Llama, Qwen, Gemma, Phi-3, Mixtral, GPT-2, GPT-NeoX, ...) or
             a HookedTransformer of TransformerLens, in eval mode, not compiled.
         preset: "gim", "frozen", "attnlrp", "relp" or "plain" (`PRESETS`), or Rules. With None only
             what follows.
-        layers: blocks where the rules hold, all by default; the final norm is of none of them.
+        layers: blocks where the rules hold, all by default; the final norm is of none of them, and
+            a module that several share is of all of them.
         attention: how softmax's temperature is computed: "fused", by `attention_gradients`;
             "two-pass", by running the model's own attention twice, at both temperatures; None is
             "fused" where a kernel was built for the device. Both need memory O(T) where the model's
-            attention does. A TransformerLens model forms the pattern, and its rule stands there.
+            attention does. "fused" checks that the attention is softmax(q k^T) v; "two-pass" takes
+            any, and trusts that its scores are of q, k, scale, soft-cap and mask alone. A
+            TransformerLens model forms the pattern, and its rule stands there.
         norm, softmax, query, key, value, activation, gate, up: as in Rules, in place of what the
             preset says.
 
@@ -98,9 +103,11 @@ def rules(
             rules that it has no place for (a gate in GPT-2 counts where it was asked for by name),
             before anything is changed. Where a place turns out to compute something else than a
             rule assumes (a norm, a gated product, attention whose weights are not those of its q,
-            k and mask), with the numbers; when it first runs, for attention in backward.
+            k and mask), with the numbers; when it first runs, for attention in backward. A gated
+            product that is recognised, but has no modules to act on.
         RuntimeError: at the end of the block, for a rule that did not act on a module that ran, or
-            on none of a block that ran.
+            on none of a block that ran; for a second derivative, a batch of gradients, a reentrant
+            checkpoint, a copy in the block.
 
     Source: GIM, Edin et al., arXiv 2505.17630, without its model conversion; see PRESETS.
 

@@ -64,10 +64,14 @@ def once(backward: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+# outputs are detached from inputs, not views of them: autograd lets no one change such a view in
+# place, which hooks of others do
+
+
 class _Scaled(torch.autograd.Function):
     @staticmethod
     def forward(x: torch.Tensor, factor: Any) -> torch.Tensor:
-        return x.view_as(x)
+        return x.detach()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -87,7 +91,7 @@ def scaled(x: torch.Tensor, factor: float | torch.Tensor) -> torch.Tensor:
 class _Secant(torch.autograd.Function):
     @staticmethod
     def forward(x: torch.Tensor, y: torch.Tensor, slope: Any, measure: Measure) -> torch.Tensor:
-        return y.view_as(y)
+        return y.detach()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:

@@ -207,7 +207,7 @@ class _Tempered(torch.autograd.Function):
     def forward(
         scores: torch.Tensor, pattern: torch.Tensor, temperature: float, measure: Measure
     ) -> torch.Tensor:
-        return pattern.view_as(pattern)
+        return pattern.detach()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -310,7 +310,7 @@ class _Valued(torch.autograd.Function):
 
     @staticmethod
     def forward(value: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-        return value.view_as(value)
+        return value.detach()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:

@@ -319,6 +319,8 @@ class ActivationPlace:
             if said == "gradient":
                 return None
             x = first_tensor(args, kwargs)
+            if x is output:
+                raise self._refusal("which overwrites what it reads (inplace=True)")
             if not checked:
                 self._check(x, output.detach())
                 checked = True
@@ -336,7 +338,10 @@ class ActivationPlace:
             off = (self.key.forward(x * kept) - y)[..., kept].nan_to_num(nan=0.0)
             if bool((off.abs() <= 8 * torch.finfo(y.dtype).eps * y.abs()[..., kept]).all()):
                 return
-        raise ValueError(
+        raise self._refusal("of which a number depends on others")
+
+    def _refusal(self, reason: str) -> ValueError:
+        return ValueError(
             f"rules: activation must act on an elementwise f(x), got {self.name} "
-            f"({type(self.key).__name__}), of which a number depends on others; leave the rule out"
+            f"({type(self.key).__name__}), {reason}; leave the rule out"
         )

@@ -16,6 +16,7 @@ zeros, of NaN, of a residual stream without a mean), rows that tell them apart d
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
@@ -67,23 +68,25 @@ class _Fit(NamedTuple):
     form: Form
 
 
-def _eps(module: torch.nn.Module, dtype: torch.dtype) -> float:
+def _eps(module: torch.nn.Module, dtype: torch.dtype) -> tuple[float, ...]:
+    """What it may be."""
     found = (getattr(module, part, None) for part in EPS)
     eps = next((float(e) for e in found if isinstance(e, float | int)), None)
-    if eps is None:
-        # torch.nn.RMSNorm(eps=None) takes that of the dtype; others may have it in their code
-        eps = torch.finfo(dtype).eps if isinstance(module, torch.nn.RMSNorm) else 1e-5
-    return eps
+    if eps is not None:
+        return (eps,)
+    if not isinstance(module, torch.nn.RMSNorm):
+        return (1e-5,)  # in its code
+    # torch.nn.RMSNorm(eps=None): that of the dtype, or of what it accumulates in
+    return tuple(torch.finfo(kind).eps for kind in dict.fromkeys((dtype, accumulate_dtype(dtype))))
 
 
 def _fits(module: torch.nn.Module, x: torch.Tensor, y: torch.Tensor) -> list[_Fit]:
     """Every form, the nearest first."""
     weight, bias = (getattr(module, part, None) for part in ("weight", "bias"))
-    eps = _eps(module, x.dtype)
     # transformers' norms compute in fp32 also where all else is in fp64
     unit = 8 * max(torch.finfo(y.dtype).eps, torch.finfo(torch.float32).eps)
     found = []
-    for centred in (False, True):
+    for centred, eps in product((False, True), _eps(module, x.dtype)):
         form = Form(centred, 0.0, eps)
         wide, inverse = _statistics(x, form)
         normed = wide * inverse
@@ -132,9 +135,12 @@ def _form(module: torch.nn.Module, name: str, x: torch.Tensor, y: torch.Tensor) 
     fits = _fits(module, x, y)
     left = [fit for fit in fits if fit.excess <= 0]
     if len(left) > 1:
-        # rows with a mean, none alike and none 0, of no random numbers: those are the user's
+        # rows with a mean, none alike and none 0, some of the size of a large eps; of no random
+        # numbers: those are the user's
         at = torch.arange(4 * x.shape[1:].numel(), device=x.device, dtype=torch.float64)
-        probe = (2 + (at * at).cos()).reshape(4, *x.shape[1:]).to(x.dtype)
+        probe = (2 + (at * at).cos()).reshape(4, *x.shape[1:])
+        probe[::2] /= 32
+        probe = probe.to(x.dtype)
         # without hooks
         told = {fit.form: fit.distance for fit in _fits(module, probe, module.forward(probe))}
         left.sort(key=lambda fit: told[fit.form])
@@ -159,7 +165,7 @@ class _Frozen(torch.autograd.Function):
         form: Form,
         measure: Measure,
     ) -> torch.Tensor:
-        return y.view_as(y)
+        return y.detach()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
