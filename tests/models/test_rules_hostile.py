@@ -243,6 +243,37 @@ def test_gated_products_without_modules_are_refused_not_left_out():
         of(model, activation="secant")
 
 
+def test_parts_that_are_not_called_as_modules():
+    def functional(self, x):
+        gate, up, down = (p.weight for p in (self.gate_proj, self.up_proj, self.down_proj))
+        linear, silu = torch.nn.functional.linear, torch.nn.functional.silu
+        return linear(silu(linear(x, gate)) * linear(x, up), down)
+
+    def keywords(self, x):
+        h = self.act_fn(input=self.gate_proj(input=x)) * self.up_proj(input=x)
+        return self.down_proj(input=h)
+
+    for said, rule in (({"gate": 0.5}, "gate"), ({"activation": "secant"}, "activation")):
+        model = tiny("llama")
+        mlp = model.model.layers[1].mlp
+        kind = type(mlp)
+        mlp.__class__ = type("Functional", (kind,), {"forward": functional})
+        with pytest.raises(
+            RuntimeError, match=f"{rule} must act on model.layers.1.mlp.*, which ra"
+        ):
+            of(model, **said)
+        mlp.__class__ = type("Keywords", (kind,), {"forward": keywords})
+        near(of(model, **said), truth(model, Rules(**said)))
+    model = made("mixtral")
+    act = model.model.layers[1].mlp.experts.act_fn
+    unhooked = {"__call__": lambda self, x: torch.nn.functional.silu(x)}
+    act.__class__ = type("Unhooked", (type(act),), unhooked)
+    with pytest.raises(
+        RuntimeError, match="gate must act on model.layers.1.mlp.experts, which ran"
+    ):
+        of(model, gate=0.5, up=0.5)
+
+
 def test_activations_that_are_not_elementwise_are_refused():
     model = made("gpt2")
     for act, why in ((torch.nn.Softmax(-1), "depends on oth"), (torch.nn.ReLU(True), "overwrites")):
@@ -304,6 +335,9 @@ def test_attention_functions():
     with torch.no_grad():  # scores of 0 are the same at every temperature
         model.model.layers[1].self_attn.q_proj.weight.zero_()
     near(of(model, said, attention="two-pass"), truth(model, said))
+    padding = {"attention_mask": torch.zeros_like(IDS)}  # eager masks leave nothing of scores
+    small = tiny("llama", torch.float32, attn_implementation="eager")
+    assert of(small, said, attention="two-pass", inputs=padding).isfinite().all()
     model.set_attn_implementation("deaf")
     near(of(model, said, attention="fused"), truth(model, said))
     with pytest.raises(

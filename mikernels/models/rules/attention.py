@@ -96,10 +96,12 @@ class Call(NamedTuple):
         alike."""
         other = [
             torch.arange(t.numel(), device=t.device, dtype=torch.float64).square().cos()
-            .reshape(t.shape).to(t.dtype)
+            .reshape(t.shape).to(qkv[0].dtype)
             for t in qkv
         ]  # fmt: skip
-        if torch.equal(self.run(*other)[0], self.tempered(other[0], temperature).run(*other)[0]):
+        # a mask may leave nothing of the scores
+        call = self._replace(mask=None)
+        if torch.equal(call.run(*other)[0], call.tempered(other[0], temperature).run(*other)[0]):
             raise ValueError(
                 f"rules: softmax must act on attention that heeds the argument scaling, got "
                 f"{self.place}, whose function computes the same at another; leave the rule out, "
@@ -300,10 +302,11 @@ class _TwoPass(torch.autograd.Function):
         true_q, true_k, dv = torch.autograd.grad(out, first, grad)
         call = ctx.call
         if call.place not in call.heed:
-            if not torch.equal(out, tempered):
-                call.heed.add(call.place)
-            elif bool(true_q.any()):
+            same = torch.equal(out, tempered)
+            if same and bool(true_q.any()):
                 call.check_heeds(ctx.temperature, *first)
+            if not same:
+                call.heed.add(call.place)
         dq, dk = (g * ctx.temperature for g in torch.autograd.grad(tempered, second, grad))
         pairs = ((dq, true_q), (dk, true_k))
         ctx.measure(

@@ -92,6 +92,20 @@ def _factor(place: Place, scope: Scope, rule: str, x: Any) -> float | None:
     return said
 
 
+def _watch(place: Place, within: torch.nn.Module, scope: Scope) -> Callable[[], None]:
+    """Has a place count as run where the module around it runs: that may not call its parts."""
+
+    def enter(module: torch.nn.Module, args: Any, kwargs: Any) -> None:
+        x = first_tensor(args, kwargs)
+        if x is None or not x.requires_grad or not x.numel():
+            return
+        for rule in place.rules:
+            if scope.value(place, rule) is not None:
+                scope.report.ran(rule, place.name)
+
+    return Uncopied.hook(within.register_forward_pre_hook, enter, with_kwargs=True)
+
+
 class UnknownPlace:
     """A gated product that rules cannot reach: refused, not left out."""
 
@@ -137,7 +151,9 @@ class GatePlace:
             return not checked and scope.entered()
 
         def side(rule: str) -> Hook:
-            def hook(module: torch.nn.Module, args: Any, output: torch.Tensor) -> Any:
+            def hook(module: torch.nn.Module, args: Any, output: Any) -> Any:
+                if not isinstance(output, torch.Tensor):
+                    return None
                 if watching():
                     seen[rule] = output.detach()
                 factor = _factor(self, scope, rule, output)
@@ -145,7 +161,9 @@ class GatePlace:
 
             return hook
 
-        def both(module: torch.nn.Module, args: Any, output: torch.Tensor) -> Any:
+        def both(module: torch.nn.Module, args: Any, output: Any) -> Any:
+            if not isinstance(output, torch.Tensor):
+                return None
             if watching():
                 seen["gate"], seen["up"] = output.detach().chunk(2, -1)
             factors = [_factor(self, scope, rule, output) for rule in ("gate", "up")]
@@ -156,11 +174,12 @@ class GatePlace:
             halves[output.shape[-1] // 2 :] = up
             return scaled(output, halves)
 
-        def activated(module: torch.nn.Module, args: Any, output: torch.Tensor) -> None:
-            if watching():
-                seen["read"], seen["a"] = args[0].detach(), output.detach()
+        def activated(module: torch.nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            x = first_tensor(args, kwargs)
+            if watching() and all(isinstance(t, torch.Tensor) for t in (x, output)):
+                seen["read"], seen["a"] = x.detach(), output.detach()
 
-        def read(module: torch.nn.Module, args: Any) -> None:
+        def read(module: torch.nn.Module, args: Any, kwargs: Any) -> None:
             nonlocal checked
             if not watching():
                 return
@@ -168,7 +187,8 @@ class GatePlace:
                 raise _refusal(self.name, f"of which only {sorted(seen)} ran as modules")
             if not _same(seen["read"], seen["gate"]):
                 raise _refusal(self.name, "whose activation reads something else than gate")
-            _check_product(self.name, *some_rows(seen["a"], seen["up"], args[0]))
+            h = first_tensor(args, kwargs)
+            _check_product(self.name, *some_rows(seen["a"], seen["up"], h))
             seen.clear()
             checked = True
 
@@ -178,8 +198,10 @@ class GatePlace:
         else:
             for module, rule in zip(self._sides, ("gate", "up"), strict=True):
                 yield Uncopied.hook(module.register_forward_hook, side(rule), prepend=True)
-        yield Uncopied.hook(self._f.register_forward_hook, activated, prepend=True)
-        yield Uncopied.hook(self._down.register_forward_pre_hook, read, prepend=True)
+        options = {"with_kwargs": True, "prepend": True}
+        yield Uncopied.hook(self._f.register_forward_hook, activated, **options)
+        yield Uncopied.hook(self._down.register_forward_pre_hook, read, **options)
+        yield _watch(self, self.key, scope)
 
 
 class ExpertsPlace:
@@ -238,6 +260,7 @@ class ExpertsPlace:
             checked = True
 
         yield Uncopied.hook(self.key.register_forward_pre_hook, enter)
+        yield _watch(self, self.key, scope)
         # after what others change
         yield Uncopied.hook(self._f.register_forward_pre_hook, activate)
         yield Uncopied.hook(
@@ -290,12 +313,19 @@ class ExpertsPlace:
 
 
 class ActivationPlace:
-    """The activation of an MLP or of experts."""
+    """The activation of an MLP or of experts.
+
+    Args:
+        within: the MLP or the experts.
+    """
 
     rules: tuple[str, ...] = ("activation",)
 
-    def __init__(self, module: torch.nn.Module, name: str, layer: int | None):
+    def __init__(
+        self, module: torch.nn.Module, name: str, layer: int | None, within: torch.nn.Module
+    ):
         self.key, self.name, self.layer = module, name, layer
+        self._within = within
 
     def install(self, scope: Scope) -> Iterable[Callable[[], None]]:
         def slope(x: torch.Tensor) -> torch.Tensor:
@@ -309,10 +339,10 @@ class ActivationPlace:
 
         checked = False
 
-        def replace(module: torch.nn.Module, args: Any, kwargs: Any, output: torch.Tensor) -> Any:
+        def replace(module: torch.nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
             nonlocal checked
             said = scope.value(self, "activation")
-            if said is None or not output.requires_grad:
+            if said is None or not isinstance(output, torch.Tensor) or not output.requires_grad:
                 return None
             scope.report.ran("activation", self.name)
             scope.report.acted("activation", self.name)
@@ -327,6 +357,7 @@ class ActivationPlace:
             return secant(x, output, slope, measure)
 
         yield Uncopied.hook(self.key.register_forward_hook, replace, with_kwargs=True, prepend=True)
+        yield _watch(self, self._within, scope)
 
     @torch.no_grad()
     def _check(self, x: torch.Tensor, y: torch.Tensor) -> None:

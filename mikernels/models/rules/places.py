@@ -63,9 +63,9 @@ def _hugging_face(decoder: Decoder, attention: str | None) -> list[Place]:
     names = {module: name for name, module in decoder.model.named_modules()}
     for block in decoder.blocks:
         layer = block.index
-        acting = (child(module, ACTIVATIONS) for module in block.module.modules())
-        activations = dict.fromkeys(f for f in acting if f is not None)
-        found += [ActivationPlace(f, names[f], layer) for f in activations]
+        within = {child(module, ACTIVATIONS): module for module in block.module.modules()}
+        activations = {f: module for f, module in within.items() if f is not None}
+        found += [ActivationPlace(f, names[f], layer, at) for f, at in activations.items()]
         for module in block.module.modules():
             # an activation may have parameters too
             if may_be_norm(module) and module not in activations:
