@@ -23,13 +23,13 @@ from rich.text import Text
 
 from mikernels._dispatch import accumulate_dtype
 from mikernels.circuits import page
-from mikernels.circuits.passes import frozen, gradients, run
+from mikernels.circuits.passes import frozen, gradients, run, under
 from mikernels.circuits.prompts import Inputs, Prompts, embeddings, read_prompts
 from mikernels.circuits.targets import Target, read_target, token_id, vocabulary
 from mikernels.models.decoder import find_decoder
 from mikernels.models.hooks import original, returned
 from mikernels.models.parts import Decoder
-from mikernels.models.rules import rules as engine
+from mikernels.models.rules import RuleReport, Rules
 
 NAME = "attribute"
 FIX = "take the gradient at its embeddings with hooks of your own"
@@ -45,7 +45,7 @@ class TokenAttribution:
         tokens: of each prompt, as text (ids without a tokenizer), without padding.
         scores: `[B, P]` float32, 0 at padding.
         kept: `[B, P]`: the positions that are not padding.
-        rules: what the backward rules acted on.
+        rules: what the backward rules acted on, None without any.
     """
 
     label: str
@@ -53,7 +53,7 @@ class TokenAttribution:
     tokens: list[list[str]]
     scores: torch.Tensor
     kept: torch.Tensor
-    rules: Any
+    rules: RuleReport | None
 
     @property
     def positions(self) -> list[list[tuple[str, float]]]:
@@ -97,7 +97,7 @@ class TokenAttribution:
         part = page.text("Tokens", note, self.positions)
         several = len(self.values) > 1
         title = f"{self.label} of {len(self.values)} prompts" if several else self._title(0)
-        return page.write(NAME, title, "", [part], str(self.rules), path)
+        return page.write(NAME, title, "", [part], str(self.rules or ""), path)
 
 
 def _baseline(decoder: Decoder, embedded: torch.Tensor, baseline: Any) -> torch.Tensor:
@@ -146,7 +146,7 @@ def attribute(
     *,
     tokenizer: Any = None,
     baseline: Any = None,
-    rules: Any = "gim",
+    rules: str | Rules | None = "gim",
 ) -> TokenAttribution:
     """Which tokens of a prompt an answer rests on.
 
@@ -175,7 +175,7 @@ def attribute(
     prompts = read_prompts(decoder, "prompt", prompt, tokenizer)
     behavior = read_target(NAME, target, len(prompts.ids), vocabulary(decoder), tokenizer)
     baseline = _baseline_id(baseline, tokenizer, len(weight))
-    with engine(model, rules) as report:
+    with under(model, rules) as report:
         values, embedded, g = _at_embeddings(decoder, prompts, behavior)
     away = embedded - _baseline(decoder, embedded, baseline)
     acc = accumulate_dtype(embedded.dtype)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,8 @@ import torch
 
 from mikernels.circuits.targets import Behavior
 from mikernels.models.parts import Decoder
+from mikernels.models.rules import Rules
+from mikernels.models.rules import rules as engine
 from mikernels.models.watch import Flow, Watch
 
 
@@ -51,6 +53,11 @@ def frozen(model: torch.nn.Module) -> Iterator[None]:
         finally:
             for p in trained:
                 p.requires_grad_(True)
+
+
+def under(model: torch.nn.Module, rules: str | Rules | None) -> AbstractContextManager[Any]:
+    """`with rules(model, ...)`, which gives its report; nothing and None for None."""
+    return nullcontext() if rules is None else engine(model, rules)
 
 
 def run(decoder: Decoder, inputs: Mapping[str, Any], last: bool = False) -> torch.Tensor:

@@ -244,7 +244,8 @@ def head_scores(
     """Induction, previous-token and duplicate-token scores of all heads, from their patterns.
 
     Args:
-        model: a Hugging Face causal language model in eval mode, of any attention implementation.
+        model: a Hugging Face causal language model in eval mode, with any attention that goes
+            through transformers' attention functions (sdpa and eager are tested).
         input_tokens: as for `gim_probe`; None: 8 prompts of 32 random tokens, twice each.
         tokenizer: for texts; without input_tokens, for its first token and to leave out special
             ones.

@@ -37,7 +37,7 @@ from mikernels.circuits.interactions import (
     select_top_k,
 )
 from mikernels.circuits.interpret import Circuits, interpret_circuits
-from mikernels.circuits.passes import Pass, backward, forward
+from mikernels.circuits.passes import Pass, backward, forward, under
 from mikernels.circuits.patterns import HeadScores
 from mikernels.circuits.prompts import Inputs, Prompts, check_aligned, read_prompts
 from mikernels.circuits.targets import Behavior, Target, read_target, vocabulary
@@ -45,7 +45,7 @@ from mikernels.models.claims import Claims, product_limit
 from mikernels.models.decoder import find_decoder
 from mikernels.models.hooks import original
 from mikernels.models.parts import Block, Decoder
-from mikernels.models.rules import rules as engine
+from mikernels.models.rules import RuleReport, Rules
 from mikernels.ops.pairs.pairwise_topk import check_selection
 from mikernels.values.intervals import Interval, mean_intervals, resampled_means
 
@@ -91,7 +91,7 @@ class Probe:
         pairs: cosines of all pairs of components, of activation times gradient as one long vector
             over prompts, positions and d.
         interactions: the k strongest of these among the k components, of `interpret_circuits`.
-        rules: what the backward rules acted on.
+        rules: what the backward rules acted on, None without any.
     """
 
     label: str
@@ -104,7 +104,7 @@ class Probe:
     k: int
     pairs: GradientInteractions
     interactions: Circuits
-    rules: Any
+    rules: RuleReport | None
 
     @property
     def components(self) -> tuple[Component, ...]:
@@ -211,7 +211,7 @@ class Probe:
             page.grid([c.name for c in self.components], self.tokens[0], first),
             page.circuits(self.interactions),
         ]
-        return page.write(NAME, self._title(), "", parts, str(self.rules), path)
+        return page.write(NAME, self._title(), "", parts, str(self.rules or ""), path)
 
     def _has_heads(self) -> bool:
         return any(c.head is not None for c in self.ranking)
@@ -354,7 +354,7 @@ def gim_probe(
     *,
     tokenizer: Any = None,
     counterfactual: Inputs | None = None,
-    rules: Any = "gim",
+    rules: str | Rules | None = "gim",
     heads: bool = True,
     batch_size: int = 16,
 ) -> Probe:
@@ -372,7 +372,8 @@ def gim_probe(
         tokenizer: for texts, and to name tokens.
         counterfactual: a prompt for each, of the same tokens but for those that matter: scores are
             then of the difference in activation, what is lost with the counterfactual's.
-        rules: of the backward pass: "gim", "frozen", "attnlrp", "relp", "plain", or a Rules.
+        rules: of the backward pass: "gim", "frozen", "attnlrp", "relp", "plain", or a Rules; None:
+            the model's own gradients.
         heads: single heads; False: whole attention blocks.
         batch_size: prompts at a time. A callable gets all of them at once.
 
@@ -423,7 +424,7 @@ def gim_probe(
             scores.append(found.scores())
             yield from found.vectors(names)
 
-    with engine(model, rules) as report:
+    with under(model, rules) as report:
         pairs = compute_gradient_interactions(passes(), normalize=True)
     found = torch.cat(scores)
     ranking = _rank(names, found.sum(1), min(k, len(names)))

@@ -8,6 +8,7 @@ import pytest
 import torch
 from decoder_cases import IDS, hooks_of, letters, padded, parts, tiny
 from demo_cases import check_self_contained
+from lens_cases import lens
 from oracle import randn
 
 from mikernels.circuits import (
@@ -252,6 +253,33 @@ def test_inputs_are_refused_before_the_model_runs():
     with pytest.raises(ValueError, match=r"gim_probe: target <lambda> must return a scalar for"):
         gim_probe(model, IDS, lambda logits: logits.mean())
     handle.remove()
+
+
+def test_without_rules_the_gradients_are_the_models_own():
+    model = tiny("llama")
+    for function in (gim_probe, attribute):
+        found, plain = (function(model, IDS, PAIR, rules=which) for which in (None, "plain"))
+        assert torch.equal(found.scores, plain.scores)
+        assert found.rules is None and "Backward rules" not in found.to_html()
+        assert not torch.equal(found.scores, function(model, IDS, PAIR).scores)
+
+
+@pytest.mark.peers
+@pytest.mark.filterwarnings("ignore:HookedTransformer is deprecated")
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "pythia, split", "gemma2", "attn only"])
+def test_hooked_transformers(kind):
+    model = lens(kind)
+    for counterfactual in (None, OTHER):
+        found = gim_probe(model, IDS, PAIR, counterfactual=counterfactual)
+        assert found.scores.shape == (2, 5, 8 if kind == "attn only" else 10)
+    if kind != "gemma2":
+        found = gim_probe(model, IDS, PAIR)
+        with rules(model, "gim"):
+            grads = gradient_components(model, IDS, PAIR, heads=True, attribution=True)
+        for i, name in enumerate(found.names):
+            expected = grads[name].sum(-1).float()
+            torch.testing.assert_close(found.scores[..., i], expected, rtol=1e-4, atol=1e-5)
+    assert attribute(model, IDS, PAIR).scores.shape == (2, 5)
 
 
 def test_a_callable_gets_all_prompts_at_once():
