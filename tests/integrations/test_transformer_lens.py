@@ -9,7 +9,7 @@ import types
 import oracle
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from largest import Largest
 
 from mikernels.integrations.handle import Handle
 from mikernels.integrations.transformer_lens import fast_heads
@@ -63,19 +63,6 @@ def model():
 @pytest.fixture
 def tokens():
     return torch.randint(31, (BATCH, TOKENS), generator=torch.Generator().manual_seed(1))
-
-
-class Largest(TorchDispatchMode):
-    """Elements of the largest tensor that any operator returned."""
-
-    numel = 0
-
-    def __torch_dispatch__(self, function, kinds, args=(), kwargs=None):
-        returned = function(*args, **(kwargs or {}))
-        for tensor in returned if isinstance(returned, tuple | list) else [returned]:
-            if isinstance(tensor, torch.Tensor):
-                self.numel = max(self.numel, tensor.numel())
-        return returned
 
 
 def run(model, tokens, hooks=()):

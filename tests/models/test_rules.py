@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from decoder_cases import HARD, IDS, hooks_of, made, padded, tiny
 from doubles import Doubles
+from largest import Largest
 from rules_cases import ALL, PLAIN_MLP, batches, score, theirs
 from rules_oracle import oracle
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from mikernels.circuits import gradient_components
 from mikernels.models.rules import PRESETS, Rules, rules
@@ -266,17 +266,6 @@ def test_a_compiled_wrapper_of_the_model_follows_the_rules():
     assert torch.equal(x.grad, expected)
     # blocks that end in any order leave the process as it was
     assert torch._dynamo.eval_frame._stance.stance == "default"
-
-
-class Largest(TorchDispatchMode):
-    numel = 0
-
-    def __torch_dispatch__(self, function, kinds, args=(), kwargs=None):
-        returned = function(*args, **(kwargs or {}))
-        for tensor in returned if isinstance(returned, tuple | list) else [returned]:
-            if isinstance(tensor, torch.Tensor):
-                self.numel = max(self.numel, tensor.numel())
-        return returned
 
 
 def test_no_pattern_is_formed():
