@@ -44,7 +44,7 @@ REGISTRY, EAGER = "ALL_ATTENTION_FUNCTIONS", "eager_attention_forward"
 # where accelerate's hooks put a module's forward
 OLD = "_old_forward"
 # arguments of attention functions that change what is computed, and that attention_gradients
-# does not know; None or 0 is without
+# does not know; None is without
 UNKNOWN = ("s_aux", "position_bias", "alibi", "head_mask", "relative_position_bias")
 # of those, what does not enter the softmax
 AFTER = ("head_mask",)
@@ -224,6 +224,14 @@ def _leaves(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Te
     return q.detach().requires_grad_(), k.detach().requires_grad_(), v.detach().requires_grad_()
 
 
+def _constant(ctx: Any, weights: Any) -> Any:
+    """What a function returns beside its output, of which there are no gradients."""
+    if isinstance(weights, torch.Tensor):
+        weights = weights.detach()
+        ctx.mark_non_differentiable(weights)
+    return weights
+
+
 class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -241,10 +249,7 @@ class _Fused(torch.autograd.Function):
         out = out.detach()
         ctx.call, ctx.temperature, ctx.measure = call, temperature, measure
         ctx.save_for_backward(q, k, v, out)
-        weights = weights.detach() if isinstance(weights, torch.Tensor) else weights
-        if isinstance(weights, torch.Tensor):
-            ctx.mark_non_differentiable(weights)
-        return out, weights
+        return out, _constant(ctx, weights)
 
     @staticmethod
     @once
@@ -284,10 +289,7 @@ class _TwoPass(torch.autograd.Function):
         ctx.save_for_backward(q, k, v)
         ctx.graphs = (out, first), (tempered, second[:2])
         ctx.temperature, ctx.measure, ctx.call = temperature, measure, call
-        weights = weights.detach() if isinstance(weights, torch.Tensor) else weights
-        if isinstance(weights, torch.Tensor):
-            ctx.mark_non_differentiable(weights)
-        return out.detach(), weights
+        return out.detach(), _constant(ctx, weights)
 
     @staticmethod
     @once

@@ -14,7 +14,6 @@ from mikernels._dispatch import accumulate_dtype
 # receives the squared norms (of the change, of the true gradient), each a tensor of no dimension
 Measure = Callable[[torch.Tensor, torch.Tensor], None]
 
-
 SECOND = b"rules: gradients under rules must be differentiated once, got a second derivative"
 
 # of a batch: what a module computes of a row does not depend on which row it is
@@ -26,6 +25,18 @@ def some_rows(*tensors: torch.Tensor, dims: int = 1) -> list[torch.Tensor]:
     rows = [t.detach().reshape(t.shape[:-dims].numel(), *t.shape[-dims:]) for t in tensors]
     step = max(1, len(rows[0]) // ROWS)
     return [t[::step][:ROWS] for t in rows]
+
+
+def beyond(
+    got: torch.Tensor, expected: torch.Tensor, limit: torch.Tensor
+) -> tuple[float, float] | None:
+    """(got, expected) of the number that is furthest beyond its limit; None if none is. A NaN of
+    the model is no disagreement."""
+    excess = ((got - expected).abs() - limit).nan_to_num(nan=0.0)
+    if not excess.numel() or float(excess.amax()) <= 0:
+        return None
+    at = int(excess.argmax())
+    return float(got.reshape(-1)[at]), float(expected.reshape(-1)[at])
 
 
 def _is_batched(grad: Any) -> bool:

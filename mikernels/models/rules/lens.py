@@ -27,7 +27,7 @@ import torch
 
 from mikernels._dispatch import accumulate_dtype
 from mikernels.models.parts import Block, first_tensor, is_hook_point
-from mikernels.models.rules.gradients import Measure, once, scaled, secant, some_rows
+from mikernels.models.rules.gradients import Measure, beyond, once, scaled, secant, some_rows
 from mikernels.models.rules.preset import FROZEN, GRADIENT
 from mikernels.models.rules.scope import Place, Scope, Uncopied
 
@@ -87,15 +87,6 @@ def _at_each_call(
     yield Uncopied.hook(module.register_forward_pre_hook, enter, with_kwargs=True)
     yield Uncopied.hook(module.register_forward_hook, leave, always_call=True)
     yield end
-
-
-def _over(got: torch.Tensor, expected: torch.Tensor, limit: torch.Tensor) -> tuple[float, float]:
-    """Of the number that is furthest beyond its limit: (got, expected); equal if none is."""
-    excess = ((got - expected).abs() - limit).nan_to_num(nan=0.0)
-    if not excess.numel() or float(excess.amax()) <= 0:
-        return 0.0, 0.0
-    at = int(excess.argmax())
-    return float(got.reshape(-1)[at]), float(expected.reshape(-1)[at])
 
 
 class Form(NamedTuple):
@@ -166,17 +157,17 @@ class NormPlace:
         bias: Any = getattr(self.key, "b", None)
         # the mean is rounded at the size of x
         size = (wide.abs().amax(-1, keepdim=True) + wide.abs()) / scale
-        first = 0.0, 0.0
+        first: tuple[float, float] | None = None
         for affine in (False, True) if weight is not None else (False,):
             gain = weight.detach().to(acc) if affine else got.new_ones(())
             moved = got.new_zeros(()) if not affine or bias is None else bias.detach().to(acc)
             limit = 4 * torch.finfo(y.dtype).eps * (size * gain.abs() + moved.abs())
             for form in (Form(True, affine), Form(False, affine)):
                 expected = form.normed(wide, scale) * gain + moved
-                found = _over(got, expected, limit)
-                if found[0] == found[1]:
+                if (found := beyond(got, expected, limit)) is None:
                     return form
-                first = first if any(first) else found
+                first = first or found
+        assert first is not None
         raise ValueError(
             f"rules: norm must be (x - mean) / scale or x / scale of its hook_scale, got "
             f"{self.name}, whose hook_normalized is given {first[0]:.6g} for {first[1]:.6g}; leave "
@@ -296,12 +287,11 @@ class AttentionPlace:
         expected = _softmax(scores.to(acc))
         limit = 16 * torch.finfo(pattern.dtype).eps * expected
         limit += torch.finfo(pattern.dtype).smallest_normal
-        got, wanted = _over(pattern.to(acc), expected, limit)
-        if got != wanted:
+        if (found := beyond(pattern.to(acc), expected, limit)) is not None:
             raise ValueError(
                 f"rules: softmax must act on attention whose hook_pattern is given the softmax of "
-                f"what hook_attn_scores returned, got {self.name}, where it is {got:.6g} for "
-                f"{wanted:.6g}; leave the rule out"
+                f"what hook_attn_scores returned, got {self.name}, where it is {found[0]:.6g} for "
+                f"{found[1]:.6g}; leave the rule out"
             )
 
 
@@ -403,15 +393,15 @@ class MlpPlace:
             half = self._f(x[..., : x.shape[-1] // 2])
         unit = 8 * torch.finfo(h.dtype).eps
         whole = a[..., : x.shape[-1] // 2]
-        one, other = _over(half, whole, unit * whole.abs())
-        if one != other:
-            raise self._refusal(f"whose f of half a row is {one:.6g} for {other:.6g}")
+        if (found := beyond(half, whole, unit * whole.abs())) is not None:
+            raise self._refusal(f"whose f of half a row is {found[0]:.6g} for {found[1]:.6g}")
         expected, size = a, a.abs()
         if self._gated:
             product, bias = a * up[0], self._bias(h).detach()
             expected, size = product + bias, product.abs() + bias.abs()
-        one, other = _over(got, expected, unit * size + torch.finfo(h.dtype).smallest_normal)
-        if one != other:
+        limit = unit * size + torch.finfo(h.dtype).smallest_normal
+        if (found := beyond(got, expected, limit)) is not None:
+            one, other = found
             raise self._refusal(f"whose hook_post is given {one:.6g} where that is {other:.6g}")
 
     def _bias(self, h: torch.Tensor) -> torch.Tensor:

@@ -21,7 +21,7 @@ import torch
 from mikernels._dispatch import accumulate_dtype
 from mikernels.models.claims import FACTORS as PRODUCT_FACTORS
 from mikernels.models.parts import first_tensor
-from mikernels.models.rules.gradients import scaled, secant, some_rows
+from mikernels.models.rules.gradients import beyond, scaled, secant, some_rows
 from mikernels.models.rules.scope import Place, Scope, Uncopied
 
 GATES = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
@@ -72,14 +72,8 @@ def _check_product(name: str, a: torch.Tensor, up: torch.Tensor, h: torch.Tensor
     """h = a up, within rounding."""
     expected = a.to(accumulate_dtype(a.dtype)) * up
     limit = expected.abs() * (2 * torch.finfo(h.dtype).eps) + torch.finfo(h.dtype).smallest_normal
-    over = ((expected - h).abs() - limit).nan_to_num(nan=0.0)
-    if over.numel() and float(over.amax()) > 0:
-        at = int(over.argmax())
-        raise _refusal(
-            name,
-            f"whose down is given {float(h.reshape(-1)[at]):.6g} where that is "
-            f"{float(expected.reshape(-1)[at]):.6g}",
-        )
+    if (found := beyond(h, expected, limit)) is not None:
+        raise _refusal(name, f"whose down is given {found[0]:.6g} where that is {found[1]:.6g}")
 
 
 def _factor(place: Place, scope: Scope, rule: str, x: Any) -> float | None:
@@ -302,13 +296,11 @@ class ExpertsPlace:
             off_h = 1.2 * off_gate * up.abs() + a.abs() * off_up + 2 * unit * h.abs()
             expected += weight * (down @ h)
             limit += abs(weight) * (down.abs() @ off_h + 4 * unit * (down.abs() @ h.abs()))
-        off = (expected - out).abs() - 2 * limit
-        if float(off.nan_to_num(nan=0.0).amax()) > 0:
-            at = int(off.nan_to_num(nan=0.0).argmax())
+        if (found := beyond(out, expected, 2 * limit)) is not None:
             raise _refusal(
                 self.name,
-                f"whose first token is {float(out[at]):.6g} for {float(expected[at]):.6g} within "
-                f"{float(2 * limit[at]):.2g} of sum_e weight down (f(gate) up)",
+                f"whose first token is {found[0]:.6g} for {found[1]:.6g}, not within rounding of "
+                f"sum_e weight down (f(gate) up)",
             )
 
 
