@@ -3,6 +3,7 @@
 
 from mikernels.circuits import tasks
 from mikernels.circuits.attribution import TokenAttribution, attribute
+from mikernels.circuits.circuit import Circuit, Selection
 from mikernels.circuits.components import gradient_components, split_heads
 from mikernels.circuits.composition import composition_scores
 from mikernels.circuits.interactions import (
@@ -14,10 +15,13 @@ from mikernels.circuits.interactions import (
 from mikernels.circuits.interpret import CircuitEdge, Circuits, interpret_circuits
 from mikernels.circuits.patterns import HeadScores, head_scores
 from mikernels.circuits.probe import Component, Probe, gim_probe
+from mikernels.circuits.ranking import Ranked
+from mikernels.circuits.stability import Stability, stability
 from mikernels.circuits.tasks import Task
 from mikernels.models.rules import PRESETS, Effect, RuleReport, Rules, rules
 
 __all__ = [
+    "Circuit",
     "CircuitEdge",
     "Circuits",
     "Component",
@@ -27,8 +31,11 @@ __all__ = [
     "NamedInteractions",
     "PRESETS",
     "Probe",
+    "Ranked",
     "RuleReport",
     "Rules",
+    "Selection",
+    "Stability",
     "Task",
     "TokenAttribution",
     "attribute",
@@ -41,5 +48,6 @@ __all__ = [
     "rules",
     "select_top_k",
     "split_heads",
+    "stability",
     "tasks",
 ]
