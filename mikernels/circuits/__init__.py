@@ -16,6 +16,8 @@ from mikernels.circuits.interactions import (
 from mikernels.circuits.interpret import CircuitEdge, Circuits, interpret_circuits
 from mikernels.circuits.patterns import HeadScores, head_scores
 from mikernels.circuits.probe import Component, Probe, gim_probe
+from mikernels.circuits.ranking import Ranked
+from mikernels.circuits.stability import Stability, stability
 from mikernels.circuits.tasks import Task
 from mikernels.models.rules import PRESETS, Effect, RuleReport, Rules, rules
 
@@ -30,9 +32,11 @@ __all__ = [
     "NamedInteractions",
     "PRESETS",
     "Probe",
+    "Ranked",
     "RuleReport",
     "Rules",
     "Selection",
+    "Stability",
     "Task",
     "TokenAttribution",
     "attribute",
@@ -46,5 +50,6 @@ __all__ = [
     "rules",
     "select_top_k",
     "split_heads",
+    "stability",
     "tasks",
 ]
