@@ -2,6 +2,14 @@
 """Which parts of a model an answer rests on: gradients under rules, interactions, circuits."""
 
 from mikernels.circuits import tasks
+from mikernels.circuits.ablation import (
+    AblationEffect,
+    Erasure,
+    ablate,
+    ablation_effect,
+    comprehensiveness,
+    sufficiency,
+)
 from mikernels.circuits.attribution import TokenAttribution, attribute
 from mikernels.circuits.components import gradient_components, split_heads
 from mikernels.circuits.composition import composition_scores
@@ -18,10 +26,12 @@ from mikernels.circuits.tasks import Task
 from mikernels.models.rules import PRESETS, Effect, RuleReport, Rules, rules
 
 __all__ = [
+    "AblationEffect",
     "CircuitEdge",
     "Circuits",
     "Component",
     "Effect",
+    "Erasure",
     "GradientInteractions",
     "HeadScores",
     "NamedInteractions",
@@ -31,8 +41,11 @@ __all__ = [
     "Rules",
     "Task",
     "TokenAttribution",
+    "ablate",
+    "ablation_effect",
     "attribute",
     "composition_scores",
+    "comprehensiveness",
     "compute_gradient_interactions",
     "gim_probe",
     "gradient_components",
@@ -41,5 +54,6 @@ __all__ = [
     "rules",
     "select_top_k",
     "split_heads",
+    "sufficiency",
     "tasks",
 ]

@@ -20,6 +20,7 @@ from mikernels.models.parts import (
     PROJECTION,
     Block,
     Decoder,
+    Product,
     Tap,
     child_named,
     norms_in,
@@ -63,6 +64,15 @@ class HuggingFace(Decoder):
         if fused is not None and (weight := _matrix(fused)) is not None:
             return (weight.shape[1] / size - query) / 2
         return getattr(self.model.config, "num_key_value_heads", None) or query
+
+    def last_products(self, block: Block) -> list[Product]:
+        parts = () if block.mlp is None else block.mlp.modules()
+        weights = {part: _matrix(part) for part in parts}
+        return [
+            Product(Tap(part, before=True), weight, getattr(part, "bias", None))
+            for part, weight in weights.items()
+            if weight is not None and weight.shape[1] == self.d
+        ]
 
     def logits(self, inputs: Mapping[str, Any]) -> torch.Tensor:
         with eager():

@@ -23,6 +23,7 @@ from mikernels.models.hooks import check_eval, eager
 from mikernels.models.parts import (
     Block,
     Decoder,
+    Product,
     Tap,
     child_named,
     is_hook_point,
@@ -66,6 +67,14 @@ class Lens(Decoder):
         weight = getattr(block.attention, "_W_V", None)
         weight = block.attention.W_V if weight is None else weight
         return len(weight) if isinstance(weight, torch.Tensor) else query
+
+    def last_products(self, block: Block) -> list[Product]:
+        mlp = block.mlp
+        read = None if mlp is None else child_named(mlp, ("hook_post",))
+        weight, bias = (getattr(mlp, name, None) for name in ("W_out", "b_out"))
+        if read is None or not isinstance(weight, torch.Tensor) or weight.dim() != 2:
+            return []
+        return [Product(Tap(read), weight.detach(), bias)]
 
     def logits(self, inputs: Mapping[str, Any]) -> torch.Tensor:
         others = sorted(inputs.keys() - set(INPUTS))
