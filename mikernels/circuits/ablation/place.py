@@ -80,14 +80,18 @@ class Slices:
         self._member = torch.tensor([m for m, part in enumerate(parts) for _ in part])
         self._columns = None if torch.equal(every, torch.arange(width)) else every
 
+    def _move(self, device: torch.device) -> None:
+        """Once, to where the model computes."""
+        self._member = self._member.to(device)
+        self._columns = None if self._columns is None else self._columns.to(device)
+
     def watch(
         self, shape: tuple[int, int], see: Callable[[torch.Tensor], None]
     ) -> Iterable[Callable[[], None]]:
         def show(x: torch.Tensor) -> None:
             flat = x.reshape(*shape, -1)
-            if self._columns is not None:
-                flat = flat.index_select(-1, self._columns.to(x.device))
-            see(flat)
+            self._move(x.device)
+            see(flat if self._columns is None else flat.index_select(-1, self._columns))
 
         yield self._tap.hook(show)
 
@@ -95,18 +99,18 @@ class Slices:
         def change(x: torch.Tensor) -> torch.Tensor:
             if (r := now()) is None:
                 return x
+            self._move(x.device)
             flat = x.reshape(*r.shape, -1)
-            columns = self._columns
-            old = flat if columns is None else flat.index_select(-1, columns.to(x.device))
+            old = flat if self._columns is None else flat.index_select(-1, self._columns)
             value = r.value.to(old)
             if r.own is None:
                 # a tensor of its own: a model may change it in place
                 new = value.expand_as(old).clone(memory_format=torch.contiguous_format)
             else:
-                own = r.own.to(x.device).index_select(-1, self._member.to(x.device))
+                own = r.own.to(x.device).index_select(-1, self._member)
                 new = torch.where(own, value, old)
-            if columns is not None:
-                new = flat.index_copy(-1, columns.to(x.device), new)
+            if self._columns is not None:
+                new = flat.index_copy(-1, self._columns, new)
             return new.reshape(x.shape)
 
         yield self._tap.edit(change)

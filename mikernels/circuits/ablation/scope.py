@@ -89,7 +89,7 @@ class Scope:
     ):
         self._where, self._decoder, self._places, self._values = where, decoder, places, values
         self._positions, self._which, self._rows = positions, which, rows
-        self._ran: set[int] = set()
+        self._called, self._ran = False, set[int]()
         # what is between the hooks of one block, of one thread
         self._here = threading.local()
         self._ended = False
@@ -126,6 +126,15 @@ class Scope:
     def _note(self, module: torch.nn.Module, args: Any, kwargs: Any = None) -> None:
         mask = None if kwargs is None else kwargs.get("attention_mask")
         self._here.mask = mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
+
+    def _ended_call(self, module: torch.nn.Module, args: Any, output: Any) -> None:
+        """After a call that nothing ended before its end."""
+        missed = [place.name for place in self._places if place.layer not in self._ran]
+        if self._entered() and missed:
+            raise RuntimeError(
+                f"{self._where}: {missed[0]} must be reached, got a model that ran without its "
+                f"block; {NEVER}"
+            )
 
     def _where_in(self, shape: tuple[int, int]) -> torch.Tensor | None:
         """bool `[1 | B, P, 1]` of the positions, None for all."""
@@ -166,6 +175,7 @@ class Scope:
             # without keywords it is called by threads that were there when the hook came
             if kwargs is None or not self._entered():
                 return
+            self._called = True
             b, p = first_tensor(args, kwargs).shape[:2]
             self._check_shape(b, p)
             self._check_known(p)
@@ -194,14 +204,15 @@ class Scope:
         Raises:
             RuntimeError: a component that a call did not reach.
         """
-        model = self._decoder.model
+        model, layers = self._decoder.model, {0, *(place.layer for place in self._places)}
         with ExitStack() as stack:
             if self._values.known is not None:
                 note = model.register_forward_pre_hook(self._note, with_kwargs=True)
                 stack.callback(note.remove)
-            for layer in sorted({0, *(place.layer for place in self._places)}):
+            for layer in sorted(layers):
                 for remove in self._hook(self._decoder.blocks[layer]):
                     stack.callback(remove)
+            stack.callback(model.register_forward_hook(self._ended_call).remove)
             # a wrapper of torch.compile around the model would leave out hooks
             stack.enter_context(eager())
             _ACTIVE.set((*_ACTIVE.get(), self))
@@ -212,14 +223,9 @@ class Scope:
                 # not by the token: blocks may end in any order
                 _ACTIVE.set(tuple(scope for scope in _ACTIVE.get() if scope is not self))
         # not after an exception
-        if not self._ran:
+        if not self._called:
             warnings.warn(
                 f"{self._where}: the model did not run in the `with` block; call it inside",
                 RuntimeWarning,
                 stacklevel=5,
-            )
-        elif missed := [place.name for place in self._places if place.layer not in self._ran]:
-            raise RuntimeError(
-                f"{self._where}: {missed[0]} must be reached, got a model that ran without its "
-                f"block"
             )
