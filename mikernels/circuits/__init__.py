@@ -2,10 +2,19 @@
 """Which parts of a model an answer rests on: gradients under rules, interactions, circuits."""
 
 from mikernels.circuits import tasks
+from mikernels.circuits.ablation import (
+    AblationEffect,
+    Erasure,
+    ablate,
+    ablation_effect,
+    comprehensiveness,
+    sufficiency,
+)
 from mikernels.circuits.attribution import TokenAttribution, attribute
 from mikernels.circuits.circuit import Circuit, Selection
 from mikernels.circuits.components import gradient_components, split_heads
 from mikernels.circuits.composition import composition_scores
+from mikernels.circuits.find import find_circuit
 from mikernels.circuits.interactions import (
     GradientInteractions,
     NamedInteractions,
@@ -22,10 +31,12 @@ from mikernels.models.rules import PRESETS, Effect, RuleReport, Rules, rules
 
 __all__ = [
     "Circuit",
+    "AblationEffect",
     "CircuitEdge",
     "Circuits",
     "Component",
     "Effect",
+    "Erasure",
     "GradientInteractions",
     "HeadScores",
     "NamedInteractions",
@@ -38,9 +49,13 @@ __all__ = [
     "Stability",
     "Task",
     "TokenAttribution",
+    "ablate",
+    "ablation_effect",
     "attribute",
     "composition_scores",
+    "comprehensiveness",
     "compute_gradient_interactions",
+    "find_circuit",
     "gim_probe",
     "gradient_components",
     "head_scores",
@@ -49,5 +64,6 @@ __all__ = [
     "select_top_k",
     "split_heads",
     "stability",
+    "sufficiency",
     "tasks",
 ]

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,12 +49,19 @@ class Prompts:
 
     def rows(self, part: slice) -> Prompts:
         """Some of them."""
+        return self._each(lambda value: value[part])
+
+    def times(self, n: int) -> Prompts:
+        """All of them n times over."""
+        return self._each(lambda value: value.repeat(n, *[1] * (value.dim() - 1)))
+
+    def _each(self, make: Callable[[torch.Tensor], torch.Tensor]) -> Prompts:
         b = len(self.ids)
         given = {
-            name: value[part] if isinstance(value, torch.Tensor) and len(value) == b else value
+            name: make(value) if isinstance(value, torch.Tensor) and len(value) == b else value
             for name, value in self.given.items()
         }
-        return Prompts(given, None if self.kept is None else self.kept[part])
+        return Prompts(given, None if self.kept is None else make(self.kept))
 
 
 def pad_left(rows: list[list[int]]) -> dict[str, torch.Tensor]:
@@ -162,8 +169,17 @@ def read_prompts(decoder: Decoder, name: str, inputs: Inputs, tokenizer: Any = N
     return Prompts(*with_positions(where, decoder.model, given, decoder.counts_positions))
 
 
-def check_aligned(where: str, clean: Prompts, other: Prompts) -> None:
+def check_aligned(
+    where: str,
+    clean: Prompts,
+    other: Prompts,
+    name: str = "input_tokens",
+    other_name: str = "counterfactual",
+) -> None:
     """A counterfactual prompt for every prompt, token by token.
+
+    Args:
+        name, other_name: of messages: the arguments.
 
     Raises:
         ValueError: another shape or padding, with the row; one that is the prompt itself.
@@ -176,13 +192,13 @@ def check_aligned(where: str, clean: Prompts, other: Prompts) -> None:
         )
         counts = [n[row] if row < len(n) else 0 for n in lengths]
         raise ValueError(
-            f"{where}: counterfactual must have the tokens of input_tokens one by one, got "
+            f"{where}: {other_name} must have the tokens of {name} one by one, got "
             f"{counts[1]} tokens for {counts[0]} in row {row} ({list(other.ids.shape)} for "
             f"{list(clean.ids.shape)}); replace words by words of as many tokens"
         )
     changed = ((clean.ids != other.ids) & clean.mask).any(-1)
     if not changed.all():
         raise ValueError(
-            f"{where}: counterfactual must differ from input_tokens, got the same tokens in row "
+            f"{where}: {other_name} must differ from {name}, got the same tokens in row "
             f"{int((~changed).int().argmax())}, whose scores would all be 0"
         )

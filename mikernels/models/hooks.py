@@ -69,6 +69,15 @@ def returned(output: Any) -> Any:
     return output[0] if isinstance(output, tuple | list) else output
 
 
+def in_place_of(output: Any, tensor: torch.Tensor) -> Any:
+    """What a module returned, with another tensor in the place of `returned`."""
+    if isinstance(output, tuple):
+        parts = (tensor, *output[1:])
+        # a named tuple keeps its names
+        return type(output)(*parts) if hasattr(output, "_fields") else parts
+    return [tensor, *output[1:]] if isinstance(output, list) else tensor
+
+
 def compiled_part(model: torch.nn.Module) -> str | None:
     """The name of a module that is compiled or scripted, in words; None without any."""
     for name, module in model.named_modules():
@@ -136,3 +145,18 @@ def check_fires(where: str, model: torch.nn.Module, watched: Iterable[torch.nn.M
                 f"{where}: model must run as Python modules, got a scripted "
                 f"{inner[module] or 'model'} with {type(module).__name__} inside; {NEVER}"
             )
+
+
+@contextmanager
+def frozen(model: torch.nn.Module) -> Iterator[None]:
+    """Gradients on, also within the caller's no_grad and inference_mode; but of no parameter."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    # switches gradients on, also within no_grad
+    with torch.inference_mode(False):
+        try:
+            for p in trained:
+                p.requires_grad_(False)
+            yield
+        finally:
+            for p in trained:
+                p.requires_grad_(True)

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 
-from mikernels.models.hooks import check_eval, check_fires, returned
+from mikernels.models.hooks import check_eval, check_fires, in_place_of, returned
 
 ATTENTION = ("self_attn", "attn", "attention", "self_attention")
 PROJECTION = ("o_proj", "c_proj", "out_proj", "dense")
@@ -44,6 +45,29 @@ class Tap(NamedTuple):
         hook = self.module.register_forward_hook(lambda module, args, out: see(returned(out)))
         return hook.remove
 
+    def edit(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[], None]:
+        """Puts what `change` makes of each tensor that passes in its place; what is returned ends
+        that."""
+
+        def enter(module: torch.nn.Module, args: Any, kwargs: Any = None) -> Any:
+            # without keywords it is called by threads that were there when the hook came
+            if kwargs is None or (x := first_tensor(args, kwargs)) is None:
+                return None
+            y = change(x)
+            replace = {id(x): y}
+            return (
+                tuple(replace.get(id(a), a) for a in args),
+                {name: replace.get(id(a), a) for name, a in kwargs.items()},
+            )
+
+        def leave(module: torch.nn.Module, args: Any, output: Any) -> Any:
+            x = returned(output)
+            return in_place_of(output, change(x)) if isinstance(x, torch.Tensor) else None
+
+        if self.before:
+            return self.module.register_forward_pre_hook(enter, with_kwargs=True).remove
+        return self.module.register_forward_hook(leave).remove
+
 
 class Heads(NamedTuple):
     """Of one attention.
@@ -56,6 +80,37 @@ class Heads(NamedTuple):
     query: int
     key_value: int
     size: int
+
+
+class Projection(NamedTuple):
+    """What makes the q, k or v of a block's heads, or groups of heads.
+
+    Attributes:
+        part: "q", "k" or "v".
+        module: whose output holds it.
+        weight: `[n, d, dh]`, a view of the model's. bias: `[n, dh]`, None without.
+        columns: `[n, dh]` int64, where in the output; None: all of it, in order.
+    """
+
+    part: str
+    module: torch.nn.Module
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    columns: torch.Tensor | None
+
+    def of(self, output: torch.Tensor, rows: torch.Size) -> torch.Tensor:
+        """`[B, P, n, dh]` of the output or its gradient, rows being `[B, P]`; a view if it can."""
+        flat = output.reshape(*rows, -1)
+        n, _, size = self.weight.shape
+        return flat.unflatten(-1, (n, size)) if self.columns is None else flat[..., self.columns]
+
+    def put(self, output: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """The output with these values `[B, P, n, dh]`, in memory of its own."""
+        if self.columns is None:
+            return values.reshape(output.shape)
+        flat = output.reshape(*values.shape[:2], -1).clone()
+        flat[..., self.columns] = values
+        return flat.view(output.shape)
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,6 +145,14 @@ class Block:
     def writes(self) -> tuple[str, ...]:
         """What is in it: "attn", and "mlp" if it has one."""
         return ("attn",) if self.mlp is None else ("attn", "mlp")
+
+
+class Product(NamedTuple):
+    """`x weight + bias`: where x is seen, `[n, d]`, and `[d]` or None."""
+
+    tap: Tap
+    weight: torch.Tensor
+    bias: torch.Tensor | None
 
 
 Kind = TypeVar("Kind", bound="Decoder")
@@ -180,6 +243,10 @@ class Decoder(ABC):
     def b_o(self, block: Block) -> torch.Tensor | None:
         """The projection's bias `[d]`, None without."""
 
+    @abstractmethod
+    def last_products(self, block: Block) -> list[Product]:
+        """What may be the last product of its MLP; `mikernels.models.neurons` tells which is."""
+
     def rounds_products(self, block: Block) -> bool:
         """Whether the model rounds each `z_i W_ij` to its dtype before it adds them up."""
         return False
@@ -202,6 +269,19 @@ class Decoder(ABC):
     @abstractmethod
     def value_heads(self, block: Block, query: int, size: int) -> float:
         """How many heads of this size what makes the values has, beside so many query heads."""
+
+    @abstractmethod
+    def projections(self, block: Block) -> tuple[Projection, Projection, Projection]:
+        """What makes q, k and v of a block's heads, by names: `mikernels.models.readers` checks.
+
+        Raises:
+            ValueError: for modules without such weights.
+        """
+
+    def whole(self) -> AbstractContextManager[None]:
+        """While it is entered, heads are computed together where the model can also do so one by
+        one."""
+        return nullcontext()
 
     @abstractmethod
     def logits(self, inputs: Mapping[str, Any]) -> torch.Tensor:
