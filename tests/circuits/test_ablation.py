@@ -118,6 +118,25 @@ def test_heads_neurons_and_parts_by_edited_weights(kind):
     torch.testing.assert_close(got[kept], logits(other, batch)[kept], rtol=1e-10, atol=1e-11)
 
 
+def test_what_norms_after_attention_and_mlp_write():
+    model, batch = made("gemma2"), {"input_ids": IDS}
+    own, found = block(model, 1), {}
+    norms = [own.post_attention_layernorm, own.post_feedforward_layernorm]
+
+    def through(ids, hook):
+        handles = [norm.register_forward_hook(hook) for norm in norms]
+        made = logits(model, {"input_ids": ids})
+        for handle in handles:
+            handle.remove()
+        return made
+
+    through(OTHER, lambda norm, args, out: found.__setitem__(norm, out.mean((0, 1))))
+    with ablate(model, ["L1.attn", "L1.mlp"], "mean", reference=OTHER):
+        got = logits(model, batch)
+    expected = through(IDS, lambda norm, args, out: found[norm].expand_as(out))
+    torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-11)
+
+
 def test_experts_by_edited_weights_and_their_own_terms():
     model, batch = made("qwen2_moe"), {"input_ids": IDS}
     other = copy.deepcopy(model)
@@ -329,6 +348,8 @@ def test_nested_blocks_other_threads_and_what_is_left():
     assert torch.equal(threads[0], clean) and torch.equal(logits(model, batch), clean)
     with pytest.raises(KeyError), ablate(model, "L*", "zero"):
         raise KeyError
+    with pytest.raises(RuntimeError, match="copied"), ablate(model, "L1.mlp", "zero"):
+        copy.deepcopy(block(model, 1))
     assert hooks_of(model) == before
     # a low precision stays
     low = made("llama", torch.bfloat16)
@@ -356,9 +377,10 @@ def test_effects_are_those_of_one_ablation_at_a_time():
     model = made("qwen2")
     ids, twins = torch.cat([IDS, IDS.flip(1)]), torch.cat([OTHER, OTHER.flip(1)])
     names = [f"L{i}.h{h}" for i in range(3) for h in (1, 3)] + ["L0.mlp", "L1.mlp.n3"]
+    positions = torch.tensor([[0, 1, 0, 0, 1], [1] * 5, [0, 0, 1, 1, 0], [1, 0, 0, 0, 0]]).bool()
     methods = (
         ("counterfactual", {"counterfactual": twins}),
-        ("mean", {"reference": twins, "per_position": True, "positions": [1, 4]}),
+        ("mean", {"reference": twins, "per_position": True, "positions": positions}),
         ("resample", {"reference": ids, "seed": 3}),
     )
 
