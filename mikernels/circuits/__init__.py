@@ -11,8 +11,10 @@ from mikernels.circuits.ablation import (
     sufficiency,
 )
 from mikernels.circuits.attribution import TokenAttribution, attribute
+from mikernels.circuits.circuit import Circuit, Selection
 from mikernels.circuits.components import gradient_components, split_heads
 from mikernels.circuits.composition import composition_scores
+from mikernels.circuits.find import find_circuit
 from mikernels.circuits.interactions import (
     GradientInteractions,
     NamedInteractions,
@@ -22,10 +24,13 @@ from mikernels.circuits.interactions import (
 from mikernels.circuits.interpret import CircuitEdge, Circuits, interpret_circuits
 from mikernels.circuits.patterns import HeadScores, head_scores
 from mikernels.circuits.probe import Component, Probe, gim_probe
+from mikernels.circuits.ranking import Ranked
+from mikernels.circuits.stability import Stability, stability
 from mikernels.circuits.tasks import Task
 from mikernels.models.rules import PRESETS, Effect, RuleReport, Rules, rules
 
 __all__ = [
+    "Circuit",
     "AblationEffect",
     "CircuitEdge",
     "Circuits",
@@ -37,8 +42,11 @@ __all__ = [
     "NamedInteractions",
     "PRESETS",
     "Probe",
+    "Ranked",
     "RuleReport",
     "Rules",
+    "Selection",
+    "Stability",
     "Task",
     "TokenAttribution",
     "ablate",
@@ -47,6 +55,7 @@ __all__ = [
     "composition_scores",
     "comprehensiveness",
     "compute_gradient_interactions",
+    "find_circuit",
     "gim_probe",
     "gradient_components",
     "head_scores",
@@ -54,6 +63,7 @@ __all__ = [
     "rules",
     "select_top_k",
     "split_heads",
+    "stability",
     "sufficiency",
     "tasks",
 ]
