@@ -78,7 +78,7 @@ class Slices:
         every = torch.tensor([i for part in parts for i in part])
         # which member each column is of
         self._member = torch.tensor([m for m, part in enumerate(parts) for _ in part])
-        self._columns = None
+        self._columns = None if torch.equal(every, torch.arange(width)) else every
 
     def _move(self, device: torch.device) -> None:
         """Once, to where the model computes."""
