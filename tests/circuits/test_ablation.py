@@ -302,6 +302,10 @@ def test_positions_and_means_by_position():
         with ablate(model, "L1.h2", **options):
             got = logits(model, batch)
         torch.testing.assert_close(got, oracle(value, at), rtol=1e-10, atol=1e-12)
+    options = {"counterfactual": OTHER, "positions": mask[:1]}
+    with ablate(model, "L1.h2", "counterfactual", **options), pytest.raises(ValueError) as error:
+        model(IDS)
+    assert "[1, 5] tokens, got [2, 5]" in str(error.value)
     with ablate(model, "L1.h2", "zero", positions=[5]), pytest.raises(ValueError, match="-5..4"):
         model(IDS)
     # of a reference without a token at position 0
@@ -435,10 +439,11 @@ def test_what_is_not_reached_raises_and_a_model_that_does_not_run_warns():
         model.config.num_hidden_layers = 2
         model(IDS)
     with (
-        pytest.warns(RuntimeWarning, match="did not run"),
+        pytest.warns(RuntimeWarning, match="did not run") as told,
         ablate(made("llama"), "L1.mlp", "zero"),
     ):
         pass
+    assert told[0].filename == __file__
 
 
 BAD = (
@@ -487,6 +492,12 @@ def test_bad_input_is_named_before_the_block_runs():
                     {"kind": "resample", "reference": short}):  # fmt: skip
         with pytest.raises(ValueError, match="ablation_effect: .* must have the tokens of"):
             ablation_effect(model, IDS, PAIR, "L0.h0", **options)
+    with pytest.raises(ValueError, match=r"positions must be those of the prompts \[2, 5\]"):
+        ablation_effect(model, IDS, PAIR, "L0.h0", "zero", positions=IDS[:1] > 0)
+    alone = lens("attn only")
+    for name in ("L0.mlp", "L0.mlp.n1", "0.mlp_in.f1"):
+        with pytest.raises(ValueError, match="L0 has no MLP"):
+            ablate(alone, name, "zero", saes={"0.mlp_in": TopKSAE(24, 16, 2)}).__enter__()
     for fractions in ((), (0.5, 0.1), (0.0, 0.5), (0.5, 1.5)):
         with pytest.raises(ValueError, match="fractions must ascend"):
             sufficiency(model, IDS, PAIR, ["L0.h0"], "zero", fractions=fractions)

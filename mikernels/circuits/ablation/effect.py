@@ -109,6 +109,12 @@ def asked(
     decoder = ablation.decoder
     read = read_prompts(decoder, "prompts", prompts, tokenizer)
     behavior = read_target(where, metric, len(read.ids), vocabulary(decoder), tokenizer)
+    at = ablation.positions
+    if isinstance(at, torch.Tensor) and at.shape != read.ids.shape:
+        raise ValueError(
+            f"{where}: positions must be those of the prompts {list(read.ids.shape)}, got "
+            f"{list(at.shape)}"
+        )
     if kind == "counterfactual":
         assert counterfactual is not None
         other = read_prompts(decoder, kind, counterfactual, tokenizer)

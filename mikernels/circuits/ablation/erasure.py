@@ -101,7 +101,7 @@ def _measured(
         raise ValueError(
             f"{where}: fractions must ascend, above 0 and at most 1, got {list(steps)}"
         )
-    if isinstance(ranking, str) or any(set(name) & set("*?[") for name in ranking):
+    if isinstance(ranking, str) or any(set(str(name)) & set("*?[") for name in ranking):
         raise TypeError(f"{where}: ranking must be names, best first, got {ranking!r}")
     ablation, read, behavior = asked(where, model, prompts, metric, ranking, kind, **options)
     n = len(ablation.names)

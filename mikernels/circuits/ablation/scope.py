@@ -99,16 +99,15 @@ class Scope:
         return not self._ended and self in _ACTIVE.get()
 
     def _check_shape(self, b: int, p: int) -> None:
-        n, width = self._values.shape
-        if isinstance(self._positions, torch.Tensor):
-            n, width = self._positions.shape
-        n = n if self._rows is None or n is None else len(self._rows)
-        if (n or b) != b or (width or p) != p:
-            want = [b if n is None else n, p if width is None else width]
-            raise ValueError(
-                f"{self._where}: the model must be called on the prompts whose activations stand "
-                f"there, {want} tokens, got {[b, p]}; with kind='zero' or 'mean' it may be any"
-            )
+        for n, width in (self._values.shape, getattr(self._positions, "shape", (None, None))):
+            rows = n if n is None or self._rows is None else len(self._rows)
+            if rows not in (None, b) or width not in (None, p):
+                want = [b if rows is None else rows, p if width is None else width]
+                raise ValueError(
+                    f"{self._where}: the model must be called on the prompts whose activations or "
+                    f"positions were given, {want} tokens, got {[b, p]}; with kind='zero' or "
+                    f"'mean', and positions that are numbers, it may be any"
+                )
 
     def _check_known(self, p: int) -> None:
         """Whether there is a mean for every position at which the call has a token."""
