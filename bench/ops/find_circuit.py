@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Edge scores of a whole model: `find_circuit` beside EAP-IG's `get_scores_eap`.
 
-"eap": a random HookedTransformer of SmolLM2-135M's sizes (of two layers for "smoke"), set up as
-EAP-IG needs it: what every head reads and writes by itself. `eager` is the same by hand: its hooks,
-frozen parameters, an einsum for each hook. The peer is no package of an index: a checkout of
-hannamw/EAP-IG (2.0.0) whose `src` is on PYTHONPATH; it asks for CUDA by name, which is replaced.
+"eap": a random Llama of SmolLM2-135M's sizes (of two layers for "smoke"), and the HookedTransformer
+with its weights, set up as EAP-IG needs it: what every head reads and writes by itself. "ours"
+takes the first, as a user's model comes; "lens" is ours on the second, as are "eager", EAP by hand
+(hooks, frozen parameters, an einsum for each hook), and the peer. Heads that share keys and values
+are apart in the second, so their edges are added up. The peer is no package of an index: a checkout
+of hannamw/EAP-IG (2.0.0) whose `src` is on PYTHONPATH; it asks for CUDA by name, which is replaced.
 """
 
 from __future__ import annotations
@@ -48,7 +50,23 @@ def _sizes(s: AttentionShape) -> tuple[int, int, int]:
 
 
 @functools.cache
-def _model(s: AttentionShape) -> Any:
+def _llama(s: AttentionShape) -> Any:
+    try:
+        from transformers import LlamaConfig, LlamaForCausalLM
+    except ImportError as error:
+        raise Unavailable(f"transformers is not importable ({error})") from error
+    layers, mlp, vocabulary = _sizes(s)
+    config = LlamaConfig(
+        hidden_size=s.heads * s.width, intermediate_size=mlp, num_hidden_layers=layers,
+        num_attention_heads=s.heads, num_key_value_heads=s.groups, vocab_size=vocabulary,
+        rms_norm_eps=1e-5, tie_word_embeddings=True,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return LlamaForCausalLM(config).eval()
+
+
+@functools.cache
+def _lens(s: AttentionShape) -> Any:
     try:
         from transformer_lens import HookedTransformer, HookedTransformerConfig
     except ImportError as error:
@@ -57,10 +75,37 @@ def _model(s: AttentionShape) -> Any:
     config = HookedTransformerConfig(
         n_layers=layers, d_model=s.heads * s.width, d_head=s.width, n_heads=s.heads, d_mlp=mlp,
         n_key_value_heads=s.groups, n_ctx=s.queries, d_vocab=vocabulary, act_fn="silu",
-        normalization_type="RMS", gated_mlp=True, positional_embedding_type="rotary",
+        normalization_type="RMS", gated_mlp=True, positional_embedding_type="rotary", eps=1e-5,
         rotary_dim=s.width, seed=0, device="cpu", **SPLIT,
     )  # fmt: skip
-    return HookedTransformer(config).eval()
+    model = HookedTransformer(config).eval()
+    theirs = _llama(s)
+    with torch.no_grad():
+        model.embed.W_E.copy_(theirs.model.embed_tokens.weight)
+        model.unembed.W_U.copy_(theirs.lm_head.weight.T)
+        for block, layer in zip(model.blocks, theirs.model.layers, strict=True):
+            attention = layer.self_attn
+            for name, n in (("q", s.heads), ("k", s.groups), ("v", s.groups)):
+                weight = getattr(attention, f"{name}_proj").weight
+                own = f"W_{name.upper()}" if name == "q" else f"_W_{name.upper()}"
+                getattr(block.attn, own).copy_(weight.unflatten(0, (n, -1)).transpose(1, 2))
+            out = attention.o_proj.weight
+            block.attn.W_O.copy_(out.unflatten(1, (s.heads, -1)).permute(1, 2, 0))
+            block.mlp.W_gate.copy_(layer.mlp.gate_proj.weight.T)
+            block.mlp.W_in.copy_(layer.mlp.up_proj.weight.T)
+            block.mlp.W_out.copy_(layer.mlp.down_proj.weight.T)
+    return model
+
+
+def _grouped(scores: torch.Tensor, s: AttentionShape) -> torch.Tensor:
+    """`[W, R]` with one reader for the k, and v, of the heads that share them."""
+    each = 3 * s.heads + 1
+    *layers, logits = scores.split([each] * _sizes(s)[0] + [1], 1)
+    found = []
+    for layer in layers:
+        q, k, v, mlp = layer.split([s.heads, s.heads, s.heads, 1], 1)
+        found += [q, *(x.unflatten(1, (s.groups, -1)).sum(-1) for x in (k, v)), mlp]
+    return torch.cat([*found, logits], 1)
 
 
 def _inputs(shape: AttentionShape, mode: str, seed: int) -> SimpleNamespace:
@@ -72,7 +117,13 @@ def _inputs(shape: AttentionShape, mode: str, seed: int) -> SimpleNamespace:
 
 
 def _ours(model: Any, x: SimpleNamespace) -> torch.Tensor:
-    return find_circuit(model, x.ids, x.other, PAIR, "eap", replicates=0).scores
+    found = find_circuit(model, x.ids, x.other, PAIR, "eap", replicates=0).scores
+    return found if found.shape[1] < _readers(x.shape) else _grouped(found, x.shape)
+
+
+def _readers(s: AttentionShape) -> int:
+    """Of the HookedTransformer."""
+    return _sizes(s)[0] * (3 * s.heads + 1) + 1
 
 
 def _eager(model: Any, x: SimpleNamespace) -> torch.Tensor:
@@ -115,7 +166,7 @@ def _eager(model: Any, x: SimpleNamespace) -> torch.Tensor:
         column = torch.einsum("bpwd,bprd->wr", delta[:, :, :rows], g) / len(x.ids)
         columns.append(torch.nn.functional.pad(column, (0, 0, 0, delta.shape[2] - rows)))
         before += name.endswith("mlp_in")
-    return torch.cat(columns, 1)
+    return _grouped(torch.cat(columns, 1), x.shape)
 
 
 def _theirs(model: Any, x: SimpleNamespace) -> torch.Tensor:
@@ -131,16 +182,15 @@ def _theirs(model: Any, x: SimpleNamespace) -> torch.Tensor:
     # the gradients that it leaves in the parameters, a model's size, are no part of its result
     model.zero_grad()
     # writers lie as ours do; readers of a layer are q, k, v head by head and the MLP
-    allowed = made.real_edge_mask.to(scores)
-    return scores * allowed
+    return _grouped(scores * made.real_edge_mask.to(scores), x.shape)
 
 
-RUN = {"ours": _ours, "eager": _eager, "eap-ig": _theirs}
+RUN = {"ours": _ours, "lens": _ours, "eager": _eager, "eap-ig": _theirs}
 
 
 def _provider(name: str, ours: bool = False) -> Provider:
     def build(x: SimpleNamespace, mode: str) -> Runner:
-        model = _model(x.shape)
+        model = (_llama if name == "ours" else _lens)(x.shape)
         if name == "eap-ig":
             peers.eap_ig()
         return Runner(lambda: {"scores": RUN[name](model, x)})
@@ -150,7 +200,7 @@ def _provider(name: str, ours: bool = False) -> Provider:
 
 def _check(x: SimpleNamespace, mode: str, outputs: Outputs, eager: Outputs) -> Verdict:
     if x.truth is None:
-        wide = copy.deepcopy(_model(x.shape)).double()
+        wide = copy.deepcopy(_lens(x.shape)).double()
         wide.cfg.dtype = torch.float64
         x.truth = _eager(wide, x)
     return values_gate(outputs, eager, {"scores": x.truth})
@@ -159,14 +209,13 @@ def _check(x: SimpleNamespace, mode: str, outputs: Outputs, eager: Outputs) -> V
 def _weights(s: AttentionShape) -> float:
     layers, mlp, vocabulary = _sizes(s)
     d = s.heads * s.width
-    # keys and values of every head, as the model is set up
-    return layers * d * (4 * d + 3 * mlp)
+    return layers * d * (2 * d + 2 * s.groups * s.width + 3 * mlp)
 
 
 def _flops(s: AttentionShape, mode: str) -> float:
     layers = _sizes(s)[0]
     tokens, each = s.batch * s.queries, s.heads + 1
-    readers = 3 * s.heads + 1
+    readers = s.heads + 2 * s.groups + 1
     edges = sum((1 + i * each) * readers + s.heads for i in range(layers)) + 1 + layers * each
     # two forward passes and a backward pass for inputs alone, and the edges
     return 2.0 * tokens * (3 * _weights(s) + edges * s.heads * s.width)
@@ -175,12 +224,13 @@ def _flops(s: AttentionShape, mode: str) -> float:
 BENCHMARK = Benchmark(
     name="find_circuit",
     summary="edge scores of a whole model",
-    ops=("edge_scores",),
+    ops=(),
     modes=("eap",),
     shapes={"eap": ("prompts",)},
     inputs=_inputs,
     providers=(
         _provider("ours", ours=True),
+        _provider("lens"),
         _provider("eap-ig"),
         _provider("eager"),
     ),
