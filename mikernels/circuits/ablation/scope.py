@@ -128,6 +128,7 @@ class Scope:
 
     def _ended_call(self, module: torch.nn.Module, args: Any, output: Any) -> None:
         """After a call that nothing ended before its end."""
+        self._here.mask = None
         missed = [place.name for place in self._places if place.layer not in self._ran]
         if self._entered() and missed:
             raise RuntimeError(
