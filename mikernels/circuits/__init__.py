@@ -14,6 +14,7 @@ from mikernels.circuits.attribution import TokenAttribution, attribute
 from mikernels.circuits.circuit import Circuit, Selection
 from mikernels.circuits.components import gradient_components, split_heads
 from mikernels.circuits.composition import composition_scores
+from mikernels.circuits.faithfulness import Curve, faithfulness_curve, random_circuit
 from mikernels.circuits.find import find_circuit
 from mikernels.circuits.interactions import (
     GradientInteractions,
@@ -22,6 +23,7 @@ from mikernels.circuits.interactions import (
     select_top_k,
 )
 from mikernels.circuits.interpret import CircuitEdge, Circuits, interpret_circuits
+from mikernels.circuits.minimal import Minimal, Ranking, minimal_circuit, rank_models
 from mikernels.circuits.patterns import HeadScores, head_scores
 from mikernels.circuits.probe import Component, Probe, gim_probe
 from mikernels.circuits.ranking import Ranked
@@ -35,14 +37,17 @@ __all__ = [
     "CircuitEdge",
     "Circuits",
     "Component",
+    "Curve",
     "Effect",
     "Erasure",
     "GradientInteractions",
     "HeadScores",
+    "Minimal",
     "NamedInteractions",
     "PRESETS",
     "Probe",
     "Ranked",
+    "Ranking",
     "RuleReport",
     "Rules",
     "Selection",
@@ -55,11 +60,15 @@ __all__ = [
     "composition_scores",
     "comprehensiveness",
     "compute_gradient_interactions",
+    "faithfulness_curve",
     "find_circuit",
     "gim_probe",
     "gradient_components",
     "head_scores",
     "interpret_circuits",
+    "minimal_circuit",
+    "random_circuit",
+    "rank_models",
     "rules",
     "select_top_k",
     "split_heads",
