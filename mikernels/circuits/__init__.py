@@ -5,6 +5,7 @@ from mikernels.circuits import tasks
 from mikernels.circuits.attribution import TokenAttribution, attribute
 from mikernels.circuits.components import gradient_components, split_heads
 from mikernels.circuits.composition import composition_scores
+from mikernels.circuits.features import FeatureCircuit, feature_circuit
 from mikernels.circuits.interactions import (
     GradientInteractions,
     NamedInteractions,
@@ -22,6 +23,7 @@ __all__ = [
     "Circuits",
     "Component",
     "Effect",
+    "FeatureCircuit",
     "GradientInteractions",
     "HeadScores",
     "NamedInteractions",
@@ -34,6 +36,7 @@ __all__ = [
     "attribute",
     "composition_scores",
     "compute_gradient_interactions",
+    "feature_circuit",
     "gim_probe",
     "gradient_components",
     "head_scores",

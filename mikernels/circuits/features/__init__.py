@@ -1,0 +1,7 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Circuits of features: SAEs' features as nodes, with what they leave out."""
+
+from mikernels.circuits.features.feature_circuit import FeatureCircuit, feature_circuit
+from mikernels.circuits.features.nodes import Node, SiteScores
+
+__all__ = ["FeatureCircuit", "Node", "SiteScores", "feature_circuit"]
