@@ -5,7 +5,7 @@ from mikernels.circuits import tasks
 from mikernels.circuits.attribution import TokenAttribution, attribute
 from mikernels.circuits.components import gradient_components, split_heads
 from mikernels.circuits.composition import composition_scores
-from mikernels.circuits.features import FeatureCircuit, feature_circuit
+from mikernels.circuits.features import FeatureCircuit, FeatureGraph, feature_circuit, feature_graph
 from mikernels.circuits.interactions import (
     GradientInteractions,
     NamedInteractions,
@@ -24,6 +24,7 @@ __all__ = [
     "Component",
     "Effect",
     "FeatureCircuit",
+    "FeatureGraph",
     "GradientInteractions",
     "HeadScores",
     "NamedInteractions",
@@ -37,6 +38,7 @@ __all__ = [
     "composition_scores",
     "compute_gradient_interactions",
     "feature_circuit",
+    "feature_graph",
     "gim_probe",
     "gradient_components",
     "head_scores",

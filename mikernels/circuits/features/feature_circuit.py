@@ -27,13 +27,14 @@ from mikernels.circuits.features.dictionaries import Dictionary, SAEs, order, re
 from mikernels.circuits.features.line import average_gradient
 from mikernels.circuits.features.nodes import Node, SiteScores, joined
 from mikernels.circuits.features.places import taps, visit
-from mikernels.circuits.passes import frozen, under
+from mikernels.circuits.passes import under
 from mikernels.circuits.prompts import Inputs, Prompts, check_aligned, read_prompts
 from mikernels.circuits.targets import Behavior, Target, read_target, vocabulary
 from mikernels.models.decoder import find_decoder
-from mikernels.models.hooks import original
+from mikernels.models.hooks import frozen, original
 from mikernels.models.parts import Decoder
 from mikernels.models.rules import RuleReport, Rules
+from mikernels.models.sites import Site
 from mikernels.models.watch import Flow
 
 NAME = "feature_circuit"
@@ -129,13 +130,26 @@ class FeatureCircuit:
 
 
 class Batch(NamedTuple):
-    """Of some prompts: their number, and every site's change with its scores."""
+    """Of some prompts.
+
+    Attributes:
+        values, other_values: `[B]`, their numbers, and those of the counterfactuals.
+        prompts: `[T]`, the prompt of each token.
+        x: `[T, d]` at each site that is read or written. flows: which modules write.
+        parts, scores: of each site that is written, in the order of the model.
+    """
 
     values: torch.Tensor
     other_values: torch.Tensor | None
+    prompts: torch.Tensor
+    x: dict[Site, torch.Tensor]
     flows: list[Flow]
     parts: list[Decomposed]
     scores: list[SiteScores]
+
+    def scored(self) -> Batch:
+        """Without what takes memory."""
+        return self._replace(x={}, parts=[])
 
 
 @dataclass(frozen=True, eq=False)
@@ -248,7 +262,8 @@ def attribute_batch(
             )
         scores.append(_on_cpu(part, prompts, request.where, g))
     others_values = None if other is None else other.values
-    return Batch(found.values, others_values, found.flows, parts, scores)
+    of_token = prompts.mask.cpu().nonzero()[:, 0]
+    return Batch(found.values, others_values, of_token, found.x, found.flows, parts, scores)
 
 
 def _strongest(sites: dict[str, SiteScores], k: int) -> tuple[Node, ...]:
@@ -343,7 +358,7 @@ def feature_circuit(
     request = read_request(NAME, model, saes, clean, corrupted, metric, tokenizer, batch_size)
     with under(request.decoder.model, rules) as report:
         batches = [
-            attribute_batch(request, *batch, steps if method == "ig" else None)._replace(parts=[])
+            attribute_batch(request, *batch, steps if method == "ig" else None).scored()
             for batch in request.batches()
         ]
     return circuit_of(request, batches, method, k, report)

@@ -16,9 +16,10 @@ from __future__ import annotations
 import torch
 
 from mikernels.circuits.features.places import changed, spread, tokens_of
-from mikernels.circuits.passes import frozen, gradients
+from mikernels.circuits.passes import gradients
 from mikernels.circuits.prompts import Prompts
 from mikernels.circuits.targets import Behavior
+from mikernels.models.hooks import frozen
 from mikernels.models.parts import Decoder, Tap
 from mikernels.models.sites import Site
 

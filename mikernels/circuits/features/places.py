@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from mikernels.circuits.passes import frozen, gradients, run
+from mikernels.circuits.passes import gradients, run
 from mikernels.circuits.prompts import Prompts
 from mikernels.circuits.targets import Behavior
-from mikernels.models.hooks import NEVER, returned
+from mikernels.models.hooks import NEVER, frozen, returned
 from mikernels.models.parts import Decoder, Tap, first_tensor
 from mikernels.models.sites import Site
 from mikernels.models.watch import Flow, Watch
@@ -37,11 +37,11 @@ class Visit:
     flows: list[Flow]
 
 
-def tokens_of(prompts: Prompts, x: torch.Tensor) -> torch.Tensor:
-    """`[T, d]` of `[B, P, d]` or `[B P, d]`: without padding."""
+def tokens_of(prompts: Prompts, x: torch.Tensor, repeats: int = 1) -> torch.Tensor:
+    """`[repeats T, d]` of `[repeats B, P, d]` or `[repeats B P, d]`: without padding."""
     rows = x.reshape(-1, x.shape[-1])
     kept = prompts.kept
-    return rows if kept is None else rows[kept.reshape(-1).to(rows.device)]
+    return rows if kept is None else rows[kept.reshape(-1).repeat(repeats).to(rows.device)]
 
 
 def spread(prompts: Prompts, rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -148,12 +148,28 @@ def replace(tap: Tap, change: Change) -> Callable[[], None]:
 
 
 def changed(
-    decoder: Decoder, prompts: Prompts, behavior: Behavior, changes: Mapping[Tap, Change]
+    decoder: Decoder,
+    prompts: Prompts,
+    behavior: Behavior,
+    changes: Mapping[Tap, Change],
+    repeats: int = 1,
 ) -> torch.Tensor:
-    """The values `[B]` of a pass with sites replaced, in the graph. Parameters should be frozen."""
+    """The values `[B]` of a pass with sites replaced, in the graph. Parameters should be frozen.
+
+    Args:
+        repeats: how many times the prompts run, side by side; the values are those of the first.
+    """
+    given, b = prompts.given, len(prompts.ids)
+    if repeats > 1:
+        given = {
+            name: value.repeat(repeats, *[1] * (value.dim() - 1))
+            if isinstance(value, torch.Tensor) and len(value) == b
+            else value
+            for name, value in given.items()
+        }
     with ExitStack() as stack:
         for tap, change in changes.items():
             stack.callback(replace(tap, change))
         only = behavior.only_last(prompts.kept)
-        logits = run(decoder, prompts.given, only)
-        return behavior(logits, None if only else prompts.kept)
+        logits = run(decoder, given, only)
+        return behavior(logits[:b], None if only else prompts.kept)
