@@ -5,7 +5,15 @@ from mikernels.circuits import tasks
 from mikernels.circuits.attribution import TokenAttribution, attribute
 from mikernels.circuits.components import gradient_components, split_heads
 from mikernels.circuits.composition import composition_scores
-from mikernels.circuits.features import FeatureCircuit, FeatureGraph, feature_circuit, feature_graph
+from mikernels.circuits.features import (
+    Coactivation,
+    FeatureCircuit,
+    FeatureGraph,
+    coactivation,
+    feature_circuit,
+    feature_graph,
+    neuron_activations,
+)
 from mikernels.circuits.interactions import (
     GradientInteractions,
     NamedInteractions,
@@ -21,6 +29,7 @@ from mikernels.models.rules import PRESETS, Effect, RuleReport, Rules, rules
 __all__ = [
     "CircuitEdge",
     "Circuits",
+    "Coactivation",
     "Component",
     "Effect",
     "FeatureCircuit",
@@ -35,6 +44,7 @@ __all__ = [
     "Task",
     "TokenAttribution",
     "attribute",
+    "coactivation",
     "composition_scores",
     "compute_gradient_interactions",
     "feature_circuit",
@@ -43,6 +53,7 @@ __all__ = [
     "gradient_components",
     "head_scores",
     "interpret_circuits",
+    "neuron_activations",
     "rules",
     "select_top_k",
     "split_heads",

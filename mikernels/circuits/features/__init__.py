@@ -1,16 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
 """Circuits of features: SAEs' features as nodes, with what they leave out."""
 
-from mikernels.circuits.features.feature_circuit import FeatureCircuit, feature_circuit
-from mikernels.circuits.features.feature_graph import FeatureEdge, FeatureGraph, feature_graph
+from mikernels.circuits.features.attribution import FeatureCircuit, feature_circuit
+from mikernels.circuits.features.coactive import (
+    Coactivation,
+    Components,
+    Pair,
+    coactivation,
+)
+from mikernels.circuits.features.edges import FeatureEdge, FeatureGraph, feature_graph
+from mikernels.circuits.features.neurons import neuron_activations
 from mikernels.circuits.features.nodes import Node, SiteScores
 
 __all__ = [
+    "Coactivation",
+    "Components",
     "FeatureCircuit",
     "FeatureEdge",
     "FeatureGraph",
     "Node",
+    "Pair",
     "SiteScores",
+    "coactivation",
     "feature_circuit",
     "feature_graph",
+    "neuron_activations",
 ]

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import torch
 
+from mikernels.circuits.features.attribution import Batch, Request
 from mikernels.circuits.features.decompose import Decomposed
 from mikernels.circuits.features.dictionaries import Slots, slots_of
-from mikernels.circuits.features.feature_circuit import Batch, Request
 from mikernels.circuits.features.places import Change, changed, taps, tokens_of
 from mikernels.circuits.prompts import Prompts
 from mikernels.circuits.targets import Behavior

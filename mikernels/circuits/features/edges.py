@@ -31,9 +31,7 @@ import torch
 from rich.table import Table
 from rich.text import Text
 
-from mikernels.circuits.features.decompose import Decomposed
-from mikernels.circuits.features.dictionaries import SAEs
-from mikernels.circuits.features.feature_circuit import (
+from mikernels.circuits.features.attribution import (
     Batch,
     FeatureCircuit,
     Request,
@@ -42,6 +40,8 @@ from mikernels.circuits.features.feature_circuit import (
     circuit_of,
     read_request,
 )
+from mikernels.circuits.features.decompose import Decomposed
+from mikernels.circuits.features.dictionaries import SAEs
 from mikernels.circuits.features.linked import PATHS, Linked
 from mikernels.circuits.features.nodes import SiteScores
 from mikernels.circuits.passes import under
