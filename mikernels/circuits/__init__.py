@@ -3,6 +3,7 @@
 
 from mikernels.circuits import tasks
 from mikernels.circuits.attribution import TokenAttribution, attribute
+from mikernels.circuits.circuit import Circuit, Selection
 from mikernels.circuits.components import gradient_components, split_heads
 from mikernels.circuits.composition import composition_scores
 from mikernels.circuits.features import (
@@ -14,6 +15,7 @@ from mikernels.circuits.features import (
     feature_graph,
     neuron_activations,
 )
+from mikernels.circuits.find import find_circuit
 from mikernels.circuits.interactions import (
     GradientInteractions,
     NamedInteractions,
@@ -27,6 +29,7 @@ from mikernels.circuits.tasks import Task
 from mikernels.models.rules import PRESETS, Effect, RuleReport, Rules, rules
 
 __all__ = [
+    "Circuit",
     "CircuitEdge",
     "Circuits",
     "Coactivation",
@@ -41,6 +44,7 @@ __all__ = [
     "Probe",
     "RuleReport",
     "Rules",
+    "Selection",
     "Task",
     "TokenAttribution",
     "attribute",
@@ -49,6 +53,7 @@ __all__ = [
     "compute_gradient_interactions",
     "feature_circuit",
     "feature_graph",
+    "find_circuit",
     "gim_probe",
     "gradient_components",
     "head_scores",

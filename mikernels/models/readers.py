@@ -32,7 +32,7 @@ from mikernels.models.claims import Claims, product_limit
 from mikernels.models.graph import Graph, Layer
 from mikernels.models.hooks import NEVER, frozen, returned
 from mikernels.models.norms import Form, form_of, parameters, statistics
-from mikernels.models.parts import Block, Decoder, Projection, first_tensor
+from mikernels.models.parts import Block, Decoder, Projection, first_tensor, is_hook_point
 from mikernels.models.watch import Flow, Watch
 
 # of the pass that decides: more than any window that would hide the first from the last
@@ -53,13 +53,21 @@ class Norm(NamedTuple):
         gain = weight.detach().to(like)
         return gain + self.form.added if self.form is not None and self.form.added else gain
 
-    def folded(self, weight: torch.Tensor) -> torch.Tensor:
-        """`[n, d, dh]` times gain, and without its mean over d where the norm takes one off: what
-        pulls a gradient back to `x / scale`."""
-        gain = self.gain(weight)
-        weight = weight if gain is None else weight * gain[:, None]
-        centred = self.form is not None and self.form.centred
-        return weight - weight.mean(1, keepdim=True) if centred else weight
+    def back_(self, g: torch.Tensor) -> torch.Tensor:
+        """A gradient `[..., d]` of what it returns as that of `(x - mean) / scale`, in place."""
+        gain = self.gain(g)
+        g = g if gain is None else g.mul_(gain)
+        return g.sub_(g.mean(-1, keepdim=True)) if self.centred else g
+
+    def forth_(self, x: torch.Tensor) -> torch.Tensor:
+        """What a part of its input `[..., d]`, over the scale, is in what it returns, in place."""
+        x = x.sub_(x.mean(-1, keepdim=True)) if self.centred else x
+        gain = self.gain(x)
+        return x if gain is None else x.mul_(gain)
+
+    @property
+    def centred(self) -> bool:
+        return self.form is not None and self.form.centred
 
     def statistics(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
         """`(x - mean) / scale` and `1 / scale` `[..., 1]`, in at least fp32; None without a
@@ -67,7 +75,8 @@ class Norm(NamedTuple):
         if self.form is None:
             return None
         centred, inverse = statistics(x, self.form)
-        return centred.mul_(inverse), inverse
+        # not in place: of an RMS norm it is x
+        return centred * inverse, inverse
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,18 +112,23 @@ class Reading:
         for module in dict.fromkeys(p.module for p in self.projections):
             mine = [p for p in self.projections if p.module is module]
 
-            def leave(
-                module: torch.nn.Module, args: Any, output: torch.Tensor, mine: Any = mine
-            ) -> torch.Tensor | None:
-                rows = output.shape[:2]
-                made = see({p.part: p.of(output, rows) for p in mine})
-                if not made:
+            def change(made: torch.Tensor, mine: Any = mine) -> torch.Tensor | None:
+                given = see({p.part: p.of(made, made.shape[:2]) for p in mine})
+                if not given:
                     return None
                 for p in mine:
-                    output = p.put(output, made[p.part])
-                return output
+                    made = p.put(made, given[p.part])
+                return made
 
-            yield module.register_forward_hook(leave).remove
+            if is_hook_point(module):
+                # what it is given: backward rules and others' hooks act on what it returns
+                yield module.register_forward_pre_hook(
+                    lambda m, args, change=change: change(args[0])
+                ).remove
+            else:
+                yield module.register_forward_hook(
+                    lambda m, args, output, change=change: change(output)
+                ).remove
 
 
 @dataclass(frozen=True, eq=False)

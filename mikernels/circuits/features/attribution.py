@@ -200,7 +200,7 @@ def read_request(
     others = None
     if corrupted is not None:
         others = read_prompts(decoder, "corrupted", corrupted, tokenizer)
-        check_aligned(where, prompts, others)
+        check_aligned(where, prompts, others, "clean", "corrupted")
     b = len(prompts.ids)
     behavior = read_target(where, metric, b, vocabulary(decoder), tokenizer)
     step = b if behavior.function is not None else batch_size
