@@ -9,6 +9,8 @@ from mikernels.circuits.features.coactive import (
     coactivation,
 )
 from mikernels.circuits.features.edges import FeatureEdge, FeatureGraph, feature_graph
+from mikernels.circuits.features.heads import HeadCircuit, ov_circuit, qk_circuit
+from mikernels.circuits.features.lens import LogitLens, logit_lens
 from mikernels.circuits.features.neurons import neuron_activations
 from mikernels.circuits.features.nodes import Node, SiteScores
 
@@ -18,11 +20,16 @@ __all__ = [
     "FeatureCircuit",
     "FeatureEdge",
     "FeatureGraph",
+    "HeadCircuit",
+    "LogitLens",
     "Node",
     "Pair",
     "SiteScores",
     "coactivation",
     "feature_circuit",
     "feature_graph",
+    "logit_lens",
     "neuron_activations",
+    "ov_circuit",
+    "qk_circuit",
 ]
