@@ -138,10 +138,10 @@ def test_edges_are_products_of_gradients(paths):
     for name, scores in graph.circuit.sites.items():
         close(dense(scores), dense(alone.sites[name]))
     top = feature_graph(model, saes, IDS, OTHER, PAIR, nodes=count, paths=paths, k=5)
-    assert [(e.source, e.target) for e in top.edges] == [
-        (e.source, e.target) for e in graph.edges[:5]
-    ]
-    assert len(top.to_rows()) == 5 and top.edges[0].source in str(top)
+    expected = [[e for e in graph.edges if (e.target == "answer") == kind][:5] for kind in (0, 1)]
+    names = {(e.source, e.target) for edges in expected for e in edges}
+    assert {(e.source, e.target) for e in top.edges} == names
+    assert len(top.to_rows()) == 10 and top.edges[0].source in str(top)
     assert hooks_of(model) == hooks and all(p.requires_grad for p in model.parameters())
 
 

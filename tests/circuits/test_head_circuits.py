@@ -77,7 +77,7 @@ def test_circuits_of_heads_are_the_products_of_their_weights(kind, monkeypatch):
     before = hooks_of(model)
     layer, head = 1, 3
     e, u, q, k, v, o, norm, after, final = weights(kind, model, layer, head)
-    ov = final(after(norm(e) @ v @ o)) @ u.T
+    ov = final(after(norm(e) @ v @ o)) @ (u - u.mean(0)).T
     found = ov_circuit(model, "L1.h3", k=30)
     places, scores = best(ov, 30)
     assert list(zip(found.pairs.rows.tolist(), found.pairs.cols.tolist(), strict=True)) == places
@@ -118,7 +118,7 @@ def test_a_features_tokens_are_those_of_the_whole_product(kind, monkeypatch):
     model = model_of(kind)
     *_, u, _, _, _, _, _, _, final = (None, *weights(kind, model, 0, 0)[1:])
     sae = filled(TopKSAE(D, F, 5, dtype=torch.float64), 1)
-    scores = final(sae.w_dec.detach()) @ u.T
+    scores = final(sae.w_dec.detach()) @ (u - u.mean(0)).T
     for features in (None, [3, 17, 3]):
         found = logit_lens(model, sae, features, k=6)
         own = scores if features is None else scores[features]
@@ -154,7 +154,8 @@ def test_scores_are_what_a_direction_adds_to_the_logits():
     own = torch.stack(
         [torch.autograd.grad(logit, x, retain_graph=True)[0][0, -1] @ v for logit in logits[0, -1]]
     )
-    torch.testing.assert_close(found.promoted_scores[0], own[found.promoted[0]] * scale)
+    own = (own - own.mean()) * scale
+    torch.testing.assert_close(found.promoted_scores[0], own[found.promoted[0]])
 
 
 def test_names_are_texts_with_a_tokenizer():

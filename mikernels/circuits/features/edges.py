@@ -77,7 +77,8 @@ class FeatureGraph:
     Attributes:
         circuit: the features by themselves.
         paths: "direct" or "all".
-        edges: the k strongest, largest |score| first.
+        edges: the k strongest between features, and the k strongest to the answer; largest |score|
+            first.
     """
 
     circuit: FeatureCircuit
@@ -263,13 +264,14 @@ class _Edges:
         )  # fmt: skip
 
     def strongest(self, k: int) -> tuple[FeatureEdge, ...]:
-        """Of all pairs of sites; ties in the order in which they are kept."""
+        """k of those into features and k of those to the answer; ties as they are kept."""
         n = len(self.request.prompts.ids)
-        found: list[tuple[float, int, FeatureEdge]] = []
+        found: dict[bool, list[tuple[float, int, FeatureEdge]]] = {True: [], False: []}
         for (source, target), pair in self.pairs.items():
             best = np.argsort(-abs(pair.sums[0]), kind="stable")[:k]
             intervals = sum_intervals(n, pair.sums[0][best], pair.sums[1][best])
             targets = 1 if target == ANSWER else self._sources(target)
+            kind = found[target == ANSWER]
             for key, interval in zip(pair.keys[best].tolist(), intervals, strict=True):
                 if interval.value == 0:
                     continue
@@ -278,8 +280,9 @@ class _Edges:
                 name = f"f{u}" if u < f else ("error", "skip")[u - f]
                 into = ANSWER if target == ANSWER else f"{target}.f{d}"
                 edge = FeatureEdge(f"{source}.{name}", into, interval)
-                found.append((-abs(interval.value), len(found), edge))
-        return tuple(edge for _, _, edge in sorted(found, key=lambda one: one[:2])[:k])
+                kind.append((-abs(interval.value), len(kind), edge))
+        kept = [one for kind in found.values() for one in sorted(kind, key=lambda one: one[:2])[:k]]
+        return tuple(edge for _, _, edge in sorted(kept, key=lambda one: one[0]))
 
 
 def feature_graph(
@@ -304,7 +307,7 @@ def feature_graph(
         nodes: features that edges are followed back from, of each site and prompt: the strongest,
             at their tokens.
         paths: "direct": between two sites through no third one of `saes`; "all".
-        k: edges that are kept.
+        k: edges that are kept, of those between features, and of those to the answer.
 
     Returns:
         FeatureGraph: prints as a table; `.circuit` is that of `feature_circuit` with "atp".

@@ -4,8 +4,9 @@
 For head h, with rows u, v of embeddings or feature directions and N, N' the norms before attention
 and at the end without their scales (gains, and means taken off),
 
-    OV[u, s] = N'(N(u) W_V W_O) . W_U[s]         what attending to u adds to the logit of token s
-    QK[u, v] = (N(u) W_Q) . (N(v) W_K) / sqrt(dh)   how much u attends to v
+    OV[u, s] = N'(N(u) W_V W_O) . (W_U[s] - mean of W_U)   what attending to u adds to the logit of
+                                                         token s, over the mean logit
+    QK[u, v] = (N(u) W_Q) . (N(v) W_K) / sqrt(dh)          how much u attends to v
 
 (Elhage et al., "A Mathematical Framework for Transformer Circuits", transformer-circuits.pub,
 2021). Both are products of two `[n, dh]` matrices, so the strongest pairs of all tokens are found
@@ -256,6 +257,8 @@ def ov_circuit(
     written = through(one.reading.written, one.w_o[one.number].to(a))
     written = through(readout.norm, written) if target.of_tokens else written
     b = _times(None, target.rows, written.T)
+    if target.of_tokens:
+        b = b - readout.centre.to(b) @ written.T.to(b)
     copying = _copying(a, b) if source.all_tokens and target.all_tokens else None
     return _circuit("OV", one, a, b.to(a), (source, target), k, by, copying)
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which tokens a feature speaks for: its decoder row through the final norm and the unembedding.
 
-    s = (gain (W[f] - mean(W[f]))) W_U^T
+    s = (gain (W[f] - mean(W[f]))) W_U^T, less its mean over the vocabulary
 
 what the feature adds to the logits straight from the residual stream, at an activation of 1 and
 times the norm's scale at the token (`mikernels.circuits.features.readout` says what is left out).

@@ -3,10 +3,13 @@
 
     logits = norm(x) W_U^T + b,    norm(x) = gain (x - mean(x)) / scale + c     (RMS: no mean)
 
-What a direction v adds to x, it adds to the logits as `s / scale` with `s = (gain (v - mean(v)))
-W_U^T` while the scale stays as it is. s is what is computed here: the scale, one positive number
-for each token, is the same for all logits, and biases do not depend on v. A soft-cap or a factor
-that a model applies to its logits afterwards keeps their order.
+What a direction v adds to x, it adds to the logits as `s / scale` while the scale stays as it is,
+
+    s = (gain (v - mean(v))) W_U^T, less its mean over the vocabulary,
+
+since what is added to all logits alike changes no probability. The scale, one positive number for
+each token, is the same for all logits, and biases do not depend on v. A soft-cap or a factor that a
+model applies to its logits afterwards keeps their order.
 
 That the model does so is checked in a pass over a few tokens: which form the norm has
 (`mikernels.models.norms`), that the unembedding reads what the norm returned, and that it is the
@@ -51,10 +54,12 @@ class Readout:
 
     Attributes:
         norm: the final one, None without. w_u: `[V, d]`, a view.
+        centre: `[d]`, the mean of its rows, in at least float32.
     """
 
     norm: Norm | None
     w_u: torch.Tensor
+    centre: torch.Tensor
 
     def folded(self, directions: torch.Tensor) -> torch.Tensor:
         """`gain (v - mean(v))` of `[n, d]`, in at least float32."""
@@ -84,7 +89,8 @@ class Readout:
                 values, ids = torch.cat([values, part @ w.T], 1), torch.cat([ids, own], 1)
                 values, best = row_topk(values, min(k, values.shape[1]), sorted=True)
                 ids = ids.gather(1, best)
-            found.append((values * sign, ids))
+            mean = part @ self.centre.to(part.dtype)
+            found.append(((values - mean[:, None]) * sign, ids))
         if not found:
             return rows.new_empty(0, k), torch.empty(0, k, dtype=torch.int64)
         values, ids = (torch.cat(column) for column in zip(*found, strict=True))
@@ -147,4 +153,6 @@ def find_readout(decoder: Decoder) -> Readout:
     claim = f"{type(head).__name__} must return what it reads times W_U + b"
     claims.equal(claim, made, expected, product_limit(read, w.T, bias, made))
     claims.check(decoder.refusal)
-    return Readout(norm, w)
+    centre = sum(part.to(acc).sum(0) for part in w.split(ROWS)) / len(w)
+    assert isinstance(centre, torch.Tensor)
+    return Readout(norm, w, centre)
