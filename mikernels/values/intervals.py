@@ -77,6 +77,22 @@ def mean_intervals(units: np.ndarray) -> list[Interval]:
     ]
 
 
+def sum_intervals(n: int, sums: np.ndarray, squares: np.ndarray) -> list[Interval]:
+    """As `mean_intervals`, of n units of which only sums and sums of squares are known; units that
+    are 0 need not have been added."""
+    means = sums / n
+    if n < 2:
+        return [Interval(float(mean), math.nan, math.nan) for mean in means]
+    from scipy.special import stdtrit
+
+    # what is left of squares that cancel is rounding
+    variances = np.maximum(squares - n * means**2, 0) / (n - 1)
+    reach = float(stdtrit(n - 1, 0.975)) * np.sqrt(variances / n)
+    return [
+        Interval(*map(float, row)) for row in zip(means, means - reach, means + reach, strict=True)
+    ]
+
+
 def bootstrap(
     statistic: Callable[[np.ndarray], np.ndarray],
     units: np.ndarray,
