@@ -136,5 +136,5 @@ class FeatureMaterials:
 
 def _of_each_band(n: int, bands: int, rng: random.Random) -> list[int]:
     """Of 0..n - 1 in equal bands one number each."""
-    edges = [i * n // bands for i in range(bands + 1)]
+    edges = [-(-i * n // bands) for i in range(bands + 1)]
     return [rng.randrange(low, high) for low, high in zip(edges, edges[1:], strict=False)]
