@@ -66,7 +66,17 @@ def shaded(passage: Passage, most: float) -> list[dict[str, Any]]:
         side = "minus" if score < 0 else "plus"
         # not where it would tell: a passage of which nothing is shown
         strongest = bool(most) and peak > 0 and abs(score) == peak
-        found.append({"text": visible(token), "shade": shade, "side": side, "peak": strongest})
+        # a space before a word is not shaded: at the end of a line it would be alone
+        word = token.lstrip(" ") if token.strip() else token
+        found.append(
+            {
+                "space": token[: len(token) - len(word)],
+                "text": visible(word),
+                "shade": shade,
+                "side": side,
+                "peak": strongest,
+            }
+        )
     return found
 
 
