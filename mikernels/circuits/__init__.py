@@ -12,8 +12,9 @@ from mikernels.circuits.interactions import (
     select_top_k,
 )
 from mikernels.circuits.interpret import CircuitEdge, Circuits, interpret_circuits
-from mikernels.circuits.patterns import HeadScores, head_scores
+from mikernels.circuits.patterns import HeadScores, Patterns, attention_patterns, head_scores
 from mikernels.circuits.probe import Component, Probe, gim_probe
+from mikernels.circuits.report.circuits import write_report
 from mikernels.circuits.tasks import Task
 from mikernels.models.rules import PRESETS, Effect, RuleReport, Rules, rules
 
@@ -26,11 +27,13 @@ __all__ = [
     "HeadScores",
     "NamedInteractions",
     "PRESETS",
+    "Patterns",
     "Probe",
     "RuleReport",
     "Rules",
     "Task",
     "TokenAttribution",
+    "attention_patterns",
     "attribute",
     "composition_scores",
     "compute_gradient_interactions",
@@ -42,4 +45,5 @@ __all__ = [
     "select_top_k",
     "split_heads",
     "tasks",
+    "write_report",
 ]

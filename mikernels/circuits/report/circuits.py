@@ -134,9 +134,11 @@ def write_report(
 
     Raises:
         ModuleNotFoundError: without the `report` extra.
-        ValueError: circuits of different graphs.
+        ValueError: no circuits, or of different graphs.
         OSError: it cannot be written.
     """
+    if not circuits:
+        raise ValueError(f"{NAME}: circuits must be one at least, got none")
     first = circuits[0]
     if any(c.graph != first.graph for c in circuits):
         raise ValueError(f"{NAME}: circuits must be of one graph, got {circuits[-1].graph}")

@@ -110,21 +110,18 @@ def graph(circuits: Sequence[Circuit], n: int) -> Part:
         "readers": _readers(own, {edge[1] for found in edges for edge in found}),
         "methods": methods,
     }
+    sure = len(circuits[0].replicates) > 0
     rows = [
-        [
-            f"{own.writers[w]} → {own.readers[r]}",
-            f"{score:+.4f}",
-            "" if low != low else f"{low:+.4f} to {high:+.4f}",
-            "" if share != share else f"{share:.0%}",
-        ]
+        [f"{own.writers[w]} → {own.readers[r]}", f"{score:+.4f}",
+         *([f"{low:+.4f} to {high:+.4f}", f"{share:.0%}"] if sure else [])]
         for w, r, score, low, high, share in edges[0]
-    ]
+    ]  # fmt: skip
     note = (
         "An edge is what one component adds to what another reads of it: "
         "what it changes of the number, to first order. Width is strength; dashed edges work "
         "against it. Point at a node or an edge, or choose a node with the arrow keys and Enter."
     )
-    head = ["edge", "score", "95 % interval", "stays in"]
+    head = ["edge", "score", *(["95 % interval", f"in top {n}"] if sure else [])]
     return part(
         "graph", "The circuit", note, drawn=drawn, head=head, rows=rows, most=len(rows),
         shown=min(SHOWN, len(rows)), layers=len(own.layers), methods=[c.method for c in circuits],
