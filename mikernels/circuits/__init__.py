@@ -3,8 +3,10 @@
 
 from mikernels.circuits import tasks
 from mikernels.circuits.attribution import TokenAttribution, attribute
+from mikernels.circuits.circuit import Circuit, Selection
 from mikernels.circuits.components import gradient_components, split_heads
 from mikernels.circuits.composition import composition_scores
+from mikernels.circuits.find import find_circuit
 from mikernels.circuits.interactions import (
     GradientInteractions,
     NamedInteractions,
@@ -19,6 +21,7 @@ from mikernels.circuits.tasks import Task
 from mikernels.models.rules import PRESETS, Effect, RuleReport, Rules, rules
 
 __all__ = [
+    "Circuit",
     "CircuitEdge",
     "Circuits",
     "Component",
@@ -31,12 +34,14 @@ __all__ = [
     "Probe",
     "RuleReport",
     "Rules",
+    "Selection",
     "Task",
     "TokenAttribution",
     "attention_patterns",
     "attribute",
     "composition_scores",
     "compute_gradient_interactions",
+    "find_circuit",
     "gim_probe",
     "gradient_components",
     "head_scores",

@@ -22,12 +22,12 @@ from rich.table import Table
 from rich.text import Text
 
 from mikernels._dispatch import accumulate_dtype
-from mikernels.circuits.passes import frozen, gradients, run, under
+from mikernels.circuits.passes import gradients, run, under
 from mikernels.circuits.prompts import Inputs, Prompts, embeddings, read_prompts
 from mikernels.circuits.report import page, parts
 from mikernels.circuits.targets import Target, read_target, token_id, vocabulary
 from mikernels.models.decoder import find_decoder
-from mikernels.models.hooks import original, returned
+from mikernels.models.hooks import frozen, original, returned
 from mikernels.models.parts import Decoder
 from mikernels.models.rules import RuleReport, Rules
 

@@ -8,14 +8,15 @@ Parameters are frozen meanwhile, so that no weight gradient is computed, and not
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from mikernels.circuits.targets import Behavior
+from mikernels.models.hooks import frozen
 from mikernels.models.parts import Decoder
 from mikernels.models.rules import Rules
 from mikernels.models.rules import rules as engine
@@ -38,21 +39,6 @@ class Pass:
     sites: list[dict[str, torch.Tensor]]
     flows: list[Flow]
     grads: list[dict[str, torch.Tensor]]
-
-
-@contextmanager
-def frozen(model: torch.nn.Module) -> Iterator[None]:
-    """Gradients on, also within the caller's no_grad and inference_mode; but of no parameter."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    # switches gradients on, also within no_grad
-    with torch.inference_mode(False):
-        try:
-            for p in trained:
-                p.requires_grad_(False)
-            yield
-        finally:
-            for p in trained:
-                p.requires_grad_(True)
 
 
 def under(model: torch.nn.Module, rules: str | Rules | None) -> AbstractContextManager[Any]:

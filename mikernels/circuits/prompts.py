@@ -162,8 +162,17 @@ def read_prompts(decoder: Decoder, name: str, inputs: Inputs, tokenizer: Any = N
     return Prompts(*with_positions(where, decoder.model, given, decoder.counts_positions))
 
 
-def check_aligned(where: str, clean: Prompts, other: Prompts) -> None:
+def check_aligned(
+    where: str,
+    clean: Prompts,
+    other: Prompts,
+    name: str = "input_tokens",
+    other_name: str = "counterfactual",
+) -> None:
     """A counterfactual prompt for every prompt, token by token.
+
+    Args:
+        name, other_name: of messages: the arguments.
 
     Raises:
         ValueError: another shape or padding, with the row; one that is the prompt itself.
@@ -176,13 +185,13 @@ def check_aligned(where: str, clean: Prompts, other: Prompts) -> None:
         )
         counts = [n[row] if row < len(n) else 0 for n in lengths]
         raise ValueError(
-            f"{where}: counterfactual must have the tokens of input_tokens one by one, got "
+            f"{where}: {other_name} must have the tokens of {name} one by one, got "
             f"{counts[1]} tokens for {counts[0]} in row {row} ({list(other.ids.shape)} for "
             f"{list(clean.ids.shape)}); replace words by words of as many tokens"
         )
     changed = ((clean.ids != other.ids) & clean.mask).any(-1)
     if not changed.all():
         raise ValueError(
-            f"{where}: counterfactual must differ from input_tokens, got the same tokens in row "
+            f"{where}: {other_name} must differ from {name}, got the same tokens in row "
             f"{int((~changed).int().argmax())}, whose scores would all be 0"
         )

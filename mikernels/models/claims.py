@@ -25,6 +25,16 @@ from mikernels._dispatch import accumulate_dtype
 # eps of the factors of a float32 product under torch.set_float32_matmul_precision
 FACTORS = {"highest": 0.0, "high": 2.0**-10, "medium": 2.0**-7}
 
+# of a batch: what a module computes of a row does not depend on which row it is
+ROWS = 64
+
+
+def some_rows(*tensors: torch.Tensor, dims: int = 1) -> list[torch.Tensor]:
+    """The same rows of each, at most ROWS, from all over: `[n, d]`; of more dimensions each."""
+    rows = [t.detach().reshape(t.shape[:-dims].numel(), *t.shape[-dims:]) for t in tensors]
+    step = max(1, len(rows[0]) // ROWS)
+    return [t[::step][:ROWS] for t in rows]
+
 
 def _eps(*tensors: torch.Tensor) -> float:
     return max(torch.finfo(t.dtype).eps for t in tensors)

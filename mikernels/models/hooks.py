@@ -136,3 +136,18 @@ def check_fires(where: str, model: torch.nn.Module, watched: Iterable[torch.nn.M
                 f"{where}: model must run as Python modules, got a scripted "
                 f"{inner[module] or 'model'} with {type(module).__name__} inside; {NEVER}"
             )
+
+
+@contextmanager
+def frozen(model: torch.nn.Module) -> Iterator[None]:
+    """Gradients on, also within the caller's no_grad and inference_mode; but of no parameter."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    # switches gradients on, also within no_grad
+    with torch.inference_mode(False):
+        try:
+            for p in trained:
+                p.requires_grad_(False)
+            yield
+        finally:
+            for p in trained:
+                p.requires_grad_(True)

@@ -20,6 +20,8 @@ from mikernels.models.parts import (
     PROJECTION,
     Block,
     Decoder,
+    Heads,
+    Projection,
     Tap,
     child_named,
     norms_in,
@@ -30,7 +32,7 @@ from mikernels.models.parts import (
 MLP = ("mlp", "block_sparse_moe")
 # of an MLP without a module of its own (OPT): what reads, and what writes
 LAYERS = ("fc1", "fc2")
-VALUE = ("v_proj",)
+QUERY, KEY, VALUE = ("q_proj",), ("k_proj",), ("v_proj",)
 FUSED = ("qkv_proj", "c_attn", "query_key_value", "Wqkv")
 
 
@@ -64,6 +66,32 @@ class HuggingFace(Decoder):
             return (weight.shape[1] / size - query) / 2
         return getattr(self.model.config, "num_key_value_heads", None) or query
 
+    def projections(self, block: Block) -> tuple[Projection, Projection, Projection]:
+        heads = self.heads(block)
+        numbers = heads.query, heads.key_value, heads.key_value
+        modules = [child_named(block.attention, names) for names in (QUERY, KEY, VALUE)]
+        fused = child_named(block.attention, FUSED)
+        columns: list[torch.Tensor | None] = [None] * 3
+        if not all(modules) and fused is not None:
+            modules, columns = [fused] * 3, _columns(block, fused, heads)  # type: ignore[assignment]
+        found = []
+        for part, n, module, at in zip("qkv", numbers, modules, columns, strict=True):
+            weight = None if module is None else _matrix(module)
+            if module is None or weight is None or (at is None and weight.shape[1] % n):
+                raise self.refusal(
+                    f"attention of block {block.index} has no layer that makes {part} of {n} heads"
+                )
+            bias = getattr(module, "bias", None)
+            bias = None if bias is None else bias.detach()
+
+            def by_heads(x: torch.Tensor, n: int = n, at: torch.Tensor | None = at) -> torch.Tensor:
+                return x.unflatten(-1, (n, -1)) if at is None else x[..., at.to(x.device)]
+
+            bias = None if bias is None else by_heads(bias)
+            found.append(Projection(part, module, by_heads(weight).movedim(0, 1), bias, at))
+        q, k, v = found
+        return q, k, v
+
     def logits(self, inputs: Mapping[str, Any]) -> torch.Tensor:
         with eager():
             logits = getattr(self.model(**{**inputs, "use_cache": False}), "logits", None)
@@ -96,6 +124,17 @@ def _matrix(module: torch.nn.Module) -> torch.Tensor | None:
     # transformers' Conv1D, of GPT-2, stores [in, out]; what else there is, arithmetic decides
     transposed = any(kind.__name__ == "Conv1D" for kind in type(module).__mro__)
     return weight.detach() if transposed else weight.detach().T
+
+
+def _columns(block: Block, fused: torch.nn.Module, heads: Heads) -> list[torch.Tensor | None]:
+    """Of a fused layer: all q, all k, all v; or, by the classes that do so, group by group the q of
+    its heads, k and v."""
+    each = heads.query // heads.key_value
+    at = torch.arange((heads.query + 2 * heads.key_value) * heads.size).view(-1, heads.size)
+    if "query_key_value" in block.attention._modules:
+        groups = at.view(heads.key_value, each + 2, heads.size)
+        return [groups[:, :each].flatten(0, 1), groups[:, each], groups[:, each + 1]]
+    return list(at.split([heads.query, heads.key_value, heads.key_value]))
 
 
 def lists_in(model: torch.nn.Module) -> list[torch.nn.ModuleList]:

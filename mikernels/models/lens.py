@@ -14,7 +14,8 @@ Face model in other clothes, and that lies in its `original_model`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from mikernels.models.hooks import check_eval, eager
 from mikernels.models.parts import (
     Block,
     Decoder,
+    Projection,
     Tap,
     child_named,
     is_hook_point,
@@ -30,6 +32,8 @@ from mikernels.models.parts import (
     refusal,
 )
 
+# copies of what every head reads, and the product of every head by itself
+SPLIT = ("use_split_qkv_input", "use_attn_in", "use_attn_result", "use_hook_mlp_in")
 INPUTS = ("input_ids", "attention_mask")
 
 
@@ -66,6 +70,42 @@ class Lens(Decoder):
         weight = getattr(block.attention, "_W_V", None)
         weight = block.attention.W_V if weight is None else weight
         return len(weight) if isinstance(weight, torch.Tensor) else query
+
+    def projections(self, block: Block) -> tuple[Projection, Projection, Projection]:
+        attention: Any = block.attention
+        grouped = not getattr(self.model.cfg, "ungroup_grouped_query_attention", False)
+        found = []
+        for part in "QKV":
+            # of grouped heads those with an underscore are what is computed with
+            weight, bias = (
+                getattr(attention, f"_{name}_{part}", None) if grouped else None for name in "Wb"
+            )
+            weight = getattr(attention, f"W_{part}", None) if weight is None else weight
+            bias = getattr(attention, f"b_{part}", None) if bias is None else bias
+            point = child_named(attention, (f"hook_{part.lower()}",))
+            if (
+                point is None
+                or not isinstance(weight, torch.Tensor)
+                or not weight.is_floating_point()
+                or weight.dim() != 3
+            ):
+                raise self.refusal(f"attention of block {block.index} has no W_{part} to read")
+            bias = bias.detach() if isinstance(bias, torch.Tensor) else None
+            found.append(Projection(part.lower(), point, weight.detach(), bias, None))
+        q, k, v = found
+        return q, k, v
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        cfg: Any = self.model.cfg
+        before = {name: getattr(cfg, name) for name in SPLIT if getattr(cfg, name, False)}
+        try:
+            for name in before:
+                setattr(cfg, name, False)
+            yield
+        finally:
+            for name in before:
+                setattr(cfg, name, True)
 
     def logits(self, inputs: Mapping[str, Any]) -> torch.Tensor:
         others = sorted(inputs.keys() - set(INPUTS))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
@@ -56,6 +57,37 @@ class Heads(NamedTuple):
     query: int
     key_value: int
     size: int
+
+
+class Projection(NamedTuple):
+    """What makes the q, k or v of a block's heads, or groups of heads.
+
+    Attributes:
+        part: "q", "k" or "v".
+        module: whose output holds it.
+        weight: `[n, d, dh]`, a view of the model's. bias: `[n, dh]`, None without.
+        columns: `[n, dh]` int64, where in the output; None: all of it, in order.
+    """
+
+    part: str
+    module: torch.nn.Module
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    columns: torch.Tensor | None
+
+    def of(self, output: torch.Tensor, rows: torch.Size) -> torch.Tensor:
+        """`[B, P, n, dh]` of the output or its gradient, rows being `[B, P]`; a view if it can."""
+        flat = output.reshape(*rows, -1)
+        n, _, size = self.weight.shape
+        return flat.unflatten(-1, (n, size)) if self.columns is None else flat[..., self.columns]
+
+    def put(self, output: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """The output with these values `[B, P, n, dh]`, in memory of its own."""
+        if self.columns is None:
+            return values.reshape(output.shape)
+        flat = output.reshape(*values.shape[:2], -1).clone()
+        flat[..., self.columns] = values
+        return flat.view(output.shape)
 
 
 @dataclass(frozen=True, eq=False)
@@ -202,6 +234,19 @@ class Decoder(ABC):
     @abstractmethod
     def value_heads(self, block: Block, query: int, size: int) -> float:
         """How many heads of this size what makes the values has, beside so many query heads."""
+
+    @abstractmethod
+    def projections(self, block: Block) -> tuple[Projection, Projection, Projection]:
+        """What makes q, k and v of a block's heads, by names: `mikernels.models.readers` checks.
+
+        Raises:
+            ValueError: for modules without such weights.
+        """
+
+    def whole(self) -> AbstractContextManager[None]:
+        """While it is entered, heads are computed together where the model can also do so one by
+        one."""
+        return nullcontext()
 
     @abstractmethod
     def logits(self, inputs: Mapping[str, Any]) -> torch.Tensor:

@@ -38,6 +38,16 @@ def _resamples(n: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
         yield generator.integers(0, n, (min(64, resamples - i), n))
 
 
+def resampled_counts(n: int, resamples: int = RESAMPLES, seed: int = 0) -> np.ndarray:
+    """`[resamples, n]`: how often each of n units is drawn in each of bootstrap's samples."""
+    return np.concatenate(
+        [
+            np.stack([np.bincount(row, minlength=n) for row in drawn])
+            for drawn in _resamples(n, resamples, seed)
+        ]
+    )
+
+
 def resampled_means(units: np.ndarray, resamples: int = RESAMPLES, seed: int = 0) -> np.ndarray:
     """`[resamples, columns]`: the means of `[units, columns]` in each of bootstrap's samples."""
     n = len(units)

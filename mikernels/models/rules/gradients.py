@@ -16,16 +16,6 @@ Measure = Callable[[torch.Tensor, torch.Tensor], None]
 
 SECOND = b"rules: gradients under rules must be differentiated once, got a second derivative"
 
-# of a batch: what a module computes of a row does not depend on which row it is
-ROWS = 64
-
-
-def some_rows(*tensors: torch.Tensor, dims: int = 1) -> list[torch.Tensor]:
-    """The same rows of each, at most ROWS, from all over: `[n, d]`; of more dimensions each."""
-    rows = [t.detach().reshape(t.shape[:-dims].numel(), *t.shape[-dims:]) for t in tensors]
-    step = max(1, len(rows[0]) // ROWS)
-    return [t[::step][:ROWS] for t in rows]
-
 
 def beyond(
     got: torch.Tensor, expected: torch.Tensor, limit: torch.Tensor

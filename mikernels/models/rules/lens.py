@@ -26,8 +26,9 @@ from typing import Any, NamedTuple
 import torch
 
 from mikernels._dispatch import accumulate_dtype
+from mikernels.models.claims import some_rows
 from mikernels.models.parts import Block, first_tensor, is_hook_point
-from mikernels.models.rules.gradients import Measure, beyond, once, scaled, secant, some_rows
+from mikernels.models.rules.gradients import Measure, beyond, once, scaled, secant
 from mikernels.models.rules.preset import FROZEN, GRADIENT
 from mikernels.models.rules.scope import Place, Scope, Uncopied
 

@@ -20,8 +20,9 @@ import torch
 
 from mikernels._dispatch import accumulate_dtype
 from mikernels.models.claims import FACTORS as PRODUCT_FACTORS
+from mikernels.models.claims import some_rows
 from mikernels.models.parts import first_tensor
-from mikernels.models.rules.gradients import beyond, scaled, secant, some_rows
+from mikernels.models.rules.gradients import beyond, scaled, secant
 from mikernels.models.rules.scope import Place, Scope, Uncopied
 
 GATES = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
