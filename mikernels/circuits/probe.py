@@ -18,7 +18,7 @@ components: saturated attention, norms that shrink what others add, factors that
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mikernels._dispatch import accumulate_dtype
+from mikernels.circuits.attribution import TokenAttribution
 from mikernels.circuits.interactions import (
     GradientInteractions,
     compute_gradient_interactions,
@@ -37,9 +38,9 @@ from mikernels.circuits.interactions import (
 )
 from mikernels.circuits.interpret import Circuits, interpret_circuits
 from mikernels.circuits.passes import Pass, backward, forward, under
-from mikernels.circuits.patterns import HeadScores
+from mikernels.circuits.patterns import HeadScores, Patterns
 from mikernels.circuits.prompts import Inputs, Prompts, check_aligned, read_prompts
-from mikernels.circuits.report import page, parts
+from mikernels.circuits.report import attention, page, parts
 from mikernels.circuits.targets import Behavior, Target, read_target, vocabulary
 from mikernels.models.claims import Claims, product_limit
 from mikernels.models.decoder import find_decoder
@@ -185,19 +186,39 @@ class Probe:
             table.add_row(*cells)
         return Group(table, self.interactions)
 
-    def to_html(self, path: str | Path | None = None, head_scores: HeadScores | None = None) -> str:
+    def to_html(
+        self,
+        path: str | Path | None = None,
+        head_scores: HeadScores | None = None,
+        *,
+        tokens: TokenAttribution | None = None,
+        patterns: Patterns | None = None,
+        known: Mapping[str, str] | None = None,
+        command: str = "",
+    ) -> str:
         """One self-contained page: ranking, heat map of heads, tokens, interactions.
 
         Args:
             path: also written there.
             head_scores: of `head_scores`, shown beside the heat map.
+            tokens: of `attribute`. patterns: of `attention_patterns`, drawn by a script.
+            known: what was done, name by name. command: that makes the page again.
 
         Raises:
             ModuleNotFoundError: without the `report` extra.
             OSError: when it cannot be written.
         """
-        shown = self.sections(head_scores.maps() if head_scores else [])
-        return page.write(NAME, self._title(), "", [*shown, *parts.rules(self.rules)], path)
+        ranking, *shown = self.sections(head_scores.maps() if head_scores else [])
+        scores = {c.name: f"{c.score.value:+.3f}" for c in self.ranking}
+        whole = [
+            ranking,
+            *([tokens.section()] if tokens else []),
+            *shown,
+            *([attention.patterns(patterns, scores)] if patterns else []),
+            *([parts.facts(known or {}, command)] if known or command else []),
+            *parts.rules(self.rules),
+        ]
+        return page.write(NAME, self._title(), "", whole, path)
 
     def sections(self, beside: Sequence[dict[str, Any]] = ()) -> list[parts.Part]:
         """Of a page: ranking, heat maps, tokens, interactions.

@@ -17,6 +17,7 @@ import torch
 from mikernels.circuits.circuit import Circuit
 from mikernels.circuits.report.parts import Part, part
 from mikernels.models.graph import Graph
+from mikernels.values.intervals import Interval
 
 # edges drawn at first
 SHOWN = 60
@@ -71,24 +72,37 @@ def _readers(graph: Graph, used: set[int]) -> dict[int, dict[str, Any]]:
     return found
 
 
-def _edges(circuit: Circuit, n: int) -> list[list[Any]]:
-    """The strongest first: writer, reader, score, its interval, in how many bootstrap samples it is
-    among as many."""
+def _edges(circuit: Circuit, n: int) -> list[tuple[int, int, Interval, float]]:
+    """The strongest first: writer, reader, score, in which share of the bootstrap's samples it is
+    among as many (NaN without any)."""
     columns = circuit.scores.shape[1]
     best = strongest(circuit.scores, n)
     replicates = circuit.replicates.flatten(1)
     low, high = bounds(replicates[:, best])
-    share = torch.full([len(best)], torch.nan)
+    shares = torch.full([len(best)], torch.nan)
     if len(replicates) and best:
         size = replicates.abs()
         least = size.kthvalue(size.shape[1] + 1 - len(best), dim=1).values
-        share = (size[:, best] >= least[:, None]).double().mean(0)
+        shares = (size[:, best] >= least[:, None]).double().mean(0)
     values = circuit.scores.flatten()[best]
     return [
-        [i // columns, i % columns, *(float(f"{x:.4g}") for x in numbers)]
-        for i, *numbers in zip(best, values.tolist(), low.tolist(), high.tolist(), share.tolist(),
-                               strict=True)
-    ]  # fmt: skip
+        (i // columns, i % columns, Interval(*map(float, score)), float(share))
+        for i, *score, share in zip(best, values, low, high, shares, strict=True)
+    ]
+
+
+def edges_of(circuit: Circuit, n: int) -> list[tuple[str, Interval, float]]:
+    """The n strongest by name, with the bootstrap's interval, and in which share of its samples
+    they are among as many (NaN without any)."""
+    writers, readers = circuit.graph.writers, circuit.graph.readers
+    return [
+        (f"{writers[w]} -> {readers[r]}", score, share) for w, r, score, share in _edges(circuit, n)
+    ]
+
+
+def _short(value: float) -> float:
+    """Digits enough to be read: they are most of the page."""
+    return float(f"{value:.4g}")
 
 
 def graph(circuits: Sequence[Circuit], n: int) -> Part:
@@ -100,10 +114,13 @@ def graph(circuits: Sequence[Circuit], n: int) -> Part:
     own = circuits[0].graph
     edges = [_edges(c, n) for c in circuits]
     methods = [
-        {"name": c.method, "edges": found,
-         "nodes": [float(f"{x:.4g}") for x in node_scores(c)[0].tolist()]}
+        {
+            "name": c.method,
+            "edges": [[w, r, *map(_short, (*score, share))] for w, r, score, share in found],
+            "nodes": [_short(x) for x in node_scores(c)[0].tolist()],
+        }
         for c, found in zip(circuits, edges, strict=True)
-    ]  # fmt: skip
+    ]
     drawn = {
         "layers": [[layer.heads, layer.groups] for layer in own.layers],
         "writers": _writers(own),
@@ -112,9 +129,9 @@ def graph(circuits: Sequence[Circuit], n: int) -> Part:
     }
     sure = len(circuits[0].replicates) > 0
     rows = [
-        [f"{own.writers[w]} → {own.readers[r]}", f"{score:+.4f}",
-         *([f"{low:+.4f} to {high:+.4f}", f"{share:.0%}"] if sure else [])]
-        for w, r, score, low, high, share in edges[0]
+        [f"{own.writers[w]} → {own.readers[r]}", f"{score.value:+.4f}",
+         *([f"{score.low:+.4f} to {score.high:+.4f}", f"{share:.0%}"] if sure else [])]
+        for w, r, score, share in edges[0]
     ]  # fmt: skip
     note = (
         "An edge is what one component adds to what another reads of it: "

@@ -42,6 +42,17 @@ def _library(where: str) -> str:
     return path.read_text("utf-8")
 
 
+def check_installed(where: str) -> None:
+    """Before minutes are spent on what a page is to show.
+
+    Raises:
+        ModuleNotFoundError: without the `report` extra.
+    """
+    if importlib.util.find_spec("jinja2") is None:
+        raise _pages.missing(where, "jinja2")
+    _library(where)
+
+
 def _script(where: str, kinds: Sequence[str]) -> str:
     """Of a page with these kinds of parts; empty for one that needs none."""
     needed = [SCRIPTS[kind] for kind in SCRIPTS if kind in kinds]
