@@ -191,6 +191,7 @@ class Probe:
         path: str | Path | None = None,
         head_scores: HeadScores | None = None,
         *,
+        title: str = "",
         tokens: TokenAttribution | None = None,
         patterns: Patterns | None = None,
         known: Mapping[str, str] | None = None,
@@ -201,6 +202,7 @@ class Probe:
         Args:
             path: also written there.
             head_scores: of `head_scores`, shown beside the heat map.
+            title: of the page; "": the answer's number.
             tokens: of `attribute`. patterns: of `attention_patterns`, drawn by a script.
             known: what was done, name by name. command: that makes the page again.
 
@@ -218,7 +220,8 @@ class Probe:
             *([parts.facts(known or {}, command)] if known or command else []),
             *parts.rules(self.rules),
         ]
-        return page.write(NAME, self._title(), "", whole, path)
+        own = self._title()
+        return page.write(NAME, title or own, own if title else "", whole, path)
 
     def sections(self, beside: Sequence[dict[str, Any]] = ()) -> list[parts.Part]:
         """Of a page: ranking, heat maps, tokens, interactions.

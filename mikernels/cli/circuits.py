@@ -158,11 +158,12 @@ def circuits(
     where = _device(device, NAME)
     console = Console()
     with console.status("loading the model"):
-        network, tokenizer, folder = _load(model, gguf_file)
+        network, tokenizer, name = _load(model, gguf_file)
     network = network.to(where)
     asked = _question(tokenizer, prompt, answer, wrong, counterfactual, task, n, seed)
-    known = _known(network, folder, asked, where, seed)
-    run = _Run(network, tokenizer, asked, k, console)
+    known = _known(network, name, asked, where, seed)
+    title = f"{task or _title(asked)} in {name}"
+    run = _Run(network, tokenizer, asked, k, console, title)
     if asked.corrupted is None:
         found = run.alone(method, batch_size, out, known)
     else:
@@ -283,20 +284,31 @@ def _question(
     return Question(prompt, counterfactual or [], prompt, counterfactual or None, target)
 
 
-def _load(model: str, gguf_file: str | None) -> tuple[torch.nn.Module, Any, Path]:
-    """The model with its head, its tokeniser, and where they are."""
+def _title(asked: Question) -> str:
+    """The first prompt's end, and its answer."""
+    words = asked.prompts[0].split(" ")
+    text = ("… " if len(words) > 8 else "") + " ".join(words[-8:])
+    answer = asked.target[0] if asked.target else None
+    right = answer[0] if isinstance(answer, tuple) else answer
+    return f"“{text}”" + (f" → “{right.strip()}”" if right else "")
+
+
+def _load(model: str, gguf_file: str | None) -> tuple[torch.nn.Module, Any, str]:
+    """The model with its head, its tokeniser, and what to call it."""
     from mikernels.models.load import LocalModel
 
     if model == "smollm2":
         from mikernels.demo.data import smollm2_folder
 
         folder = smollm2_folder()
+        name = next(folder.glob("*.gguf")).stem
     else:
         folder = _folder(model)
+        name = folder.resolve().name if Path(model).expanduser().is_dir() else model
     local = LocalModel(folder, gguf_file)
     with local.reading():
         tokenizer = local.tokenizer()
-        return local.model(head=True), tokenizer, folder
+        return local.model(head=True), tokenizer, name
 
 
 def _folder(model: str) -> Path:
@@ -316,7 +328,7 @@ def _folder(model: str) -> Path:
 
 
 def _known(
-    model: torch.nn.Module, folder: Path, asked: Question, device: torch.device, seed: int
+    model: torch.nn.Module, name: str, asked: Question, device: torch.device, seed: int
 ) -> dict[str, str]:
     """What a page says of how it was made."""
     import platform
@@ -330,7 +342,7 @@ def _known(
     size = sum(x.numel() for x in model.parameters())
     more = f" (the first of {len(asked.prompts)})" if len(asked.prompts) > 1 else ""
     known = {
-        "model": f"{folder.name}: {type(model).__name__}, {size / 1e6:,.0f} M parameters, "
+        "model": f"{name}: {type(model).__name__}, {size / 1e6:,.0f} M parameters, "
         f"{str(p.dtype).removeprefix('torch.')} on {device}",
         "prompt": asked.prompts[0] + more,
     }
@@ -358,6 +370,7 @@ class _Run:
     asked: Question
     k: int
     console: Console
+    title: str
 
     def alone(
         self, method: str, batch_size: int | None, out: Path, known: dict[str, str]
@@ -383,9 +396,10 @@ class _Run:
         names = [c.name for c in probe.components if c.head is not None]
         probe.to_html(
             out,
+            title=self.title,
             tokens=self.tokens(ALONE[method]),
             patterns=self.patterns(names),
-            known=known,
+            known=known | {"scores": "activation times gradient; edges need --counterfactual"},
             command=_command(),
         )
         return _probe_json(probe)
@@ -426,6 +440,7 @@ class _Run:
         write_report(
             found,
             out,
+            title=self.title,
             k=self.k,
             edges=edges,
             tokens=self.tokens("gim" if first.method == "gim" else None),

@@ -91,6 +91,9 @@ each("graph", (section, given) => {
     const centre = node => node === LOGITS ? [middle, 12] : node === 0 ? [middle, height - 16]
       : [x(given.writers[node][1]), level(node)];
 
+    // those that are as wide as the page
+    const whole = node => node === 0 || node === LOGITS;
+
     // where an edge leaves and arrives
     const start = edge => edge.writer === 0
       ? [middle + .92 * (end(edge)[0] - middle), height - 24]
@@ -107,8 +110,10 @@ each("graph", (section, given) => {
     function path(edge) {
       const [x0, y0] = start(edge), [x1, y1] = end(edge);
       const away = y0 - y1;
-      // one that would run through its own column goes around it
-      const bow = Math.abs(x1 - x0) < column / 2 && away > 1.5 * row ? (x1 > width - 2 * column ? -1 : 1) * column * .55 : 0;
+      // one that would run through nodes of its own column goes around them
+      const through = Math.abs(x1 - x0) < column / 2 && [...active].some(node => !whole(node)
+        && Math.abs(centre(node)[0] - x1) < column / 2 && centre(node)[1] < y0 - high && centre(node)[1] > y1 + high);
+      const bow = through ? (x1 > width - 2 * column ? -1 : 1) * column * .55 : 0;
       const bend = Math.max(8, away * .42);
       return `M${x0},${y0}C${x0 + bow},${y0 - bend} ${x1 + bow},${y1 + bend} ${x1},${y1}`;
     }
@@ -158,7 +163,6 @@ each("graph", (section, given) => {
       return group;
     }).attr("class", "node").attr("data-name", nameOf)
       .attr("transform", node => `translate(${centre(node)})`).order();
-    const whole = node => node === 0 || node === LOGITS;
     for (const name of [".ground", ".shade"]) nodes.select(name).attr("rx", 4).attr("x", node => (whole(node) ? -.5 * columns * column : -wide / 2))
       .attr("width", node => (whole(node) ? columns * column : wide))
       .attr("y", node => (whole(node) ? -8 : -high / 2)).attr("height", node => (whole(node) ? 16 : high));
@@ -192,7 +196,7 @@ each("graph", (section, given) => {
       const at = d3.event;
       if (typeof what === "object") {
         const sure = what.low === null ? "" : `\n95 % interval ${between(what.low, what.high)}`;
-        const stays = what.share === null ? "" : `\nstays in ${d3.format(".0%")(what.share)} of bootstrap samples`;
+        const stays = what.share === null ? "" : `\nin the top ${all.length} of ${d3.format(".0%")(what.share)} of bootstrap samples`;
         tell(`${what.name}  ${signed(what.score)}${sure}${stays}`, at.clientX, at.clientY);
       } else if (at.clientX !== undefined) {
         const score = what === LOGITS ? "" : `  ${signed(method().nodes[what])}`;
