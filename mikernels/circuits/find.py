@@ -240,26 +240,25 @@ class _Batch:
         self, method: str, level: str, steps: int, sums: _Sums
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Adds its scores; the numbers of the prompts, and of their counterfactuals."""
-        other = record(self.wiring, self.others, self.behavior)
-        find = self._edges if level == "edge" else self._nodes
-        if method in ("eap", "gim", "atp"):
-            clean = find(None, other, [None], 1.0, sums)
-        else:
-            clean = record(self.wiring, self.prompts, self.behavior)
+        # the last writes over what it compares with
+        attention = method == "eap-ig-activations"
+        other = record(self.wiring, self.others, self.behavior, attention)
+        other_values = other.values
+        patches: Sequence[Patch | None] = [None]
+        clean = changes = None
+        if method in _PATHS:
+            clean = record(self.wiring, self.prompts, self.behavior, attention)
+            changes = Changes.of(clean, other)
             patches = list(_PATHS[method](self.wiring.graph, clean, other, steps))
-            find(clean, other, patches, 1 / len(patches), sums)
-        return clean.values, other.values
+        find = self._edges if level == "edge" else self._nodes
+        written = find(changes, other, patches, sums)
+        return (written if clean is None else clean).values, other_values
 
     def _edges(
-        self,
-        clean: Written | None,
-        other: Written,
-        patches: Sequence[Patch | None],
-        factor: float,
-        sums: _Sums,
+        self, changes: Changes | None, other: Written, patches: Sequence[Patch | None], sums: _Sums
     ) -> Written:
         products = Products(self.wiring, sums.scores)
-        weights = self.weights * factor
+        weights = self.weights / len(patches)
         gradients: list[Gradients] | None = None
         end: torch.Tensor | None = None
         for number, patch in enumerate(patches, 1):
@@ -267,36 +266,27 @@ class _Batch:
                 self.wiring, self.prompts, self.behavior, gradients, patch
             )
             end = g if end is None else end + g
-            clean = written if clean is None else clean
             if number == len(patches) or len(gradients[0].stretches) >= STRETCHES:
-                changes = Changes.of(clean, other)
-                products.add(
-                    changes, gradients, end, weights, self.prompts.kept, sums.positions
-                )  # fmt: skip
+                changes = Changes.of(written, other, last=True) if changes is None else changes
+                products.add(changes, gradients, end, weights, self.prompts.kept, sums.positions)
                 gradients = end = None
-        assert clean is not None
-        return clean
+        return written
 
     def _nodes(
-        self,
-        clean: Written | None,
-        other: Written,
-        patches: Sequence[Patch | None],
-        factor: float,
-        sums: _Sums,
+        self, changes: Changes | None, other: Written, patches: Sequence[Patch | None], sums: _Sums
     ) -> Written:
         total: list[torch.Tensor] | None = None
         for patch in patches:
             written, grads = at_writers(self.wiring, self.prompts, self.behavior, patch)
-            clean = written if clean is None else clean
             total = grads if total is None else [a + b for a, b in zip(total, grads, strict=True)]
-        assert clean is not None and total is not None
-        scores = self._node_scores(Changes.of(clean, other), total)
-        scores = scores.to(sums.scores.dtype) * factor
+        changes = Changes.of(written, other, last=True) if changes is None else changes
+        assert total is not None
+        scores = self._node_scores(changes, total)
+        scores = scores.to(sums.scores.dtype) / len(patches)
         sums.scores += self.weights @ scores.sum(1)
         if sums.positions is not None:
             sums.positions += torch.einsum("b,bpw->pw", self.weights[0], scores)
-        return clean
+        return written
 
     def _node_scores(self, changes: Changes, grads: list[torch.Tensor]) -> torch.Tensor:
         """`[B, P, W]`, 0 at padding."""

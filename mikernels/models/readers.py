@@ -32,7 +32,7 @@ from mikernels.models.claims import Claims, product_limit
 from mikernels.models.graph import Graph, Layer
 from mikernels.models.hooks import NEVER, frozen, returned
 from mikernels.models.norms import Form, form_of, parameters, statistics
-from mikernels.models.parts import Block, Decoder, Projection, first_tensor
+from mikernels.models.parts import Block, Decoder, Projection, first_tensor, is_hook_point
 from mikernels.models.watch import Flow, Watch
 
 # of the pass that decides: more than any window that would hide the first from the last
@@ -112,18 +112,23 @@ class Reading:
         for module in dict.fromkeys(p.module for p in self.projections):
             mine = [p for p in self.projections if p.module is module]
 
-            def leave(
-                module: torch.nn.Module, args: Any, output: torch.Tensor, mine: Any = mine
-            ) -> torch.Tensor | None:
-                rows = output.shape[:2]
-                made = see({p.part: p.of(output, rows) for p in mine})
-                if not made:
+            def change(made: torch.Tensor, mine: Any = mine) -> torch.Tensor | None:
+                given = see({p.part: p.of(made, made.shape[:2]) for p in mine})
+                if not given:
                     return None
                 for p in mine:
-                    output = p.put(output, made[p.part])
-                return output
+                    made = p.put(made, given[p.part])
+                return made
 
-            yield module.register_forward_hook(leave).remove
+            if is_hook_point(module):
+                # what it is given: backward rules and others' hooks act on what it returns
+                yield module.register_forward_pre_hook(
+                    lambda m, args, change=change: change(args[0])
+                ).remove
+            else:
+                yield module.register_forward_hook(
+                    lambda m, args, output, change=change: change(output)
+                ).remove
 
 
 @dataclass(frozen=True, eq=False)
