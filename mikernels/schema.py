@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import json
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, with_config
 
@@ -161,6 +161,32 @@ class Result(Strict):
     parts: dict[str, Finite]
     steps: Count
     peak_extra_bytes: Count | None
+
+
+class LayerForm(Strict):
+    heads: Count
+    groups: Count
+    mlp: bool
+    parallel: bool
+
+
+class GraphForm(Strict):
+    model: str
+    d: Count
+    layers: list[LayerForm]
+
+
+class CircuitFile(Strict):
+    """In the metadata of a circuit's file."""
+
+    format: Literal["mikernels.circuit"]
+    version: Literal[1]
+    level: Literal["edge", "node"]
+    method: str
+    label: str
+    rules: str | None
+    graph: GraphForm
+    sha256: dict[str, Hash]
 
 
 @functools.cache

@@ -16,7 +16,9 @@ from mikernels.circuits.interactions import (
 from mikernels.circuits.interpret import CircuitEdge, Circuits, interpret_circuits
 from mikernels.circuits.patterns import HeadScores, Patterns, attention_patterns, head_scores
 from mikernels.circuits.probe import Component, Probe, gim_probe
+from mikernels.circuits.ranking import Ranked
 from mikernels.circuits.report.circuits import write_report
+from mikernels.circuits.stability import Stability, stability
 from mikernels.circuits.tasks import Task
 from mikernels.models.rules import PRESETS, Effect, RuleReport, Rules, rules
 
@@ -32,9 +34,11 @@ __all__ = [
     "PRESETS",
     "Patterns",
     "Probe",
+    "Ranked",
     "RuleReport",
     "Rules",
     "Selection",
+    "Stability",
     "Task",
     "TokenAttribution",
     "attention_patterns",
@@ -49,6 +53,7 @@ __all__ = [
     "rules",
     "select_top_k",
     "split_heads",
+    "stability",
     "tasks",
     "write_report",
 ]
