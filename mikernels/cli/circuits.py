@@ -145,6 +145,8 @@ def circuits(
     from rich.console import Console
 
     methods = _check(method, compare, level, k, edges, out, json_file)
+    if "atp" in methods:
+        level = "node"
     if threads is not None:
         if threads < 1:
             raise ValueError(f"{NAME}: --threads must be at least 1, got {threads}")
@@ -416,7 +418,7 @@ class _Run:
     ) -> dict[str, Any]:
         """The circuit, by each method."""
         from mikernels.circuits import find_circuit, write_report
-        from mikernels.circuits.report.circuits import ranked
+        from mikernels.circuits.report.graph import components
 
         found = []
         for name in methods:
@@ -436,7 +438,7 @@ class _Run:
                 )
         first = found[0]
         _print(self.console, first, self.k)
-        names = [name for name, _, _ in ranked(first, self.k) if ".h" in name]
+        names = [name for name, _, _ in components(first, self.k) if ".h" in name]
         write_report(
             found,
             out,
@@ -476,11 +478,8 @@ class _Run:
 
 
 def _print(console: Console, found: Circuit, k: int) -> None:
-    from rich.table import Table
-    from rich.text import Text
-
-    from mikernels.circuits.report.circuits import ranked
-    from mikernels.circuits.report.graph import edges_of
+    from mikernels.circuits.report.graph import components, strongest
+    from mikernels.circuits.tables import Columns
 
     clean, other = (x.double().mean() for x in (found.values, found.counterfactual_values))
     several = len(found.replicates) > 0
@@ -488,23 +487,20 @@ def _print(console: Console, found: Circuit, k: int) -> None:
     console.print(
         f"{found.label}: {clean:.3f} ({of}), {other:.3f} with the counterfactual", highlight=False
     )
-    rows = [(name, score, share) for name, score, share in ranked(found, k)]
-    tables = [("components", f"in top {k}", rows)]
+    tables = {"components": components(found, k)}
     if found.level == "edge":
-        tables.append(("edges", f"in top {PRINTED}", edges_of(found, PRINTED)))
-    for title, last, shown in tables:
-        table = Table(title=f"Strongest {title}, by {found.method}", header_style="bold")
-        table.add_column("")
-        table.add_column("score", justify="right")
+        tables["edges"] = strongest(found, PRINTED)
+    for title, rows in tables.items():
+        head: tuple[str, ...] = ("", "score")
+        cells: list[tuple[str, ...]] = [(row.name, f"{row.score.value:+.4f}") for row in rows]
         if several:
-            table.add_column("95 % interval", justify="right")
-            table.add_column(last, justify="right")
-        for name, score, share in shown:
-            sure = (f"[{score.low:+.4f}, {score.high:+.4f}]", f"{share:.0%}") if several else ()
-            colour = "green" if score.value > 0 else "red"
-            cells = (Text(cell) for cell in sure)
-            table.add_row(Text(name), Text(f"{score.value:+.4f}", style=colour), *cells)
-        console.print(table)
+            head += ("95 % interval", f"in top {len(rows)}")
+            sure = (
+                (f"[{row.score.low:+.4f}, {row.score.high:+.4f}]", f"{row.inclusion:.0%}")
+                for row in rows
+            )
+            cells = [a + b for a, b in zip(cells, sure, strict=True)]
+        console.print(Columns(f"Strongest {title}, by {found.method}", head, cells, (0,), 1))
 
 
 def _rows_json(rows: Any) -> list[dict[str, Any]]:
@@ -514,8 +510,7 @@ def _rows_json(rows: Any) -> list[dict[str, Any]]:
 
 
 def _circuit_json(found: Circuit, k: int, edges: int) -> dict[str, Any]:
-    from mikernels.circuits.report.circuits import ranked
-    from mikernels.circuits.report.graph import edges_of
+    from mikernels.circuits.report.graph import components, strongest
 
     return {
         "method": found.method,
@@ -523,8 +518,8 @@ def _circuit_json(found: Circuit, k: int, edges: int) -> dict[str, Any]:
         "label": found.label,
         "values": found.values.tolist(),
         "counterfactual_values": found.counterfactual_values.tolist(),
-        "components": _rows_json(ranked(found, k)),
-        "edges": _rows_json(edges_of(found, edges)) if found.level == "edge" else None,
+        "components": _rows_json(components(found, k)),
+        "edges": _rows_json(strongest(found, edges)) if found.level == "edge" else None,
     }
 
 

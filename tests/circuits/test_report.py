@@ -8,10 +8,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from report_cases import GRAPH, TOKENS, circuit, curve, patterns, stability, tokens
+from report_cases import GRAPH, TOKENS, circuit, curve, patterns, tokens
 
 from mikernels.circuits import write_report
-from mikernels.circuits.report.circuits import ranked
+from mikernels.circuits.report.graph import components
 from mikernels.models.graph import Graph, Layer
 
 # heads by themselves and in groups, no MLP in one layer, another number of heads in another
@@ -55,7 +55,7 @@ def test_edges_are_the_strongest_with_what_the_bootstrap_says_of_them():
 
 def test_components_are_sums_of_edges_and_the_input_is_none():
     found = circuit("gim", graph=SMALL)
-    rows = ranked(found, 4)
+    rows = components(found, 4)
     units = found.replicates.double().sum(-1).numpy()
     total = found.scores.double().sum(-1)
     best = sorted(range(1, len(total)), key=lambda i: -abs(total[i]))[:4]
@@ -76,16 +76,17 @@ def test_nodes_and_no_replicates_and_nothing_that_acts():
         edge, level="node", scores=edge.scores.sum(1), replicates=edge.replicates.sum(-1)
     )
     assert "<script" not in write_report([node])
-    assert ranked(node, 3) != ranked(replace(node, scores=0 * node.scores), 3) == []
+    assert len(components(node, 3)) == 3
+    assert components(replace(node, scores=0 * node.scores), 3) == []
     none = write_report([replace(edge, scores=0 * edge.scores)])
     assert graph_of(none)["methods"][0]["edges"] == []
 
 
 def test_nothing_of_a_prompt_ends_the_script_or_opens_a_tag(tmp_path):
-    names = [name for name, _, _ in ranked(circuit("gim"), 9) if ".h" in name]
+    names = [name for name, _, _ in components(circuit("gim"), 9) if ".h" in name]
     page = write_report(
         [circuit("gim")], tmp_path / "page.html", title="</title><script>", tokens=tokens(),
-        patterns=patterns(names[:2]), curves=[curve("gim", 1.1)], stability=[stability()],
+        patterns=patterns(names[:2]), curves=[curve("gim", 1.1)],
         known={"prompt": "".join(TOKENS)}, command="mikernels circuits --prompt '</script>'",
     )  # fmt: skip
     assert page == (tmp_path / "page.html").read_text(encoding="utf-8")
@@ -96,7 +97,9 @@ def test_nothing_of_a_prompt_ends_the_script_or_opens_a_tag(tmp_path):
 
 
 def test_circuits_of_two_models_are_no_page():
-    with pytest.raises(ValueError, match=r"write_report: circuits must be of one graph, got Tiny"):
+    with pytest.raises(
+        ValueError, match=r"circuits must be of one graph and level, got edges of Tiny"
+    ):
         write_report([circuit("gim", graph=GRAPH, replicates=0), circuit("eap", graph=SMALL)])
     with pytest.raises(ValueError, match=r"write_report: circuits must be one at least, got none"):
         write_report([])

@@ -5,14 +5,14 @@ import re
 
 import pytest
 from browser import browser, needs_chromium
-from report_cases import GRAPH, TOKENS, circuit, curve, patterns, stability, tokens
+from report_cases import GRAPH, TOKENS, circuit, curve, patterns, tokens
 
 from mikernels.circuits import write_report
-from mikernels.circuits.report.circuits import ranked
+from mikernels.circuits.report.graph import components
 
 pytestmark = needs_chromium
 FOUND = circuit("gim")
-HEADS = [name for name, _, _ in ranked(FOUND, 12) if ".h" in name][:3]
+HEADS = [name for name, _, _ in components(FOUND, 12) if ".h" in name][:3]
 
 HEADINGS = (
     "Strongest components",
@@ -37,7 +37,7 @@ def page(tmp_path_factory):
     path = tmp_path_factory.mktemp("report") / "report.html"
     write_report(
         [FOUND, circuit("eap", 1)], path, title="How SmolLM2-135M completes 32 prompts",
-        tokens=tokens(), patterns=patterns(HEADS), stability=[stability()] * 2,
+        tokens=tokens(), patterns=patterns(HEADS),
         curves=[curve("gim", 1.1), curve("eap", 0.9), curve("random", 0.3)],
         known={"model": "SmolLM2-135M", "prompt": "".join(TOKENS)},
         command="mikernels circuits --model smollm2 --task ioi -n 32 --method gim --compare eap",

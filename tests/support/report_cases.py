@@ -17,7 +17,7 @@ TOKENS = ["When", " Mary", " and", " John", "</script>", " went", " to", " the",
           " the", " store", ",", " John", " gave", " a", " ring", " to"]  # fmt: skip
 
 
-def circuit(method, seed=0, graph=GRAPH, replicates=20):
+def circuit(method, seed=0, graph=GRAPH, replicates=5):
     draw = torch.Generator().manual_seed(seed)
     w, r = len(graph.writers), len(graph.readers)
     # heavy tails: the middle of the model matters most
@@ -43,13 +43,6 @@ def curve(method, reach, graph=GRAPH):
     return SimpleNamespace(
         method=method, level="edge", fractions=fractions, sizes=sizes, faithfulness=values,
         cpr=area, cmd=Interval(1 - reach / 2, 0.1, 0.2),
-    )  # fmt: skip
-
-
-def stability(k=10):
-    return SimpleNamespace(
-        k=k, jaccard=Interval(0.81, 0.7, 0.9), spearman=Interval(0.93, 0.9, 0.95),
-        sign_flips=Interval(0.01, 0.0, 0.02),
     )  # fmt: skip
 
 

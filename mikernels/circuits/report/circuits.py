@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,54 +13,30 @@ import torch
 from mikernels.circuits.attribution import TokenAttribution
 from mikernels.circuits.circuit import Circuit
 from mikernels.circuits.patterns import Patterns
-from mikernels.circuits.report import page, parts
-from mikernels.circuits.report.attention import patterns as attention
+from mikernels.circuits.report import attention, page, parts
 from mikernels.circuits.report.curves import curves as faithfulness
 from mikernels.circuits.report.curves import interval
-from mikernels.circuits.report.graph import bounds, graph, node_scores, strongest
-from mikernels.values.intervals import Interval
+from mikernels.circuits.report.graph import components, graph, nodes_of
+from mikernels.circuits.stability import Stability, stability
 
 NAME = "write_report"
 
 
-def ranked(circuit: Circuit, k: int) -> list[tuple[str, Interval, float]]:
-    """The k strongest heads and MLPs: name, score with the bootstrap's interval, and in which share
-    of its samples it is among the k strongest (NaN without any)."""
-    scores, replicates = node_scores(circuit)
-    # without the input, of which all the others are made
-    scores, replicates = scores[1:], replicates[:, 1:]
-    best = strongest(scores, k)
-    low, high = bounds(replicates[:, best])
-    share = torch.full([len(best)], torch.nan)
-    if len(replicates) and best:
-        size = replicates.abs()
-        least = size.kthvalue(size.shape[1] + 1 - len(best), dim=1).values
-        share = (size[:, best] >= least[:, None]).double().mean(0)
-    names = circuit.graph.writers[1:]
-    return [
-        (names[i], Interval(*map(float, (scores[i], a, b))), float(s))
-        for i, a, b, s in zip(best, low, high, share, strict=True)
-    ]
-
-
-def head_map(circuit: Circuit, title: str) -> dict[str, Any]:
+def head_map(circuit: Circuit) -> dict[str, Any]:
     """Heads by layer, and MLPs beside them."""
-    layers = circuit.graph.layers
-    scores, _ = node_scores(circuit)
-    grid = torch.full([len(layers), max(layer.heads for layer in layers)], torch.nan)
-    mlps = torch.full([len(layers)], torch.nan)
-    for i, layer in enumerate(layers):
-        first = circuit.graph.first_writer(i)
-        grid[i, : layer.heads] = scores[first : first + layer.heads]
-        if layer.mlp:
-            mlps[i] = scores[first + layer.heads]
-    return parts.heat_map(title, grid, True, mlps)
+    layers, own = circuit.graph.layers, nodes_of(circuit)
+    last = [circuit.graph.first_writer(i + 1) - 1 for i in range(len(layers))]
+    mlps = [
+        own.scores[i].item() if layer.mlp else math.nan
+        for i, layer in zip(last, layers, strict=True)
+    ]
+    return parts.heat_map(circuit.method, own.head_matrix(), True, torch.tensor(mlps))
 
 
 def _ranking(circuit: Circuit, k: int) -> parts.Part:
     rows = [
         (name, score, "" if share != share else f"{share:.0%}")
-        for name, score, share in ranked(circuit, k)
+        for name, score, share in components(circuit, k)
     ]
     note = "What each adds to the number, to first order: the mean over prompts"
     if len(circuit.replicates):
@@ -70,40 +47,46 @@ def _ranking(circuit: Circuit, k: int) -> parts.Part:
     return parts.ranking("Strongest components", f"{note}.", rows, f"in top {k}")
 
 
-def _methods(
-    circuits: Sequence[Circuit], found: Sequence[Any], stable: Sequence[Any]
-) -> parts.Part:
-    """Fidelity and stability of every method."""
+def _again(found: Stability) -> list[str]:
+    """Cells of how stable it is."""
+    measures = (found.jaccard, found.spearman, found.sign_flips)
+    often = int((found.inclusion >= 0.9).sum())
+    return [*(interval(one, ".2f") for one in measures), str(often)]
+
+
+def _methods(circuits: Sequence[Circuit], found: Sequence[Any], k: int) -> list[parts.Part]:
+    """Fidelity and stability of every method, as far as there are numbers."""
     curves = {c.method: c for c in found}
-    stabilities = {c.method: s for c, s in zip(circuits, stable, strict=False)}
-    k = stable[0].k if stable else 0
-    head = ["method", *(["CPR", "CMD"] if found else [])]
-    head += [f"Jaccard@{k}", "Spearman", "sign flips"] if stable else []
-    rows = []
-    for name in dict.fromkeys([*curves, *stabilities]):
-        row = [name]
-        if found:
-            curve = curves.get(name)
-            row += [interval(curve and curve.cpr), interval(curve and curve.cmd)]
-        if stable:
-            s = stabilities.get(name)
-            row += [interval(s and one(s), ".2f") for one in _MEASURES]
-        rows.append(row)
+    stable = {c.method: stability(c, k) for c in circuits if len(c.replicates) > 1}
+    rows: list[list[str]] = []
     notes = []
-    if found:
+    for name in dict.fromkeys([*curves, *stable]):
+        row = [name]
+        if curves:
+            curve = curves.get(name)
+            row += ["", ""] if curve is None else [interval(curve.cpr), interval(curve.cmd)]
+        if stable:
+            again = stable.get(name)
+            row += ["", "", "", ""] if again is None else _again(again)
+        rows.append(row)
+    head = ["method"]
+    if curves:
+        head += ["CPR", "CMD"]
         notes.append(
-            "CPR is the area under the curve of circuits that help, larger is better; CMD that "
-            "between the curve of the largest |score| and 1, smaller is better."
+            "CPR is the area under the curve of what helps most, larger is better; CMD that "
+            "between the curve of the largest scores and 1, smaller is better (MIB)."
         )
     if stable:
+        head += [f"Jaccard@{k}", "Spearman", "sign flips", "in 90 %"]
+        what = f"{circuits[0].level}s"
         notes.append(
-            f"Jaccard: what two bootstrap samples of the prompts share of their {k} strongest; "
-            "Spearman: of all scores; sign flips: among those."
+            f"Jaccard: what a bootstrap sample of the prompts has in common with all of them, of "
+            f"the {k} strongest {what}; Spearman: of the order of all; sign flips: among the {k}; "
+            f"in 90 %: how many {what} are among the {k} in nine of ten samples. Brackets hold "
+            f"95 % of the samples."
         )
-    return parts.table("Fidelity and stability", " ".join(notes), head, rows)
-
-
-_MEASURES = (lambda s: s.jaccard, lambda s: s.spearman, lambda s: s.sign_flips)
+    title = "Fidelity and stability" if curves else "Stability"
+    return [parts.table(title, " ".join(notes), head, rows)] if rows else []
 
 
 def write_report(
@@ -116,32 +99,41 @@ def write_report(
     tokens: TokenAttribution | None = None,
     patterns: Patterns | None = None,
     curves: Sequence[Any] = (),
-    stability: Sequence[Any] = (),
     known: Mapping[str, str] | None = None,
     command: str = "",
 ) -> str:
     """One self-contained page about a behaviour's circuits, of one or several methods.
 
     Args:
-        circuits: of one graph, the first of which is the one told about.
+        circuits: of one graph and level, the first of which is the one told about.
         path: also written there.
         title: of the page; "": the behaviour's number.
-        k: components to rank. edges: to draw.
+        k: components to rank. edges: to draw, and to measure stability by.
         tokens: of `attribute`, for the text. patterns: of `attention_patterns`.
-        curves: of `faithfulness_curve`, for each method. stability: of `stability`, for each
-            circuit.
+        curves: of `faithfulness_curve`, for each method.
         known: what was done, name by name. command: that makes the page again.
+
+    Returns:
+        The page, as text.
 
     Raises:
         ModuleNotFoundError: without the `report` extra.
-        ValueError: no circuits, or of different graphs.
+        ValueError: no circuits, or of different graphs or levels.
         OSError: it cannot be written.
+
+    Example:
+        >>> found = [find_circuit(model, clean, corrupted, pairs, m) for m in ("gim", "eap")]
+        >>> write_report(found, "circuits.html")
     """
     if not circuits:
         raise ValueError(f"{NAME}: circuits must be one at least, got none")
     first = circuits[0]
-    if any(c.graph != first.graph for c in circuits):
-        raise ValueError(f"{NAME}: circuits must be of one graph, got {circuits[-1].graph}")
+    for c in circuits:
+        if (c.graph, c.level) != (first.graph, first.level):
+            raise ValueError(
+                f"{NAME}: circuits must be of one graph and level, got {c.level}s of {c.graph} "
+                f"beside {first.level}s of {first.graph}"
+            )
     clean, other = first.values.double(), first.counterfactual_values.double()
     b = len(clean)
     of = f"mean of {b} prompts" if b > 1 else "1 prompt"
@@ -150,16 +142,18 @@ def write_report(
         f"{other.mean():.3f} with the counterfactual. What makes the difference, found by "
         f"{first.method} in {first.graph}."
     )
-    scores = {name: f"{score.value:+.3f}" for name, score, _ in ranked(first, k)}
-    drawn = [c for c in circuits if c.level == "edge"]
+    nodes = nodes_of(first).scores.tolist()
+    scores = {name: f"{x:+.3f}" for name, x in zip(first.graph.writers, nodes, strict=True)}
+    there = first.graph.n_edges if first.level == "edge" else len(first.graph.writers)
+    size = min(edges if first.level == "edge" else k, there)
     shown = [
         _ranking(first, k),
         *([tokens.section()] if tokens else []),
-        parts.maps([head_map(c, c.method) for c in circuits]),
-        *([graph(drawn, edges)] if drawn else []),
-        *([attention(patterns, scores)] if patterns else []),
+        parts.maps([head_map(c) for c in circuits]),
+        *([graph(circuits, edges)] if first.level == "edge" else []),
+        *([attention.patterns(patterns, scores)] if patterns else []),
         *([faithfulness(curves)] if curves else []),
-        *([_methods(circuits, curves, stability)] if curves or stability else []),
+        *_methods(circuits, curves, size),
         *([parts.facts(known or {}, command)] if known or command else []),
         *parts.rules(first.rules),
     ]

@@ -10,45 +10,39 @@ drawn below all heads of the group.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
-import torch
-
 from mikernels.circuits.circuit import Circuit
+from mikernels.circuits.ranking import Ranked
 from mikernels.circuits.report.parts import Part, part
 from mikernels.models.graph import Graph
-from mikernels.values.intervals import Interval
 
 # edges drawn at first
 SHOWN = 60
 
 
-def strongest(scores: torch.Tensor, n: int) -> list[int]:
-    """The numbers of the n largest |score| that are not 0; ties in the order of the model."""
-    size = scores.flatten().abs()
-    best = size.argsort(descending=True, stable=True)[:n].tolist()
-    return [i for i in best if size[i] > 0]
-
-
-def node_scores(circuit: Circuit) -> tuple[torch.Tensor, torch.Tensor]:
-    """`[W]` and of each replicate `[Q, W]`: what writers do.
-
-    What a writer does is what its edges do together: the gradient where it writes is the sum of
-    those where it is read.
-    """
+def nodes_of(circuit: Circuit) -> Circuit:
+    """What writers do: what the edges of each do together, as the gradient where it writes is the
+    sum of those where it is read."""
     if circuit.level == "node":
-        return circuit.scores, circuit.replicates
-    return circuit.scores.sum(-1), circuit.replicates.sum(-1)
+        return circuit
+    scores, replicates = circuit.scores.sum(-1), circuit.replicates.sum(-1)
+    return replace(circuit, level="node", scores=scores, replicates=replicates, positions=None)
 
 
-def bounds(replicates: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of `[Q, n]` the 95 % intervals of the bootstrap, `[n]` each; NaN without replicates."""
-    if not len(replicates):
-        nan = torch.full(replicates.shape[1:], torch.nan)
-        return nan, nan
-    at = torch.tensor([0.025, 0.975], dtype=torch.float64)
-    low, high = replicates.double().quantile(at, dim=0)
-    return low, high
+def strongest(circuit: Circuit, k: int) -> list[Ranked]:
+    """The k strongest that do anything."""
+    there = circuit.graph.n_edges if circuit.level == "edge" else len(circuit.graph.writers)
+    return [row for row in circuit.ranking(min(k, there)) if row.score.value != 0]
+
+
+def components(circuit: Circuit, k: int) -> list[Ranked]:
+    """The k strongest heads and MLPs: without the input, of which all the others are made."""
+    nodes = nodes_of(circuit)
+    scores, replicates = nodes.scores.clone(), nodes.replicates.clone()
+    scores[0], replicates[:, 0] = 0, 0
+    return strongest(replace(nodes, scores=scores, replicates=replicates), k)
 
 
 def _writers(graph: Graph) -> list[list[Any]]:
@@ -72,34 +66,6 @@ def _readers(graph: Graph, used: set[int]) -> dict[int, dict[str, Any]]:
     return found
 
 
-def _edges(circuit: Circuit, n: int) -> list[tuple[int, int, Interval, float]]:
-    """The strongest first: writer, reader, score, in which share of the bootstrap's samples it is
-    among as many (NaN without any)."""
-    columns = circuit.scores.shape[1]
-    best = strongest(circuit.scores, n)
-    replicates = circuit.replicates.flatten(1)
-    low, high = bounds(replicates[:, best])
-    shares = torch.full([len(best)], torch.nan)
-    if len(replicates) and best:
-        size = replicates.abs()
-        least = size.kthvalue(size.shape[1] + 1 - len(best), dim=1).values
-        shares = (size[:, best] >= least[:, None]).double().mean(0)
-    values = circuit.scores.flatten()[best]
-    return [
-        (i // columns, i % columns, Interval(*map(float, score)), float(share))
-        for i, *score, share in zip(best, values, low, high, shares, strict=True)
-    ]
-
-
-def edges_of(circuit: Circuit, n: int) -> list[tuple[str, Interval, float]]:
-    """The n strongest by name, with the bootstrap's interval, and in which share of its samples
-    they are among as many (NaN without any)."""
-    writers, readers = circuit.graph.writers, circuit.graph.readers
-    return [
-        (f"{writers[w]} -> {readers[r]}", score, share) for w, r, score, share in _edges(circuit, n)
-    ]
-
-
 def _short(value: float) -> float:
     """Digits enough to be read: they are most of the page."""
     return float(f"{value:.4g}")
@@ -112,33 +78,34 @@ def graph(circuits: Sequence[Circuit], n: int) -> Part:
         circuits: of one graph, found at the level of edges.
     """
     own = circuits[0].graph
-    edges = [_edges(c, n) for c in circuits]
-    methods = [
-        {
-            "name": c.method,
-            "edges": [[w, r, *map(_short, (*score, share))] for w, r, score, share in found],
-            "nodes": [_short(x) for x in node_scores(c)[0].tolist()],
-        }
-        for c, found in zip(circuits, edges, strict=True)
-    ]
+    writers, readers = ({name: i for i, name in enumerate(x)} for x in (own.writers, own.readers))
+    ranked = [strongest(c, n) for c in circuits]
+    methods: list[dict[str, Any]] = []
+    for c, found in zip(circuits, ranked, strict=True):
+        edges = []
+        for name, score, share in found:
+            writer, _, reader = name.partition(" -> ")
+            edges.append([writers[writer], readers[reader], *map(_short, (*score, share))])
+        nodes = [_short(x) for x in nodes_of(c).scores.tolist()]
+        methods.append({"name": c.method, "edges": edges, "nodes": nodes})
     drawn = {
         "layers": [[layer.heads, layer.groups] for layer in own.layers],
         "writers": _writers(own),
-        "readers": _readers(own, {edge[1] for found in edges for edge in found}),
+        "readers": _readers(own, {edge[1] for method in methods for edge in method["edges"]}),
         "methods": methods,
     }
     sure = len(circuits[0].replicates) > 0
     rows = [
-        [f"{own.writers[w]} → {own.readers[r]}", f"{score.value:+.4f}",
+        [name.replace("->", "→"), f"{score.value:+.4f}",
          *([f"{score.low:+.4f} to {score.high:+.4f}", f"{share:.0%}"] if sure else [])]
-        for w, r, score, share in edges[0]
+        for name, score, share in ranked[0]
     ]  # fmt: skip
     note = (
         "An edge is what one component adds to what another reads of it: "
         "what it changes of the number, to first order. Width is strength; dashed edges work "
         "against it. Point at a node or an edge, or choose a node with the arrow keys and Enter."
     )
-    head = ["edge", "score", *(["95 % interval", f"in top {n}"] if sure else [])]
+    head = ["edge", "score", *(["95 % interval", f"in top {len(rows)}"] if sure else [])]
     return part(
         "graph", "The circuit", note, drawn=drawn, head=head, rows=rows, most=len(rows),
         shown=min(SHOWN, len(rows)), layers=len(own.layers), methods=[c.method for c in circuits],

@@ -146,6 +146,6 @@ def facts(known: Mapping[str, str], command: str = "") -> Part:
     return part("facts", "How this was made", known=known, command=command)
 
 
-def rules(report: RuleReport | None) -> list[Part]:
+def rules(report: RuleReport | str | None) -> list[Part]:
     """What backward rules acted on, where there were any."""
     return [] if report is None else [part("rules", "Backward rules", said=str(report))]
