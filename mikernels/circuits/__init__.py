@@ -2,6 +2,14 @@
 """Which parts of a model an answer rests on: gradients under rules, interactions, circuits."""
 
 from mikernels.circuits import tasks
+from mikernels.circuits.ablation import (
+    AblationEffect,
+    Erasure,
+    ablate,
+    ablation_effect,
+    comprehensiveness,
+    sufficiency,
+)
 from mikernels.circuits.attribution import TokenAttribution, attribute
 from mikernels.circuits.circuit import Circuit, Selection
 from mikernels.circuits.components import gradient_components, split_heads
@@ -24,10 +32,12 @@ from mikernels.models.rules import PRESETS, Effect, RuleReport, Rules, rules
 
 __all__ = [
     "Circuit",
+    "AblationEffect",
     "CircuitEdge",
     "Circuits",
     "Component",
     "Effect",
+    "Erasure",
     "GradientInteractions",
     "HeadScores",
     "NamedInteractions",
@@ -42,8 +52,11 @@ __all__ = [
     "Task",
     "TokenAttribution",
     "attention_patterns",
+    "ablate",
+    "ablation_effect",
     "attribute",
     "composition_scores",
+    "comprehensiveness",
     "compute_gradient_interactions",
     "find_circuit",
     "gim_probe",
@@ -54,6 +67,7 @@ __all__ = [
     "select_top_k",
     "split_heads",
     "stability",
+    "sufficiency",
     "tasks",
     "write_report",
 ]
