@@ -39,8 +39,10 @@ from mikernels.circuits.interactions import (
 from mikernels.circuits.interpret import CircuitEdge, Circuits, interpret_circuits
 from mikernels.circuits.minimal import Minimal, Ranking, minimal_circuit, rank_models
 from mikernels.circuits.patterns import HeadScores, head_scores
+from mikernels.circuits.patterns import HeadScores, Patterns, attention_patterns, head_scores
 from mikernels.circuits.probe import Component, Probe, gim_probe
 from mikernels.circuits.ranking import Ranked
+from mikernels.circuits.report.circuits import write_report
 from mikernels.circuits.stability import Stability, stability
 from mikernels.circuits.tasks import Task
 from mikernels.models.rules import PRESETS, Effect, RuleReport, Rules, rules
@@ -64,6 +66,7 @@ __all__ = [
     "LogitLens",
     "NamedInteractions",
     "PRESETS",
+    "Patterns",
     "Probe",
     "Ranked",
     "Ranking",
@@ -73,6 +76,7 @@ __all__ = [
     "Stability",
     "Task",
     "TokenAttribution",
+    "attention_patterns",
     "ablate",
     "ablation_effect",
     "attribute",
@@ -101,4 +105,5 @@ __all__ = [
     "stability",
     "sufficiency",
     "tasks",
+    "write_report",
 ]
