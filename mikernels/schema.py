@@ -195,6 +195,8 @@ class CircuitFile(Strict):
     rules: str | None
     graph: GraphForm
     sha256: dict[str, Hash]
+
+
 class Passage(Strict):
     """A text by its tokens, and what a feature or a component does at each: 0 is nothing."""
 

@@ -38,7 +38,6 @@ from mikernels.circuits.interactions import (
 )
 from mikernels.circuits.interpret import CircuitEdge, Circuits, interpret_circuits
 from mikernels.circuits.minimal import Minimal, Ranking, minimal_circuit, rank_models
-from mikernels.circuits.patterns import HeadScores, head_scores
 from mikernels.circuits.patterns import HeadScores, Patterns, attention_patterns, head_scores
 from mikernels.circuits.probe import Component, Probe, gim_probe
 from mikernels.circuits.ranking import Ranked

@@ -38,8 +38,8 @@ from mikernels.circuits.interpret import Circuits, interpret_circuits
 from mikernels.circuits.passes import Pass, backward, forward, under
 from mikernels.circuits.patterns import HeadScores, Patterns
 from mikernels.circuits.prompts import Inputs, Prompts, check_aligned, read_prompts
-from mikernels.circuits.tables import Columns
 from mikernels.circuits.report import attention, page, parts
+from mikernels.circuits.tables import Columns
 from mikernels.circuits.targets import Behavior, Target, read_target, vocabulary
 from mikernels.models.claims import Claims, product_limit
 from mikernels.models.decoder import find_decoder

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The `mikernels` command: info, demo, train, eval, rate, accelerate, bench, tune."""
-"""The `mikernels` command: info, demo, train, eval, circuits, accelerate, bench, tune."""
+"""The `mikernels` command: info, demo, train, eval, circuits, rate, accelerate, bench, tune."""
 
 from __future__ import annotations
 

@@ -91,6 +91,8 @@ def sum_intervals(n: int, sums: np.ndarray, squares: np.ndarray) -> list[Interva
     return [
         Interval(*map(float, row)) for row in zip(means, means - reach, means + reach, strict=True)
     ]
+
+
 def mean_difference(units: np.ndarray, others: np.ndarray) -> Interval:
     """The mean of `[n]` less that of other units `[m]`, with Welch's 95 % interval."""
     sizes = np.array([len(units), len(others)])
