@@ -9,7 +9,7 @@ from feature_cases import OTHER, PAIR, D, F, at_sites, close, dense, dictionarie
 from mikernels.circuits import feature_circuit, feature_graph
 from mikernels.nn import Crosscoder, GatedSAE
 
-ORDER = ["0.mlp_out", "0.residual", "1.attn_out", "1.mlp_in", "2.residual"]
+ORDER = ["0.mlp_in", "0.mlp_out", "0.residual", "1.attn_out", "2.residual"]
 
 
 def linked(model, ids, cut):
