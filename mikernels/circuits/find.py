@@ -25,7 +25,7 @@ they meet the writers, so that of m steps the products cost as much as those of 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -240,26 +240,32 @@ class _Batch:
         self, method: str, level: str, steps: int, sums: _Sums
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Adds its scores; the numbers of the prompts, and of their counterfactuals."""
-        other = record(self.wiring, self.others, self.behavior)
-        find = self._edges if level == "edge" else self._nodes
-        if method in ("eap", "gim", "atp"):
-            clean = find(None, other, [None], 1.0, sums)
-        else:
-            clean = record(self.wiring, self.prompts, self.behavior)
+        patches: Sequence[Patch | None] = [None]
+        found: list[torch.Tensor] = []
+
+        # after the pass with gradients, when its graph is gone: 0.2 GB less of 1.3 for 400 tokens
+        # and 8 layers of Llama-8B's widths
+        def compare(written: Written) -> Changes:
+            other = record(self.wiring, self.others, self.behavior)
+            found.extend([written.values, other.values])
+            return Changes.of(written, other, last=True)
+
+        if method in _PATHS:
+            attention = method == "eap-ig-activations"
+            other = record(self.wiring, self.others, self.behavior, attention)
+            clean = record(self.wiring, self.prompts, self.behavior, attention)
+            changes = Changes.of(clean, other)
+            found = [clean.values, other.values]
             patches = list(_PATHS[method](self.wiring.graph, clean, other, steps))
-            find(clean, other, patches, 1 / len(patches), sums)
-        return clean.values, other.values
+        find = self._edges if level == "edge" else self._nodes
+        find(patches, (lambda _: changes) if method in _PATHS else compare, sums)
+        return found[0], found[1]
 
     def _edges(
-        self,
-        clean: Written | None,
-        other: Written,
-        patches: Sequence[Patch | None],
-        factor: float,
-        sums: _Sums,
-    ) -> Written:
+        self, patches: Sequence[Patch | None], compare: Callable[[Written], Changes], sums: _Sums
+    ) -> None:
         products = Products(self.wiring, sums.scores)
-        weights = self.weights * factor
+        weights = self.weights / len(patches)
         gradients: list[Gradients] | None = None
         end: torch.Tensor | None = None
         for number, patch in enumerate(patches, 1):
@@ -267,36 +273,24 @@ class _Batch:
                 self.wiring, self.prompts, self.behavior, gradients, patch
             )
             end = g if end is None else end + g
-            clean = written if clean is None else clean
             if number == len(patches) or len(gradients[0].stretches) >= STRETCHES:
-                changes = Changes.of(clean, other)
-                products.add(
-                    changes, gradients, end, weights, self.prompts.kept, sums.positions
-                )  # fmt: skip
+                changes = compare(written)
+                products.add(changes, gradients, end, weights, self.prompts.kept, sums.positions)
                 gradients = end = None
-        assert clean is not None
-        return clean
 
     def _nodes(
-        self,
-        clean: Written | None,
-        other: Written,
-        patches: Sequence[Patch | None],
-        factor: float,
-        sums: _Sums,
-    ) -> Written:
+        self, patches: Sequence[Patch | None], compare: Callable[[Written], Changes], sums: _Sums
+    ) -> None:
         total: list[torch.Tensor] | None = None
         for patch in patches:
             written, grads = at_writers(self.wiring, self.prompts, self.behavior, patch)
-            clean = written if clean is None else clean
             total = grads if total is None else [a + b for a, b in zip(total, grads, strict=True)]
-        assert clean is not None and total is not None
-        scores = self._node_scores(Changes.of(clean, other), total)
-        scores = scores.to(sums.scores.dtype) * factor
+        assert total is not None
+        scores = self._node_scores(compare(written), total)
+        scores = scores.to(sums.scores.dtype) / len(patches)
         sums.scores += self.weights @ scores.sum(1)
         if sums.positions is not None:
             sums.positions += torch.einsum("b,bpw->pw", self.weights[0], scores)
-        return clean
 
     def _node_scores(self, changes: Changes, grads: list[torch.Tensor]) -> torch.Tensor:
         """`[B, P, W]`, 0 at padding."""

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,12 +49,19 @@ class Prompts:
 
     def rows(self, part: slice) -> Prompts:
         """Some of them."""
+        return self._each(lambda value: value[part])
+
+    def times(self, n: int) -> Prompts:
+        """All of them n times over."""
+        return self._each(lambda value: value.repeat(n, *[1] * (value.dim() - 1)))
+
+    def _each(self, make: Callable[[torch.Tensor], torch.Tensor]) -> Prompts:
         b = len(self.ids)
         given = {
-            name: value[part] if isinstance(value, torch.Tensor) and len(value) == b else value
+            name: make(value) if isinstance(value, torch.Tensor) and len(value) == b else value
             for name, value in self.given.items()
         }
-        return Prompts(given, None if self.kept is None else self.kept[part])
+        return Prompts(given, None if self.kept is None else make(self.kept))
 
 
 def pad_left(rows: list[list[int]]) -> dict[str, torch.Tensor]:

@@ -50,15 +50,16 @@ class Written:
         values: `[B]`, the number of each prompt.
         start, end: `[B, P, d]`, what the first block is given, and what is read after the last.
         z: of each block `[B, P, H, dh]`, over the scale of the norm after attention, if any.
-        attention, mlp: of each block `[B, P, d]`, what is added to the stream; None without an MLP.
+        mlp: of each block `[B, P, d]`, what is added to the stream; None without an MLP.
+        attention: likewise; empty unless asked for.
     """
 
     values: torch.Tensor
     start: torch.Tensor
     end: torch.Tensor
     z: list[torch.Tensor]
-    attention: list[torch.Tensor]
     mlp: list[torch.Tensor | None]
+    attention: list[torch.Tensor]
 
 
 class Stretch(NamedTuple):
@@ -182,7 +183,7 @@ class _Hooks:
         if (reader := reading.block.mlp_reader) is not None:
             stack.callback(reader.register_forward_pre_hook(enter, with_kwargs=True).remove)
 
-    def written(self, values: torch.Tensor) -> Written:
+    def written(self, values: torch.Tensor, attention: bool = False) -> Written:
         shape = self.start.shape
         z = []
         for i, reading in enumerate(self._wiring.layers):
@@ -198,8 +199,8 @@ class _Hooks:
             self.start.detach(),
             self.end.detach().view(shape),
             z,
-            [x.detach().view(shape) for x in self.attention],
             [None if x is None else x.detach().view(shape) for x in self.mlp],
+            [x.detach().view(shape) for x in self.attention] if attention else [],
         )
 
 
@@ -218,13 +219,17 @@ def _nothing(layer: int, part: str) -> None:
 
 
 def record(
-    wiring: Wiring, prompts: Prompts, behavior: Behavior, patch: Patch | None = None
+    wiring: Wiring, prompts: Prompts, behavior: Behavior, attention: bool = False
 ) -> Written:
-    """One forward pass without gradients."""
+    """One forward pass without gradients.
+
+    Args:
+        attention: also keep what attention wrote.
+    """
     with torch.no_grad(), wiring.decoder.whole(), ExitStack() as stack:
-        hooks = _Hooks(wiring, stack, patch, edges=False)
+        hooks = _Hooks(wiring, stack, None, edges=False)
         values = _values(wiring, prompts, behavior)
-    return hooks.written(values)
+    return hooks.written(values, attention)
 
 
 def _values(wiring: Wiring, prompts: Prompts, behavior: Behavior) -> torch.Tensor:

@@ -24,7 +24,7 @@ from mikernels.models.readers import Wiring
 from mikernels.ops.pairs.edges import edge_scores
 
 # bytes of a tile's writers, and of the readers beside them
-TILE = 1 << 27
+TILE = 1 << 26
 # readers that meet the writers at a time: each reads them all
 READERS = 64
 
@@ -45,17 +45,26 @@ class Changes:
     size: torch.Tensor
 
     @classmethod
-    def of(cls, clean: Written, other: Written) -> Changes:
-        """Changes; at padding whatever is there."""
+    def of(cls, clean: Written, other: Written, last: bool = False) -> Changes:
+        """Changes; at padding whatever is there.
+
+        Args:
+            last: nobody reads `other` after this: its memory holds them.
+        """
+
+        def less(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+            return torch.sub(a, b, out=b) if last else a - b
+
+        size = clean.end.norm(dim=-1) + other.end.norm(dim=-1)
         return cls(
-            clean.start - other.start,
-            [a - b for a, b in zip(clean.z, other.z, strict=True)],
+            less(clean.start, other.start),
+            [less(a, b) for a, b in zip(clean.z, other.z, strict=True)],
             [
-                None if a is None or b is None else a - b
+                None if a is None or b is None else less(a, b)
                 for a, b in zip(clean.mlp, other.mlp, strict=True)
             ],
-            clean.end - other.end,
-            clean.end.norm(dim=-1) + other.end.norm(dim=-1),
+            less(clean.end, other.end),
+            size,
         )
 
 

@@ -39,7 +39,7 @@ from mikernels.evaluate.judged import Judged, as_judged, check_width, reconstruc
 from mikernels.evaluate.random_sae import random_like
 from mikernels.evaluate.reconstruction import Reconstruction, ReconstructionSums
 from mikernels.models.decoder import find_layer
-from mikernels.models.hooks import NEVER, check_fires, eager, returned
+from mikernels.models.hooks import NEVER, check_fires, eager, in_place_of, returned
 from mikernels.values.batch import Batch
 from mikernels.values.intervals import RESAMPLES, Interval, bootstrap
 
@@ -124,13 +124,7 @@ class _Runner:
         assert self._change is not None
         x = returned(output)
         y = self._change(x)
-        if y is x:
-            return None
-        if isinstance(output, tuple):
-            # a named tuple keeps its names
-            parts = (y, *output[1:])
-            return type(output)(*parts) if hasattr(output, "_fields") else parts
-        return [y, *output[1:]] if isinstance(output, list) else y
+        return None if y is x else in_place_of(output, y)
 
     def losses(self, tokens: torch.Tensor, skip_first: int, change: Change) -> torch.Tensor:
         """`[w]` float64 sums of the cross-entropies of windows `[w, t]`, each of t - 1 -

@@ -69,6 +69,15 @@ def returned(output: Any) -> Any:
     return output[0] if isinstance(output, tuple | list) else output
 
 
+def in_place_of(output: Any, tensor: torch.Tensor) -> Any:
+    """What a module returned, with another tensor in the place of `returned`."""
+    if isinstance(output, tuple):
+        parts = (tensor, *output[1:])
+        # a named tuple keeps its names
+        return type(output)(*parts) if hasattr(output, "_fields") else parts
+    return [tensor, *output[1:]] if isinstance(output, list) else tensor
+
+
 def compiled_part(model: torch.nn.Module) -> str | None:
     """The name of a module that is compiled or scripted, in words; None without any."""
     for name, module in model.named_modules():

@@ -21,6 +21,7 @@ from mikernels.models.parts import (
     Block,
     Decoder,
     Heads,
+    Product,
     Projection,
     Tap,
     child_named,
@@ -91,6 +92,15 @@ class HuggingFace(Decoder):
             found.append(Projection(part, module, by_heads(weight).movedim(0, 1), bias, at))
         q, k, v = found
         return q, k, v
+
+    def last_products(self, block: Block) -> list[Product]:
+        parts = () if block.mlp is None else block.mlp.modules()
+        weights = {part: _matrix(part) for part in parts}
+        return [
+            Product(Tap(part, before=True), weight, getattr(part, "bias", None))
+            for part, weight in weights.items()
+            if weight is not None and weight.shape[1] == self.d
+        ]
 
     def logits(self, inputs: Mapping[str, Any]) -> torch.Tensor:
         with eager():

@@ -24,6 +24,7 @@ from mikernels.models.hooks import check_eval, eager
 from mikernels.models.parts import (
     Block,
     Decoder,
+    Product,
     Projection,
     Tap,
     child_named,
@@ -106,6 +107,14 @@ class Lens(Decoder):
         finally:
             for name in before:
                 setattr(cfg, name, True)
+
+    def last_products(self, block: Block) -> list[Product]:
+        mlp = block.mlp
+        read = None if mlp is None else child_named(mlp, ("hook_post",))
+        weight, bias = (getattr(mlp, name, None) for name in ("W_out", "b_out"))
+        if read is None or not isinstance(weight, torch.Tensor) or weight.dim() != 2:
+            return []
+        return [Product(Tap(read), weight.detach(), bias)]
 
     def logits(self, inputs: Mapping[str, Any]) -> torch.Tensor:
         others = sorted(inputs.keys() - set(INPUTS))

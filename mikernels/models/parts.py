@@ -17,7 +17,7 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 
-from mikernels.models.hooks import check_eval, check_fires, returned
+from mikernels.models.hooks import check_eval, check_fires, in_place_of, returned
 
 ATTENTION = ("self_attn", "attn", "attention", "self_attention")
 PROJECTION = ("o_proj", "c_proj", "out_proj", "dense")
@@ -44,6 +44,29 @@ class Tap(NamedTuple):
             return pre.remove
         hook = self.module.register_forward_hook(lambda module, args, out: see(returned(out)))
         return hook.remove
+
+    def edit(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[], None]:
+        """Puts what `change` makes of each tensor that passes in its place; what is returned ends
+        that."""
+
+        def enter(module: torch.nn.Module, args: Any, kwargs: Any = None) -> Any:
+            # without keywords it is called by threads that were there when the hook came
+            if kwargs is None or (x := first_tensor(args, kwargs)) is None:
+                return None
+            y = change(x)
+            replace = {id(x): y}
+            return (
+                tuple(replace.get(id(a), a) for a in args),
+                {name: replace.get(id(a), a) for name, a in kwargs.items()},
+            )
+
+        def leave(module: torch.nn.Module, args: Any, output: Any) -> Any:
+            x = returned(output)
+            return in_place_of(output, change(x)) if isinstance(x, torch.Tensor) else None
+
+        if self.before:
+            return self.module.register_forward_pre_hook(enter, with_kwargs=True).remove
+        return self.module.register_forward_hook(leave).remove
 
 
 class Heads(NamedTuple):
@@ -122,6 +145,14 @@ class Block:
     def writes(self) -> tuple[str, ...]:
         """What is in it: "attn", and "mlp" if it has one."""
         return ("attn",) if self.mlp is None else ("attn", "mlp")
+
+
+class Product(NamedTuple):
+    """`x weight + bias`: where x is seen, `[n, d]`, and `[d]` or None."""
+
+    tap: Tap
+    weight: torch.Tensor
+    bias: torch.Tensor | None
 
 
 Kind = TypeVar("Kind", bound="Decoder")
@@ -211,6 +242,10 @@ class Decoder(ABC):
     @abstractmethod
     def b_o(self, block: Block) -> torch.Tensor | None:
         """The projection's bias `[d]`, None without."""
+
+    @abstractmethod
+    def last_products(self, block: Block) -> list[Product]:
+        """What may be the last product of its MLP; `mikernels.models.neurons` tells which is."""
 
     def rounds_products(self, block: Block) -> bool:
         """Whether the model rounds each `z_i W_ij` to its dtype before it adds them up."""

@@ -93,6 +93,22 @@ def sum_intervals(n: int, sums: np.ndarray, squares: np.ndarray) -> list[Interva
     ]
 
 
+def mean_difference(units: np.ndarray, others: np.ndarray) -> Interval:
+    """The mean of `[n]` less that of other units `[m]`, with Welch's 95 % interval."""
+    sizes = np.array([len(units), len(others)])
+    value = float(units.mean() - others.mean()) if sizes.min() else math.nan
+    if sizes.min() < 2:
+        return Interval(value, math.nan, math.nan)
+    from scipy.special import stdtrit
+
+    squares = np.array([units.var(ddof=1), others.var(ddof=1)]) / sizes
+    if not (total := squares.sum()):
+        return Interval(value, value, value)
+    freedom = total**2 / (squares**2 / (sizes - 1)).sum()
+    reach = float(stdtrit(freedom, 0.975)) * math.sqrt(total)
+    return Interval(value, value - reach, value + reach)
+
+
 def bootstrap(
     statistic: Callable[[np.ndarray], np.ndarray],
     units: np.ndarray,
