@@ -171,6 +171,19 @@ def test_integrated_gradients_add_up_to_what_the_site_does(corrupted):
     assert hooks_of(model) == before and all(p.requires_grad for p in model.parameters())
 
 
+def test_the_predicted_token_is_that_of_the_prompt():
+    model, saes = tiny("llama"), {1: dictionaries()["0.residual"]}
+    with torch.no_grad():
+        tokens, others = (model(ids).logits[:, -1].argmax(-1) for ids in (IDS, OTHER))
+    assert not torch.equal(tokens, others)
+    options = {"method": "ig", "steps": 2}
+    found = feature_circuit(model, saes, IDS, OTHER, **options)
+    expected = feature_circuit(model, saes, IDS, OTHER, tokens, **options)
+    close(found.counterfactual_values, expected.counterfactual_values)
+    close(dense(found.sites["1.residual"]), dense(expected.sites["1.residual"]))
+    assert found.label == "logit of the predicted token"
+
+
 def test_rules_and_low_precision():
     model, saes = tiny("llama"), {"1.residual": dictionaries()["0.residual"]}
     with rules(model, "gim"):
@@ -224,6 +237,22 @@ def test_hooked_transformers():
     assert (total - change).abs().max() < 1e-2 * change.abs().max()
     graph = feature_graph(model, saes, IDS, OTHER, PAIR, nodes=2)
     assert {e.target.rpartition(".")[0] for e in graph.edges} == {"", "0.residual", "1.residual"}
+
+
+def test_features_that_are_never_active_and_a_caller_without_gradients():
+    model, dead = tiny("llama"), filled(TopKSAE(D, F, 5, dtype=torch.float64), 1)
+    with torch.no_grad():
+        dead.b_enc.fill_(-1e3)
+    with torch.inference_mode():
+        circuit = feature_circuit(model, {0: dead}, IDS[:1], OTHER[:1], PAIR)
+        graph = feature_graph(model, {0: dead, 1: dead}, IDS[:1], OTHER[:1], PAIR)
+    assert circuit.ranking == () and [n.name for n in circuit.errors] == ["0.residual.error"]
+    scores = circuit.sites["0.residual"]
+    close(scores.error, scores.whole)
+    assert not len(scores.features) and circuit.to_rows()[0]["low"] is None
+    assert "1 prompt" in str(circuit) and "interval" not in str(circuit)
+    # what reaches the answer past the second site comes from that
+    assert {(e.source, e.target) for e in graph.edges} == {("1.residual.error", "answer")}
 
 
 class Crooked(TopKSAE):

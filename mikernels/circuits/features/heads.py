@@ -220,6 +220,7 @@ def _copying(a: torch.Tensor, b: torch.Tensor) -> float:
     return float(values.real.sum()) / size if size else 0.0
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def ov_circuit(
     model: torch.nn.Module,
@@ -266,6 +267,7 @@ def ov_circuit(
     return _circuit("OV", one, a, b.to(a), (source, target), k, by, copying)
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def qk_circuit(
     model: torch.nn.Module,

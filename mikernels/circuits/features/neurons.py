@@ -30,6 +30,7 @@ def _place(decoder: Decoder, layer: int) -> Tap:
     return neurons.tap
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def neuron_activations(
     model: torch.nn.Module,

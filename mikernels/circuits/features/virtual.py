@@ -49,6 +49,7 @@ def _joined(source: Dictionary, target: Dictionary) -> bool:
     )
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def virtual_edges(
     model: torch.nn.Module, saes: SAEs, *, k: int = 30, by: str = "abs"
