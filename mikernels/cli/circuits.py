@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from mikernels.circuits import Circuit, Probe
+    from mikernels.circuits.faithfulness import Curve
 
 NAME = "circuits"
 MODEL, QUESTION, METHOD = "Model", "Question", "Method"
@@ -112,6 +113,15 @@ def circuits(
     ] = None,
     k: Annotated[int, option("Heads and MLPs to rank.", METHOD)] = 10,
     edges: Annotated[int, option("Edges to draw.", METHOD)] = 200,
+    curve: Annotated[
+        bool,
+        option(
+            "Also run the model on circuits of ten sizes, of each method and at random: how much "
+            "of the behaviour they keep.",
+            METHOD,
+            "--curve/--no-curve",
+        ),
+    ] = True,
     batch_size: Annotated[
         int | None, option("Prompts at a time.", METHOD, show_default="what takes some 2 GB")
     ] = None,
@@ -169,7 +179,7 @@ def circuits(
     if asked.corrupted is None:
         found = run.alone(method, batch_size, out, known)
     else:
-        found = run.compared(methods, level, edges, batch_size, seed, out, known)
+        found = run.compared(methods, level, edges, curve, batch_size, seed, out, known)
     console.print(f"wrote {out}", highlight=False, markup=False, soft_wrap=True)
     if json_file is not None:
         from mikernels.files import explained, finite, write_json
@@ -411,6 +421,7 @@ class _Run:
         methods: list[str],
         level: str | None,
         edges: int,
+        curve: bool,
         batch_size: int | None,
         seed: int,
         out: Path,
@@ -438,6 +449,9 @@ class _Run:
                 )
         first = found[0]
         _print(self.console, first, self.k)
+        by_score, by_size = self.curves(found, seed) if curve else ([], [])
+        if by_score:
+            _print_curves(self.console, by_score, by_size)
         names = [name for name, _, _ in components(first, self.k) if ".h" in name]
         write_report(
             found,
@@ -447,10 +461,36 @@ class _Run:
             edges=edges,
             tokens=self.tokens("gim" if first.method == "gim" else None),
             patterns=self.patterns(names),
+            curves=by_score,
+            curves_by_size=by_size,
             known=known,
             command=_command(),
         )
-        return {"circuits": [_circuit_json(c, self.k, edges) for c in found]}
+        return {
+            "circuits": [_circuit_json(c, self.k, edges) for c in found],
+            "curves": [c.to_dict() for c in by_score],
+            "curves_by_size": [c.to_dict() for c in by_size],
+        }
+
+    def curves(self, found: list[Circuit], seed: int) -> tuple[list[Curve], list[Curve]]:
+        """By score and by size of score, of each circuit and of one drawn at random."""
+        from mikernels.circuits.faithfulness import faithfulness_curve, random_circuit
+
+        every = [*found, random_circuit(found[0].graph, found[0].level, seed)]
+        with self.console.status(f"faithfulness of {len(every)} circuits at ten sizes"):
+            by_score, by_size = (
+                faithfulness_curve(
+                    self.model,
+                    self.asked.clean,
+                    self.asked.corrupted,
+                    self.asked.target,
+                    every,
+                    tokenizer=self.tokenizer,
+                    absolute=absolute,
+                )
+                for absolute in (False, True)
+            )
+        return by_score, by_size
 
     def tokens(self, rules: str | None) -> Any:
         """What the first prompts' tokens add, over a space where the tokeniser has it as one."""
@@ -501,6 +541,19 @@ def _print(console: Console, found: Circuit, k: int) -> None:
             )
             cells = [a + b for a, b in zip(cells, sure, strict=True)]
         console.print(Columns(f"Strongest {title}, by {found.method}", head, cells, (0,), 1))
+
+
+def _print_curves(console: Console, by_score: list[Curve], by_size: list[Curve]) -> None:
+    from mikernels.circuits.report.circuits import ENOUGH
+    from mikernels.circuits.tables import Columns
+
+    rows = []
+    for one, other in zip(by_score, by_size, strict=True):
+        least = one.smallest(ENOUGH)
+        enough = "–" if least is None else f"{least:,}"
+        rows.append((one.method, str(one.cpr), str(other.cmd), enough))
+    head = ("", "CPR", "CMD", f"{by_score[0].level}s for {ENOUGH:.0%}")
+    console.print(Columns("Faithfulness", head, rows))
 
 
 def _rows_json(rows: Any) -> list[dict[str, Any]]:

@@ -39,6 +39,7 @@ def page(tmp_path_factory):
         [FOUND, circuit("eap", 1)], path, title="How SmolLM2-135M completes 32 prompts",
         tokens=tokens(), patterns=patterns(HEADS),
         curves=[curve("gim", 1.1), curve("eap", 0.9), curve("random", 0.3)],
+        curves_by_size=[curve("gim", 1.0), curve("eap", 0.8), curve("random", 0.2)],
         known={"model": "SmolLM2-135M", "prompt": "".join(TOKENS)},
         command="mikernels circuits --model smollm2 --task ioi -n 32 --method gim --compare eap",
     )  # fmt: skip
