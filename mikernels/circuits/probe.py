@@ -26,8 +26,6 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Group, RenderableType
-from rich.table import Table
-from rich.text import Text
 
 from mikernels._dispatch import accumulate_dtype
 from mikernels.circuits.attribution import TokenAttribution
@@ -41,6 +39,7 @@ from mikernels.circuits.passes import Pass, backward, forward, under
 from mikernels.circuits.patterns import HeadScores, Patterns
 from mikernels.circuits.prompts import Inputs, Prompts, check_aligned, read_prompts
 from mikernels.circuits.report import attention, page, parts
+from mikernels.circuits.tables import Columns
 from mikernels.circuits.targets import Behavior, Target, read_target, vocabulary
 from mikernels.models.claims import Claims, product_limit
 from mikernels.models.decoder import find_decoder
@@ -164,27 +163,14 @@ class Probe:
         prompts = f"mean of {b} prompts" if b > 1 else "1 prompt"
         return f"{self.label}: {self.values.mean().item():.3f} ({prompts})"
 
+    def _table(self) -> Columns:
+        return Columns(self._title(), self._head(), self._cells(), (1,), 2)
+
     def __str__(self) -> str:
-        cells = [self._head(), *self._cells()]
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        rows = [
-            "  ".join(
-                cell.ljust(width) if column in (1, len(widths)) else cell.rjust(width)
-                for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-            ).rstrip()
-            for row in cells
-        ]
-        return "\n".join([self._title(), *rows, "", str(self.interactions)])
+        return f"{self._table()}\n\n{self.interactions}"
 
     def __rich__(self) -> RenderableType:
-        table = Table(title=self._title(), title_justify="left")
-        for name in self._head():
-            table.add_column(name, justify="left" if name == "component" else "right")
-        for row in self._cells():
-            colour = "green" if row[2].startswith("+") else "red"
-            cells = (Text(cell, style=colour if i == 2 else "") for i, cell in enumerate(row))
-            table.add_row(*cells)
-        return Group(table, self.interactions)
+        return Group(self._table().__rich__(), self.interactions)
 
     def to_html(
         self,
