@@ -14,8 +14,7 @@ if TYPE_CHECKING:
     import torch
     from rich.console import Console
 
-    from mikernels.circuits import Circuit, Probe
-    from mikernels.circuits.faithfulness import Curve
+    from mikernels.circuits import Circuit, Curve, Probe
 
 NAME = "circuits"
 MODEL, QUESTION, METHOD = "Model", "Question", "Method"
@@ -474,7 +473,7 @@ class _Run:
 
     def curves(self, found: list[Circuit], seed: int) -> tuple[list[Curve], list[Curve]]:
         """By score and by size of score, of each circuit and of one drawn at random."""
-        from mikernels.circuits.faithfulness import faithfulness_curve, random_circuit
+        from mikernels.circuits import faithfulness_curve, random_circuit
 
         every = [*found, random_circuit(found[0].graph, found[0].level, seed)]
         with self.console.status(f"faithfulness of {len(every)} circuits at ten sizes"):
