@@ -475,20 +475,23 @@ class _Run:
         """By score and by size of score, of each circuit and of one drawn at random."""
         from mikernels.circuits import faithfulness_curve, random_circuit
 
-        every = [*found, random_circuit(found[0].graph, found[0].level, seed)]
-        with self.console.status(f"faithfulness of {len(every)} circuits at ten sizes"):
-            by_score, by_size = (
-                faithfulness_curve(
-                    self.model,
-                    self.asked.clean,
-                    self.asked.corrupted,
-                    self.asked.target,
-                    every,
-                    tokenizer=self.tokenizer,
-                    absolute=absolute,
-                )
-                for absolute in (False, True)
+        def run(some: list[Circuit], absolute: bool) -> list[Curve]:
+            return faithfulness_curve(
+                self.model,
+                self.asked.clean,
+                self.asked.corrupted,
+                self.asked.target,
+                some,
+                tokenizer=self.tokenizer,
+                absolute=absolute,
             )
+
+        chance = random_circuit(found[0].graph, found[0].level, seed)
+        with self.console.status(f"faithfulness of {len(found) + 1} circuits at ten sizes"):
+            by_score = run([*found, chance], False)
+            by_size = run(found, True)
+        # what is drawn is as random by size
+        by_size.append(by_score[-1])
         return by_score, by_size
 
     def tokens(self, rules: str | None) -> Any:

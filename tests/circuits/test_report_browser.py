@@ -111,6 +111,14 @@ def test_the_graph_is_pointed_at_filtered_and_walked(chromium, page):
             node[1:].split(".")[0]
         )
 
+        # beyond the logits there is nothing
+        for _ in range(30):
+            tab.page.keyboard.press("ArrowUp")
+        assert tab.page.evaluate("document.activeElement.dataset.name") == "logits"
+        tab.page.keyboard.press("Enter")
+        assert tab.page.locator("aside h3").inner_text() == "logits"
+        tab.page.keyboard.press("Enter")
+
         form.locator("[name=n]").fill("20")
         assert names_in(tab, ".edge") == set(map(name, edges[:20]))
         assert "20 drawn, of 70,651" in tab.page.locator(".is-graph").inner_text()
