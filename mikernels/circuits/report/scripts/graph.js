@@ -65,7 +65,7 @@ each("graph", (section, given) => {
       .attr("text-anchor", "end").attr("dominant-baseline", "central").text(String);
     const named = [...d3.range(circuit.heads).filter(h => at.column > 14 || h % 4 === 0), -1];
     join(only(svg, "columns").selectAll("text").data(named), "text")
-      .attr("x", at.x).attr("y", at.height - 38).attr("text-anchor", "middle")
+      .attr("x", h => Math.min(at.x(h), width - 11)).attr("y", at.height - 38).attr("text-anchor", "middle")
       .text(h => (h < 0 ? "MLP" : at.column > 26 ? `h${h}` : h));
     // the other nodes, so that one sees where there are any
     join(only(svg, "others").selectAll("circle").data(d3.range(1, LOGITS).filter(node => !drawn.has(node))), "circle")
