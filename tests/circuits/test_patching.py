@@ -10,7 +10,10 @@ from decoder_cases import hooks_of, made, padded
 from lens_cases import lens
 
 from mikernels.circuits import patching
+from mikernels.circuits.baseline import normed
 from mikernels.circuits.patching import Patcher, pruned
+from mikernels.models.decoder import find_decoder
+from mikernels.models.readers import wire
 
 CLEAN = torch.tensor([[3, 14, 15, 9, 2], [6, 5, 35, 8, 9], [11, 2, 40, 8, 1]])
 OTHER = torch.tensor([[3, 17, 15, 21, 2], [6, 5, 33, 8, 4], [12, 2, 40, 8, 3]])
@@ -444,6 +447,20 @@ def test_batches_and_circuits_side_by_side_change_nothing():
         token = model(CLEAN).logits[:, -1].argmax(-1)
     expected = patcher(model, metric=token).measure([drawn(every.graph, 0.5)])
     assert torch.equal(found.values, expected.values)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "olmo", "llama", "gemma2", "lens, LN", "lens, RMS"])
+def test_norms_in_fp32_are_the_modules(kind):
+    fp32 = torch.float32
+    pre = {"normalization_type": f"{kind[6:]}Pre"}
+    model = lens("llama", fp32, **pre) if "lens" in kind else made(kind, fp32)
+    generator = torch.Generator().manual_seed(0)
+    x = 3 * torch.randn(2, 5, 3, 24, generator=generator) + 1
+    for reading in wire(find_decoder(model, "test", "")).layers:
+        assert reading.norm.form is not None
+        for norm in (reading.norm, reading.mlp_norm):
+            with torch.no_grad():
+                torch.testing.assert_close(normed(norm, x), norm.module(x))
 
 
 def test_a_wrong_sum_is_found_where_it_is(monkeypatch):
