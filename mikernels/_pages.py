@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One self-contained HTML page from plain values: no script, no external resource."""
+"""One self-contained HTML page from plain values: no external resource."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ def visible(text: str) -> Any:
 
 
 def render(where: str, package: str, template: str, values: dict[str, Any], **filters: Any) -> str:
-    """Fill a template that lies in a package; missing values are errors.
+    """Fill a template that lies in a package, and those that it includes; a missing value is an
+    error.
 
     Args:
         where: of the message: the public function.
@@ -31,15 +32,21 @@ def render(where: str, package: str, template: str, values: dict[str, Any], **fi
     try:
         import jinja2
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"{where}: jinja2 must be installed; `pip install 'mikernels[report]'`"
-        ) from error
+        raise missing(where, "jinja2") from error
+    folder = resources.files(package)
     environment = jinja2.Environment(
+        loader=jinja2.FunctionLoader(lambda name: folder.joinpath(name).read_text("utf-8")),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
     environment.filters |= {"visible": visible, **filters}
-    source = resources.files(package).joinpath(template).read_text(encoding="utf-8")
-    return environment.from_string(source).render(**values)
+    return environment.get_template(template).render(**values)
+
+
+def missing(where: str, package: str) -> ModuleNotFoundError:
+    """What a page needs."""
+    return ModuleNotFoundError(
+        f"{where}: {package} must be installed; `pip install 'mikernels[report]'`"
+    )

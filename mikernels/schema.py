@@ -11,7 +11,15 @@ import functools
 import json
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, with_config
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+    with_config,
+)
 
 from mikernels.files import SEAL, check_seal
 
@@ -187,6 +195,133 @@ class CircuitFile(Strict):
     rules: str | None
     graph: GraphForm
     sha256: dict[str, Hash]
+
+
+class Passage(Strict):
+    """A text by its tokens, and what a feature or a component does at each: 0 is nothing."""
+
+    tokens: Annotated[list[str], Field(min_length=1)]
+    scores: list[Finite]
+
+    @model_validator(mode="after")
+    def _lengths(self) -> Passage:
+        if len(self.scores) != len(self.tokens):
+            raise ValueError(f"{len(self.tokens)} tokens with {len(self.scores)} scores")
+        return self
+
+
+class Unit(Strict):
+    name: Text
+    texts: Annotated[list[Passage], Field(min_length=1)]
+
+
+class Evidence(Strict):
+    """What components do at the tokens of prompts: `mikernels.rate.save_evidence`."""
+
+    format: Literal["mikernels-evidence"]
+    version: Literal[1]
+    label: Text
+    units: Annotated[list[Unit], Field(min_length=1)]
+
+
+class Question(Passage):
+    """A passage that a person judges.
+
+    right: in the detection game whether the feature is active in it, in the fuzzing game whether
+    the scores are its own. quarter: of the activations that its strongest one is among, 0 the
+    strongest; None where it is not active, or where there is no such order.
+    """
+
+    right: bool
+    quarter: Annotated[int, Field(ge=0, le=3)] | None = None
+
+
+class RatedItem(Strict):
+    """A feature or a component as a person sees it: evidence, then questions.
+
+    control: None for what is rated; "mismatched": the evidence is another one's; "random": the
+    evidence is scores at random places. Both stay unknown to the person.
+    """
+
+    id: Text
+    name: Text
+    control: Literal["mismatched", "random"] | None
+    evidence: Annotated[list[Passage], Field(min_length=1)]
+    questions: Annotated[list[Question], Field(min_length=2)]
+
+    @model_validator(mode="after")
+    def _both(self) -> RatedItem:
+        right = sum(question.right for question in self.questions)
+        # so that the share of right answers is the balanced accuracy, and luck is a half
+        if 2 * right != len(self.questions):
+            raise ValueError(f"half of {len(self.questions)} questions right, got {right}")
+        return self
+
+
+class RatedItems(Strict):
+    """`rate/items.json`: what every rater of a run sees. repeats: ids that are shown twice."""
+
+    format: Literal["mikernels-rate-items"]
+    version: Literal[1]
+    kind: Literal["feature", "component"]
+    game: Literal["detection", "fuzzing"]
+    seed: int
+    source: dict[str, Any]
+    items: Annotated[list[RatedItem], Field(min_length=1)]
+    repeats: list[str]
+
+    @model_validator(mode="after")
+    def _ids(self) -> RatedItems:
+        ids = [item.id for item in self.items]
+        twice = [name for name in (ids, self.repeats) if len(set(name)) < len(name)]
+        if twice or not set(self.repeats) <= set(ids):
+            raise ValueError(f"ids that differ, and repeats among them, got {ids}, {self.repeats}")
+        return self
+
+
+Answers = list[bool | None]
+Rating = Annotated[int, Field(ge=1, le=5)] | None
+Description = Annotated[str, Field(max_length=2000)]
+
+
+class Turn(Strict):
+    """An item before a rater. order: of its questions on the page; answers: in that order."""
+
+    item: Text
+    repeat: bool
+    order: list[Count]
+    answers: Answers
+    rating: Rating = None
+    description: Description = ""
+    finished: str | None = None
+
+    @model_validator(mode="after")
+    def _order(self) -> Turn:
+        if sorted(self.order) != list(range(len(self.answers))):
+            raise ValueError(f"an order of {len(self.answers)} questions, got {self.order}")
+        if self.finished and (None in self.answers or self.rating is None):
+            raise ValueError("all answers and a rating of what is finished")
+        return self
+
+
+class Ratings(Strict):
+    """`rate/<rater>.json`. items: the checksum of the items that they are of."""
+
+    format: Literal["mikernels-ratings"]
+    version: Literal[1]
+    rater: Text
+    items: Hash
+    turns: Annotated[list[Turn], Field(min_length=1)]
+
+
+class Entry(Strict):
+    """What the page sends whenever something changes: all of a turn."""
+
+    turn: Count
+    answers: Answers
+    rating: Rating
+    description: Description
+    finish: bool
 
 
 @functools.cache

@@ -99,7 +99,7 @@ def test_every_option_explains_itself():
             assert parameter.help, f"{command.name} {parameter.name}"
 
 
-@pytest.mark.parametrize("name", ["info", "demo", "train", "eval"])
+@pytest.mark.parametrize("name", ["info", "demo", "train", "eval", "circuits"])
 def test_help_shows_examples_and_groups(command, monkeypatch, name):
     monkeypatch.setenv("COLUMNS", "120")
     code, out, _ = command(name, "--help")
@@ -368,3 +368,116 @@ def test_count_reads_suffixes(text, number):
 def test_count_refuses_what_is_no_count(text):
     with pytest.raises(typer.BadParameter):
         count(text)
+
+
+@pytest.fixture(scope="module")
+def letters_model(tmp_path_factory):
+    """A model of random weights that reads letters."""
+    folder = tmp_path_factory.mktemp("circuits") / "letters"
+    tiny("llama", torch.float32).save_pretrained(folder)
+    saved_tokenizer(folder)
+    return folder
+
+
+def test_circuits_prints_and_writes_what_the_library_finds(command, letters_model, tmp_path):
+    from mikernels.circuits import find_circuit
+    from mikernels.models.load import LocalModel
+
+    page, numbers = tmp_path / "page.html", tmp_path / "numbers.json"
+    code, out, err = command(
+        "circuits", "--model", letters_model, "--prompt", "c n o i b", "--prompt", "f e h i </b>",
+        "--counterfactual", "c n o e b", "--counterfactual", "f e h e </b>", "--answer", "g",
+        "--wrong", "k", "--compare", "eap", "--k", 3, "--edges", 7, "--out", page,
+        "--json", numbers,
+    )  # fmt: skip
+    assert code == 0, err
+    local = LocalModel(letters_model)
+    found = find_circuit(
+        local.model(head=True), ["c n o i b", "f e h i </b>"], ["c n o e b", "f e h e </b>"],
+        ("g", "k"), tokenizer=local.tokenizer(),
+    )  # fmt: skip
+    written = json.loads(numbers.read_text())
+    assert [c["method"] for c in written["circuits"]] == ["gim", "eap"]
+    gim = written["circuits"][0]
+    assert gim["values"] == pytest.approx(found.values.tolist(), rel=1e-5)
+    scores = found.scores.flatten()
+    best = scores.abs().argsort(descending=True, stable=True)[:7].tolist()
+    assert [e["name"] for e in gim["edges"]] == [
+        f"{found.graph.writers[i // len(found.graph.readers)]} -> "
+        f"{found.graph.readers[i % len(found.graph.readers)]}"
+        for i in best
+    ]
+    values = [e["score"]["value"] for e in gim["edges"]]
+    assert values == pytest.approx(scores[best].tolist(), rel=1e-4)
+    total = found.scores.sum(-1)
+    order = sorted(range(1, len(total)), key=lambda i: -abs(total[i]))[:3]
+    assert [c["name"] for c in gim["components"]] == [found.graph.writers[i] for i in order]
+    for name in (
+        gim["components"][0]["name"],
+        gim["edges"][0]["name"],
+        "logit difference 'g' - 'k'",
+    ):
+        assert name in out
+    text = page.read_text()
+    assert "--counterfactual &#39;c n o e b&#39;" in text and "f e h i </b>" not in text
+    assert "2 prompts" in text and "“c n o i b” → “g” in letters" in text
+
+
+def test_circuits_of_a_prompt_alone_are_activation_times_gradient(
+    command, letters_model, tmp_path
+):  # fmt: skip
+    from mikernels.circuits import gim_probe
+    from mikernels.models.load import LocalModel
+
+    page, numbers = tmp_path / "page.html", tmp_path / "numbers.json"
+    code, out, err = command(
+        "circuits", "--model", letters_model, "--prompt", "c n o i b", "--k", 3, "--out", page,
+        "--method", "eap", "--json", numbers,
+    )  # fmt: skip
+    assert code == 0, err
+    local = LocalModel(letters_model)
+    probe = gim_probe(
+        local.model(head=True), "c n o i b", None, 3, tokenizer=local.tokenizer(), rules="plain"
+    )
+    written = json.loads(numbers.read_text())
+    assert [c["name"] for c in written["components"]] == [c.name for c in probe.components]
+    assert "edges, and faithfulness, need --counterfactual" in " ".join(out.split())
+    assert "edges need --counterfactual" in page.read_text()
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([], "give either --prompt TEXT, or --task, one of ['ioi'"),
+        (["--task", "ioi", "--prompt", "a"], "give either --prompt TEXT, or --task"),
+        (["--task", "poetry"], "--task must be one of ['ioi', 'greater_than', 'induction', "),
+        (["--task", "ioi", "--answer", "a"], "must be left out with --task, which brings its own"),
+        (["--prompt", "a", "--wrong", "b"], "--wrong needs --answer, got none"),
+        (["--prompt", "a", "--answer", "b", "--answer", "c"], "--answer must be given once, or "
+         "once for each --prompt (1), got 2"),
+        (["--prompt", "a", "--prompt", "b", "--counterfactual", "c"], "--counterfactual must be "
+         "given once for each --prompt (2), got 1"),
+        (["--prompt", "a", "--method", "eap-ig"], "--counterfactual must be given for each "
+         "--prompt for edges, --compare and methods but gim and eap, got none"),
+        (["--prompt", "a", "--level", "edge"], "--counterfactual must be given for each --prompt"),
+        (["--task", "ioi", "--method", "acdc"], "--method must be one of ['eap', 'gim', "),
+        (["--task", "ioi", "--compare", "gim"], "--compare must name other methods, got ['gim', "),
+        (["--task", "ioi", "--method", "atp", "--level", "edge"], "and node for atp, got 'edge'"),
+        (["--task", "ioi", "--k", "0"], "--k must be at least 1, got 0"),
+        (["--task", "ioi", "--out", "no/such/folder.html"], "--out must be a file of an existing"),
+        (["--task", "ioi", "--device", "tpu9"], "--device must be cpu, cuda or cuda:N, got 'tpu9'"),
+    ],
+)  # fmt: skip
+def test_circuits_refuses_before_a_model_is_read(command, monkeypatch, arguments, message):
+    monkeypatch.setenv("COLUMNS", "300")
+    monkeypatch.setattr("mikernels.models.load.LocalModel.model", None)
+    code, _, err = command("circuits", "--model", "no/such/model", *arguments)
+    assert code == 2 and message in err and "circuits: " in err
+
+
+def test_circuits_names_a_model_that_is_not_there(command, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")
+    for model in ("no/such/model", "nobody/nothing"):
+        code, _, err = command("circuits", "--model", model, "--task", "ioi")
+        assert code == 2 and "--model must be a folder, smollm2, or the id of a model" in err
+        assert f"got {model}; `hf download {model}` fetches one" in err

@@ -31,7 +31,8 @@ LAYERS = (
     ("training", "circuits", "evaluate"),
     ("integrations",),
     ("info",),
-    ("demo",),
+    # what people look at
+    ("demo", "rate"),
     # trains on the demo's data: `bench quality`
     ("bench",),
     ("cli",),

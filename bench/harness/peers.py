@@ -12,7 +12,9 @@ stand-in of which nothing can be used.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
+import inspect
 import io
 import os
 import sys
@@ -194,3 +196,25 @@ def dictionary_learning_run(settings: dict[str, Any]) -> Any:
     """dictionary_learning's TopKTrainer of a new SAE; `.update(step, x)` trains on a batch."""
     top_k = _module("dictionary_learning.trainers.top_k", "dictionary-learning")
     return top_k.TopKTrainer(layer=0, lm_name="none", device="cpu", **settings)
+
+
+@functools.cache
+def eap_ig() -> tuple[types.ModuleType, types.ModuleType]:
+    """EAP-IG's `eap.attribute` and `eap.graph`, on the CPU, for prompts that are token ids.
+
+    It tokenises texts, and makes its scores on "cuda", whatever the model is on.
+    """
+    try:
+        graph = importlib.import_module("eap.graph")
+        attribute = importlib.import_module("eap.attribute")
+    except ImportError as error:
+        raise Unavailable(f"a checkout of EAP-IG is not importable ({error})") from error
+    source = inspect.getsource(attribute)
+    on_cpu = types.ModuleType("eap.attribute")
+    exec(compile(source.replace("'cuda'", "'cpu'"), str(attribute.__file__), "exec"), vars(on_cpu))
+
+    def tokenize(model: Any, ids: torch.Tensor) -> tuple[torch.Tensor, Any, torch.Tensor, int]:
+        return ids, torch.ones_like(ids), torch.full((len(ids),), ids.shape[1]), ids.shape[1]
+
+    vars(on_cpu)["tokenize_plus"] = tokenize
+    return on_cpu, graph

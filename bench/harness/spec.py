@@ -90,6 +90,8 @@ ATTENTION_SHAPES = {
         AttentionShape("gpt2-512", 1, 12, 12, 512, 64),
         AttentionShape("gemma2", 1, 8, 4, 512, 256, 50.0),
         AttentionShape("llama-heads", 1, 32, 8, 2048, 128),
+        # prompts of a task, for SmolLM2's heads
+        AttentionShape("prompts", 8, 9, 3, 16, 64),
         # the last two with long prompts, on a GPU
         AttentionShape("gemma2-4k", 1, 8, 4, 4096, 256, 50.0),
         AttentionShape("llama-4k", 1, 32, 8, 4096, 128),

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from mikernels.demo.data import held_out, load_rows, smollm2_shards
+from mikernels.activations.shards import load_rows
+from mikernels.demo.data import held_out, smollm2_shards
 from mikernels.evaluate import synthetic
 from mikernels.files import explained
 from mikernels.tensor_files import read_tensors, write_tensors

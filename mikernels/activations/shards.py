@@ -404,6 +404,13 @@ def write_shards(
     return sum(shard["rows"] for shard in shards)
 
 
+def load_rows(folder: Path) -> tuple[Rows, dict[str, Any]]:
+    """All rows of a shard folder in memory, and its metadata."""
+    parts = [shard.read(0, shard.rows) for shard in open_shards(folder)]
+    rows = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    return rows, read_index(folder)["metadata"]
+
+
 def remove_shards(folder: Path) -> None:
     """Delete the shards that an interrupted `write_shards` left, which have no index.
 

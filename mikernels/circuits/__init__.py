@@ -15,6 +15,20 @@ from mikernels.circuits.circuit import Circuit, Selection
 from mikernels.circuits.components import gradient_components, split_heads
 from mikernels.circuits.composition import composition_scores
 from mikernels.circuits.faithfulness import Curve, faithfulness_curve, random_circuit
+from mikernels.circuits.features import (
+    Coactivation,
+    FeatureCircuit,
+    FeatureGraph,
+    HeadCircuit,
+    LogitLens,
+    coactivation,
+    feature_circuit,
+    feature_graph,
+    logit_lens,
+    neuron_activations,
+    ov_circuit,
+    qk_circuit,
+)
 from mikernels.circuits.find import find_circuit
 from mikernels.circuits.interactions import (
     GradientInteractions,
@@ -24,9 +38,10 @@ from mikernels.circuits.interactions import (
 )
 from mikernels.circuits.interpret import CircuitEdge, Circuits, interpret_circuits
 from mikernels.circuits.minimal import Minimal, Ranking, minimal_circuit, rank_models
-from mikernels.circuits.patterns import HeadScores, head_scores
+from mikernels.circuits.patterns import HeadScores, Patterns, attention_patterns, head_scores
 from mikernels.circuits.probe import Component, Probe, gim_probe
 from mikernels.circuits.ranking import Ranked
+from mikernels.circuits.report.circuits import write_report
 from mikernels.circuits.stability import Stability, stability
 from mikernels.circuits.tasks import Task
 from mikernels.models.rules import PRESETS, Effect, RuleReport, Rules, rules
@@ -36,15 +51,21 @@ __all__ = [
     "AblationEffect",
     "CircuitEdge",
     "Circuits",
+    "Coactivation",
     "Component",
     "Curve",
     "Effect",
     "Erasure",
+    "FeatureCircuit",
+    "FeatureGraph",
     "GradientInteractions",
+    "HeadCircuit",
     "HeadScores",
     "Minimal",
+    "LogitLens",
     "NamedInteractions",
     "PRESETS",
+    "Patterns",
     "Probe",
     "Ranked",
     "Ranking",
@@ -54,13 +75,17 @@ __all__ = [
     "Stability",
     "Task",
     "TokenAttribution",
+    "attention_patterns",
     "ablate",
     "ablation_effect",
     "attribute",
+    "coactivation",
     "composition_scores",
     "comprehensiveness",
     "compute_gradient_interactions",
     "faithfulness_curve",
+    "feature_circuit",
+    "feature_graph",
     "find_circuit",
     "gim_probe",
     "gradient_components",
@@ -69,10 +94,15 @@ __all__ = [
     "minimal_circuit",
     "random_circuit",
     "rank_models",
+    "logit_lens",
+    "neuron_activations",
+    "ov_circuit",
+    "qk_circuit",
     "rules",
     "select_top_k",
     "split_heads",
     "stability",
     "sufficiency",
     "tasks",
+    "write_report",
 ]

@@ -22,9 +22,9 @@ from rich.table import Table
 from rich.text import Text
 
 from mikernels._dispatch import accumulate_dtype
-from mikernels.circuits import page
 from mikernels.circuits.passes import gradients, run, under
 from mikernels.circuits.prompts import Inputs, Prompts, embeddings, read_prompts
+from mikernels.circuits.report import page, parts
 from mikernels.circuits.targets import Target, read_target, token_id, vocabulary
 from mikernels.models.decoder import find_decoder
 from mikernels.models.hooks import frozen, original, returned
@@ -93,11 +93,14 @@ class TokenAttribution:
         Raises:
             ModuleNotFoundError: without the `report` extra. OSError: it cannot be written.
         """
-        note = "What each token's embedding adds, to first order."
-        part = page.text("Tokens", note, self.positions)
         several = len(self.values) > 1
         title = f"{self.label} of {len(self.values)} prompts" if several else self._title(0)
-        return page.write(NAME, title, "", [part], str(self.rules or ""), path)
+        return page.write(NAME, title, "", [self.section(), *parts.rules(self.rules)], path)
+
+    def section(self) -> parts.Part:
+        """Of a page: the text, its tokens shaded."""
+        note = "What each token's embedding adds, to first order."
+        return parts.text("Tokens", note, self.positions)
 
 
 def _baseline(decoder: Decoder, embedded: torch.Tensor, baseline: Any) -> torch.Tensor:

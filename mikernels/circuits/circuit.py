@@ -63,8 +63,8 @@ class Selection:
     def pruned(self) -> Selection:
         """Without what lies on no path from `input` to `logits`.
 
-        With counterfactual ablation the model computes the same with it and without, bit by bit
-        (see `mikernels.circuits.selection`). Of nodes that is all, or, without `input`, none.
+        With counterfactual ablation the model computes the same with it and without (see
+        `mikernels.circuits.selection`). Of nodes that is all, or, without `input`, none.
         """
         kept = on_paths(self.graph, self.edges)
         mask = kept if self.level == "edge" else kept.any(1)

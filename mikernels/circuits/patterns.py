@@ -15,7 +15,7 @@ patterns that are not the model's own are an error.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,9 +25,9 @@ import torch
 from rich.table import Table
 
 from mikernels._dispatch import accumulate_dtype
-from mikernels.circuits import page
 from mikernels.circuits.passes import run
 from mikernels.circuits.prompts import Inputs, Prompts, read_prompts
+from mikernels.circuits.report import page, parts
 from mikernels.circuits.targets import vocabulary
 from mikernels.models.decoder import find_decoder
 from mikernels.models.hooks import check_uncompiled, original
@@ -90,10 +90,10 @@ class HeadScores:
             table.add_row(*row)
         return table
 
-    def parts(self) -> list[dict[str, Any]]:
+    def maps(self) -> list[dict[str, Any]]:
         """Of a page: a heat map each."""
         return [
-            page.heads(kind.replace("_", " ").capitalize(), getattr(self, kind), signed=False)
+            parts.heat_map(kind.replace("_", " ").capitalize(), getattr(self, kind), signed=False)
             for kind in KINDS
         ]
 
@@ -103,7 +103,23 @@ class HeadScores:
         Args:
             path: also written there.
         """
-        return page.write(NAME, "What heads attend to", "", self.parts(), "", path)
+        return page.write(NAME, "What heads attend to", "", [parts.maps(self.maps())], path)
+
+
+@dataclass(frozen=True, eq=False)
+class Patterns:
+    """The attention patterns of some heads.
+
+    Attributes:
+        names: of n heads, as `L3.h7`.
+        tokens: of each prompt, as text (ids without a tokenizer), without padding.
+        weights: of each prompt `[n, P, P]` float32, without padding: how much each token (a row)
+            attends to each (a column). A row adds up to 1.
+    """
+
+    names: tuple[str, ...]
+    tokens: list[list[str]]
+    weights: list[torch.Tensor]
 
 
 def _marks(ids: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
@@ -119,19 +135,16 @@ def _marks(ids: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
     return torch.stack([induction, previous, same])
 
 
-class _Heads:
-    """Adds up what the heads of each layer attend to, while the model runs."""
+class _Watched:
+    """Hands the patterns of each layer to `take`, some queries at a time, while the model runs."""
 
-    def __init__(self, decoder: Decoder, device: torch.device):
-        heads = [decoder.heads(block).query for block in decoder.blocks]
+    def __init__(self, decoder: Decoder):
         self._layers: dict[torch.nn.Module, int] = {
             block.attention: block.index for block in decoder.blocks
         }
         self._refusal = decoder.refusal
-        self.totals = [torch.zeros(3, h, dtype=torch.float64, device=device) for h in heads]
-        self.counts = torch.zeros(3, dtype=torch.float64, device=device)
         self.seen: set[int] = set()
-        self.marks = self.kept = torch.empty(0)
+        self.kept = torch.empty(0)
 
     def under(self, name: str, function: Attend) -> Attend:
         def attend(module, q, k, v, mask=None, **options):  # type: ignore[no-untyped-def]
@@ -149,17 +162,66 @@ class _Heads:
         out: torch.Tensor,
     ) -> None:  # fmt: skip
         b, h, t, _ = q.shape
-        if t != self.marks.shape[2] or k.shape[2] != t:
+        if t != self.kept.shape[1] or k.shape[2] != t:
             raise self._refusal(f"{call.place} attends with {t} queries to {k.shape[2]} keys")
         for row in range(b):
             for part in torch.arange(t).split(max(1, CHUNK // (h * t))):
                 rows = slice(int(part[0]), int(part[-1]) + 1)
                 kept = self.kept[row, rows].to(q.device)
                 p = _patterns(call, q, k, v, out, kept, row, rows, self._refusal)
-                marks = self.marks[:, row, rows].to(p.device)
-                found = torch.einsum("hqk,cqk->ch", p, marks.to(p.dtype))
-                self.totals[layer] += found.to(self.totals[layer])
+                self.take(layer, row, rows, p)
         self.seen.add(layer)
+
+    def take(self, layer: int, row: int, rows: slice, p: torch.Tensor) -> None:
+        """The patterns `[H, rows, S]` of a layer and prompt."""
+        raise NotImplementedError
+
+    def run(self, name: str, decoder: Decoder, some: Prompts) -> None:
+        """The model over some prompts.
+
+        Raises:
+            ValueError: a layer's attention calls no function, or another than it should.
+        """
+        self.kept = some.mask
+        self.seen.clear()
+        with ExitStack() as stack:
+            for block in decoder.blocks:
+                undo = intercept(name, block.attention, f"block {block.index}", self.under, FIX)
+                stack.callback(undo)
+            run(decoder, some.given, last=True)
+        if missing := set(range(len(decoder.blocks))) - self.seen:
+            raise decoder.refusal(f"attention of block {min(missing)} calls no function")
+
+
+class _Totals(_Watched):
+    """Adds up what the heads of each layer attend to."""
+
+    def __init__(self, decoder: Decoder, device: torch.device):
+        super().__init__(decoder)
+        heads = [decoder.heads(block).query for block in decoder.blocks]
+        self.totals = [torch.zeros(3, h, dtype=torch.float64, device=device) for h in heads]
+        self.counts = torch.zeros(3, dtype=torch.float64, device=device)
+        self.marks = torch.empty(0)
+
+    def take(self, layer: int, row: int, rows: slice, p: torch.Tensor) -> None:
+        marks = self.marks[:, row, rows].to(p.device)
+        found = torch.einsum("hqk,cqk->ch", p, marks.to(p.dtype))
+        self.totals[layer] += found.to(self.totals[layer])
+
+
+class _Chosen(_Watched):
+    """Keeps the patterns of some heads, `[B, n, P, P]`."""
+
+    def __init__(self, decoder: Decoder, heads: Sequence[tuple[int, int]], prompts: Prompts):
+        super().__init__(decoder)
+        self._heads = heads
+        b, p = prompts.ids.shape
+        self.weights = torch.zeros(b, len(heads), p, p)
+
+    def take(self, layer: int, row: int, rows: slice, p: torch.Tensor) -> None:
+        for i, (wanted, head) in enumerate(self._heads):
+            if wanted == layer:
+                self.weights[row, i, rows] = p[head].to(self.weights)
 
 
 def _patterns(
@@ -269,19 +331,65 @@ def head_scores(
     if input_tokens is None:
         input_tokens = _repeated(decoder, tokenizer, 8, 32, seed)
     prompts = read_prompts(decoder, "input_tokens", input_tokens, tokenizer)
-    heads = _Heads(decoder, prompts.ids.device)
+    heads = _Totals(decoder, prompts.ids.device)
     if len({len(total[0]) for total in heads.totals}) > 1:
         raise decoder.refusal("its layers have different numbers of heads")
-    with ExitStack() as stack:
-        for block in decoder.blocks:
-            undo = intercept(NAME, block.attention, f"block {block.index}", heads.under, FIX)
-            stack.callback(undo)
-        for some in _chunks(prompts, batch_size):
-            heads.marks, heads.kept = _marks(some.ids, some.mask), some.mask
-            heads.counts += heads.marks.any(-1).sum((1, 2))
-            heads.seen.clear()
-            run(decoder, some.given, last=True)
-            if missing := set(range(len(decoder.blocks))) - heads.seen:
-                raise decoder.refusal(f"attention of block {min(missing)} calls no function")
+    for some in _chunks(prompts, batch_size):
+        heads.marks = _marks(some.ids, some.mask)
+        heads.counts += heads.marks.any(-1).sum((1, 2))
+        heads.run(NAME, decoder, some)
     totals = torch.stack([total.to(heads.counts.device) for total in heads.totals], 1)
     return HeadScores(*(totals / heads.counts[:, None, None]).float())
+
+
+def _numbers(decoder: Decoder, names: Sequence[str]) -> list[tuple[int, int]]:
+    """Layer and head of each `L3.h7`."""
+    known = {
+        f"L{block.index}.h{head}": (block.index, head)
+        for block in decoder.blocks
+        for head in range(decoder.heads(block).query)
+    }
+    if isinstance(names, str) or not names or not set(names) <= known.keys():
+        got = names if isinstance(names, str) else [n for n in names if n not in known][:3]
+        raise ValueError(
+            f"attention_patterns: heads must be some of L0.h0 to {list(known)[-1]}, got "
+            f"{got or 'none'}"
+        )
+    return [known[name] for name in names]
+
+
+@torch.no_grad()
+def attention_patterns(
+    model: torch.nn.Module, input_tokens: Inputs, heads: Sequence[str], *, tokenizer: Any = None
+) -> Patterns:
+    """What some heads attend to, token by token, whatever attention the model runs with.
+
+    Args:
+        model, input_tokens, tokenizer: as for `head_scores`.
+        heads: their names, as `L3.h7`.
+
+    Returns:
+        Patterns: `[n, P, P]` for each prompt, in memory at once.
+
+    Raises:
+        TypeError, ValueError: as `head_scores`; for heads that the model does not have.
+
+    Example:
+        >>> found = attention_patterns(model, "A B C A B", ["L3.h7"], tokenizer=tokenizer)
+        >>> found.weights[0].shape
+        torch.Size([1, 5, 5])
+    """
+    name = "attention_patterns"
+    model = original(model)
+    decoder = find_decoder(model, name, FIX)
+    decoder.check_eval()
+    check_uncompiled(name, model)
+    numbers = _numbers(decoder, heads)
+    prompts = read_prompts(decoder, "input_tokens", input_tokens, tokenizer)
+    chosen = _Chosen(decoder, numbers, prompts)
+    chosen.run(name, decoder, prompts)
+    weights = [
+        weight[:, kept][:, :, kept]
+        for weight, kept in zip(chosen.weights, prompts.mask.cpu(), strict=True)
+    ]
+    return Patterns(tuple(heads), prompts.texts(tokenizer), weights)

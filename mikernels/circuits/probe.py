@@ -18,7 +18,7 @@ components: saturated attention, norms that shrink what others add, factors that
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,11 +26,9 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Group, RenderableType
-from rich.table import Table
-from rich.text import Text
 
 from mikernels._dispatch import accumulate_dtype
-from mikernels.circuits import page
+from mikernels.circuits.attribution import TokenAttribution
 from mikernels.circuits.interactions import (
     GradientInteractions,
     compute_gradient_interactions,
@@ -38,8 +36,10 @@ from mikernels.circuits.interactions import (
 )
 from mikernels.circuits.interpret import Circuits, interpret_circuits
 from mikernels.circuits.passes import Pass, backward, forward, under
-from mikernels.circuits.patterns import HeadScores
+from mikernels.circuits.patterns import HeadScores, Patterns
 from mikernels.circuits.prompts import Inputs, Prompts, check_aligned, read_prompts
+from mikernels.circuits.report import attention, page, parts
+from mikernels.circuits.tables import Columns
 from mikernels.circuits.targets import Behavior, Target, read_target, vocabulary
 from mikernels.models.claims import Claims, product_limit
 from mikernels.models.decoder import find_decoder
@@ -163,38 +163,57 @@ class Probe:
         prompts = f"mean of {b} prompts" if b > 1 else "1 prompt"
         return f"{self.label}: {self.values.mean().item():.3f} ({prompts})"
 
+    def _table(self) -> Columns:
+        return Columns(self._title(), self._head(), self._cells(), (1,), 2)
+
     def __str__(self) -> str:
-        cells = [self._head(), *self._cells()]
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        rows = [
-            "  ".join(
-                cell.ljust(width) if column in (1, len(widths)) else cell.rjust(width)
-                for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-            ).rstrip()
-            for row in cells
-        ]
-        return "\n".join([self._title(), *rows, "", str(self.interactions)])
+        return f"{self._table()}\n\n{self.interactions}"
 
     def __rich__(self) -> RenderableType:
-        table = Table(title=self._title(), title_justify="left")
-        for name in self._head():
-            table.add_column(name, justify="left" if name == "component" else "right")
-        for row in self._cells():
-            colour = "green" if row[2].startswith("+") else "red"
-            cells = (Text(cell, style=colour if i == 2 else "") for i, cell in enumerate(row))
-            table.add_row(*cells)
-        return Group(table, self.interactions)
+        return Group(self._table().__rich__(), self.interactions)
 
-    def to_html(self, path: str | Path | None = None, head_scores: HeadScores | None = None) -> str:
+    def to_html(
+        self,
+        path: str | Path | None = None,
+        head_scores: HeadScores | None = None,
+        *,
+        title: str = "",
+        tokens: TokenAttribution | None = None,
+        patterns: Patterns | None = None,
+        known: Mapping[str, str] | None = None,
+        command: str = "",
+    ) -> str:
         """One self-contained page: ranking, heat map of heads, tokens, interactions.
 
         Args:
             path: also written there.
             head_scores: of `head_scores`, shown beside the heat map.
+            title: of the page; "": the answer's number.
+            tokens: of `attribute`. patterns: of `attention_patterns`, drawn by a script.
+            known: what was done, name by name. command: that makes the page again.
 
         Raises:
             ModuleNotFoundError: without the `report` extra.
             OSError: when it cannot be written.
+        """
+        ranking, *shown = self.sections(head_scores.maps() if head_scores else [])
+        scores = {c.name: f"{c.score.value:+.3f}" for c in self.ranking}
+        whole = [
+            ranking,
+            *([tokens.section()] if tokens else []),
+            *shown,
+            *([attention.patterns(patterns, scores)] if patterns else []),
+            *([parts.facts(known or {}, command)] if known or command else []),
+            *parts.rules(self.rules),
+        ]
+        own = self._title()
+        return page.write(NAME, title or own, own if title else "", whole, path)
+
+    def sections(self, beside: Sequence[dict[str, Any]] = ()) -> list[parts.Part]:
+        """Of a page: ranking, heat maps, tokens, interactions.
+
+        Args:
+            beside: heat maps beside that of the scores.
         """
         several = len(self.values) > 1
         rows = [
@@ -203,15 +222,23 @@ class Probe:
         ]
         columns = [self.names.index(c.name) for c in self.components]
         first = self.scores[0][self.kept[0]][:, columns]
-        parts = [
-            page.ranking(rows, self.k, several),
-            *([page.heads("Heads", self.head_matrix(), signed=True)] if self._has_heads() else []),
-            *(head_scores.parts() if head_scores else []),
-            page.text("At which tokens", "What all components add there.", self.positions),
-            page.grid([c.name for c in self.components], self.tokens[0], first),
-            page.circuits(self.interactions),
+        maps = [parts.heat_map("Heads", self.head_matrix(), True)] if self._has_heads() else []
+        maps += beside
+        note = "What each adds to the number above, to first order"
+        note += (
+            ": the mean over prompts, with a 95 % interval over them, and in how many bootstrap "
+            f"samples of them the component is among the {self.k} strongest."
+            if several
+            else ", and the token at which it adds most."
+        )
+        last = f"in top {self.k}" if several else "most at"
+        return [
+            parts.ranking("Strongest components", note, rows, last),
+            *([parts.maps(maps)] if maps else []),
+            parts.text("At which tokens", "What all components add there.", self.positions),
+            parts.grid([c.name for c in self.components], self.tokens[0], first),
+            parts.circuits(self.interactions),
         ]
-        return page.write(NAME, self._title(), "", parts, str(self.rules or ""), path)
 
     def _has_heads(self) -> bool:
         return any(c.head is not None for c in self.ranking)

@@ -15,9 +15,10 @@ score's size. At equal keys the first in that order is chosen.
 the kept edges into it, what its writers now write less what they wrote there. So a node that no
 kept path from `input` reaches has the inputs of the counterfactual, writes the same, and its edges
 carry 0; and an edge from whose reader no kept path leads to `logits` changes nothing that is read.
-Without the edges that lie on no such path the logits are the same, bit by bit; any other edge may
-matter. A head is reached through its q, k or v. This is so for counterfactual ablation alone: a
-node that nothing reaches writes `f(mean)`, which is not the mean of what it writes, nor 0.
+Without the edges that lie on no such path the logits are the same, bit by bit where a block gives
+equal outputs for equal inputs; any other edge may matter. A head is reached through its q, k or v.
+This is so for counterfactual ablation alone: with others a node that nothing reaches writes
+`f(mean)` or `f(0)`, which is not the mean of what it writes, nor 0.
 """
 
 from __future__ import annotations

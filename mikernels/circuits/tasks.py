@@ -10,12 +10,13 @@
 
 Prompts are made from a seed, in any number, and differ; names and words are those of a list that
 the tokeniser has as one token. That a prompt and its counterfactual are aligned is checked.
+`variations` asks the same in other words, or after a sentence that says nothing about it.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,12 +63,25 @@ IOI = (
     "Yesterday {x} and {y} met near the {place}, and {a} brought a {thing} to",
 )
 YEARS = "The {event} went on from the year {century}{year} to the year {century}"
+OTHER_YEARS = (
+    "The {event} began in the year {century}{year} and was over in the year {century}",
+    "It was in the year {century}{year} that the {event} began, and it ended in the year {century}",
+    "They planned the {event} in the year {century}{year} and saw it in the year {century}",
+)
 FULL_NAMES = (
     "This morning {a} {s} and {b} {t} visited the {place}. In the evening, the {thing} was found "
     "by {a}",
     "At the {place}, {a} {s} was waiting for {b} {t} with a {thing}. Nobody had told {a}",
     "The {thing} belonged to {a} {s}, but {b} {t} took it to the {place}. Later we spoke to {a}",
     "Both {a} {s} and {b} {t} were seen at the {place}. The owner of the {thing} was {a}",
+)
+# before a prompt, which they say nothing about; no word of them is in a list above
+SENTENCES = (
+    "The weather was fine that day.",
+    "It had been raining for a while.",
+    "Nobody said anything about this.",
+    "Somewhere a dog was heard.",
+    "All of it is quite well known.",
 )
 # that of one prompt, until they are padded
 _Row = tuple[list[int], list[int], tuple[int, ...], tuple[int, ...]]
@@ -201,7 +215,19 @@ def _task(name: str, words: _Words, n: int, make: Callable[[], _Row]) -> Task:
     return Task(name, texts, others, given["input_ids"], ids, mask, correct, wrong)
 
 
-def ioi(tokenizer: Any, n: int = 100, seed: int = 0, *, counterfactual: str = "abc") -> Task:
+def _after(before: str, template: str) -> str:
+    return f"{before} {template}" if before else template
+
+
+def ioi(
+    tokenizer: Any,
+    n: int = 100,
+    seed: int = 0,
+    *,
+    counterfactual: str = "abc",
+    templates: Sequence[str] = IOI,
+    before: str = "",
+) -> Task:
     """Indirect objects: two people, of whom one gives; who is given? (Wang et al., 2022)
 
     Both orders of the names (ABBA and BABA) are as frequent.
@@ -211,6 +237,8 @@ def ioi(tokenizer: Any, n: int = 100, seed: int = 0, *, counterfactual: str = "a
         n: prompts. seed: of the draws.
         counterfactual: "abc": three other names, so that none is repeated; "flip": the other one is
             repeated, so that the answer is the other.
+        templates: wordings, with {x}, {y}, {place}, {thing}, and {a}, who gives.
+        before: a sentence before each prompt.
 
     Raises:
         ValueError: for a tokenizer without such words, or more prompts than there are.
@@ -224,7 +252,7 @@ def ioi(tokenizer: Any, n: int = 100, seed: int = 0, *, counterfactual: str = "a
     draw = words.random
 
     def make() -> _Row:
-        template = draw.choice(IOI)
+        template = _after(before, draw.choice(templates))
         a, b, c, d, e = draw.sample(sorted(names), 5)
         fixed = {"place": draw.choice(sorted(places)), "thing": draw.choice(sorted(things))}
         x, y = (a, b) if draw.random() < 0.5 else (b, a)
@@ -237,12 +265,26 @@ def ioi(tokenizer: Any, n: int = 100, seed: int = 0, *, counterfactual: str = "a
     return _task("ioi", words, n, make)
 
 
-def greater_than(tokenizer: Any, n: int = 100, seed: int = 0) -> Task:
+def greater_than(
+    tokenizer: Any,
+    n: int = 100,
+    seed: int = 0,
+    *,
+    templates: Sequence[str] = (YEARS,),
+    before: str = "",
+) -> Task:
     """Years that end after they begin (Hanna et al., 2023).
 
     With two digits a token the answers are all later years of the century, and the wrong ones all
     earlier; with one digit a token they are the later and the earlier tens. The counterfactual
     begins in the century's first years, after which all is right.
+
+    Args:
+        tokenizer: with events as single tokens.
+        n: prompts. seed: of the draws.
+        templates: wordings, with {event}, "the year {century}{year}", and "the year {century}" at
+            the end.
+        before: a sentence before each prompt.
 
     Raises:
         ValueError: for a tokenizer of other numbers, or more prompts than there are.
@@ -267,8 +309,10 @@ def greater_than(tokenizer: Any, n: int = 100, seed: int = 0) -> Task:
     def make() -> _Row:
         century, year = draw.randint(11, 18), draw.randint(20, 79)
         event = draw.choice(sorted(events))
+        # one wording takes no draw: these are the prompts that the same seed has always given
+        template = _after(before, templates[0] if len(templates) == 1 else draw.choice(templates))
         clean, early = (
-            words.ids(YEARS.format(event=event, century=century, year=f"{y:02}"))
+            words.ids(template.format(event=event, century=century, year=f"{y:02}"))
             for y in (year, draw.randint(1, 9))
         )
         own = year if by_two else year // 10
@@ -279,7 +323,9 @@ def greater_than(tokenizer: Any, n: int = 100, seed: int = 0) -> Task:
     return _task("greater_than", words, n, make)
 
 
-def induction(tokenizer: Any, n: int = 100, seed: int = 0, *, length: int = 12) -> Task:
+def induction(
+    tokenizer: Any, n: int = 100, seed: int = 0, *, length: int = 12, before: str = ""
+) -> Task:
     """A sequence of random words, repeated up to a word: the next is what followed it before.
 
     In the counterfactual another word followed it, which is the wrong answer.
@@ -288,6 +334,7 @@ def induction(tokenizer: Any, n: int = 100, seed: int = 0, *, length: int = 12) 
         tokenizer: with the words of this file as single tokens.
         n: prompts. seed: of the draws.
         length: words before they are repeated.
+        before: a sentence before each prompt.
 
     Raises:
         ValueError: for a tokenizer without the words, or a length that is not in 2..their number.
@@ -296,7 +343,7 @@ def induction(tokenizer: Any, n: int = 100, seed: int = 0, *, length: int = 12) 
     known = words.single(f"{NAMES} {PLACES} {THINGS} {EVENTS}", 20)
     if not 2 <= length < len(known):
         raise ValueError(f"induction: length must be in 2..{len(known) - 1}, got {length}")
-    start = words.ids("")
+    start = words.ids(before)
     draw = words.random
 
     def make() -> _Row:
@@ -310,10 +357,23 @@ def induction(tokenizer: Any, n: int = 100, seed: int = 0, *, length: int = 12) 
     return _task("induction", words, n, make)
 
 
-def repeated_name(tokenizer: Any, n: int = 100, seed: int = 0) -> Task:
+def repeated_name(
+    tokenizer: Any,
+    n: int = 100,
+    seed: int = 0,
+    *,
+    templates: Sequence[str] = FULL_NAMES,
+    before: str = "",
+) -> Task:
     """Two people with surnames; when the first is named again, so is the surname, not the other's.
 
     In the counterfactual the surnames are swapped, and so are the answers.
+
+    Args:
+        tokenizer: with names, places and things as single tokens.
+        n: prompts. seed: of the draws.
+        templates: wordings, with {a} {s} and {b} {t}, {place}, {thing}, and {a} at the end.
+        before: a sentence before each prompt.
 
     Raises:
         ValueError: for a tokenizer without names as single tokens, or more prompts than there are.
@@ -324,7 +384,7 @@ def repeated_name(tokenizer: Any, n: int = 100, seed: int = 0) -> Task:
     draw = words.random
 
     def make() -> _Row:
-        template = draw.choice(FULL_NAMES)
+        template = _after(before, draw.choice(templates))
         a, b = draw.sample(sorted(names), 2)
         s, t = draw.sample(sorted(surnames.keys() - {a, b}), 2)
         fixed = {
@@ -338,3 +398,41 @@ def repeated_name(tokenizer: Any, n: int = 100, seed: int = 0) -> Task:
         return clean, swapped, (surnames[s],), (surnames[t],)
 
     return _task("repeated_name", words, n, make)
+
+
+TASKS: dict[str, Callable[..., Task]] = {
+    "ioi": ioi,
+    "greater_than": greater_than,
+    "induction": induction,
+    "repeated_name": repeated_name,
+}
+WORDINGS = {"ioi": IOI, "greater_than": (YEARS, *OTHER_YEARS), "repeated_name": FULL_NAMES}
+
+
+def variations(
+    name: str, tokenizer: Any, n: int = 100, seed: int = 0, *, kind: str = "paraphrase"
+) -> list[Task]:
+    """The same task several times, for `stability`: what is found should not depend on which.
+
+    Args:
+        name: of the task.
+        tokenizer, n, seed: as for the task. All variations have the same draws.
+        kind: "paraphrase": one task for each wording, with the same names and things in all;
+            "perturbed": one for each of `SENTENCES`, which stands before the task's own prompts.
+
+    Raises:
+        ValueError: for another name or kind, or paraphrases of "induction", which has no wording;
+            as the task.
+
+    Example:
+        >>> stability([find_circuit(model, task.inputs, task.counterfactual_inputs, task.target)
+        ...            for task in variations("ioi", tokenizer, 50)])
+    """
+    if name not in TASKS:
+        raise ValueError(f"variations: name must be one of {', '.join(TASKS)}, got {name!r}")
+    if kind == "perturbed":
+        return [TASKS[name](tokenizer, n, seed, before=sentence) for sentence in SENTENCES]
+    if kind != "paraphrase" or name not in WORDINGS:
+        kinds = "'paraphrase' or 'perturbed'" if name in WORDINGS else "'perturbed'"
+        raise ValueError(f"variations: kind must be {kinds} for {name}, got {kind!r}")
+    return [TASKS[name](tokenizer, n, seed, templates=(one,)) for one in WORDINGS[name]]

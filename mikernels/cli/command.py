@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The `mikernels` command: info, demo, train, eval, accelerate, bench, tune."""
+"""The `mikernels` command: info, demo, train, eval, circuits, rate, accelerate, bench, tune."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from rich.markup import escape
 
 from mikernels._version import __version__
 from mikernels.cli.accelerate import accelerate
+from mikernels.cli.circuits import circuits
 from mikernels.cli.eval import evaluate
+from mikernels.cli.rate import rate
 from mikernels.cli.train import train
 
 app = typer.Typer(
@@ -146,6 +148,8 @@ def demo(
 
 app.command()(train)
 app.command("eval")(evaluate)
+app.command()(rate)
+app.command()(circuits)
 app.command()(accelerate)
 
 

@@ -163,7 +163,7 @@ def evaluate(
         if threads < 1:
             raise ValueError(f"eval: --threads must be at least 1, got {threads}")
         torch.set_num_threads(threads)
-    target = _device(device)
+    target = _device(device, "eval")
     judged = load_any(sae, k).to(target).eval()
     console = Console()
     console.print(

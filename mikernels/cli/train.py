@@ -364,7 +364,7 @@ def _optimizer_class(name: str) -> Any:
     return found
 
 
-def _device(name: str | None) -> torch.device:
+def _device(name: str | None, where: str = "train") -> torch.device:
     import torch
 
     if name is None:
@@ -372,11 +372,11 @@ def _device(name: str | None) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise ValueError(f"train: --device must be cpu, cuda or cuda:N, got {name!r}") from error
+        raise ValueError(f"{where}: --device must be cpu, cuda or cuda:N, got {name!r}") from error
     seen = torch.cuda.device_count()
     if device.type == "cuda" and (device.index or 0) >= seen:
         raise ValueError(
-            f"train: --device must be one that torch sees, got {name} of {seen} CUDA devices "
+            f"{where}: --device must be one that torch sees, got {name} of {seen} CUDA devices "
             f"(torch {torch.__version__}); use --device cpu, or install a torch with CUDA"
         )
     return device

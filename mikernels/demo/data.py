@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mikernels.activations import ModelSource, Rows, write_shards
-from mikernels.activations.shards import INDEX, open_shards, read_index, remove_shards
+from mikernels.activations.shards import INDEX, remove_shards
 from mikernels.models.load import load_model
 
 CONTEXT = 256
@@ -118,10 +118,3 @@ def held_out(rows: Rows, seed: int) -> torch.Tensor:
     names, group = groups.unique(return_inverse=True)
     order = torch.randperm(len(names), generator=torch.Generator().manual_seed(seed))
     return (order < max(1, len(names) // 10))[group]
-
-
-def load_rows(folder: Path) -> tuple[Rows, dict[str, Any]]:
-    """All rows of a shard folder in memory, and its metadata."""
-    parts = [shard.read(0, shard.rows) for shard in open_shards(folder)]
-    rows = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    return rows, read_index(folder)["metadata"]

@@ -13,10 +13,11 @@ from mikernels.activations import Rows
 from mikernels.demo import figures, report
 from mikernels.demo.compare import NAMES, step_ms
 from mikernels.demo.drawing import both, image
-from mikernels.demo.examples import Firing, choose_features, encode_all, token_card
+from mikernels.demo.examples import choose_features, token_card
 from mikernels.demo.judge import Outcome
 from mikernels.demo.options import DemoOptions
 from mikernels.demo.variant_pages import side_by_side
+from mikernels.evaluate.firing import Firing, encode_all
 from mikernels.info import collect
 from mikernels.nn import SAE
 

@@ -12,10 +12,10 @@ from typing import Any
 from rich.console import Console
 
 from mikernels import supported_levels
+from mikernels.activations.shards import load_rows
 from mikernels.demo.compare import NAMES, compare, results_table, summarise
 from mikernels.demo.data import (
     held_out,
-    load_rows,
     mnist_shards,
     package_folder,
     smollm2_shards,

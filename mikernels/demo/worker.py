@@ -17,7 +17,8 @@ from typing import Any
 import torch
 
 from mikernels.activations import TensorSource
-from mikernels.demo.data import held_out, load_rows
+from mikernels.activations.shards import load_rows
+from mikernels.demo.data import held_out
 from mikernels.files import explained, finite, read_json, write_json
 from mikernels.nn import ARCHITECTURES
 from mikernels.training import TrainConfig, Trainer

@@ -77,6 +77,38 @@ def mean_intervals(units: np.ndarray) -> list[Interval]:
     ]
 
 
+def sum_intervals(n: int, sums: np.ndarray, squares: np.ndarray) -> list[Interval]:
+    """As `mean_intervals`, of n units of which only sums and sums of squares are known; units that
+    are 0 need not have been added."""
+    means = sums / n
+    if n < 2:
+        return [Interval(float(mean), math.nan, math.nan) for mean in means]
+    from scipy.special import stdtrit
+
+    # what is left of squares that cancel is rounding
+    variances = np.maximum(squares - n * means**2, 0) / (n - 1)
+    reach = float(stdtrit(n - 1, 0.975)) * np.sqrt(variances / n)
+    return [
+        Interval(*map(float, row)) for row in zip(means, means - reach, means + reach, strict=True)
+    ]
+
+
+def mean_difference(units: np.ndarray, others: np.ndarray) -> Interval:
+    """The mean of `[n]` less that of other units `[m]`, with Welch's 95 % interval."""
+    sizes = np.array([len(units), len(others)])
+    value = float(units.mean() - others.mean()) if sizes.min() else math.nan
+    if sizes.min() < 2:
+        return Interval(value, math.nan, math.nan)
+    from scipy.special import stdtrit
+
+    squares = np.array([units.var(ddof=1), others.var(ddof=1)]) / sizes
+    if not (total := squares.sum()):
+        return Interval(value, value, value)
+    freedom = total**2 / (squares**2 / (sizes - 1)).sum()
+    reach = float(stdtrit(freedom, 0.975)) * math.sqrt(total)
+    return Interval(value, value - reach, value + reach)
+
+
 def bootstrap(
     statistic: Callable[[np.ndarray], np.ndarray],
     units: np.ndarray,

@@ -118,6 +118,25 @@ def test_heads_neurons_and_parts_by_edited_weights(kind):
     torch.testing.assert_close(got[kept], logits(other, batch)[kept], rtol=1e-10, atol=1e-11)
 
 
+def test_what_norms_after_attention_and_mlp_write():
+    model, batch = made("gemma2"), {"input_ids": IDS}
+    own, found = block(model, 1), {}
+    norms = [own.post_attention_layernorm, own.post_feedforward_layernorm]
+
+    def through(ids, hook):
+        handles = [norm.register_forward_hook(hook) for norm in norms]
+        made = logits(model, {"input_ids": ids})
+        for handle in handles:
+            handle.remove()
+        return made
+
+    through(OTHER, lambda norm, args, out: found.__setitem__(norm, out.mean((0, 1))))
+    with ablate(model, ["L1.attn", "L1.mlp"], "mean", reference=OTHER):
+        got = logits(model, batch)
+    expected = through(IDS, lambda norm, args, out: found[norm].expand_as(out))
+    torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-11)
+
+
 def test_experts_by_edited_weights_and_their_own_terms():
     model, batch = made("qwen2_moe"), {"input_ids": IDS}
     other = copy.deepcopy(model)
@@ -283,6 +302,10 @@ def test_positions_and_means_by_position():
         with ablate(model, "L1.h2", **options):
             got = logits(model, batch)
         torch.testing.assert_close(got, oracle(value, at), rtol=1e-10, atol=1e-12)
+    options = {"counterfactual": OTHER, "positions": mask[:1]}
+    with ablate(model, "L1.h2", "counterfactual", **options), pytest.raises(ValueError) as error:
+        model(IDS)
+    assert "[1, 5] tokens, got [2, 5]" in str(error.value)
     with ablate(model, "L1.h2", "zero", positions=[5]), pytest.raises(ValueError, match="-5..4"):
         model(IDS)
     # of a reference without a token at position 0
@@ -329,6 +352,8 @@ def test_nested_blocks_other_threads_and_what_is_left():
     assert torch.equal(threads[0], clean) and torch.equal(logits(model, batch), clean)
     with pytest.raises(KeyError), ablate(model, "L*", "zero"):
         raise KeyError
+    with pytest.raises(RuntimeError, match="copied"), ablate(model, "L1.mlp", "zero"):
+        copy.deepcopy(block(model, 1))
     assert hooks_of(model) == before
     # a low precision stays
     low = made("llama", torch.bfloat16)
@@ -356,9 +381,10 @@ def test_effects_are_those_of_one_ablation_at_a_time():
     model = made("qwen2")
     ids, twins = torch.cat([IDS, IDS.flip(1)]), torch.cat([OTHER, OTHER.flip(1)])
     names = [f"L{i}.h{h}" for i in range(3) for h in (1, 3)] + ["L0.mlp", "L1.mlp.n3"]
+    positions = torch.tensor([[0, 1, 0, 0, 1], [1] * 5, [0, 0, 1, 1, 0], [1, 0, 0, 0, 0]]).bool()
     methods = (
         ("counterfactual", {"counterfactual": twins}),
-        ("mean", {"reference": twins, "per_position": True, "positions": [1, 4]}),
+        ("mean", {"reference": twins, "per_position": True, "positions": positions}),
         ("resample", {"reference": ids, "seed": 3}),
     )
 
@@ -413,10 +439,11 @@ def test_what_is_not_reached_raises_and_a_model_that_does_not_run_warns():
         model.config.num_hidden_layers = 2
         model(IDS)
     with (
-        pytest.warns(RuntimeWarning, match="did not run"),
+        pytest.warns(RuntimeWarning, match="did not run") as told,
         ablate(made("llama"), "L1.mlp", "zero"),
     ):
         pass
+    assert told[0].filename == __file__
 
 
 BAD = (
@@ -465,6 +492,12 @@ def test_bad_input_is_named_before_the_block_runs():
                     {"kind": "resample", "reference": short}):  # fmt: skip
         with pytest.raises(ValueError, match="ablation_effect: .* must have the tokens of"):
             ablation_effect(model, IDS, PAIR, "L0.h0", **options)
+    with pytest.raises(ValueError, match=r"positions must be those of the prompts \[2, 5\]"):
+        ablation_effect(model, IDS, PAIR, "L0.h0", "zero", positions=IDS[:1] > 0)
+    alone = lens("attn only")
+    for name in ("L0.mlp", "L0.mlp.n1", "0.mlp_in.f1"):
+        with pytest.raises(ValueError, match="L0 has no MLP"):
+            ablate(alone, name, "zero", saes={"0.mlp_in": TopKSAE(24, 16, 2)}).__enter__()
     for fractions in ((), (0.5, 0.1), (0.0, 0.5), (0.5, 1.5)):
         with pytest.raises(ValueError, match="fractions must ascend"):
             sufficiency(model, IDS, PAIR, ["L0.h0"], "zero", fractions=fractions)

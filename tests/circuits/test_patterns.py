@@ -6,22 +6,27 @@ import torch
 from decoder_cases import hooks_of, parts, tiny
 from demo_cases import check_self_contained
 
-from mikernels.circuits import head_scores
+from mikernels.circuits import attention_patterns, head_scores
 
 PADDED = torch.tensor([[3, 3, 3, 5, 5, 3, 3], [7, 8, 7, 7, 9, 7, 8]])
 MASK = torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1]])
 IDS = torch.tensor([[3, 14, 15, 3, 14, 15, 9, 9], [7, 7, 8, 21, 7, 8, 7, 3]])
 
 
-def by_hand(model, ids, mask=None):
-    """[3, L, H] from output_attentions."""
-    mask = torch.ones_like(ids) if mask is None else mask
+def weights(model, ids, mask):
+    """Of each layer [B, H, P, P]."""
     model.set_attn_implementation("eager")
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     with torch.no_grad():
-        attentions = model(
+        return model(
             ids, attention_mask=mask, position_ids=positions, output_attentions=True
         ).attentions
+
+
+def by_hand(model, ids, mask=None):
+    """[3, L, H] from output_attentions."""
+    mask = torch.ones_like(ids) if mask is None else mask
+    attentions = weights(model, ids, mask)
     kinds = []
     for key in (
         lambda b, t, s: 0 < s <= t and mask[b, s - 1] and ids[b, s - 1] == ids[b, t],
@@ -57,7 +62,9 @@ def test_scores_are_those_of_the_models_patterns(kind, implementation, monkeypat
     # eager attention of an fp64 model is NaN at padding
     model = model.float()
     found = head_scores(model, IDS, batch_size=1)
-    beside = head_scores(model, {"input_ids": PADDED, "attention_mask": MASK})
+    padded = {"input_ids": PADDED, "attention_mask": MASK}
+    beside = head_scores(model, padded)
+    shown = attention_patterns(model, padded, ["L2.h3", "L0.h1"])
     assert [vars(parts(model, layer)[0]).get("forward") for layer in range(3)] == forwards
     assert hooks_of(model) == 0 and model.config._attn_implementation == implementation
     for scores, (ids, mask) in ((found, (IDS, None)), (beside, (PADDED, MASK))):
@@ -67,6 +74,18 @@ def test_scores_are_those_of_the_models_patterns(kind, implementation, monkeypat
         ):
             assert got.shape == (3, 4)
             torch.testing.assert_close(got, own, rtol=1e-4, atol=1e-5)
+    own = weights(model, PADDED, MASK)
+    for row, (kept, got) in enumerate(zip(MASK == 1, shown.weights, strict=True)):
+        assert shown.tokens[row] == [str(i) for i in PADDED[row, kept].tolist()]
+        expected = torch.stack([own[2][row, 3], own[0][row, 1]])[:, kept][:, :, kept]
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_heads_that_there_are_not_are_named():
+    model = tiny("llama")
+    for heads, got in ((["L0.h1", "L3.h0"], r"\['L3.h0'\]"), ([], "none"), ("L0.h1", "L0.h1")):
+        with pytest.raises(ValueError, match=f"heads must be some of L0.h0 to L2.h3, got {got}"):
+            attention_patterns(model, IDS, heads)
 
 
 def test_random_tokens_are_repeated_and_the_rest_is_shown(tmp_path):

@@ -11,7 +11,7 @@ from decoder_cases import words_tokenizer
 from mikernels.circuits import tasks
 
 TEXTS = (tasks.NAMES, tasks.SURNAMES, tasks.PLACES, tasks.THINGS, tasks.EVENTS, tasks.YEARS)
-TEXTS = (*TEXTS, *tasks.IOI, *tasks.FULL_NAMES)
+TEXTS = (*TEXTS, *tasks.IOI, *tasks.FULL_NAMES, *tasks.OTHER_YEARS, *tasks.SENTENCES)
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +101,36 @@ def test_repeated_name(tokenizer):
             assert words[words.index(words[-1]) + 1] == tokenizer.decode(ids[row])
 
 
+def test_paraphrases_say_the_same_in_one_wording_each(tokenizer):
+    known = {w for text in TEXTS[:5] for w in text.split()} | {*"0123456789"}
+    for name, wordings in tasks.WORDINGS.items():
+        found = tasks.variations(name, tokenizer, 12, seed=3)
+        assert [task.name for task in found] == [name] * len(wordings) and len(wordings) > 3
+        first = found[0]
+        for task, wording in zip(found, wordings, strict=True):
+            plain = " ".join(re.findall(r"\w+", re.sub(r"\{\w+\}", "", wording)))
+            for row in range(12):
+                words = words_of(task, row)
+                assert " ".join(w for w in words if w not in known) == plain
+                # the same names, things and years
+                assert {*words} & known == {*words_of(first, row)} & known
+            assert (task.correct, task.wrong) == (first.correct, first.wrong)
+
+
+def test_perturbed_prompts_are_the_same_after_a_sentence(tokenizer):
+    known = {w for text in TEXTS[:5] for w in text.split()}
+    for name, make in tasks.TASKS.items():
+        plain = make(tokenizer, 12, 3)
+        found = tasks.variations(name, tokenizer, 12, 3, kind="perturbed")
+        for task, sentence in zip(found, tasks.SENTENCES, strict=True):
+            assert not {*re.findall(r"\w+", sentence)} & known
+            assert (task.correct, task.wrong) == (plain.correct, plain.wrong)
+            for side in ("prompts", "counterfactuals"):
+                before = re.findall(r"\w+", sentence)
+                for row in range(12):
+                    assert words_of(task, row, side) == before + words_of(plain, row, side)
+
+
 def test_tasks_are_sliced_and_checked(tokenizer):
     task = tasks.repeated_name(tokenizer, 8)
     part = task[2:5]
@@ -123,6 +153,9 @@ def test_tokenizers_without_the_words_are_refused(tokenizer):
         (lambda: tasks.ioi(few), r"ioi: tokenizer must have 6 of Adam, Alan, Alex, .* got 2"),
         (lambda: tasks.ioi(tokenizer, counterfactual="x"), "must be 'abc' or 'flip', got 'x'"),
         (lambda: tasks.ioi(tokenizer, 0), "n must be at least 1"),
+        (lambda: tasks.variations("x", tokenizer), "name must be one of ioi, .* got 'x'"),
+        (lambda: tasks.variations("ioi", tokenizer, kind="x"), "'paraphrase' or 'perturbed' for"),
+        (lambda: tasks.variations("induction", tokenizer), "must be 'perturbed' for induction"),
         (lambda: tasks.greater_than(one, 481), r"n must be at most 480 different prompts, got 481"),
         (
             lambda: tasks.greater_than(

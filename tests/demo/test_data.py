@@ -9,6 +9,7 @@ from demo_cases import needs_smollm2
 from rich.console import Console
 
 from mikernels.activations import ModelSource
+from mikernels.activations.shards import load_rows
 from mikernels.demo import data
 from mikernels.models.load import load_model
 
@@ -67,7 +68,7 @@ def test_smollm2_shards_are_collected_once(smollm2, tmp_path, monkeypatch):
     folders = [data.smollm2_shards(tmp_path, 3, 300, 0, console) for _ in range(2)]
     assert folders[0] == folders[1]
     assert len(calls) == 1
-    rows, metadata = data.load_rows(folders[0])
+    rows, metadata = load_rows(folders[0])
     assert 290 < rows["activations"].shape[0] < 300
     assert rows["activations"].shape[1] == 576
     assert all(str(token) in metadata["pieces"] for token in rows["token_ids"].tolist())

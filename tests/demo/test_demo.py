@@ -10,6 +10,7 @@ import pytest
 from demo_cases import check_self_contained, needs_mnist, table_rows
 from rich.console import Console
 
+from mikernels.activations.shards import load_rows
 from mikernels.demo import data
 from mikernels.demo.compare import step_ms
 from mikernels.demo.options import DemoOptions
@@ -27,7 +28,7 @@ def result_of(folder):
 
 def held_out_fvu_and_l0(folder, checkpoint, options):
     """What the page says of a run, from what lies beside it."""
-    rows, _ = data.load_rows(folder / "activations")
+    rows, _ = load_rows(folder / "activations")
     unseen = rows["activations"][data.held_out(rows, options.seed)]
     codes = (sae := load_sae(checkpoint)).encode(unseen)
     y = sae.decode(codes).detach().double()

@@ -7,8 +7,9 @@ import pytest
 import torch
 from demo_cases import token_data
 
-from mikernels.demo.examples import choose_features, encode_all, token_card
+from mikernels.demo.examples import choose_features, token_card
 from mikernels.evaluate import variance_unexplained
+from mikernels.evaluate.firing import encode_all
 
 
 def test_encode_all_finds_where_each_feature_fires():

@@ -8,7 +8,8 @@ from full_disk import largest_file
 
 from mikernels.demo import report
 from mikernels.demo.drawing import VARIABLES
-from mikernels.demo.examples import encode_all, token_card
+from mikernels.demo.examples import token_card
+from mikernels.evaluate.firing import encode_all
 
 
 def test_report_is_self_contained_and_escapes_tokens(tmp_path):

@@ -109,9 +109,10 @@ def ablate(
             `14.mlp_out.f123` (a feature of the SAE there), `input`; one or several, or patterns
             (`L3.*`). A head's z is replaced, before the projection, and what reads the sum (a norm,
             as in Gemma 2) reads the new one. Attention and MLP are what they add to the residual
-            stream. Of an expert its term at every token is replaced, which is 0 where the token is
-            routed to others. Of features x + (new codes - codes) w_dec remains. Where a part and
-            the whole are both named (`L3.h7`, `L3.attn`), the whole's replacement is what is read.
+            stream. Of an expert (of transformers 5) its term at every token is replaced, which is 0
+            where the token is routed to others. Of features x + (new codes - codes) w_dec remains.
+            Where a part and the whole are both named (`L3.h7`, `L3.attn`), the whole's replacement
+            is what is read.
         kind: "zero", "mean" (of `reference`), "counterfactual" (the activation at the same token of
             `counterfactual`), "resample" (that of another prompt of `reference` of the same length,
             drawn by `seed`). With the last two the model must be called on exactly these prompts'
@@ -130,7 +131,7 @@ def ablate(
         TypeError, ValueError: before the model is called in the block: names that it has not, or
             twice; a kind without the prompts that it needs, or with others; a model that is not
             recognised, or in training mode. In a call: another shape than the kind needs.
-        RuntimeError: a component that a call does not reach.
+        RuntimeError: a component that a call does not reach; a copy of the model in the block.
 
     Warns:
         RuntimeWarning: when the model did not run in the block.
@@ -138,6 +139,9 @@ def ablate(
     Example:
         >>> with ablate(model, ["L9.h6", "L9.h9"], "mean", reference=prompts, tokenizer=tokenizer):
         ...     logits = model(**inputs).logits
+        >>> others = [name for name in selection.graph.writers if name not in selection.names]
+        >>> with ablate(model, others, "counterfactual", counterfactual=task.counterfactual_inputs):
+        ...     logits = model(**task.inputs).logits  # of the circuit alone
     """
     ablation = make_ablation(
         "ablate", model, names, kind, reference, counterfactual, positions, per_position, saes,

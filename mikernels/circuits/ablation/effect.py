@@ -13,9 +13,9 @@ from rich.table import Table
 from mikernels.circuits.ablation.context import FIX, Ablation, make_ablation
 from mikernels.circuits.ablation.names import Names, read_names, read_saes
 from mikernels.circuits.ablation.scope import Positions
-from mikernels.circuits.ablation.subsets import values_without
-from mikernels.circuits.ablation.table import as_rich, as_text, bounds, means
+from mikernels.circuits.ablation.subsets import bounds, means, values_without
 from mikernels.circuits.prompts import Inputs, Prompts, check_aligned, read_prompts
+from mikernels.circuits.tables import Columns
 from mikernels.circuits.targets import Behavior, Target, read_target, vocabulary
 from mikernels.models.decoder import find_decoder
 from mikernels.models.hooks import original
@@ -54,28 +54,28 @@ class AblationEffect:
         """The same of all of them."""
         return means((self.clean - self.together)[None])[0]
 
-    def _rows(self) -> list[tuple[str, ...]]:
+    def _columns(self) -> Columns:
         values = [*self.alone.mean(-1).tolist(), self.together.mean().item()]
         lost = [*self.lost, self.all_lost]
         named = [*self.names, f"all {len(self.names)}"]
         order = sorted(range(len(self.names)), key=lambda i: -abs(lost[i].value))
-        return [
-            (named[i], f"{values[i]:+.4f}", f"{lost[i].value:+.4f}", bounds(lost[i]))
-            for i in (*order, len(self.names))
-        ]
-
-    _head = ("without", "number", "lost", "95 % interval")
-
-    def _title(self) -> str:
         mean, b = self.clean.mean().item(), len(self.clean)
         prompts = "1 prompt" if b == 1 else f"mean of {b} prompts"
-        return f"{self.label}: {mean:.3f} ({prompts}); {self.kind} ablation"
+        return Columns(
+            f"{self.label}: {mean:.3f} ({prompts}); {self.kind} ablation",
+            ("without", "number", "lost", "95 % interval"),
+            [
+                (named[i], f"{values[i]:+.4f}", f"{lost[i].value:+.4f}", bounds(lost[i]))
+                for i in (*order, len(self.names))
+            ],
+            signs=2,
+        )
 
     def __str__(self) -> str:
-        return as_text(self._title(), self._head, self._rows())
+        return str(self._columns())
 
     def __rich__(self) -> Table:
-        return as_rich(self._title(), self._head, self._rows())
+        return self._columns().__rich__()
 
 
 def asked(
@@ -109,9 +109,16 @@ def asked(
     decoder = ablation.decoder
     read = read_prompts(decoder, "prompts", prompts, tokenizer)
     behavior = read_target(where, metric, len(read.ids), vocabulary(decoder), tokenizer)
+    at = ablation.positions
+    if isinstance(at, torch.Tensor) and at.shape != read.ids.shape:
+        raise ValueError(
+            f"{where}: positions must be those of the prompts {list(read.ids.shape)}, got "
+            f"{list(at.shape)}"
+        )
     if kind == "counterfactual":
         assert counterfactual is not None
-        check_aligned(where, read, read_prompts(decoder, kind, counterfactual, tokenizer))
+        other = read_prompts(decoder, kind, counterfactual, tokenizer)
+        check_aligned(where, read, other, "prompts")
     if kind == "resample":
         assert reference is not None
         other = read_prompts(decoder, "reference", reference, tokenizer)

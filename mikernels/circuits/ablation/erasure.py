@@ -23,9 +23,9 @@ from rich.table import Table
 
 from mikernels.circuits.ablation.effect import asked
 from mikernels.circuits.ablation.scope import Positions
-from mikernels.circuits.ablation.subsets import values_without
-from mikernels.circuits.ablation.table import as_rich, as_text, bounds, means
+from mikernels.circuits.ablation.subsets import bounds, means, values_without
 from mikernels.circuits.prompts import Inputs
+from mikernels.circuits.tables import Columns
 from mikernels.circuits.targets import Target
 from mikernels.nn.sae import SAE
 from mikernels.values.intervals import Interval
@@ -63,29 +63,27 @@ class Erasure:
         """The mean over prompts for each fraction."""
         return tuple(means(self.clean - self.values))
 
-    def _rows(self) -> list[tuple[str, ...]]:
+    def _columns(self) -> Columns:
         rows = [
             (f"{fraction:.3g}", str(size), f"{value:+.4f}", f"{one.value:+.4f}", bounds(one))
             for fraction, size, value, one in zip(
                 self.fractions, self.sizes, self.values.mean(-1).tolist(), self.curve, strict=True
             )
         ]
-        return [*rows, ("mean", "", "", f"{self.score.value:+.4f}", bounds(self.score))]
-
-    @property
-    def _head(self) -> tuple[str, ...]:
         what = "ablated" if self.measure == "comprehensiveness" else "kept"
-        return ("fraction", what, "number", "lost", "95 % interval")
-
-    def _title(self) -> str:
         mean = self.clean.mean().item()
-        return f"{self.measure} of {self.label}: {mean:.3f} at first; {self.kind} ablation"
+        return Columns(
+            f"{self.measure} of {self.label}: {mean:.3f} at first; {self.kind} ablation",
+            ("fraction", what, "number", "lost", "95 % interval"),
+            [*rows, ("mean", "", "", f"{self.score.value:+.4f}", bounds(self.score))],
+            signs=3,
+        )
 
     def __str__(self) -> str:
-        return as_text(self._title(), self._head, self._rows())
+        return str(self._columns())
 
     def __rich__(self) -> Table:
-        return as_rich(self._title(), self._head, self._rows())
+        return self._columns().__rich__()
 
 
 def _measured(
@@ -103,7 +101,7 @@ def _measured(
         raise ValueError(
             f"{where}: fractions must ascend, above 0 and at most 1, got {list(steps)}"
         )
-    if isinstance(ranking, str) or any(set(name) & set("*?[") for name in ranking):
+    if isinstance(ranking, str) or any(set(str(name)) & set("*?[") for name in ranking):
         raise TypeError(f"{where}: ranking must be names, best first, got {ranking!r}")
     ablation, read, behavior = asked(where, model, prompts, metric, ranking, kind, **options)
     n = len(ablation.names)

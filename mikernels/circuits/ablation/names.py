@@ -114,7 +114,7 @@ def _check(where: str, decoder: Decoder, part: Part, saes: Mapping[str, SAE]) ->
         if part.number >= heads:
             expected = f"of heads 0..{heads - 1} of block {part.layer}"
             raise _wrong(where, part.name, expected, "count from 0")
-    elif part.kind in ("mlp", "neuron", "expert") and block.mlp is None:
+    elif block.mlp is None and ("mlp" in part.name or part.kind == "expert"):
         raise _wrong(where, part.name, "components of the model", f"L{part.layer} has no MLP")
     elif part.kind == "expert":
         experts = experts_of(block)

@@ -9,8 +9,8 @@
 | resample | that at token p of another reference prompt of the same length |
 
 (Zhang and Nanda, arXiv 2309.16042; resampling as in causal scrubbing, Chan et al. 2022.) Means are
-summed in float64; padding is in none of them. Of a resampled prompt all components are
-those of one other prompt, and each stands for one.
+summed in float64, without padding. Resampled, all components of a prompt are those of one other
+prompt, and every reference prompt is used once.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from functools import partial
@@ -99,16 +99,15 @@ class Scope:
         return not self._ended and self in _ACTIVE.get()
 
     def _check_shape(self, b: int, p: int) -> None:
-        n, width = self._values.shape
-        if isinstance(self._positions, torch.Tensor):
-            n, width = self._positions.shape
-        n = n if self._rows is None or n is None else len(self._rows)
-        if (n or b) != b or (width or p) != p:
-            want = [b if n is None else n, p if width is None else width]
-            raise ValueError(
-                f"{self._where}: the model must be called on the prompts whose activations stand "
-                f"there, {want} tokens, got {[b, p]}; with kind='zero' or 'mean' it may be any"
-            )
+        for n, width in (self._values.shape, getattr(self._positions, "shape", (None, None))):
+            rows = n if n is None or self._rows is None else len(self._rows)
+            if rows not in (None, b) or width not in (None, p):
+                want = [b if rows is None else rows, p if width is None else width]
+                raise ValueError(
+                    f"{self._where}: the model must be called on the prompts whose activations or "
+                    f"positions were given, {want} tokens, got {[b, p]}; with kind='zero' or "
+                    f"'mean', and positions that are numbers, it may be any"
+                )
 
     def _check_known(self, p: int) -> None:
         """Whether there is a mean for every position at which the call has a token."""
@@ -129,6 +128,7 @@ class Scope:
 
     def _ended_call(self, module: torch.nn.Module, args: Any, output: Any) -> None:
         """After a call that nothing ended before its end."""
+        self._here.mask = None
         missed = [place.name for place in self._places if place.layer not in self._ran]
         if self._entered() and missed:
             raise RuntimeError(
@@ -168,34 +168,43 @@ class Scope:
             own = own.expand(*own.shape[:-1], len(self._places[number].members))
         return Replacement(shape, self._values.of(number, self._rows), own)
 
-    def _hook(self, block: Block) -> Iterator[Any]:
+    def _enter(self, module: torch.nn.Module, args: Any, kwargs: Any = None) -> None:
+        # without keywords it is called by threads that were there when the hook came
+        if kwargs is None or not self._entered():
+            return
+        self._called = True
+        b, p = first_tensor(args, kwargs).shape[:2]
+        self._check_shape(b, p)
+        self._check_known(p)
+        self._here.shape, self._here.acted = (b, p), set()
+
+    def _leave(
+        self, block: int, numbers: list[int], module: torch.nn.Module, args: Any, output: Any
+    ) -> None:
+        if not self._entered():
+            return
+        self._ran.add(block)
+        if missed := [i for i in numbers if i not in self._here.acted]:
+            raise RuntimeError(
+                f"{self._where}: {self._places[missed[0]].name} must be reached, got block {block} "
+                f"that ran without it; {NEVER}"
+            )
+        del self._here.shape, self._here.acted
+
+    def _hook(self, block: Block) -> Iterator[Callable[[], None]]:
         numbers = [i for i, place in enumerate(self._places) if place.layer == block.index]
-
-        def enter(module: torch.nn.Module, args: Any, kwargs: Any = None) -> None:
-            # without keywords it is called by threads that were there when the hook came
-            if kwargs is None or not self._entered():
-                return
-            self._called = True
-            b, p = first_tensor(args, kwargs).shape[:2]
-            self._check_shape(b, p)
-            self._check_known(p)
-            self._here.shape, self._here.acted = (b, p), set()
-
-        def leave(module: torch.nn.Module, args: Any, output: Any) -> None:
-            if not self._entered():
-                return
-            self._ran.add(block.index)
-            if missed := [i for i in numbers if i not in self._here.acted]:
-                raise RuntimeError(
-                    f"{self._where}: {self._places[missed[0]].name} must be reached, got block "
-                    f"{block.index} that ran without it; {NEVER}"
-                )
-            del self._here.shape, self._here.acted
-
-        yield block.module.register_forward_pre_hook(enter, with_kwargs=True).remove
+        yield block.module.register_forward_pre_hook(self._enter, with_kwargs=True).remove
         for i in numbers:
             yield from self._places[i].edit(partial(self._now, i))
+        leave = partial(self._leave, block.index, numbers)
         yield block.module.register_forward_hook(leave).remove
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # what hooks of a copy would do after the block, or to whom, nobody can tell
+        raise RuntimeError(
+            f"{self._where}: a model must be copied or pickled outside of the `with` block, got "
+            f"one with components ablated; copy it before"
+        )
 
     @contextmanager
     def entered(self) -> Iterator[None]:

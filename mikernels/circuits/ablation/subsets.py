@@ -14,6 +14,7 @@ from mikernels.circuits.ablation.context import Ablation
 from mikernels.circuits.passes import run
 from mikernels.circuits.prompts import Prompts
 from mikernels.circuits.targets import Behavior
+from mikernels.values.intervals import Interval, mean_intervals
 
 
 @torch.no_grad()
@@ -41,3 +42,12 @@ def values_without(
             for i, one in zip(subset.tolist(), logits.split(len(rows)), strict=True):
                 found[i, rows] = own(one, None if last else part.kept).double().cpu()
     return found
+
+
+def means(values: torch.Tensor) -> list[Interval]:
+    """Of `[S, B]` over prompts, with Student's 95 % interval."""
+    return mean_intervals(values.numpy().T)
+
+
+def bounds(interval: Interval) -> str:
+    return f"[{interval.low:+.4f}, {interval.high:+.4f}]"

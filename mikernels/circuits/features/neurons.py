@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The activations of an MLP's neurons: what its last product reads.
+
+Which module that is, arithmetic tells: the last one with a matrix whose output is what the MLP
+returns.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+
+from mikernels.circuits.passes import run
+from mikernels.circuits.prompts import Inputs, read_prompts
+from mikernels.models.decoder import find_decoder
+from mikernels.models.hooks import original, returned
+from mikernels.models.parts import Block, Decoder, Tap
+
+NAME = "neuron_activations"
+FIX = "record them with a hook of your own"
+
+
+def _is_product(module: torch.nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, torch.Tensor) and weight.dim() == 2
+
+
+def _last_product(decoder: Decoder, block: Block) -> Tap:
+    """Where the neurons are seen, by a pass over one token."""
+    assert block.mlp is not None
+    post = getattr(block.mlp, "hook_post", None)
+    if isinstance(post, torch.nn.Module):
+        # a HookedTransformer's MLP holds its matrices itself
+        return Tap(post)
+    made: list[tuple[torch.nn.Module, torch.Tensor]] = []
+    outputs: list[torch.Tensor] = []
+    with ExitStack() as stack:
+        for module in filter(_is_product, block.mlp.modules()):
+            hook = module.register_forward_hook(lambda m, args, out: made.append((m, out)))
+            stack.callback(hook.remove)
+        end = block.mlp.register_forward_hook(lambda m, args, out: outputs.append(returned(out)))
+        stack.callback(end.remove)
+        device = next(decoder.model.parameters()).device
+        run(decoder, {"input_ids": torch.zeros(1, 1, dtype=torch.int64, device=device)})
+    for module, out in reversed(made):
+        if isinstance(out, torch.Tensor) and outputs and torch.equal(out, outputs[-1]):
+            return Tap(module, before=True)
+    raise decoder.refusal(f"the MLP of block {block.index} does not end in a product of one matrix")
+
+
+@torch.no_grad()
+def neuron_activations(
+    model: torch.nn.Module,
+    input_tokens: Inputs,
+    layer: int,
+    *,
+    tokenizer: Any = None,
+    batch_size: int = 16,
+) -> torch.Tensor:
+    """What the neurons of one layer's MLP are at every token, `[tokens, neurons]`.
+
+    Args:
+        model: a Hugging Face causal language model in eval mode, or a HookedTransformer, whose MLP
+            is not made of experts.
+        input_tokens, tokenizer: as for `gim_probe`; padding is left out.
+        layer: the block's number. batch_size: prompts at a time.
+
+    Raises:
+        TypeError, ValueError: as `gim_probe`; for another layer, or an MLP of another form.
+
+    Example:
+        >>> neurons = neuron_activations(model, texts, 14, tokenizer=tokenizer)
+        >>> print(coactivation(neurons, by="correlation"))
+    """
+    decoder = find_decoder(original(model), NAME, FIX)
+    decoder.check_eval()
+    count = len(decoder.blocks)
+    if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < count:
+        raise ValueError(f"{NAME}: layer must be in 0..{count - 1}, got {layer!r}")
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"{NAME}: batch_size must be at least 1, got {batch_size}")
+    block = decoder.blocks[layer]
+    if block.mlp is None:
+        raise ValueError(f"{NAME}: layer must be one with an MLP, got {layer}")
+    prompts = read_prompts(decoder, "input_tokens", input_tokens, tokenizer)
+    tap = _last_product(decoder, block)
+    found: list[torch.Tensor] = []
+    for begin in range(0, len(prompts.ids), batch_size):
+        part = prompts.rows(slice(begin, begin + batch_size))
+        seen: list[torch.Tensor] = []
+        end = tap.hook(seen.append)
+        try:
+            run(decoder, part.given, last=True)
+        finally:
+            end()
+        if len(seen) != 1 or seen[0].numel() % part.ids.numel():
+            raise decoder.refusal(f"the MLP of block {layer} ran {len(seen)} times in a pass")
+        rows = seen[0].reshape(part.ids.numel(), -1)
+        found.append(rows[part.mask.reshape(-1).to(rows.device)])
+    return torch.cat(found)

@@ -1,0 +1,389 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`mikernels rate`: what people make of features and components, and how far they agree."""
+
+from __future__ import annotations
+
+import getpass
+import importlib.util
+import webbrowser
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mikernels.cli.eval import load_any
+from mikernels.cli.train import ACTIVATIONS, _device, count, option
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from mikernels.activations import Rows
+    from mikernels.nn import SAE
+    from mikernels.rate.items import Plan
+    from mikernels.rate.report import Report
+    from mikernels.schema import RatedItems
+
+ITEMS, SESSION = "Items (made once; the same for all raters)", "Session"
+# a minute or two of SmolLM2-135M on a desktop processor
+TOKENS = 32_768
+
+
+def rate(
+    run: Annotated[
+        Path,
+        typer.Argument(
+            help="Folder of a training run, a checkpoint or an SAE of SAELens; or a JSON file of "
+            "mikernels.rate.save_evidence."
+        ),
+    ],
+    rater: Annotated[
+        str | None, option("Who rates; the name of the results.", SESSION, show_default="your user")
+    ] = None,
+    report: Annotated[
+        bool, option("Print what all raters found, and write report.json.", SESSION, "--report")
+    ] = False,
+    port: Annotated[int, option("Of the page.", SESSION, show_default="any free one")] = 0,
+    open_page: Annotated[
+        bool, option("Open the page in your browser.", SESSION, "--open/--no-open")
+    ] = True,
+    model: Annotated[
+        Path | None,
+        option("Local folder of the Hugging Face model or GGUF file.", ACTIVATIONS),
+    ] = None,
+    gguf_file: Annotated[
+        str | None, option("The GGUF file's name, if the folder has several.", ACTIVATIONS)
+    ] = None,
+    layer: Annotated[
+        int | None,
+        option("Decoder layer, from 0.", ACTIVATIONS, show_default="what the run was trained on"),
+    ] = None,
+    text: Annotated[
+        list[Path] | None,
+        option("UTF-8 text file; may be repeated.", ACTIVATIONS, metavar="<path>"),
+    ] = None,
+    context: Annotated[int, option("Tokens of a context window.", ACTIVATIONS)] = 256,
+    skip: Annotated[
+        int,
+        option(
+            "Tokens of the text passed over at the start: those trained on.",
+            ACTIVATIONS,
+            parser=lambda text: 0 if str(text) == "0" else count(text),
+            metavar="N",
+        ),
+    ] = 0,
+    tokens: Annotated[
+        int,
+        option("Tokens of the text to take excerpts from.", ACTIVATIONS, parser=count, metavar="N"),
+    ] = TOKENS,
+    activations: Annotated[
+        Path | None,
+        option(
+            "Instead: shards with token_ids, windows and metadata pieces, as the demo's.",
+            ACTIVATIONS,
+            show_default="those of a run of the demo",
+        ),
+    ] = None,
+    k: Annotated[
+        float | None,
+        option("Of a BatchTopK SAE from SAELens, which does not keep it.", ACTIVATIONS),
+    ] = None,
+    device: Annotated[
+        str | None,
+        option("cpu, cuda or cuda:N.", ACTIVATIONS, show_default="cuda where there is one"),
+    ] = None,
+    features: Annotated[int, option("Features or components that are rated.", ITEMS)] = 12,
+    controls: Annotated[int, option("Items whose evidence is wrong.", ITEMS)] = 4,
+    repeats: Annotated[int, option("Of the features, how many come twice.", ITEMS)] = 2,
+    game: Annotated[
+        str | None,
+        option(
+            "detection (where is it active?) or fuzzing (are the right tokens shaded?).",
+            ITEMS,
+            show_default="detection; fuzzing of components",
+        ),
+    ] = None,
+    examples: Annotated[int, option("Texts of evidence.", ITEMS)] = 6,
+    questions: Annotated[int, option("Texts to judge; half of them are right.", ITEMS)] = 10,
+    seed: Annotated[int, option("Of all that is drawn.", ITEMS)] = 0,
+) -> None:
+    """Rate features or components by hand: see evidence, guess where they are active, judge them.
+
+    Serves a page on this machine alone. Some items are controls, whose evidence is wrong, and some
+    come twice; nothing says which. Every answer is saved in RUN/rate/RATER.json, and an interrupted
+    session goes on where it was. Other raters get the same items in another order.
+
+    Examples:
+
+        mikernels rate out/sae --model ~/models/gpt2 --text unseen.txt
+
+        mikernels rate out/sae --rater ada --no-open
+
+        mikernels rate out/demo/smollm2/fused
+
+        mikernels rate probe.json --features 6 --controls 2
+
+        mikernels rate out/sae --report
+    """
+    from rich.console import Console
+
+    from mikernels.rate import items as rated
+
+    console = Console()
+    if not run.exists():
+        raise FileNotFoundError(f"rate: RUN must be a folder or a JSON file, got {run}")
+    folder = run / rated.FOLDER if run.is_dir() else run.with_name(f"{run.stem}-{rated.FOLDER}")
+    if report:
+        _report(folder, console)
+        return
+    if importlib.util.find_spec("flask") is None:
+        raise ModuleNotFoundError("rate: flask must be installed; `pip install 'mikernels[rate]'`")
+    from mikernels.files import explained
+    from mikernels.owning import owned
+    from mikernels.rate.session import ratings_path
+
+    name = rater or getpass.getuser()
+    ratings_path(folder, name)  # what is no name is refused before the model runs
+    games = ("detection", "fuzzing") if run.is_dir() else ("fuzzing",)
+    if (game := game or games[0]) not in games:
+        kind = "features" if run.is_dir() else "components"
+        raise ValueError(f"rate: --game must be {' or '.join(games)} for {kind}, got {game!r}")
+    plan = rated.Plan(features, controls, repeats, examples, questions, seed)
+    with explained("rate", "ratings", folder, "choose a RUN that can be written"):
+        folder.mkdir(exist_ok=True)
+    path = folder / rated.ITEMS
+    if path.exists() and (model or text or activations):
+        raise ValueError(
+            f"rate: {path} must be absent to make items, got --model, --text or --activations "
+            f"beside it; leave them out to rate those items, or delete {folder} with all ratings"
+        )
+    if not path.exists():
+        with owned(folder, "rate"):
+            if run.is_dir():
+                sae = load_any(run, k).to(_device(device)).eval()
+                where = (model, gguf_file, layer, text, context, skip, tokens, activations)
+                made = _feature_items(run, sae, *_rows(run, sae, *where), plan, game)
+            else:
+                made = _component_items(run, plan, game)
+            rated.save_items(folder, made)
+        console.print(f"items: {path}", highlight=False)
+    with owned(folder, "rate", f".{name}.lock"):
+        _serve(folder, name, port, open_page, console)
+
+
+def _serve(folder: Path, rater: str, port: int, open_page: bool, console: Console) -> None:
+    from mikernels.rate.server import serve
+    from mikernels.rate.session import Session
+
+    session = Session(folder, rater)
+    say = f"`mikernels rate RUN --report` says what was found; ratings: {session.path}"
+    if session.current is None:
+        console.print(f"{rater} has rated all items; {say}", highlight=False)
+        return
+
+    def ready(address: str) -> None:
+        left = sum(not turn.finished for turn in session.ratings.turns)
+        console.print(f"{left} items to rate as {rater}: [link={address}]{address}[/]\nCtrl-C ends")
+        if open_page:
+            webbrowser.open(address)
+
+    def ended() -> None:
+        console.print("all items are rated; Ctrl-C ends")
+
+    serve(session, port, ready, ended)
+    done = sum(bool(turn.finished) for turn in session.ratings.turns)
+    console.print(f"\n{done} of {len(session.ratings.turns)} items rated; {say}", highlight=False)
+
+
+def _rows(
+    run: Path,
+    sae: SAE,
+    model: Path | None,
+    gguf_file: str | None,
+    layer: int | None,
+    text: list[Path] | None,
+    context: int,
+    skip: int,
+    tokens: int,
+    activations: Path | None,
+) -> tuple[Rows, dict[str, str], dict[str, Any]]:
+    """Activations with their tokens, the text of each token, and where they are from."""
+    from mikernels.evaluate.judged import check_width
+
+    if model is None:
+        folder = activations or _of_demo(run)
+        if folder is None:
+            raise ValueError(
+                f"rate: items of {run} must be made from --model FOLDER with --text FILE, or from "
+                f"--activations FOLDER, got neither"
+            )
+        from mikernels.activations.shards import load_rows
+
+        rows, metadata = load_rows(folder)
+        pieces = metadata.get("pieces")
+        if not isinstance(pieces, dict):
+            raise ValueError(
+                f"rate: {folder} must have the metadata pieces (the text of every token id), got "
+                f"{sorted(metadata)}; give --model and --text instead"
+            )
+        check_width("rate", sae, rows["activations"].shape[1], str(folder))
+        return rows, pieces, {"activations": str(folder)}
+    if activations is not None or not text:
+        raise ValueError("rate: --model needs --text FILE, and no --activations")
+    from mikernels.activations import ModelSource, TextFiles
+    from mikernels.activations.windows import begins_with_bos, token_windows
+    from mikernels.models.load import load_model
+
+    site = _site(run) if layer is None else layer
+    if site is None:
+        raise ValueError(f"rate: --layer must be given for {run}, which does not say it, got none")
+    texts = TextFiles(text)
+    network, tokenizer = load_model(model, gguf_file)
+    source = ModelSource(network.to(sae.w_enc.device), tokenizer, site, [], context=context)
+    check_width("rate", sae, source.d, f"{model} at {site}")
+    passed, wanted = (-(-number // context) for number in (skip, tokens))
+    windows = token_windows(tokenizer, texts, context, bos=begins_with_bos(tokenizer))
+    parts = list(source.read_windows(islice(windows, passed, passed + wanted)))
+    if not parts:
+        raise ValueError(f"rate: --text must hold more than --skip {skip:,} tokens, got fewer")
+    import torch
+
+    rows = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    ids = rows["token_ids"].unique().tolist()
+    pieces = {str(i): tokenizer.decode([i]) for i in ids}
+    where = {"model": str(model), "site": site, "text": [str(path) for path in text]}
+    return rows, pieces, {**where, "context": context, "skip": skip, "tokens": tokens}
+
+
+def _site(run: Path) -> Any:
+    """What the run was trained on, as ModelSource takes it; None where nothing says it."""
+    from mikernels.training.state.checkpoint import STATE, checkpoints, load_checkpoint
+
+    folder = run if (run / STATE).exists() else next(iter(reversed(checkpoints(run))), None)
+    if folder is None:
+        return None
+    return load_checkpoint(folder)[2].source.get("identity", {}).get("layer")
+
+
+def _of_demo(run: Path) -> Path | None:
+    """The shards that the demo trained a run on."""
+    from mikernels.files import read_json
+    from mikernels.schema import Spec, check
+
+    path = run / "run.json"
+    if not path.exists():
+        return None
+    fix = "give --activations"
+    raw = read_json(path, "rate", "the settings of a run of the demo", fix)
+    return Path(check(Spec, raw, "rate", path, fix).activations)
+
+
+def _feature_items(
+    run: Path,
+    sae: SAE,
+    rows: Rows,
+    pieces: dict[str, str],
+    source: dict[str, Any],
+    plan: Plan,
+    game: str,
+) -> RatedItems:
+    from mikernels.evaluate.firing import encode_all
+    from mikernels.rate.features import FeatureMaterials
+    from mikernels.rate.items import compose
+
+    firing = encode_all(sae, rows["activations"].to(sae.w_enc.device).float())
+    materials = FeatureMaterials(firing, rows, pieces, plan, game)
+    found = list(islice(materials, plan.materials))
+    source |= {"sae": str(run), "drawn": materials.drawn, "usable": len(found)}
+    return compose("feature", game, found, plan, source)
+
+
+def _component_items(path: Path, plan: Plan, game: str) -> RatedItems:
+    from mikernels.rate.components import component_materials, load_evidence
+    from mikernels.rate.items import compose
+
+    evidence = load_evidence(path)
+    source = {"evidence": str(path), "label": evidence.label}
+    return compose("component", game, component_materials(evidence, plan), plan, source)
+
+
+def _report(folder: Path, console: Console) -> None:
+    from mikernels.files import explained, finite, write_json
+    from mikernels.rate.report import REPORT, read, report
+
+    found = report(*read(folder))
+    _print(console, found)
+    path = folder / REPORT
+    with explained("rate", "the report", path, "free space"):
+        write_json(path, finite(found.to_dict()))
+    print(f"wrote {path}")
+
+
+def _print(console: Console, found: Report) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
+    finished = ", ".join(f"{name} {n} of {all_}" for name, (n, all_) in found.finished.items())
+    table = Table(
+        title=f"The {found.game} game on {found.kind}s ({finished} turns)", header_style="bold"
+    )
+    for name in ("", "items", "right answers", "yes where yes", "no where no", "rating, 1 to 5"):
+        table.add_column(name, justify="right" if name else "left")
+    labels = {
+        "rated": f"{found.kind}s",
+        "controls": "controls",
+        "mismatched": "  another one's evidence",
+        "random": "  random evidence",
+    }
+    for name, label in labels.items():
+        group = found.groups[name]
+        if group.items:
+            cells = (group.accuracy, group.recall, group.specificity, group.rating)
+            table.add_row(label, str(group.items), *map(_interval, cells))
+    table.add_row(
+        f"{found.kind}s less controls", "", _interval(found.gain), "", "",
+        _interval(found.rating_gain), style="bold",
+    )  # fmt: skip
+    console.print(table)
+    strengths = [f"{quarter.value:.2f}" for quarter in found.quarters if quarter.value >= 0]
+    if strengths:
+        line = f"yes where yes, from the strongest quarter of activations: {', '.join(strengths)}"
+        console.print(line, highlight=False)
+    items = Table(title="Each item", header_style="bold")
+    for name in ("", "right answers", "rating", "what it is, in the raters' words"):
+        items.add_column(name, justify="right" if name in ("right answers", "rating") else "left")
+    for item in found.items:
+        words = "; ".join(f"{name}: {said}" for name, said in item.descriptions.items())
+        name = item.name if item.control is None else f"{item.name} ({item.control} control)"
+        items.add_row(
+            escape(name), _interval(item.accuracy), f"{item.rating:.1f}", escape(words),
+            style="" if item.control is None else "dim",
+        )  # fmt: skip
+    console.print(items)
+    if found.agreement:
+        kappas = Table(title="Agreement, Cohen's kappa", header_style="bold")
+        for name in ("", "items", "answers", "ratings (quadratic weights)"):
+            kappas.add_column(name, justify="right" if name else "left")
+        for pair in found.agreement:
+            one, other = pair.raters
+            who = f"{one}, twice" if one == other else f"{one}, {other}"
+            kappas.add_row(
+                escape(who), str(pair.items), _interval(pair.answers), _interval(pair.ratings)
+            )
+        console.print(kappas)
+    console.print(
+        "luck is 0.5 right answers and a kappa of 0; 95 % intervals: Student's or Welch's over "
+        "items, of each item Wilson's over answers, of kappa a bootstrap over items",
+        highlight=False,
+    )
+    if found.groups["controls"].items and not found.gain.low > 0:
+        console.print(f"{found.kind}s are not told apart from controls", style="yellow")
+
+
+def _interval(found: Any) -> str:
+    """A point where the bounds are not known, nothing where there is no number."""
+    if found.value != found.value:
+        return "-"
+    if found.low != found.low:
+        return f"{found.value:.2f}"
+    return f"{found.value:.2f} [{found.low:.2f}, {found.high:.2f}]"
