@@ -9,7 +9,7 @@ import torch
 from decoder_cases import hooks_of, made, padded
 from lens_cases import lens
 
-from mikernels.circuits import patching
+from mikernels.circuits import baseline, interventions
 from mikernels.circuits.baseline import normed
 from mikernels.circuits.patching import Patcher, pruned
 from mikernels.models.decoder import find_decoder
@@ -465,25 +465,25 @@ def test_norms_in_fp32_are_the_modules(kind):
 
 def test_a_wrong_sum_is_found_where_it_is(monkeypatch):
     model = made("llama")
-    weights = patching.head_weights
+    weights = interventions.head_weights
 
     def wrong(wiring):
         found = list(weights(wiring))
         return [found[0], found[1] * 1.001, *found[2:]]
 
-    monkeypatch.setattr(patching, "head_weights", wrong)
+    monkeypatch.setattr(interventions, "head_weights", wrong)
     p = patcher(model)
     with pytest.raises(ValueError, match=r"input of L1.mlp, all edges kept, must be the model's"):
         p.measure([drawn(p.graph, 0.5)])
     assert not hooks_of(model)
     monkeypatch.undo()
-    cut = patching.baseline.cut
+    cut = baseline.cut
 
     def off(*given):
         found = cut(*given)
         return dataclasses.replace(found, final=found.final + 1e-6)
 
-    monkeypatch.setattr(patching.baseline, "cut", off)
+    monkeypatch.setattr(baseline, "cut", off)
     with pytest.raises(ValueError, match="after the last block, all nodes cut, must be what takes"):
         patcher(model, "node", ablation="zero").measure([torch.arange(16) > 3])
 
