@@ -172,6 +172,9 @@ class Patcher:
         self._stack = max(1, batch * parts // b)
         return math.ceil(b / parts)
 
+    # what watches a model needs tensors that count their versions
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def measure(self, masks: Sequence[torch.Tensor]) -> Measured:
         """The number of each prompt under each mask, bool `[W, R]` or `[W]`, of what is kept.
 
@@ -219,7 +222,6 @@ class Patcher:
                 f"another metric or other prompts"
             )
 
-    @torch.no_grad()
     def _baseline(self, number: int, prompts: Prompts) -> Baseline:
         """Of one batch; the numbers of both its ends are then in `_ends`."""
         if self._ablation == "counterfactual":
@@ -284,7 +286,7 @@ class Patcher:
         decoder = self._wiring.decoder
         kind = Edges if self._level == "edge" else Nodes
         given = Prompts(_stacked(prompts, len(masks)), None)
-        with torch.no_grad(), decoder.whole(), ExitStack() as stack:
+        with decoder.whole(), ExitStack() as stack:
             kind(self._wiring, base, masks, prompts.ids.shape, stack, claims)
             if last:
                 baseline.last_alone(self._wiring, stack)

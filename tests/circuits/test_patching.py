@@ -433,6 +433,9 @@ def test_batches_and_circuits_side_by_side_change_nothing():
                 got = found.measure(masks)
                 torch.testing.assert_close(got.values, expected.values, rtol=0, atol=1e-11)
                 torch.testing.assert_close(got.empty, expected.empty, rtol=0, atol=1e-11)
+    with torch.inference_mode():
+        got = patcher(model, level).measure(masks)
+    assert torch.equal(got.values, expected.values) and not got.values.is_inference()
     rows = []
 
     def metric(logits):
