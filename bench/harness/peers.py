@@ -20,10 +20,12 @@ import os
 import sys
 import types
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+
+from mikernels.rebind import rebound
 
 from .spec import Unavailable
 from .synthetic import Weights
@@ -212,9 +214,34 @@ def eap_ig() -> tuple[types.ModuleType, types.ModuleType]:
     source = inspect.getsource(attribute)
     on_cpu = types.ModuleType("eap.attribute")
     exec(compile(source.replace("'cuda'", "'cpu'"), str(attribute.__file__), "exec"), vars(on_cpu))
-
-    def tokenize(model: Any, ids: torch.Tensor) -> tuple[torch.Tensor, Any, torch.Tensor, int]:
-        return ids, torch.ones_like(ids), torch.full((len(ids),), ids.shape[1]), ids.shape[1]
-
-    vars(on_cpu)["tokenize_plus"] = tokenize
+    vars(on_cpu)["tokenize_plus"] = _tokenize
     return on_cpu, graph
+
+
+def _tokenize(model: Any, ids: torch.Tensor) -> tuple[torch.Tensor, Any, torch.Tensor, int]:
+    """Of prompts that are token ids, what EAP-IG's `tokenize_plus` returns of texts."""
+    return ids, torch.ones_like(ids), torch.full((len(ids),), ids.shape[1]), ids.shape[1]
+
+
+@functools.cache
+def mib_evaluator() -> tuple[Callable[..., Any], types.ModuleType]:
+    """MIB's `evaluate_area_under_curve` and EAP-IG's `eap.graph`, for prompts that are token ids.
+
+    MIB's own copy of EAP-IG takes the path of an optimal ablation, EAP-IG's 2.0.0 does not.
+    """
+    try:
+        graph = importlib.import_module("eap.graph")
+        evaluate = importlib.import_module("eap.evaluate")
+        mib = importlib.import_module("MIB_circuit_track.evaluation")
+    except ImportError as error:
+        raise Unavailable(f"checkouts of EAP-IG and MIB are not importable ({error})") from error
+    whole, part = (
+        rebound(function, tokenize_plus=_tokenize, tqdm=lambda batches: batches)
+        for function in (evaluate.evaluate_baseline, evaluate.evaluate_graph)
+    )
+
+    def without(*args: Any, optimal_ablation_path: None = None, **options: Any) -> Any:
+        return part(*args, **options)
+
+    names = {"evaluate_baseline": whole, "evaluate_graph": without}
+    return rebound(mib.evaluate_area_under_curve, **names, print=lambda *text: None), graph

@@ -49,6 +49,10 @@ def _sizes(s: AttentionShape) -> tuple[int, int, int]:
     return (2, 64, 64) if s.name == "smoke" else (30, 1536, 49152)
 
 
+def layers_of(s: AttentionShape) -> int:
+    return _sizes(s)[0]
+
+
 @functools.cache
 def _llama(s: AttentionShape) -> Any:
     try:
@@ -66,7 +70,7 @@ def _llama(s: AttentionShape) -> Any:
 
 
 @functools.cache
-def _lens(s: AttentionShape) -> Any:
+def lens_of(s: AttentionShape) -> Any:
     try:
         from transformer_lens import HookedTransformer, HookedTransformerConfig
     except ImportError as error:
@@ -100,7 +104,7 @@ def _lens(s: AttentionShape) -> Any:
 def _grouped(scores: torch.Tensor, s: AttentionShape) -> torch.Tensor:
     """`[W, R]` with one reader for the k, and v, of the heads that share them."""
     each = 3 * s.heads + 1
-    *layers, logits = scores.split([each] * _sizes(s)[0] + [1], 1)
+    *layers, logits = scores.split([each] * layers_of(s) + [1], 1)
     found = []
     for layer in layers:
         q, k, v, mlp = layer.split([s.heads, s.heads, s.heads, 1], 1)
@@ -108,7 +112,7 @@ def _grouped(scores: torch.Tensor, s: AttentionShape) -> torch.Tensor:
     return torch.cat([*found, logits], 1)
 
 
-def _inputs(shape: AttentionShape, mode: str, seed: int) -> SimpleNamespace:
+def prompts_of(shape: AttentionShape, mode: str, seed: int) -> SimpleNamespace:
     size = _sizes(shape)[2]
     ids = torch.randint(0, size - 1, (shape.batch, shape.queries), generator=generator(seed))
     other = ids.clone()
@@ -123,7 +127,7 @@ def _ours(model: Any, x: SimpleNamespace) -> torch.Tensor:
 
 def _readers(s: AttentionShape) -> int:
     """Of the HookedTransformer."""
-    return _sizes(s)[0] * (3 * s.heads + 1) + 1
+    return layers_of(s) * (3 * s.heads + 1) + 1
 
 
 def _eager(model: Any, x: SimpleNamespace) -> torch.Tensor:
@@ -190,7 +194,7 @@ RUN = {"ours": _ours, "lens": _ours, "eager": _eager, "eap-ig": _theirs}
 
 def _provider(name: str, ours: bool = False) -> Provider:
     def build(x: SimpleNamespace, mode: str) -> Runner:
-        model = (_llama if name == "ours" else _lens)(x.shape)
+        model = (_llama if name == "ours" else lens_of)(x.shape)
         if name == "eap-ig":
             peers.eap_ig()
         return Runner(lambda: {"scores": RUN[name](model, x)})
@@ -200,25 +204,25 @@ def _provider(name: str, ours: bool = False) -> Provider:
 
 def _check(x: SimpleNamespace, mode: str, outputs: Outputs, eager: Outputs) -> Verdict:
     if x.truth is None:
-        wide = copy.deepcopy(_lens(x.shape)).double()
+        wide = copy.deepcopy(lens_of(x.shape)).double()
         wide.cfg.dtype = torch.float64
         x.truth = _eager(wide, x)
     return values_gate(outputs, eager, {"scores": x.truth})
 
 
-def _weights(s: AttentionShape) -> float:
+def weights_of(s: AttentionShape) -> float:
     layers, mlp, vocabulary = _sizes(s)
     d = s.heads * s.width
     return layers * d * (2 * d + 2 * s.groups * s.width + 3 * mlp)
 
 
 def _flops(s: AttentionShape, mode: str) -> float:
-    layers = _sizes(s)[0]
+    layers = layers_of(s)
     tokens, each = s.batch * s.queries, s.heads + 1
     readers = s.heads + 2 * s.groups + 1
     edges = sum((1 + i * each) * readers + s.heads for i in range(layers)) + 1 + layers * each
     # two forward passes and a backward pass for inputs alone, and the edges
-    return 2.0 * tokens * (3 * _weights(s) + edges * s.heads * s.width)
+    return 2.0 * tokens * (3 * weights_of(s) + edges * s.heads * s.width)
 
 
 BENCHMARK = Benchmark(
@@ -227,7 +231,7 @@ BENCHMARK = Benchmark(
     ops=(),
     modes=("eap",),
     shapes={"eap": ("prompts",)},
-    inputs=_inputs,
+    inputs=prompts_of,
     providers=(
         _provider("ours", ours=True),
         _provider("lens"),
@@ -236,7 +240,7 @@ BENCHMARK = Benchmark(
     ),
     check=_check,
     flops=_flops,
-    bytes=lambda s, mode, size: 3.0 * size * _weights(s),
+    bytes=lambda s, mode, size: 3.0 * size * weights_of(s),
     targets=(Target("prompts", "eap", "eap-ig", 5.0),),
     family="attention",
 )

@@ -48,7 +48,8 @@ def faithfulness(units: np.ndarray) -> np.ndarray:
     clean, empty, *_ = means = np.moveaxis(units.mean(-2), -1, 0)
     with np.errstate(divide="ignore", invalid="ignore"):
         # a resample of prompts without any effect: the interval is then not known
-        return np.moveaxis((means[2:] - empty) / (clean - empty), 0, -1)
+        # + 0: no -0
+        return np.moveaxis((means[2:] - empty) / (clean - empty) + 0.0, 0, -1)
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,8 +9,11 @@ import torch
 from decoder_cases import hooks_of, made, padded
 from lens_cases import lens
 
-from mikernels.circuits import patching
+from mikernels.circuits import baseline, interventions
+from mikernels.circuits.baseline import normed
 from mikernels.circuits.patching import Patcher, pruned
+from mikernels.models.decoder import find_decoder
+from mikernels.models.readers import wire
 
 CLEAN = torch.tensor([[3, 14, 15, 9, 2], [6, 5, 35, 8, 9], [11, 2, 40, 8, 1]])
 OTHER = torch.tensor([[3, 17, 15, 21, 2], [6, 5, 33, 8, 4], [12, 2, 40, 8, 3]])
@@ -430,6 +433,9 @@ def test_batches_and_circuits_side_by_side_change_nothing():
                 got = found.measure(masks)
                 torch.testing.assert_close(got.values, expected.values, rtol=0, atol=1e-11)
                 torch.testing.assert_close(got.empty, expected.empty, rtol=0, atol=1e-11)
+    with torch.inference_mode():
+        got = patcher(model, level).measure(masks)
+    assert torch.equal(got.values, expected.values) and not got.values.is_inference()
     rows = []
 
     def metric(logits):
@@ -446,27 +452,41 @@ def test_batches_and_circuits_side_by_side_change_nothing():
     assert torch.equal(found.values, expected.values)
 
 
+@pytest.mark.parametrize("kind", ["gpt2", "olmo", "llama", "gemma2", "lens, LN", "lens, RMS"])
+def test_norms_in_fp32_are_the_modules(kind):
+    fp32 = torch.float32
+    pre = {"normalization_type": f"{kind[6:]}Pre"}
+    model = lens("llama", fp32, **pre) if "lens" in kind else made(kind, fp32)
+    generator = torch.Generator().manual_seed(0)
+    x = 3 * torch.randn(2, 5, 3, 24, generator=generator) + 1
+    for reading in wire(find_decoder(model, "test", "")).layers:
+        assert reading.norm.form is not None
+        for norm in (reading.norm, reading.mlp_norm):
+            with torch.no_grad():
+                torch.testing.assert_close(normed(norm, x), norm.module(x))
+
+
 def test_a_wrong_sum_is_found_where_it_is(monkeypatch):
     model = made("llama")
-    weights = patching.head_weights
+    weights = interventions.head_weights
 
     def wrong(wiring):
         found = list(weights(wiring))
         return [found[0], found[1] * 1.001, *found[2:]]
 
-    monkeypatch.setattr(patching, "head_weights", wrong)
+    monkeypatch.setattr(interventions, "head_weights", wrong)
     p = patcher(model)
     with pytest.raises(ValueError, match=r"input of L1.mlp, all edges kept, must be the model's"):
         p.measure([drawn(p.graph, 0.5)])
     assert not hooks_of(model)
     monkeypatch.undo()
-    cut = patching.baseline.cut
+    cut = baseline.cut
 
     def off(*given):
         found = cut(*given)
         return dataclasses.replace(found, final=found.final + 1e-6)
 
-    monkeypatch.setattr(patching.baseline, "cut", off)
+    monkeypatch.setattr(baseline, "cut", off)
     with pytest.raises(ValueError, match="after the last block, all nodes cut, must be what takes"):
         patcher(model, "node", ablation="zero").measure([torch.arange(16) > 3])
 
