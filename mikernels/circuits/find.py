@@ -73,6 +73,7 @@ class _Sums:
     positions: torch.Tensor | None
 
 
+@torch.inference_mode(False)
 def find_circuit(
     model: torch.nn.Module,
     clean: Inputs,

@@ -108,7 +108,6 @@ def backward(
     return Pass(values.detach(), watch.sites, watch.flows, grads)
 
 
-@torch.no_grad()
 def forward(
     decoder: Decoder,
     inputs: Mapping[str, Any],
@@ -116,7 +115,8 @@ def forward(
     w_o: list[torch.Tensor],
 ) -> list[dict[str, torch.Tensor]]:
     """The sites of a pass without gradients."""
-    with ExitStack() as stack:
+    # tensors of inference mode have no versions to watch
+    with torch.inference_mode(False), torch.no_grad(), ExitStack() as stack:
         watch = Watch(decoder, kept, w_o, stack)
         run(decoder, inputs, last=True)
         watch.check()

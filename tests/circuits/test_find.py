@@ -8,7 +8,7 @@ import torch
 from decoder_cases import HARD, IDS, OPTIONS, hooks_of, made, padded, tiny
 from lens_cases import lens
 
-from mikernels.circuits import find_circuit
+from mikernels.circuits import find_circuit, gim_probe
 from mikernels.models.decoder import find_decoder
 from mikernels.models.readers import wire
 from mikernels.models.rules import rules
@@ -252,6 +252,20 @@ def test_narrower_dtypes(dtype):
     assert found.scores.dtype == torch.float32
     away = (found.scores - exact).norm() / exact.norm()
     assert away < 400 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_callers_without_gradients(context):
+    model = made("llama")
+    for method in ("eap", "eap-ig", "eap-ig-activations"):
+        expected = find_circuit(model, IDS, CORRUPTED, PAIR, method, steps=1)
+        with context():
+            found = find_circuit(model, IDS, CORRUPTED, PAIR, method, steps=1)
+        assert torch.equal(found.scores, expected.scores)
+    with context():
+        probe = gim_probe(model, IDS, PAIR, counterfactual=CORRUPTED, rules=None)
+    expected = gim_probe(model, IDS, PAIR, counterfactual=CORRUPTED, rules=None)
+    assert torch.equal(probe.scores, expected.scores)
 
 
 def test_tiles_of_tokens(monkeypatch):
