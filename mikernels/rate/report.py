@@ -186,7 +186,14 @@ def _judged(rater: str, turn: Turn, item: RatedItem) -> _Judged:
 
 
 def _means(rows: np.ndarray) -> list[Interval]:
-    return mean_intervals(rows) if len(rows) else [NOTHING] * 4
+    """Of shares three times, and of ratings; bounds of a few items are cut to what can be."""
+    if not len(rows):
+        return [NOTHING] * 4
+    ends = [(0.0, 1.0)] * 3 + [(1.0, 5.0)]
+    return [
+        Interval(mean, max(low, least), min(high, most))
+        for (mean, low, high), (least, most) in zip(mean_intervals(rows), ends, strict=True)
+    ]
 
 
 def _result(judged: list[_Judged]) -> ItemResult:
