@@ -380,7 +380,7 @@ def letters_model(tmp_path_factory):
 
 
 def test_circuits_prints_and_writes_what_the_library_finds(command, letters_model, tmp_path):
-    from mikernels.circuits import find_circuit
+    from mikernels.circuits import faithfulness_curve, find_circuit
     from mikernels.models.load import LocalModel
 
     page, numbers = tmp_path / "page.html", tmp_path / "numbers.json"
@@ -418,9 +418,35 @@ def test_circuits_prints_and_writes_what_the_library_finds(command, letters_mode
         "logit difference 'g' - 'k'",
     ):
         assert name in out
+    for name, absolute in (("curves", False), ("curves_by_size", True)):
+        assert [c["method"] for c in written[name]] == ["gim", "eap", "random"]
+        own = faithfulness_curve(
+            local.model(head=True), ["c n o i b", "f e h i </b>"], ["c n o e b", "f e h e </b>"],
+            ("g", "k"), found, tokenizer=local.tokenizer(), absolute=absolute,
+        )  # fmt: skip
+        assert written[name][0]["cmd"]["value"] == pytest.approx(own.cmd.value, rel=1e-4)
+        area = own.cpr if name == "curves" else own.cmd
+        assert str(area).split()[0] in out
     text = page.read_text()
     assert "--counterfactual &#39;c n o e b&#39;" in text and "f e h i </b>" not in text
     assert "2 prompts" in text and "“c n o i b” → “g” in letters" in text
+
+
+def test_circuits_of_nodes_without_curves(command, letters_model, tmp_path):
+    page, numbers = tmp_path / "page.html", tmp_path / "numbers.json"
+    code, out, err = command(
+        "circuits", "--model", letters_model, "--prompt", "c n o i b", "--counterfactual",
+        "c n o e b", "--compare", "atp", "--no-curve", "--out", page, "--json", numbers,
+    )  # fmt: skip
+    assert code == 0, err
+    written = json.loads(numbers.read_text())
+    assert [(c["method"], c["level"]) for c in written["circuits"]] == [
+        ("gim", "node"),
+        ("atp", "node"),
+    ]
+    assert written["curves"] == [] and "Strongest edges" not in out and "CPR" not in out
+    text = page.read_text()
+    assert "The circuit</h2>" not in text and "How faithful" not in text and "Stability" not in text
 
 
 def test_circuits_of_a_prompt_alone_are_activation_times_gradient(

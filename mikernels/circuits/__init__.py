@@ -28,6 +28,7 @@ from mikernels.circuits.features import (
     neuron_activations,
     ov_circuit,
     qk_circuit,
+    virtual_edges,
 )
 from mikernels.circuits.find import find_circuit
 from mikernels.circuits.interactions import (
@@ -105,4 +106,5 @@ __all__ = [
     "sufficiency",
     "tasks",
     "write_report",
+    "virtual_edges",
 ]

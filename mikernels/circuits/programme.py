@@ -23,8 +23,9 @@ D = lambda n + sum of max(0, price) over all columns is no less than any choice'
 whatever lambda and mu are; edges of a positive price come in, until there are none. A choice with
 an edge outside then has at most D + price_e. So an integer programme over the edges inside that
 finds V has found the best of all, once every edge with D + price_e > V is inside. Solved by HiGHS
-(scipy). On 1 core, SmolLM2-135M's 70,651 edges take 0.2 to 4 s and Llama-3.1-8B's 1,592,881 take
-7 s, of some thousand edges inside; given all edges at once, HiGHS takes 75 to 147 s for the first.
+(scipy). On 1 core of a Zen 3, SmolLM2-135M's 70,651 edges take 0.3 to 9 s and a graph of
+Llama-3.1-8B's 1,592,881 takes 6 to 12 s, with some thousand edges inside; with all edges at once
+HiGHS took 75 to 147 s for the first.
 """
 
 from __future__ import annotations

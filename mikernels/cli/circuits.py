@@ -3,59 +3,19 @@
 
 from __future__ import annotations
 
-import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+from mikernels.cli.circuits_run import ALONE, Question, Run
 from mikernels.cli.train import OUTPUT, _device, option
 
 if TYPE_CHECKING:
     import torch
-    from rich.console import Console
 
-    from mikernels.circuits import Circuit, Probe
 
 NAME = "circuits"
 MODEL, QUESTION, METHOD = "Model", "Question", "Method"
 TASKS = ("ioi", "greater_than", "induction", "repeated_name")
-# heads whose attention is shown, and prompts whose tokens are
-HEADS, SHOWN = 6, 8
-# edges that are printed
-PRINTED = 10
-
-
-@dataclass(frozen=True)
-class Question:
-    """What the model is asked.
-
-    Attributes:
-        prompts: as text; none for --task, whose `inputs` they are.
-        clean, corrupted: for the library; corrupted None without counterfactuals.
-        target: of `mikernels.circuits.targets`.
-    """
-
-    prompts: list[str]
-    counterfactuals: list[str]
-    clean: Any
-    corrupted: Any
-    target: Any
-
-    def first(self, n: int) -> Question:
-        """Some of it."""
-
-        def cut(given: Any) -> Any:
-            if isinstance(given, dict):
-                return {name: value[:n] for name, value in given.items()}
-            return given[:n] if isinstance(given, list) else given
-
-        return Question(
-            self.prompts[:n],
-            self.counterfactuals[:n],
-            cut(self.clean),
-            cut(self.corrupted),
-            cut(self.target),
-        )
 
 
 def circuits(
@@ -112,6 +72,15 @@ def circuits(
     ] = None,
     k: Annotated[int, option("Heads and MLPs to rank.", METHOD)] = 10,
     edges: Annotated[int, option("Edges to draw.", METHOD)] = 200,
+    curve: Annotated[
+        bool,
+        option(
+            "Also run the model on circuits of ten sizes, of each method and at random: how much "
+            "of the behaviour they keep.",
+            METHOD,
+            "--curve/--no-curve",
+        ),
+    ] = True,
     batch_size: Annotated[
         int | None, option("Prompts at a time.", METHOD, show_default="what takes some 2 GB")
     ] = None,
@@ -165,11 +134,11 @@ def circuits(
     asked = _question(tokenizer, prompt, answer, wrong, counterfactual, task, n, seed)
     known = _known(network, name, asked, where, seed)
     title = f"{task or _title(asked)} in {name}"
-    run = _Run(network, tokenizer, asked, k, console, title)
+    run = Run(network, tokenizer, asked, k, console, title)
     if asked.corrupted is None:
         found = run.alone(method, batch_size, out, known)
     else:
-        found = run.compared(methods, level, edges, batch_size, seed, out, known)
+        found = run.compared(methods, level, edges, curve, batch_size, seed, out, known)
     console.print(f"wrote {out}", highlight=False, markup=False, soft_wrap=True)
     if json_file is not None:
         from mikernels.files import explained, finite, write_json
@@ -177,10 +146,6 @@ def circuits(
         with explained(NAME, "results", json_file, "choose another --json"):
             write_json(json_file, finite({**known, **found}))
         console.print(f"wrote {json_file}", highlight=False, markup=False, soft_wrap=True)
-
-
-# methods without a counterfactual -> the rules of their gradients
-ALONE = {"gim": "gim", "eap": "plain"}
 
 
 def _check(
@@ -354,180 +319,4 @@ def _known(
         "seed": str(seed),
         "versions": f"mikernels {__version__}, torch {torch.__version__}, transformers "
         f"{version('transformers')}, Python {platform.python_version()}",
-    }
-
-
-def _command() -> str:
-    import shlex
-
-    return shlex.join(["mikernels", *sys.argv[1:]])
-
-
-@dataclass(frozen=True)
-class _Run:
-    """One call of the command, with a model in memory."""
-
-    model: torch.nn.Module
-    tokenizer: Any
-    asked: Question
-    k: int
-    console: Console
-    title: str
-
-    def alone(
-        self, method: str, batch_size: int | None, out: Path, known: dict[str, str]
-    ) -> dict[str, Any]:
-        """Heads and MLPs by activation times gradient: without a counterfactual no edges."""
-        from mikernels.circuits import gim_probe
-
-        with self.console.status(f"{method}: one forward and backward pass a prompt"):
-            probe = gim_probe(
-                self.model,
-                self.asked.clean,
-                self.asked.target,
-                self.k,
-                tokenizer=self.tokenizer,
-                rules=ALONE[method],
-                batch_size=batch_size or 16,
-            )
-        self.console.print(probe)
-        self.console.print(
-            "scores are activation times gradient; edges, and faithfulness, need --counterfactual",
-            style="dim",
-        )
-        names = [c.name for c in probe.components if c.head is not None]
-        probe.to_html(
-            out,
-            title=self.title,
-            tokens=self.tokens(ALONE[method]),
-            patterns=self.patterns(names),
-            known=known | {"scores": "activation times gradient; edges need --counterfactual"},
-            command=_command(),
-        )
-        return _probe_json(probe)
-
-    def compared(
-        self,
-        methods: list[str],
-        level: str | None,
-        edges: int,
-        batch_size: int | None,
-        seed: int,
-        out: Path,
-        known: dict[str, str],
-    ) -> dict[str, Any]:
-        """The circuit, by each method."""
-        from mikernels.circuits import find_circuit, write_report
-        from mikernels.circuits.report.graph import components
-
-        found = []
-        for name in methods:
-            with self.console.status(f"{name}: {len(self.asked.prompts)} prompts"):
-                found.append(
-                    find_circuit(
-                        self.model,
-                        self.asked.clean,
-                        self.asked.corrupted,
-                        self.asked.target,
-                        name,
-                        level=level,
-                        tokenizer=self.tokenizer,
-                        batch=batch_size,
-                        seed=seed,
-                    )
-                )
-        first = found[0]
-        _print(self.console, first, self.k)
-        names = [name for name, _, _ in components(first, self.k) if ".h" in name]
-        write_report(
-            found,
-            out,
-            title=self.title,
-            k=self.k,
-            edges=edges,
-            tokens=self.tokens("gim" if first.method == "gim" else None),
-            patterns=self.patterns(names),
-            known=known,
-            command=_command(),
-        )
-        return {"circuits": [_circuit_json(c, self.k, edges) for c in found]}
-
-    def tokens(self, rules: str | None) -> Any:
-        """What the first prompts' tokens add, over a space where the tokeniser has it as one."""
-        from mikernels.circuits import attribute
-
-        some = self.asked.first(SHOWN)
-        space = self.tokenizer(" ", add_special_tokens=False)["input_ids"]
-        return attribute(
-            self.model,
-            some.clean,
-            some.target,
-            tokenizer=self.tokenizer,
-            baseline=None if len(space) == 1 else "zero",
-            rules=rules,
-        )
-
-    def patterns(self, names: list[str]) -> Any:
-        """Of the strongest heads, on the first prompt."""
-        from mikernels.circuits import attention_patterns
-
-        if not names:
-            return None
-        first = self.asked.first(1).clean
-        return attention_patterns(self.model, first, names[:HEADS], tokenizer=self.tokenizer)
-
-
-def _print(console: Console, found: Circuit, k: int) -> None:
-    from mikernels.circuits.report.graph import components, strongest
-    from mikernels.circuits.tables import Columns
-
-    clean, other = (x.double().mean() for x in (found.values, found.counterfactual_values))
-    several = len(found.replicates) > 0
-    of = f"mean of {len(found.values)} prompts" if several else "1 prompt"
-    console.print(
-        f"{found.label}: {clean:.3f} ({of}), {other:.3f} with the counterfactual", highlight=False
-    )
-    tables = {"components": components(found, k)}
-    if found.level == "edge":
-        tables["edges"] = strongest(found, PRINTED)
-    for title, rows in tables.items():
-        head: tuple[str, ...] = ("", "score")
-        cells: list[tuple[str, ...]] = [(row.name, f"{row.score.value:+.4f}") for row in rows]
-        if several:
-            head += ("95 % interval", f"in top {len(rows)}")
-            sure = (
-                (f"[{row.score.low:+.4f}, {row.score.high:+.4f}]", f"{row.inclusion:.0%}")
-                for row in rows
-            )
-            cells = [a + b for a, b in zip(cells, sure, strict=True)]
-        console.print(Columns(f"Strongest {title}, by {found.method}", head, cells, (0,), 1))
-
-
-def _rows_json(rows: Any) -> list[dict[str, Any]]:
-    return [
-        {"name": name, "score": score.to_dict(), "in_top": share} for name, score, share in rows
-    ]
-
-
-def _circuit_json(found: Circuit, k: int, edges: int) -> dict[str, Any]:
-    from mikernels.circuits.report.graph import components, strongest
-
-    return {
-        "method": found.method,
-        "level": found.level,
-        "label": found.label,
-        "values": found.values.tolist(),
-        "counterfactual_values": found.counterfactual_values.tolist(),
-        "components": _rows_json(components(found, k)),
-        "edges": _rows_json(strongest(found, edges)) if found.level == "edge" else None,
-    }
-
-
-def _probe_json(probe: Probe) -> dict[str, Any]:
-    rows = [(c.name, c.score, c.stability) for c in probe.components]
-    return {
-        "label": probe.label,
-        "values": probe.values.tolist(),
-        "components": _rows_json(rows),
-        "tokens": [[list(one) for one in row] for row in probe.positions],
     }

@@ -6,10 +6,10 @@ import torch
 from decoder_cases import IDS, hooks_of, tiny
 from feature_cases import OTHER, PAIR, D, F, at_sites, close, dense, dictionaries, filled
 
-from mikernels.circuits import feature_circuit, feature_graph
+from mikernels.circuits import feature_circuit, feature_graph, virtual_edges
 from mikernels.nn import Crosscoder, GatedSAE
 
-ORDER = ["0.mlp_out", "0.residual", "1.attn_out", "1.mlp_in", "2.residual"]
+ORDER = ["0.mlp_in", "0.mlp_out", "0.residual", "1.attn_out", "2.residual"]
 
 
 def linked(model, ids, cut):
@@ -163,3 +163,35 @@ def test_what_has_no_edges_is_refused():
     for options in ({"paths": "some"}, {"nodes": 0}, {"k": 0}):
         with pytest.raises(ValueError, match=f"feature_graph: {next(iter(options))} must be"):
             feature_graph(model, dictionaries(), IDS, OTHER, PAIR, **options)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_virtual_edges_are_products_of_weights(kind):
+    model, saes = tiny(kind), dictionaries()
+    saes["2.mlp_out"] = saes.pop("0.mlp_out")
+    order = ["0.mlp_in", "0.residual", "1.attn_out", "2.residual", "2.mlp_out"]
+    rows = {
+        n: (s.w_dec.detach(), s.w_enc.detach()) for n, s in zip(order, saes.values(), strict=True)
+    }
+    if kind == "llama":
+        gain = model.model.layers[2].post_attention_layernorm.weight.detach()
+    else:
+        gain = model.transformer.h[2].ln_2.weight.detach()
+    expected = {}
+    # into the transcoder through the norm before its MLP, into the stream as it is
+    for u, v in (("0.residual", "2.mlp_out"), ("1.attn_out", "2.mlp_out"),
+                 ("0.residual", "2.residual"), ("1.attn_out", "2.residual"),
+                 ("2.mlp_out", "2.residual")):  # fmt: skip
+        w = rows[u][0]
+        if v == "2.mlp_out":
+            w = (w - w.mean(1, keepdim=True) if kind == "gpt2" else w) * gain
+        for (i, j), x in zip(torch.cartesian_prod(torch.arange(F), torch.arange(F)).tolist(),
+                             (w @ rows[v][1].T).flatten().tolist(), strict=True):  # fmt: skip
+            expected[f"{u}.f{i}", f"{v}.f{j}"] = x
+    for by, strength in (("abs", abs), ("value", float)):
+        found = virtual_edges(model, saes, k=25, by=by)
+        best = sorted(expected, key=lambda pair: -strength(expected[pair]))[:25]
+        assert [edge[:2] for edge in found] == best
+        assert [e.weight for e in found] == pytest.approx([expected[pair] for pair in best])
+    with pytest.raises(ValueError, match="virtual_edges: saes must be at a site that is written"):
+        virtual_edges(model, {"1.attn_out": saes["1.attn_out"]})

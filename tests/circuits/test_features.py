@@ -5,8 +5,9 @@ import pytest
 import torch
 from decoder_cases import IDS, ROWS, hooks_of, padded, tiny
 from feature_cases import OTHER, PAIR, D, F, at_sites, close, dense, dictionaries, filled
+from lens_cases import lens
 
-from mikernels.circuits import feature_circuit, rules
+from mikernels.circuits import feature_circuit, feature_graph, rules
 from mikernels.nn import Crosscoder, CrossLayerTranscoder, SkipTranscoder, TopKSAE
 
 
@@ -36,7 +37,7 @@ def test_scores_are_the_change_of_each_feature_times_its_gradient(kind, corrupte
     if corrupted is not None:
         theirs, _, other = at_sites(model, corrupted)
         close(circuit.counterfactual_values, other)
-    order = ["0.mlp_out", "0.residual", "1.attn_out", "1.mlp_in", "2.residual"]
+    order = ["0.mlp_in", "0.mlp_out", "0.residual", "1.attn_out", "2.residual"]
     assert list(circuit.sites) == order
     for name, sae in zip(order, saes.values(), strict=True):
         reads = name.replace("out", "in") if isinstance(sae, SkipTranscoder) else name
@@ -61,7 +62,8 @@ def test_scores_are_the_change_of_each_feature_times_its_gradient(kind, corrupte
         assert node.at == divmod(int(units.abs().argmax()), 5)
         assert circuit.token(node) == str(int(IDS[node.at]))
     errors = {n.name: n.score.value for n in circuit.errors}
-    assert list(errors) == ["0.mlp_out.error", "0.mlp_out.skip", *(f"{n}.error" for n in order[1:])]
+    names = [f"{name}.error" for name in order]
+    assert list(errors) == [*names[:2], "0.mlp_out.skip", *names[2:]]
     mean = circuit.sites["2.residual"].error.sum(1).mean().item()
     assert errors["2.residual.error"] == pytest.approx(mean)
     assert len(circuit.to_rows()) == 13 and str(circuit).count("\n") == 14
@@ -141,8 +143,8 @@ def test_integrated_gradients_add_up_to_what_the_site_does(corrupted):
     )
     blocks, before = model.transformer.h, hooks_of(model)
     modules = {
-        "0.mlp_out": blocks[0].mlp, "0.residual": blocks[0], "1.attn_out": blocks[1].attn,
-        "1.mlp_in": blocks[1].mlp, "2.residual": blocks[2],
+        "0.mlp_in": blocks[0].mlp, "0.mlp_out": blocks[0].mlp, "0.residual": blocks[0],
+        "1.attn_out": blocks[1].attn, "2.residual": blocks[2],
     }  # fmt: skip
     for (name, module), sae in zip(modules.items(), saes.values(), strict=True):
         there = sae.b_dec.expand(2, 5, D) if theirs is None else theirs[name]
@@ -169,6 +171,19 @@ def test_integrated_gradients_add_up_to_what_the_site_does(corrupted):
     assert hooks_of(model) == before and all(p.requires_grad for p in model.parameters())
 
 
+def test_the_predicted_token_is_that_of_the_prompt():
+    model, saes = tiny("llama"), {1: dictionaries()["0.residual"]}
+    with torch.no_grad():
+        tokens, others = (model(ids).logits[:, -1].argmax(-1) for ids in (IDS, OTHER))
+    assert not torch.equal(tokens, others)
+    options = {"method": "ig", "steps": 2}
+    found = feature_circuit(model, saes, IDS, OTHER, **options)
+    expected = feature_circuit(model, saes, IDS, OTHER, tokens, **options)
+    close(found.counterfactual_values, expected.counterfactual_values)
+    close(dense(found.sites["1.residual"]), dense(expected.sites["1.residual"]))
+    assert found.label == "logit of the predicted token"
+
+
 def test_rules_and_low_precision():
     model, saes = tiny("llama"), {"1.residual": dictionaries()["0.residual"]}
     with rules(model, "gim"):
@@ -189,6 +204,55 @@ def test_rules_and_low_precision():
         limit = 1e-3 if "bfloat16" not in (model_dtype, dtype) else 0.2
         away = (got.whole - exact.whole).abs().max() / exact.whole.abs().max()
         assert away < limit
+
+
+def test_hooked_transformers():
+    model, saes = lens("llama"), dictionaries()
+    saes = {"0.mlp_out": saes["0.mlp_out"], "0.residual": saes["0.residual"], 1: saes[2]}
+    names = {"0.mlp_out": "hook_mlp_out", "0.residual": "hook_resid_post",
+             "1.residual": "hook_resid_post"}  # fmt: skip
+    sides = []
+    for ids in (IDS, OTHER):
+        x = {}
+
+        def keep(tensor, hook, x=x):
+            x[hook.name] = tensor
+
+        at = [f"blocks.{site[0]}.{name}" for site, name in names.items()]
+        logits = model.run_with_hooks(ids, fwd_hooks=[(name, keep) for name in at])[:, -1]
+        values = logits[:, PAIR[0]] - logits[:, PAIR[1]]
+        found = [x[name] for name in at]
+        sides.append((found, torch.autograd.grad(values.sum(), found), values))
+    circuit = feature_circuit(model, saes, IDS, OTHER, PAIR)
+    close(circuit.values, sides[0][2].detach())
+    for i, site in enumerate(names):
+        moved = (sides[0][0][i] - sides[1][0][i]).detach()
+        close(circuit.sites[site].whole, (moved * sides[0][1][i]).sum(-1))
+    # the last residual stream alone makes the answer
+    whole = feature_circuit(model, saes, IDS, OTHER, PAIR, method="ig", steps=60).sites[
+        "1.residual"
+    ]
+    total = dense(whole).sum((1, 2)) + whole.error.sum(1)
+    change = (sides[0][2] - sides[1][2]).detach()
+    assert (total - change).abs().max() < 1e-2 * change.abs().max()
+    graph = feature_graph(model, saes, IDS, OTHER, PAIR, nodes=2)
+    assert {e.target.rpartition(".")[0] for e in graph.edges} == {"", "0.residual", "1.residual"}
+
+
+def test_features_that_are_never_active_and_a_caller_without_gradients():
+    model, dead = tiny("llama"), filled(TopKSAE(D, F, 5, dtype=torch.float64), 1)
+    with torch.no_grad():
+        dead.b_enc.fill_(-1e3)
+    with torch.inference_mode():
+        circuit = feature_circuit(model, {0: dead}, IDS[:1], OTHER[:1], PAIR)
+        graph = feature_graph(model, {0: dead, 1: dead}, IDS[:1], OTHER[:1], PAIR)
+    assert circuit.ranking == () and [n.name for n in circuit.errors] == ["0.residual.error"]
+    scores = circuit.sites["0.residual"]
+    close(scores.error, scores.whole)
+    assert not len(scores.features) and circuit.to_rows()[0]["low"] is None
+    assert "1 prompt" in str(circuit) and "interval" not in str(circuit)
+    # what reaches the answer past the second site comes from that
+    assert {(e.source, e.target) for e in graph.edges} == {("1.residual.error", "answer")}
 
 
 class Crooked(TopKSAE):

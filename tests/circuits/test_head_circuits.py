@@ -75,10 +75,10 @@ def test_circuits_of_heads_are_the_products_of_their_weights(kind, monkeypatch):
     monkeypatch.setattr(room, "ROWS", 7)
     model = model_of(kind)
     before = hooks_of(model)
-    layer, head = 1, 3
+    layer, head = 1, 2
     e, u, q, k, v, o, norm, after, final = weights(kind, model, layer, head)
     ov = final(after(norm(e) @ v @ o)) @ (u - u.mean(0)).T
-    found = ov_circuit(model, "L1.h3", k=30)
+    found = ov_circuit(model, "L1.h2", k=30)
     places, scores = best(ov, 30)
     assert list(zip(found.pairs.rows.tolist(), found.pairs.cols.tolist(), strict=True)) == places
     torch.testing.assert_close(found.pairs.values, scores)
@@ -86,29 +86,29 @@ def test_circuits_of_heads_are_the_products_of_their_weights(kind, monkeypatch):
     assert found.copying == pytest.approx(float(values.real.sum() / values.abs().sum()), abs=1e-9)
     assert -1 < found.copying < 1
     qk = norm(e) @ q @ (norm(e) @ k).T / DH**0.5
-    found = qk_circuit(model, "L1.h3", k=30, by="abs")
+    found = qk_circuit(model, "L1.h2", k=30, by="abs")
     places, scores = best(qk, 30, "abs")
     assert list(zip(found.pairs.rows.tolist(), found.pairs.cols.tolist(), strict=True)) == places
     torch.testing.assert_close(found.pairs.values, scores)
     # features and tokens
     sae = filled(TopKSAE(D, F, 5, dtype=torch.float64), 1)
     later = filled(TopKSAE(D, F, 5, dtype=torch.float64), 2)
-    found = ov_circuit(model, "L1.h3", inputs=sae, outputs=later, k=9)
+    found = ov_circuit(model, "L1.h2", inputs=sae, outputs=later, k=9)
     w_dec, w_enc = sae.w_dec.detach(), later.w_enc.detach()
     places, scores = best(after(norm(w_dec) @ v @ o) @ w_enc.T, 9)
     assert found.names == tuple((f"f{i}", f"f{j}") for i, j in places)
     torch.testing.assert_close(found.pairs.values, scores)
     assert found.copying is None
-    found = ov_circuit(model, "L1.h3", inputs=[4, 9], outputs=torch.tensor([30, 2, 7]), k=100)
+    found = ov_circuit(model, "L1.h2", inputs=[4, 9], outputs=torch.tensor([30, 2, 7]), k=100)
     expected = ov[[4, 9]][:, [30, 2, 7]]
     torch.testing.assert_close(found.pairs.to_dense(), expected)
     assert set(found.names) == {(str(i), str(j)) for i in (4, 9) for j in (30, 2, 7)}
-    found = qk_circuit(model, "L1.h3", queries=w_dec[:5], keys=sae, k=4)
+    found = qk_circuit(model, "L1.h2", queries=w_dec[:5], keys=sae, k=4)
     places, scores = best(norm(w_dec[:5]) @ q @ (norm(w_dec) @ k).T / DH**0.5, 4)
     assert found.names == tuple((str(i), f"f{j}") for i, j in places)
     torch.testing.assert_close(found.pairs.values, scores)
     assert hooks_of(model) == before
-    assert len(found.to_rows()) == 4 and "QK of L1.h3\nquery  key" in str(found)
+    assert len(found.to_rows()) == 4 and "QK of L1.h2\nquery  key" in str(found)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -164,7 +164,7 @@ def test_names_are_texts_with_a_tokenizer():
     assert {a for a, _ in found.names} <= {"'a'", "'d'"}
     shown = str(logit_lens(model, torch.ones(1, D, dtype=torch.float64), k=2, tokenizer=words))
     assert shown.splitlines()[0].split() == ["promotes", "suppresses"] and "'" in shown
-    with pytest.raises(TypeError, match="ov_circuit: target 'a' must be a token id without"):
+    with pytest.raises(TypeError, match="ov_circuit: tokens 'a' must be a token id without"):
         ov_circuit(model, "L0.h1", inputs=["a"])
 
 

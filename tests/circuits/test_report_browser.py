@@ -39,6 +39,7 @@ def page(tmp_path_factory):
         [FOUND, circuit("eap", 1)], path, title="How SmolLM2-135M completes 32 prompts",
         tokens=tokens(), patterns=patterns(HEADS),
         curves=[curve("gim", 1.1), curve("eap", 0.9), curve("random", 0.3)],
+        curves_by_size=[curve("gim", 1.0), curve("eap", 0.8), curve("random", 0.2)],
         known={"model": "SmolLM2-135M", "prompt": "".join(TOKENS)},
         command="mikernels circuits --model smollm2 --task ioi -n 32 --method gim --compare eap",
     )  # fmt: skip
@@ -109,6 +110,14 @@ def test_the_graph_is_pointed_at_filtered_and_walked(chromium, page):
         assert there != node and int(re.search(r"\d+|$", there)[0] or 99) > int(
             node[1:].split(".")[0]
         )
+
+        # beyond the logits there is nothing
+        for _ in range(30):
+            tab.page.keyboard.press("ArrowUp")
+        assert tab.page.evaluate("document.activeElement.dataset.name") == "logits"
+        tab.page.keyboard.press("Enter")
+        assert tab.page.locator("aside h3").inner_text() == "logits"
+        tab.page.keyboard.press("Enter")
 
         form.locator("[name=n]").fill("20")
         assert names_in(tab, ".edge") == set(map(name, edges[:20]))

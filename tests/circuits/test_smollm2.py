@@ -9,15 +9,19 @@ import torch
 
 from mikernels.circuits import (
     compute_gradient_interactions,
+    feature_circuit,
     gim_probe,
     gradient_components,
     head_scores,
     interpret_circuits,
+    logit_lens,
+    ov_circuit,
     select_top_k,
     tasks,
 )
 from mikernels.demo.data import smollm2_folder
 from mikernels.models.load import _gguf_read_once, _quiet_transformers
+from mikernels.nn import TopKSAE
 
 pytestmark = [
     pytest.mark.model,
@@ -124,3 +128,28 @@ def test_induction_heads_are_what_repeated_words_rest_on(smollm2):
     heads = [c.name for c in probe.ranking if c.head is not None]
     # of 270 heads, by chance less than one
     assert len(induction.intersection(heads[:10])) >= 5
+
+
+def test_features_of_a_dictionary_of_tokens(smollm2):
+    """Each reads what the unembedding reads of a city, and writes what adds to its logit alone."""
+    model, tokenizer = smollm2
+    cities = (" Paris", " Rome", " Madrid", " London", " Berlin", " Tokyo")
+    ids = [tokenizer(city)["input_ids"][0] for city in cities]
+    sae = TopKSAE(576, len(ids), 3)
+    with torch.no_grad():
+        w, gain = model.lm_head.weight, model.model.norm.weight
+        sae.w_enc.copy_(w[ids] * gain)
+        sae.w_dec.copy_(torch.linalg.solve(w.T @ w, w[ids].T).T / gain)
+    found = logit_lens(model, sae, k=1, tokenizer=tokenizer)
+    assert [found.tokens(row)[0][0] for row in range(len(ids))] == list(cities)
+    answers = [(" Paris", " Rome"), (" Rome", " Madrid"), (" Madrid", " Paris")]
+    others = (TEXTS[1], TEXTS[2], TEXTS[0])
+    circuit = feature_circuit(
+        model, {"28.residual": sae}, list(TEXTS), list(others), answers, tokenizer=tokenizer
+    )
+    assert circuit.values.min() > 1 > circuit.counterfactual_values.max()
+    best = {node.name for node in circuit.ranking[:3] if node.score.value > 0}
+    assert best == {"28.residual.f0", "28.residual.f1", "28.residual.f2"}
+    # a name mover of the last layers
+    copies = ov_circuit(model, "L29.h1", k=10, tokenizer=tokenizer)
+    assert copies.copying > 0.8 and sum(a == b for a, b in copies.names) >= 8

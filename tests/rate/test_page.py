@@ -157,7 +157,7 @@ def test_turns_of_a_rater(tmp_path):
         assert [i for i, repeat in order if repeat] == [i for i, _ in order[9:]]
         # the second time is long after the first
         for at, (item, _) in enumerate(order[9:], 9):
-            assert at - order.index((item, False)) >= 5
+            assert at - order.index((item, False)) >= 8
     first = sessions[0].ratings.turns
     again = [t.order for t in first if t.item == first[-1].item]
     assert len(again) == 2 and again[0] != again[1]

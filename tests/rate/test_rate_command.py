@@ -49,7 +49,7 @@ def command(monkeypatch, capsys):
 def test_features_of_a_run_over_text(command, tmp_path):
     tiny("llama", torch.float32).save_pretrained(tmp_path / "model")
     saved_tokenizer(tmp_path / "model")
-    letters = random.Random(0).choices("abcdefghijklmnopqrstuvwxyz", k=3000)
+    letters = random.Random(0).choices("abcdefghijklmnopqrstuvwxyz", k=3008)
     (tmp_path / "text.txt").write_text(" ".join(letters))
     where = ("--model", tmp_path / "model", "--text", tmp_path / "text.txt", "--context", 16)
     run = tmp_path / "run"
@@ -57,14 +57,14 @@ def test_features_of_a_run_over_text(command, tmp_path):
     code, _, err = command("train", *where, "--layer", 1, "--out", run, *small)
     assert code == 0, err
     plan = ("--features", 3, "--controls", 1, "--repeats", 1, "--questions", 4, "--examples", 2)
-    code, out, err = command("rate", run, "--rater", "ada", *where, *plan, "--skip", 160)
+    code, out, err = command("rate", run, "--rater", "ada", *where, *plan, "--skip", 1600)
     assert code == 0, err
     assert command.opened == ["http://127.0.0.1:0/x/"] and "5 items to rate as ada" in out
     items = load_items(run / "rate")
-    assert items.source["site"] == 1 and items.source["skip"] == 160
+    assert items.source["site"] == 1 and items.source["skip"] == 1600
     # the text, without the first position of a window, and what the SAE makes of it there
     sae = load_sae(next(run.glob("checkpoint-*"))).eval()
-    ids = torch.tensor([ord(c) - 96 for c in letters])[160:].split(16)[:-1]
+    ids = torch.tensor([ord(c) - 96 for c in letters])[1600:].split(16)
     with torch.no_grad():
         hidden = tiny("llama", torch.float32)(torch.stack(ids), output_hidden_states=True)
         codes = sae.encode(hidden.hidden_states[2][:, 1:].reshape(-1, sae.config.d)).to_dense()

@@ -28,11 +28,12 @@ def filled(sae, seed):
 
 def dictionaries():
     double = {"dtype": torch.float64}
+    # the second reads what the first writes
     return {
+        "0.mlp_in": filled(JumpReLUSAE(D, F, target_l0=5, **double), 3),
         "0.mlp_out": filled(SkipTranscoder(D, F, 4, **double), 0),
         "0.residual": filled(TopKSAE(D, F, 5, **double), 1),
         "1.attn_out": filled(BatchTopKSAE(D, F, 5, **double), 2),
-        "1.mlp_in": filled(JumpReLUSAE(D, F, target_l0=5, **double), 3),
         2: filled(GatedSAE(D, F, **double), 4),
     }
 

@@ -1,15 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Circuits of no model: random scores on the graph of SmolLM2-135M, of which few matter."""
 
-from types import SimpleNamespace
-
 import torch
 
 from mikernels.circuits.attribution import TokenAttribution
 from mikernels.circuits.circuit import Circuit
+from mikernels.circuits.faithfulness import Curve
 from mikernels.circuits.patterns import Patterns
 from mikernels.models.graph import Graph, Layer
-from mikernels.values.intervals import Interval
 
 GRAPH = Graph("LlamaForCausalLM", 576, (Layer(9, 3),) * 30)
 # what must not end a script, open a tag or break a line of the page
@@ -33,17 +31,14 @@ def circuit(method, seed=0, graph=GRAPH, replicates=5):
 
 
 def curve(method, reach, graph=GRAPH):
-    """A Curve, by its properties alone."""
+    """A Curve of made-up numbers."""
     fractions = (.001, .002, .005, .01, .02, .05, .1, .2, .5, 1)  # fmt: skip
-    sizes = tuple(max(1, round(f * graph.n_edges)) for f in fractions)
-    values = [
-        Interval(v, v - 0.08, v + 0.08) for v in (min(1.0, reach * f**0.3) for f in fractions)
-    ]
-    area = Interval(reach, reach - 0.1, reach + 0.1)
-    return SimpleNamespace(
-        method=method, level="edge", fractions=fractions, sizes=sizes, faithfulness=values,
-        cpr=area, cmd=Interval(1 - reach / 2, 0.1, 0.2),
-    )  # fmt: skip
+    sizes = tuple(int(f * graph.n_edges) for f in fractions)
+    draw = torch.Generator().manual_seed(0)
+    clean = 3 + torch.randn(32, generator=draw, dtype=torch.float64)
+    kept = torch.tensor([min(1.0, reach * f**0.3) for f in fractions])
+    values = kept[:, None] * clean + 0.5 * torch.randn(10, 32, generator=draw)
+    return Curve(method, "edge", "logit", fractions, sizes, clean, 0 * clean, values)
 
 
 def patterns(names):

@@ -13,6 +13,7 @@ from mikernels.circuits.features.heads import HeadCircuit, ov_circuit, qk_circui
 from mikernels.circuits.features.lens import LogitLens, logit_lens
 from mikernels.circuits.features.neurons import neuron_activations
 from mikernels.circuits.features.nodes import Node, SiteScores
+from mikernels.circuits.features.virtual import VirtualEdge, virtual_edges
 
 __all__ = [
     "Coactivation",
@@ -25,6 +26,7 @@ __all__ = [
     "Node",
     "Pair",
     "SiteScores",
+    "VirtualEdge",
     "coactivation",
     "feature_circuit",
     "feature_graph",
@@ -32,4 +34,5 @@ __all__ = [
     "neuron_activations",
     "ov_circuit",
     "qk_circuit",
+    "virtual_edges",
 ]

@@ -27,9 +27,9 @@ from mikernels.circuits.features.dictionaries import Dictionary, SAEs, order, re
 from mikernels.circuits.features.line import average_gradient
 from mikernels.circuits.features.nodes import Node, SiteScores, joined
 from mikernels.circuits.features.places import taps, visit
-from mikernels.circuits.passes import under
+from mikernels.circuits.passes import run, under
 from mikernels.circuits.prompts import Inputs, Prompts, check_aligned, read_prompts
-from mikernels.circuits.targets import Behavior, Target, read_target, vocabulary
+from mikernels.circuits.targets import Behavior, Target, last_logits, read_target, vocabulary
 from mikernels.models.decoder import find_decoder
 from mikernels.models.hooks import frozen, original
 from mikernels.models.parts import Decoder
@@ -177,7 +177,18 @@ class Request:
         for begin in range(0, len(self.prompts.ids), self.step):
             part = slice(begin, begin + self.step)
             others = None if self.others is None else self.others.rows(part)
-            yield self.prompts.rows(part), others, self.behavior[part]
+            prompts = self.prompts.rows(part)
+            yield prompts, others, self._fixed(prompts, self.behavior[part])
+
+    @torch.no_grad()
+    def _fixed(self, prompts: Prompts, behavior: Behavior) -> Behavior:
+        """The model's own prediction of the prompts, also where an activation is another."""
+        if behavior.rows is not None or behavior.function is not None:
+            return behavior
+        only = behavior.only_last(prompts.kept)
+        logits = run(self.decoder, prompts.given, only)
+        predicted = last_logits(logits, None if only else prompts.kept).argmax(-1).tolist()
+        return read_target(self.where, predicted, len(predicted))
 
 
 def read_request(
@@ -304,6 +315,7 @@ def circuit_of(
     )
 
 
+@torch.inference_mode(False)
 def feature_circuit(
     model: torch.nn.Module,
     saes: SAEs,
@@ -326,7 +338,8 @@ def feature_circuit(
             table); those of SAELens through `mikernels.integrations.saelens.load_sae`.
         clean, corrupted: prompts as for `gim_probe`, and one for each, aligned token by token.
             Without, scores are of what features add over nothing: `a'` and `eps'` are 0.
-        metric: what is asked of the model, as target_behavior of `gim_probe`.
+        metric: what is asked of the model, as target_behavior of `gim_probe`. None: the logit of
+            the token that it predicts for the prompt, also of the counterfactual.
         method: "atp": the gradient at the prompt, one forward and backward pass; "ig": its mean on
             the way from the counterfactual's activation, `steps` passes for each site
             (`mikernels.circuits.features.line`).

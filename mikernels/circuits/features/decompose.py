@@ -139,21 +139,37 @@ class Decomposed:
         )
 
 
-def _sides(
-    dictionary: Dictionary, x: Mapping[Site, torch.Tensor]
-) -> tuple[Slots, tuple[torch.Tensor, ...], tuple[torch.Tensor, ...], torch.Tensor | None]:
-    """Active features, and at each site the reconstruction, that of no codes, and all skips."""
+class _Side(NamedTuple):
+    """Of one activation: active features, and at each site the reconstruction and the skip."""
+
+    slots: Slots
+    y: tuple[torch.Tensor, ...]
+    skip: tuple[torch.Tensor, ...] | None
+
+
+def _side(dictionary: Dictionary, x: Mapping[Site, torch.Tensor], acc: torch.dtype) -> _Side:
     sae, read = dictionary.sae, dictionary.input(x)
     codes = sae.encode(read)
-    y = dictionary.split(sae.decode(codes))
-    bias = dictionary.split(sae.decode(codes.with_values(torch.zeros_like(codes.values))))
-    return slots_of(codes), y, bias, sae.past_codes(read)
+    slots, skip = slots_of(codes), sae.past_codes(read)
+    return _Side(
+        slots._replace(values=slots.values.to(acc)),
+        dictionary.split(sae.decode(codes).to(acc)),
+        None if skip is None else dictionary.split(skip.to(acc)),
+    )
 
 
-def _union(f: int, a: Slots, b: Slots | None) -> tuple[Slots, torch.Tensor]:
+def _bias(dictionary: Dictionary, x: Mapping[Site, torch.Tensor], acc: torch.dtype) -> _Side:
+    """Without any features."""
+    sae, read = dictionary.sae, dictionary.input(x)
+    codes = sae.encode(read[:1])
+    y = sae.decode(codes.with_values(torch.zeros_like(codes.values))).to(acc)
+    none = torch.empty(0, dtype=torch.int64, device=read.device)
+    rows = y.expand(len(read), -1)
+    return _Side(Slots(none, none, y.new_empty(0)), dictionary.split(rows), None)
+
+
+def _union(f: int, a: Slots, b: Slots) -> tuple[Slots, torch.Tensor]:
     """The features of either, with a's values and the differences."""
-    if b is None:
-        return a, a.values
     keys = torch.cat([a.tokens * f + a.features, b.tokens * f + b.features])
     found, place = keys.unique(return_inverse=True)
     clean, other = place[: len(a.tokens)], place[len(a.tokens) :]
@@ -176,42 +192,34 @@ def decompose(
     Args:
         clean, other: `[T, d]` at every site that it reads or writes; None: the biases.
     """
-    slots, y, bias, skip = _sides(dictionary, clean)
-    theirs = None if other is None else _sides(dictionary, other)
     acc = accumulate_dtype(torch.promote_types(dictionary.dtype, next(iter(clean.values())).dtype))
-    slots = slots._replace(values=slots.values.to(acc))
-    far = None
-    if theirs is not None:
-        far = theirs[0]._replace(values=theirs[0].values.to(acc))
-    merged, delta = _union(dictionary.n_features, slots, far)
+    own = _side(dictionary, clean, acc)
+    far = _bias(dictionary, clean, acc) if other is None else _side(dictionary, other, acc)
+    merged, delta = _union(dictionary.n_features, own.slots, far.slots)
     found = []
     for number, site in enumerate(dictionary.writes):
-        x = clean[site].to(dictionary.device, acc)
+        x, y, y_far = clean[site].to(dictionary.device, acc), own.y[number], far.y[number]
+        # without a counterfactual, of the bias alone
+        x_far = y_far if other is None else other[site].to(x)
+        added = [x, x_far, y, y_far]
+        moved = x - x_far
+        error, skip = moved - (y - y_far), None
+        if own.skip is not None:
+            skip = own.skip[number]
+            added.append(skip)
+            if far.skip is not None:
+                added.append(far.skip[number])
+                skip = skip - far.skip[number]
+            error = error - skip
+        size = torch.stack([torch.linalg.vector_norm(one, dim=-1) for one in added]).sum(0)
         norms = dictionary.norms(number).to(acc)
-        size = torch.zeros(len(x), dtype=acc, device=x.device)
-        for one in (slots, far):
-            if one is not None:
-                size.index_add_(0, one.tokens, one.values.abs() * norms[one.features])
-        made, none = (side[number].to(acc) for side in (y, bias))
-        own_skip = None if skip is None else dictionary.split(skip)[number].to(acc)
-        if theirs is None or other is None:
-            moved, features, added = x - none, made - none, [x, made, none, none]
-        else:
-            x_other, y_other = other[site].to(x), theirs[1][number].to(acc)
-            moved, features, added = x - x_other, made - y_other, [x, x_other, made, y_other]
-            if own_skip is not None and theirs[3] is not None:
-                their_skip = dictionary.split(theirs[3])[number].to(acc)
-                added += [own_skip, their_skip]
-                own_skip = own_skip - their_skip
-        error = moved - features
-        if own_skip is not None:
-            error, added = error - own_skip, [*added, own_skip]
-        size += sum(torch.linalg.vector_norm(one, dim=-1) for one in added)
+        for slots in (own.slots, far.slots):
+            size.index_add_(0, slots.tokens, slots.values.abs() * norms[slots.features])
         reaches = _writes_there(dictionary, number, merged)
         parts = Slots(*(part[reaches] for part in merged))
         found.append(
             Decomposed(
-                site, dictionary, number, parts, delta[reaches], moved, error, own_skip, size
+                site, dictionary, number, parts, delta[reaches], moved, error, skip, size
             )
         )  # fmt: skip
     return found

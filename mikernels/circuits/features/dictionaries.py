@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 import torch
 
+from mikernels._dispatch import accumulate_dtype
 from mikernels.models.parts import Decoder
 from mikernels.models.sites import AnySite, Site, read_sites
 from mikernels.nn import SAE, Crosscoder, CrossLayerTranscoder
@@ -112,9 +113,10 @@ class Dictionary:
     def norms(self, site: int) -> torch.Tensor:
         """`[F]` of the rows, 0 for features that do not write there."""
         if site not in self._norms:
-            found = torch.zeros(self.n_features, dtype=torch.float64, device=self.device)
+            acc = accumulate_dtype(self.dtype)
+            found = torch.zeros(self.n_features, dtype=acc, device=self.device)
             for first, w, scale in self.rows(site):
-                norms = torch.linalg.vector_norm(w, dim=1, dtype=torch.float64)
+                norms = torch.linalg.vector_norm(w, dim=1, dtype=acc)
                 found[first : first + len(w)] = norms * scale
             self._norms[site] = found
         return self._norms[site]

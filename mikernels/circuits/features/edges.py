@@ -285,6 +285,7 @@ class _Edges:
         return tuple(edge for _, _, edge in sorted(kept, key=lambda one: one[0]))
 
 
+@torch.inference_mode(False)
 def feature_graph(
     model: torch.nn.Module,
     saes: SAEs,

@@ -155,7 +155,10 @@ def _tokens(where: str, given: Any, size: int, tokenizer: Any) -> list[int] | No
     if not integers and not (isinstance(given, Sequence) and len(given)):
         return None
     ids = given.tolist() if integers else list(given)
-    ids = [token_id(where, one, tokenizer) if isinstance(one, str) else one for one in ids]
+    try:
+        ids = [token_id(where, one, tokenizer) if isinstance(one, str) else one for one in ids]
+    except (TypeError, ValueError) as error:
+        raise type(error)(str(error).replace("target", "tokens", 1)) from None
     for one in ids:
         if isinstance(one, bool) or not isinstance(one, int) or not 0 <= one < size:
             raise ValueError(f"{where}: tokens must be in 0..{size - 1}, got {one!r}")
@@ -217,6 +220,7 @@ def _copying(a: torch.Tensor, b: torch.Tensor) -> float:
     return float(values.real.sum()) / size if size else 0.0
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def ov_circuit(
     model: torch.nn.Module,
@@ -263,6 +267,7 @@ def ov_circuit(
     return _circuit("OV", one, a, b.to(a), (source, target), k, by, copying)
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def qk_circuit(
     model: torch.nn.Module,

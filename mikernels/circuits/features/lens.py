@@ -110,6 +110,7 @@ def _directions(
     return rows.detach(), given
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def logit_lens(
     model: torch.nn.Module,

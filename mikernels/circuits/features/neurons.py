@@ -1,9 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The activations of an MLP's neurons: what its last product reads.
-
-Which module that is, arithmetic tells: the last one with a matrix whose output is what the MLP
-returns.
-"""
+"""The activations of an MLP's neurons at every token: what its last product reads."""
 
 from __future__ import annotations
 
@@ -15,41 +11,26 @@ import torch
 from mikernels.circuits.passes import run
 from mikernels.circuits.prompts import Inputs, read_prompts
 from mikernels.models.decoder import find_decoder
-from mikernels.models.hooks import original, returned
-from mikernels.models.parts import Block, Decoder, Tap
+from mikernels.models.hooks import original
+from mikernels.models.neurons import NeuronWatch
+from mikernels.models.parts import Decoder, Tap
 
 NAME = "neuron_activations"
 FIX = "record them with a hook of your own"
 
 
-def _is_product(module: torch.nn.Module) -> bool:
-    weight = getattr(module, "weight", None)
-    return isinstance(weight, torch.Tensor) and weight.dim() == 2
-
-
-def _last_product(decoder: Decoder, block: Block) -> Tap:
+def _place(decoder: Decoder, layer: int) -> Tap:
     """Where the neurons are seen, by a pass over one token."""
-    assert block.mlp is not None
-    post = getattr(block.mlp, "hook_post", None)
-    if isinstance(post, torch.nn.Module):
-        # a HookedTransformer's MLP holds its matrices itself
-        return Tap(post)
-    made: list[tuple[torch.nn.Module, torch.Tensor]] = []
-    outputs: list[torch.Tensor] = []
+    device = next(decoder.model.parameters()).device
     with ExitStack() as stack:
-        for module in filter(_is_product, block.mlp.modules()):
-            hook = module.register_forward_hook(lambda m, args, out: made.append((m, out)))
-            stack.callback(hook.remove)
-        end = block.mlp.register_forward_hook(lambda m, args, out: outputs.append(returned(out)))
-        stack.callback(end.remove)
-        device = next(decoder.model.parameters()).device
+        watch = NeuronWatch(decoder, [layer], stack)
         run(decoder, {"input_ids": torch.zeros(1, 1, dtype=torch.int64, device=device)})
-    for module, out in reversed(made):
-        if isinstance(out, torch.Tensor) and outputs and torch.equal(out, outputs[-1]):
-            return Tap(module, before=True)
-    raise decoder.refusal(f"the MLP of block {block.index} does not end in a product of one matrix")
+    if (neurons := watch.found.get(layer)) is None:
+        raise decoder.refusal(f"the MLP of block {layer} does not end in a product of one matrix")
+    return neurons.tap
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def neuron_activations(
     model: torch.nn.Module,
@@ -81,11 +62,10 @@ def neuron_activations(
         raise ValueError(f"{NAME}: layer must be in 0..{count - 1}, got {layer!r}")
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"{NAME}: batch_size must be at least 1, got {batch_size}")
-    block = decoder.blocks[layer]
-    if block.mlp is None:
+    if decoder.blocks[layer].mlp is None:
         raise ValueError(f"{NAME}: layer must be one with an MLP, got {layer}")
     prompts = read_prompts(decoder, "input_tokens", input_tokens, tokenizer)
-    tap = _last_product(decoder, block)
+    tap = _place(decoder, layer)
     found: list[torch.Tensor] = []
     for begin in range(0, len(prompts.ids), batch_size):
         part = prompts.rows(slice(begin, begin + batch_size))

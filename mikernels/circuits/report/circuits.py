@@ -12,6 +12,7 @@ import torch
 
 from mikernels.circuits.attribution import TokenAttribution
 from mikernels.circuits.circuit import Circuit
+from mikernels.circuits.faithfulness import Curve
 from mikernels.circuits.patterns import Patterns
 from mikernels.circuits.report import attention, page, parts
 from mikernels.circuits.report.curves import curves as faithfulness
@@ -20,6 +21,8 @@ from mikernels.circuits.report.graph import components, graph, nodes_of
 from mikernels.circuits.stability import Stability, stability
 
 NAME = "write_report"
+# of the behaviour, that a circuit is to keep
+ENOUGH = 0.85
 
 
 def head_map(circuit: Circuit) -> dict[str, Any]:
@@ -54,27 +57,35 @@ def _again(found: Stability) -> list[str]:
     return [*(interval(one, ".2f") for one in measures), str(often)]
 
 
-def _methods(circuits: Sequence[Circuit], found: Sequence[Any], k: int) -> list[parts.Part]:
+def _areas(by_score: Curve, by_size: Curve | None) -> list[str]:
+    """Cells of how faithful it is."""
+    enough = by_score.smallest(ENOUGH)
+    least = "–" if enough is None else f"{enough:,}"
+    return [interval(by_score.cpr), "–" if by_size is None else interval(by_size.cmd), least]
+
+
+def _methods(
+    circuits: Sequence[Circuit], found: Sequence[Curve], by_size: Sequence[Curve], k: int
+) -> list[parts.Part]:
     """Fidelity and stability of every method, as far as there are numbers."""
-    curves = {c.method: c for c in found}
+    curves, sizes = ({c.method: c for c in some} for some in (found, by_size))
     stable = {c.method: stability(c, k) for c in circuits if len(c.replicates) > 1}
     rows: list[list[str]] = []
     notes = []
     for name in dict.fromkeys([*curves, *stable]):
         row = [name]
         if curves:
-            curve = curves.get(name)
-            row += ["", ""] if curve is None else [interval(curve.cpr), interval(curve.cmd)]
+            row += _areas(curves[name], sizes.get(name)) if name in curves else [""] * 3
         if stable:
-            again = stable.get(name)
-            row += ["", "", "", ""] if again is None else _again(again)
+            row += _again(stable[name]) if name in stable else [""] * 4
         rows.append(row)
     head = ["method"]
     if curves:
-        head += ["CPR", "CMD"]
+        head += ["CPR", "CMD", f"for {ENOUGH:.0%}"]
         notes.append(
-            "CPR is the area under the curve of what helps most, larger is better; CMD that "
-            "between the curve of the largest scores and 1, smaller is better (MIB)."
+            "CPR is the area under the curve of what is chosen by score, larger is better; CMD "
+            "that between the curve by size of score and 1, smaller is better (both as in MIB); "
+            f"for {ENOUGH:.0%}: the size from which on a circuit by score keeps that much."
         )
     if stable:
         head += [f"Jaccard@{k}", "Spearman", "sign flips", "in 90 %"]
@@ -98,7 +109,8 @@ def write_report(
     edges: int = 200,
     tokens: TokenAttribution | None = None,
     patterns: Patterns | None = None,
-    curves: Sequence[Any] = (),
+    curves: Sequence[Curve] = (),
+    curves_by_size: Sequence[Curve] = (),
     known: Mapping[str, str] | None = None,
     command: str = "",
 ) -> str:
@@ -110,7 +122,7 @@ def write_report(
         title: of the page; "": the behaviour's number.
         k: components to rank. edges: to draw, and to measure stability by.
         tokens: of `attribute`, for the text. patterns: of `attention_patterns`.
-        curves: of `faithfulness_curve`, for each method.
+        curves: of `faithfulness_curve`, for each method. curves_by_size: those of absolute=True.
         known: what was done, name by name. command: that makes the page again.
 
     Returns:
@@ -146,14 +158,16 @@ def write_report(
     scores = {name: f"{x:+.3f}" for name, x in zip(first.graph.writers, nodes, strict=True)}
     there = first.graph.n_edges if first.level == "edge" else len(first.graph.writers)
     size = min(edges if first.level == "edge" else k, there)
+    both = {"by score": curves, "by size of score": curves_by_size}
+    chosen = {name: some for name, some in both.items() if some}
     shown = [
         _ranking(first, k),
         *([tokens.section()] if tokens else []),
         parts.maps([head_map(c) for c in circuits]),
         *([graph(circuits, edges)] if first.level == "edge" else []),
         *([attention.patterns(patterns, scores)] if patterns else []),
-        *([faithfulness(curves)] if curves else []),
-        *_methods(circuits, curves, size),
+        *([faithfulness(chosen)] if chosen else []),
+        *_methods(circuits, curves, curves_by_size, size),
         *([parts.facts(known or {}, command)] if known or command else []),
         *parts.rules(first.rules),
     ]

@@ -20,7 +20,11 @@ from mikernels.files import explained, finite, write_atomic
 PACKAGE = "mikernels.circuits.report"
 LIBRARY = "d3.v5.min.js"
 # kind of part -> what draws it
-SCRIPTS = {"graph": "graph.js", "patterns": "patterns.js", "curves": "curves.js"}
+SCRIPTS = {
+    "graph": ("graph_paths.js", "graph_layout.js", "graph.js"),
+    "patterns": ("patterns.js",),
+    "curves": ("curves.js",),
+}
 # that want more width than text does
 BROAD = ("graph", "patterns")
 # more parts than a reader finds by scrolling
@@ -55,7 +59,7 @@ def check_installed(where: str) -> None:
 
 def _script(where: str, kinds: Sequence[str]) -> str:
     """Of a page with these kinds of parts; empty for one that needs none."""
-    needed = [SCRIPTS[kind] for kind in SCRIPTS if kind in kinds]
+    needed = [name for kind in SCRIPTS if kind in kinds for name in SCRIPTS[kind]]
     if not needed:
         return ""
     own = "\n".join(_read(f"scripts/{name}") for name in ("shared.js", *needed))

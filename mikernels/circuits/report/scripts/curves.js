@@ -1,6 +1,8 @@
 // Faithfulness by the size of the circuit: a line for each method, with a band.
-each("curves", (section, given) => {
+each("curves", (section, { sets }) => {
   const canvas = section.querySelector(".canvas");
+  const select = section.querySelector("select");
+  let given = sets[0];
   const shapes = [d3.symbolCircle, d3.symbolSquare, d3.symbolTriangle, d3.symbolDiamond, d3.symbolStar, d3.symbolCross];
   // chance is told apart from methods
   const tint = i => `var(--c${given.lines[i].name === "random" ? 5 : i % 5})`;
@@ -62,6 +64,12 @@ each("curves", (section, given) => {
           `${name}: ${number(value)}${low === null ? "" : ` [${number(low)}, ${number(high)}]`}`);
         tell([`${d3.format(",")(given.sizes[i])} ${given.level}s`, ...rows].join("\n"), d3.event.clientX, d3.event.clientY);
       }).on("mouseleave", () => { cursor.attr("opacity", 0); hush(); });
+  }
+  if (select) {
+    select.addEventListener("input", () => {
+      given = sets[+select.value];
+      draw(canvas.clientWidth);
+    });
   }
   fitted(canvas, draw);
 });
