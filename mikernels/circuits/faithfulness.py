@@ -24,7 +24,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from operator import itemgetter
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -205,6 +205,22 @@ def size_of(circuit: Circuit) -> int:
     return circuit.graph.n_edges if circuit.level == "edge" else len(circuit.graph.writers)
 
 
+@overload
+def faithfulness_curve(
+    model: torch.nn.Module, clean: Inputs, corrupted: Inputs | None, metric: Target | None,
+    circuits: Circuit, *, tokenizer: Any = ..., fractions: Sequence[float] = ..., how: str = ...,
+    absolute: bool = ..., ablation: str = ..., batch: int | None = ...,
+) -> Curve: ...  # fmt: skip
+
+
+@overload
+def faithfulness_curve(
+    model: torch.nn.Module, clean: Inputs, corrupted: Inputs | None, metric: Target | None,
+    circuits: Sequence[Circuit], *, tokenizer: Any = ..., fractions: Sequence[float] = ...,
+    how: str = ..., absolute: bool = ..., ablation: str = ..., batch: int | None = ...,
+) -> list[Curve]: ...  # fmt: skip
+
+
 def faithfulness_curve(
     model: torch.nn.Module,
     clean: Inputs,
@@ -218,7 +234,7 @@ def faithfulness_curve(
     absolute: bool = False,
     ablation: str = "counterfactual",
     batch: int | None = None,
-) -> Any:
+) -> Curve | list[Curve]:
     """How much of a behaviour circuits keep, at every size (see above).
 
     Args:

@@ -23,7 +23,6 @@ from mikernels._dispatch import accumulate_dtype
 from mikernels.circuits.baseline import (
     Baseline,
     Parts,
-    head_weights,
     normed,
     product,
     scaled,
@@ -41,11 +40,17 @@ CPU_CHUNK, CHUNK = 1 << 22, 1 << 26
 
 
 class _Hooks:
-    """Of one forward pass of C circuits: rows `[C, B]` of P tokens."""
+    """Of one forward pass of C circuits.
+
+    Args:
+        heads: of `head_weights`. rows: B prompts of P tokens, `[B, P]`.
+        stack: removes the hooks. claims: of what is checked, None for nothing.
+    """
 
     def __init__(
         self,
         wiring: Wiring,
+        heads: tuple[torch.Tensor, ...],
         base: Baseline,
         masks: torch.Tensor,
         rows: torch.Size,
@@ -54,7 +59,7 @@ class _Hooks:
     ):
         self.wiring, self.base, self.masks, self.claims = wiring, base, masks, claims
         self.graph, self.circuits, self.rows = wiring.graph, len(masks), rows
-        self._stack = stack
+        self._head_weights, self._stack = heads, stack
         # of x~, for what may round
         streams = (*base.x, *base.middle, base.final)
         self._size = None if claims is None else max(float(x.norm(dim=-1).amax()) for x in streams)
@@ -78,8 +83,8 @@ class _Hooks:
         factors = FACTORS[torch.get_float32_matmul_precision()] if acc == torch.float32 else 0.0
         terms, d = len(self.graph.writers), own.shape[-1]
         # transformers' norms compute in fp32 also where all else is in fp64
-        scaled = any(reading.written is not None for reading in self.wiring.layers)
-        eps = rounding(own.dtype) if scaled else torch.finfo(own.dtype).eps
+        norms = any(reading.written is not None for reading in self.wiring.layers)
+        eps = rounding(own.dtype) if norms else torch.finfo(own.dtype).eps
         # numbers of a dtype, a walk of as many roundings as writers, and products of d terms
         unit = (4 + math.sqrt(terms)) * eps
         unit += 8 * math.sqrt(d / 3) * torch.finfo(acc).eps + 2 * factors
@@ -133,7 +138,6 @@ class Edges(_Hooks):
         n, (b, positions) = self._before[-1], self.rows
         self._delta = like.new_empty(n, self.circuits * b, positions, graph.d)
         self._made: dict[int, Parts] = {}
-        self._head_weights = head_weights(self.wiring)
         self._own = like
         layers = self.wiring.layers
         if self._kept(0):

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from mikernels.circuits import baseline
-from mikernels.circuits.baseline import Baseline, Writes
+from mikernels.circuits.baseline import Baseline, Writes, head_weights
 from mikernels.circuits.interventions import Edges, Nodes
 from mikernels.circuits.passes import run
 from mikernels.circuits.prompts import Inputs, Prompts, check_aligned, read_prompts
@@ -122,6 +122,7 @@ class Patcher:
         self.label = self._behavior.label
         self._wiring = wire(decoder)
         self.graph = self._wiring.graph
+        self._heads = head_weights(self._wiring)
         self._size = self._batch(batch)
         self._parts = [slice(i, i + self._size) for i in range(0, b, self._size)]
         self._ends: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -285,12 +286,12 @@ class Patcher:
         """Logits `[C B, P, V]`."""
         decoder = self._wiring.decoder
         kind = Edges if self._level == "edge" else Nodes
-        given = Prompts(_stacked(prompts, len(masks)), None)
         with decoder.whole(), ExitStack() as stack:
-            kind(self._wiring, base, masks, prompts.ids.shape, stack, claims)
+            rows = prompts.ids.shape
+            kind(self._wiring, self._heads, base, masks, rows, stack, claims)
             if last:
                 baseline.last_alone(self._wiring, stack)
-            return run(decoder, given.given, last)
+            return run(decoder, _stacked(prompts, len(masks)), last)
 
     def _run(
         self, number: int, prompts: Prompts, base: Baseline, masks: torch.Tensor

@@ -9,7 +9,7 @@ import torch
 from decoder_cases import hooks_of, made, padded
 from lens_cases import lens
 
-from mikernels.circuits import baseline, interventions
+from mikernels.circuits import baseline, patching
 from mikernels.circuits.baseline import normed
 from mikernels.circuits.patching import Patcher, pruned
 from mikernels.models.decoder import find_decoder
@@ -468,13 +468,13 @@ def test_norms_in_fp32_are_the_modules(kind):
 
 def test_a_wrong_sum_is_found_where_it_is(monkeypatch):
     model = made("llama")
-    weights = interventions.head_weights
+    weights = patching.head_weights
 
     def wrong(wiring):
         found = list(weights(wiring))
         return [found[0], found[1] * 1.001, *found[2:]]
 
-    monkeypatch.setattr(interventions, "head_weights", wrong)
+    monkeypatch.setattr(patching, "head_weights", wrong)
     p = patcher(model)
     with pytest.raises(ValueError, match=r"input of L1.mlp, all edges kept, must be the model's"):
         p.measure([drawn(p.graph, 0.5)])

@@ -9,13 +9,16 @@ import torch
 
 from mikernels.circuits import (
     compute_gradient_interactions,
+    faithfulness_curve,
     feature_circuit,
+    find_circuit,
     gim_probe,
     gradient_components,
     head_scores,
     interpret_circuits,
     logit_lens,
     ov_circuit,
+    random_circuit,
     select_top_k,
     tasks,
 )
@@ -128,6 +131,24 @@ def test_induction_heads_are_what_repeated_words_rest_on(smollm2):
     heads = [c.name for c in probe.ranking if c.head is not None]
     # of 270 heads, by chance less than one
     assert len(induction.intersection(heads[:10])) >= 5
+
+
+def test_few_edges_keep_what_the_model_does(smollm2):
+    model, tokenizer = smollm2
+    task = tasks.ioi(tokenizer, 6)
+    given = (model, task.inputs, task.counterfactual_inputs, task.target)
+    found = find_circuit(*given, "gim", replicates=0)
+    ours, chance = faithfulness_curve(
+        *given, [found, random_circuit(found.graph)], fractions=(0.001, 0.1, 1)
+    )
+    with torch.no_grad():
+        logits = model(**task.inputs).logits[:, -1]
+    expected = [row[a] - row[b] for row, (a, b) in zip(logits, task.target, strict=True)]
+    torch.testing.assert_close(ours.clean.float(), torch.stack(expected), rtol=0, atol=1e-3)
+    # of 70,651; what works against the answer is left out
+    assert ours.sizes == (70, 7065, 70651)
+    assert ours.faithfulness[1].low > 1 and abs(chance.faithfulness[1].value) < 0.1
+    assert ours.cpr.told_apart(chance.cpr)
 
 
 def test_features_of_a_dictionary_of_tokens(smollm2):
