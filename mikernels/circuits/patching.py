@@ -47,7 +47,7 @@ from mikernels.circuits.targets import Behavior, Target, last_logits, read_targe
 from mikernels.models.claims import FACTORS, Claims
 from mikernels.models.decoder import find_decoder
 from mikernels.models.graph import Graph
-from mikernels.models.hooks import original
+from mikernels.models.hooks import check_one_dtype, original
 from mikernels.models.parts import Tap
 from mikernels.models.readers import Reading, Wiring, wire
 from mikernels.ops.pairs.edges import edge_mix
@@ -362,6 +362,7 @@ class Patcher:
         model = original(model)
         decoder = find_decoder(model, where, FIX)
         decoder.check_eval()
+        check_one_dtype(where, model)
         if ablation not in baseline.ABLATIONS:
             raise ValueError(
                 f"{where}: ablation must be one of {', '.join(baseline.ABLATIONS)}, got "
@@ -428,6 +429,9 @@ class Patcher:
         self._stack = max(1, batch * parts // b)
         return math.ceil(b / parts)
 
+    # watches are of tensors that count their versions
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def measure(self, masks: Sequence[torch.Tensor]) -> Measured:
         """The number of each prompt under each mask, bool `[W, R]` or `[W]`, of what is kept.
 

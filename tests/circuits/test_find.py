@@ -2,6 +2,7 @@
 """find_circuit against autograd with a zero added to what each reader reads."""
 
 from contextlib import ExitStack
+from functools import reduce
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from decoder_cases import HARD, IDS, OPTIONS, hooks_of, made, padded, tiny
 from lens_cases import lens
 
 from mikernels.circuits import find_circuit
+from mikernels.circuits.recording import Gradients, _sum
 from mikernels.models.decoder import find_decoder
 from mikernels.models.readers import wire
 from mikernels.models.rules import rules
@@ -273,8 +275,9 @@ def test_without_a_metric_it_is_the_token_predicted_on_the_prompt():
     close(found.scores, find_circuit(model, IDS, CORRUPTED, said, "eap").scores.double())
 
 
-def test_gradients_that_do_not_add_up_are_refused():
-    model = made("llama")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_gradients_that_do_not_add_up_are_refused(dtype):
+    model = made("llama", dtype)
 
     def double(module, args, output):
         if output.requires_grad:
@@ -283,6 +286,76 @@ def test_gradients_that_do_not_add_up_are_refused():
     model.model.layers[1].input_layernorm.register_forward_hook(double)
     with pytest.raises(ValueError, match=r"gradients of the readers of block 1 must add up"):
         find_circuit(model, IDS, CORRUPTED, PAIR, "eap")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_what_is_written_and_does_not_add_up_is_refused(dtype):
+    model = made("llama", dtype)
+
+    def steer(module, args, output):
+        # without a gradient, and not of the 8 tokens by which the model is known
+        return output + output.detach() / 2 if output.shape[1] == 5 else None
+
+    model.model.layers[1].register_forward_hook(steer)
+    with pytest.raises(ValueError, match=r"what its parts write must add up to what is read"):
+        find_circuit(model, IDS, CORRUPTED, PAIR, "eap")
+
+
+def test_massive_activations_that_a_later_block_takes_away():
+    model = made("gpt2", torch.float32)
+    exact = made("gpt2")
+    with torch.no_grad():
+        for one in (model, exact):
+            one.transformer.h[0].mlp.c_proj.bias[0] += 1e5
+            one.transformer.h[2].mlp.c_proj.bias[0] -= 1e5
+    found = find_circuit(model, IDS, CORRUPTED, PAIR, "eap").scores
+    expected = find_circuit(exact, IDS, CORRUPTED, PAIR, "eap").scores
+    assert (found - expected).norm() < 1e-2 * expected.norm()
+
+
+def test_whether_norms_are_frozen_is_told_by_tokens_with_gradients():
+    # one token of two prompts, the first, would be looked at: padding in all of these
+    ids = IDS.repeat(64, 1)
+    other, mask = CORRUPTED.repeat(64, 1), torch.ones_like(ids)
+    mask[::2, 0] = 0
+    given = [{"input_ids": x, "attention_mask": mask} for x in (ids, other)]
+    options = {"metric": PAIR, "method": "gim", "replicates": 0}
+    model = made("llama")
+    edges = find_circuit(model, *given, **options)
+    nodes = find_circuit(model, *given, level="node", **options)
+    close(edges.scores.sum(1), nodes.scores.double())
+
+
+def test_many_passes_in_bf16():
+    options = {"metric": PAIR, "method": "eap-ig", "replicates": 0, "level": "node"}
+    exact = find_circuit(made("llama"), IDS, CORRUPTED, steps=60, **options).scores
+    found = find_circuit(made("llama", torch.bfloat16), IDS, CORRUPTED, steps=300, **options).scores
+    assert (found - exact).norm() < 0.1 * exact.norm()
+    # of edges the same is in
+    one = [Gradients([torch.ones(1, 1, 1, 1, dtype=torch.bfloat16)] * 3, None)] * 300
+    total = reduce(_sum, one)
+    assert [g.item() for g in total.heads] == [300, 300, 300]
+
+
+@pytest.mark.parametrize("method", ["gim", "eap-ig", "eap-ig-activations"])
+def test_within_inference_mode(method):
+    model = made("llama")
+    options = {"method": method, "steps": 2, "replicates": 2}
+    expected = find_circuit(model, IDS, CORRUPTED, **options)
+    with torch.inference_mode():
+        found = find_circuit(model, IDS.clone(), CORRUPTED.clone(), **options)
+    assert torch.equal(found.scores, expected.scores)
+    assert not found.scores.is_inference() and not found.replicates.is_inference()
+
+
+def test_a_callable_gets_all_prompts(monkeypatch):
+    model, answers = made("llama"), torch.tensor([7, 9])
+    monkeypatch.setattr("mikernels.circuits.find.BATCH", 1)
+    found = find_circuit(
+        model, IDS, CORRUPTED, lambda logits: logits[range(len(logits)), -1, answers], "eap"
+    )
+    expected = find_circuit(model, IDS, CORRUPTED, answers, "eap")
+    close(found.scores, expected.scores.double())
 
 
 @pytest.mark.parametrize(
@@ -320,4 +393,9 @@ def test_nothing_to_explain_and_models_of_another_arithmetic():
         find_circuit(model, IDS, CORRUPTED, lambda logits: logits[:, 0, 7])
     with pytest.raises(ValueError, match="must return input"):
         find_circuit(tiny("granite", residual_multiplier=0.5), IDS, CORRUPTED, PAIR)
+    with (
+        torch.autocast("cpu", dtype=torch.bfloat16),
+        pytest.raises(ValueError, match=r"got torch.autocast \(bfloat16\)"),
+    ):
+        find_circuit(model, IDS, CORRUPTED, PAIR)
     assert not hooks_of(model)
