@@ -6,7 +6,7 @@ from functools import reduce
 
 import pytest
 import torch
-from decoder_cases import HARD, IDS, OPTIONS, hooks_of, made, padded, tiny
+from decoder_cases import HARD, IDS, OPTIONS, hooks_of, made, padded, parts, tiny
 from lens_cases import lens
 
 from mikernels.circuits import find_circuit
@@ -18,6 +18,10 @@ from mikernels.values.intervals import resampled_counts
 
 PAIR = (7, 8)
 CORRUPTED = torch.tensor([[3, 20, 15, 9, 2], [6, 5, 21, 8, 9]])
+SIDES = {
+    "clean": torch.tensor([[1] * 5, [0, 1, 1, 1, 1]]),
+    "corrupted": torch.tensor([[1] * 5, [1, 1, 1, 1, 0]]),
+}
 LENSES = ("gpt2, folded", "llama, split", "llama, ungrouped", "qwen3", "pythia", "solu", "bloom")
 # the names of rules need attention of transformers' registry
 PLAIN = ("gpt_bigcode", "gptj", "cohere", "olmo")
@@ -268,6 +272,32 @@ def test_tiles_of_tokens(monkeypatch):
         close(getattr(tiled, name), getattr(whole, name).double())
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "lens llama"])
+def test_keys_and_values_have_their_names(name):
+    lensed = name.startswith("lens ")
+    model = lens(name.removeprefix("lens ")) if lensed else made(name)
+    attention = parts(model, 1)[0] if not lensed else model.blocks[1].attn
+    size = 24 // 4
+    keys = {
+        "llama": lambda: [attention.k_proj.weight],
+        "gpt2": lambda: [attention.c_attn.weight[:, 24:48], attention.c_attn.bias[24:48]],
+        "gpt_neox": lambda: [
+            x.unflatten(0, (4, 3, size))[:, 1]
+            for x in (attention.query_key_value.weight, attention.query_key_value.bias)
+        ],
+        "lens llama": lambda: [getattr(attention, "_W_K", getattr(attention, "W_K", None))],
+    }
+    with torch.no_grad():
+        for x in keys[name]():
+            x.mul_(1e-6)
+    found = find_circuit(model, IDS, CORRUPTED, PAIR, "eap")
+    # little passes the keys' weights
+    largest = found.scores.abs().amax(0)
+    for reader, one in zip(found.graph.readers, (largest / largest.max()).tolist(), strict=True):
+        if reader.startswith("L1.") and reader.endswith((".k", ".v")):
+            assert (one > 1e-3) == reader.endswith(".v") and not 1e-5 < one < 1e-3, reader
+
+
 def test_without_a_metric_it_is_the_token_predicted_on_the_prompt():
     model = made("llama")
     said = model(IDS).logits[:, -1].argmax(-1)
@@ -370,6 +400,11 @@ def test_a_callable_gets_all_prompts(monkeypatch):
         ({"method": "gim", "rules": "relp"}, ValueError, "rules must be None for method 'gim'"),
         ({"corrupted": CORRUPTED[:, 1:]}, ValueError, r"corrupted must have the tokens of clean"),
         ({"corrupted": CORRUPTED[:1]}, ValueError, r"corrupted must have the tokens of clean"),
+        (
+            {name: dict(input_ids=IDS, attention_mask=mask) for name, mask in SIDES.items()},
+            ValueError,
+            "have its padding where clean has it, got the first token of row 1 at 0 and 1",
+        ),
         ({"corrupted": IDS}, ValueError, "corrupted must differ from clean, .* row 0"),
         ({"metric": 50}, ValueError, "50"),
         ({"clean": ["a text"]}, TypeError, "clean must be token ids without a tokenizer"),
