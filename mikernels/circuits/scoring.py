@@ -130,7 +130,7 @@ class Products:
             delta = self._writers(changes, tile)
             if tile_kept is not None:
                 # whatever padding holds, it is not counted
-                delta.mul_(tile_kept.to(delta.device)[None, :, :, None])
+                delta.masked_fill_(~tile_kept.to(delta.device)[None, :, :, None], 0)
             self._check(changes, tile, delta, tile_kept)
             view = delta.permute(1, 2, 0, 3)
             for first, last, grads, prefix in self._readers(gradients, end, tile, delta.dtype):

@@ -250,6 +250,22 @@ def test_padding_and_batches_change_nothing(name, layout):
     close(some.positions, found.positions.double())
 
 
+@pytest.mark.parametrize("level", ["edge", "node"])
+def test_padding_that_a_metric_reads_is_not_counted(level):
+    clean, other = padded("right"), padded("right")
+    other["input_ids"] = torch.where(other["input_ids"] == 9, 22, other["input_ids"])
+    other["input_ids"] = torch.where(other["input_ids"] == 2, 23, other["input_ids"])
+    found = []
+    for padding in (41, 42):
+        # what the counterfactual's padding holds is nothing to anybody
+        other["input_ids"] = torch.where(clean["attention_mask"] == 1, other["input_ids"], padding)
+        one = find_circuit(
+            made("llama"), clean, other, lambda logits: logits[:, :, 7].sum(1), "eap", level=level
+        )
+        found.append(one.scores)
+    assert torch.equal(*found)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_narrower_dtypes(dtype):
     model = made("llama")
