@@ -224,6 +224,28 @@ def test_activations_on_the_way_agree_between_levels():
     one = find_circuit(model, IDS, CORRUPTED, PAIR, "eap-ig-activations", steps=1)
     plain = find_circuit(model, IDS, CORRUPTED, PAIR, "eap")
     assert not torch.allclose(one.scores, plain.scores)
+    # by hand, of the input and each attention and MLP, whole writers of the graph
+    wiring = wire(find_decoder(model, "test", ""))
+    _, clean, _ = _run(model, wiring, IDS)
+    _, other, _ = _run(model, wiring, CORRUPTED)
+    zeros = torch.zeros(*IDS.shape, len(wiring.graph.readers), wiring.graph.d, dtype=torch.float64)
+    zeros.requires_grad_()
+    total = torch.zeros_like(zeros)
+    places = [(model.model.embed_tokens, slice(0, 1))]
+    for i, block in enumerate(model.model.layers):
+        places.append((block.self_attn, slice(1 + 5 * i, 5 + 5 * i)))
+        places.append((block.mlp, slice(5 + 5 * i, 6 + 5 * i)))
+    for module, at in places:
+        for k in (0.5, 1.0):
+            x = torch.lerp(other[:, :, at].sum(2), clean[:, :, at].sum(2), k)
+            hook = module.register_forward_hook(
+                lambda m, a, out, x=x: (x, *out[1:]) if isinstance(out, tuple) else x
+            )
+            total += _run(model, wiring, IDS, zeros)[2]
+            hook.remove()
+    total /= 2 * len(places) * len(IDS)
+    expected = torch.einsum("bpwd,bprd->wr", clean - other, total) * wiring.graph.allowed()
+    close(edges.scores, expected)
     at = plain.graph.readers.index("logits")
     close(one.scores[:, at], plain.scores[:, at].double())
 
