@@ -369,6 +369,26 @@ def test_what_is_written_and_does_not_add_up_is_refused(dtype):
         find_circuit(model, IDS, CORRUPTED, PAIR, "eap")
 
 
+def test_products_and_columns_that_are_not_the_layout_are_refused(monkeypatch):
+    model = made("llama")
+    hook = model.model.layers[1].self_attn.q_proj.register_forward_hook(lambda m, a, y: 1.01 * y)
+    with pytest.raises(ValueError, match=r"q of block 1 must be what attention reads times W \+ b"):
+        find_circuit(model, IDS, CORRUPTED, PAIR, "eap")
+    hook.remove()
+    decoder = type(find_decoder(model, "test", ""))
+    projections = decoder.projections
+
+    def turned(self, block):
+        q, *others = projections(self, block)
+        n, _, size = q.weight.shape
+        columns = torch.arange(n * size).view(n, size).flip(0)
+        return q._replace(weight=q.weight.flip(0), columns=columns), *others
+
+    monkeypatch.setattr(decoder, "projections", turned)
+    with pytest.raises(ValueError, match=r"q of head 0 in block 0 is not made of the columns"):
+        find_circuit(model, IDS, CORRUPTED, PAIR, "eap")
+
+
 def test_massive_activations_that_a_later_block_takes_away():
     model = made("gpt2", torch.float32)
     exact = made("gpt2")
