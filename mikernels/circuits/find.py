@@ -46,7 +46,7 @@ from mikernels.circuits.scoring import Changes, Products
 from mikernels.circuits.targets import Behavior, Target, last_logits, read_target, vocabulary
 from mikernels.models.decoder import find_decoder
 from mikernels.models.graph import Graph
-from mikernels.models.hooks import original
+from mikernels.models.hooks import check_one_dtype, original
 from mikernels.models.readers import Wiring, wire
 from mikernels.models.rules import Rules
 from mikernels.values.intervals import resampled_counts
@@ -74,6 +74,7 @@ class _Sums:
 
 
 @torch.inference_mode(False)
+@torch.no_grad()
 def find_circuit(
     model: torch.nn.Module,
     clean: Inputs,
@@ -106,7 +107,8 @@ def find_circuit(
         replicates: bootstrap samples of the prompts whose scores are kept as well, in the same
             passes; 0 for a single prompt.
         positions: also keep scores by position.
-        batch: prompts a pass; None: as many as take some 2 GB.
+        batch: prompts a pass; None: as many as take some 2 GB, and all of them for a metric that
+            is a callable. It is given the logits of so many, in their order.
         seed: of the bootstrap.
 
     Returns:
@@ -129,15 +131,16 @@ def find_circuit(
     model = original(model)
     decoder = find_decoder(model, NAME, FIX)
     decoder.check_eval()
+    check_one_dtype(NAME, model)
     prompts = read_prompts(decoder, "clean", clean, tokenizer)
     others = read_prompts(decoder, "corrupted", corrupted, tokenizer)
     check_aligned(NAME, prompts, others, "clean", "corrupted")
     n = len(prompts.ids)
     behavior = read_target(NAME, metric, n, vocabulary(decoder), tokenizer)
     if metric is None:
-        with torch.no_grad():
-            last = last_logits(run(decoder, prompts.given, behavior.only_last(prompts.kept)), None
-                               if behavior.only_last(prompts.kept) else prompts.kept)  # fmt: skip
+        only_last = behavior.only_last(prompts.kept)
+        logits = run(decoder, prompts.given, only_last)
+        last = last_logits(logits, None if only_last else prompts.kept)
         behavior = read_target(NAME, last.argmax(-1).tolist(), n, vocabulary(decoder), tokenizer)
     wiring = wire(decoder)
     graph = wiring.graph
@@ -155,7 +158,8 @@ def find_circuit(
     )
     values, other_values = [], []
     chosen = rules if rules is not None else "gim" if method == "gim" else None
-    size = batch or _batch(wiring, p)
+    # it may hold answers of all prompts, or compare them
+    size = batch or (n if behavior.function is not None else _batch(wiring, p))
     with under(model, chosen) as report:
         for first in range(0, n, size):
             part = slice(first, first + size)
@@ -273,7 +277,7 @@ class _Batch:
             written, gradients, g = at_readers(
                 self.wiring, self.prompts, self.behavior, gradients, patch
             )
-            end = g if end is None else end + g
+            end = g.to(self.weights.dtype) if end is None else end + g
             if number == len(patches) or len(gradients[0].stretches) >= STRETCHES:
                 changes = compare(written)
                 products.add(changes, gradients, end, weights, self.prompts.kept, sums.positions)
@@ -282,12 +286,13 @@ class _Batch:
     def _nodes(
         self, patches: Sequence[Patch | None], compare: Callable[[Written], Changes], sums: _Sums
     ) -> None:
-        total: list[torch.Tensor] | None = None
+        total: list[torch.Tensor] = []
         for patch in patches:
             written, grads = at_writers(self.wiring, self.prompts, self.behavior, patch)
-            total = grads if total is None else [a + b for a, b in zip(total, grads, strict=True)]
-        assert total is not None
-        scores = self._node_scores(compare(written), total)
+            # as in `recording`, not in bf16
+            wide = [g.to(self.weights.dtype) for g in grads]
+            total = [a.add_(b) for a, b in zip(total, wide, strict=True)] if total else wide
+        scores = self._node_scores(compare(written), [g.to(written.start.dtype) for g in total])
         scores = scores.to(sums.scores.dtype) / len(patches)
         sums.scores += self.weights @ scores.sum(1)
         if sums.positions is not None:

@@ -36,7 +36,7 @@ from mikernels.circuits.targets import Behavior, Target, last_logits, read_targe
 from mikernels.models.claims import Claims
 from mikernels.models.decoder import find_decoder
 from mikernels.models.graph import Graph
-from mikernels.models.hooks import original
+from mikernels.models.hooks import check_one_dtype, original
 from mikernels.models.readers import wire
 
 FIX = "run its circuits with hooks of your own"
@@ -107,6 +107,7 @@ class Patcher:
         model = original(model)
         decoder = find_decoder(model, where, FIX)
         decoder.check_eval()
+        check_one_dtype(where, model)
         if ablation not in baseline.ABLATIONS:
             raise ValueError(
                 f"{where}: ablation must be one of {', '.join(baseline.ABLATIONS)}, got "

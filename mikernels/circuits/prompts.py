@@ -184,7 +184,17 @@ def check_aligned(
     Raises:
         ValueError: another shape or padding, with the row; one that is the prompt itself.
     """
-    if clean.ids.shape != other.ids.shape or not torch.equal(clean.mask, other.mask):
+    same_shape = clean.ids.shape == other.ids.shape
+    if same_shape and torch.equal(clean.mask.sum(-1), other.mask.sum(-1)):
+        moved = (clean.mask != other.mask).any(-1)
+        if moved.any():
+            row = int(moved.int().argmax())
+            at = [int(prompts.mask[row].int().argmax()) for prompts in (clean, other)]
+            raise ValueError(
+                f"{where}: {other_name} must have its padding where {name} has it, got the first "
+                f"token of row {row} at {at[1]} and {at[0]}; pad both on the same side"
+            )
+    else:
         lengths = [list(map(int, prompts.mask.sum(-1))) for prompts in (clean, other)]
         row = next(
             (i for i, (a, b) in enumerate(zip(*lengths, strict=False)) if a != b),

@@ -7,10 +7,11 @@ what rounding can do, u = eps / 2 being the unit of a dtype:
 - a sum of three terms, rounded twice by the model and twice here: each rounding is at most u times
   the sum of the absolute values S, so `2 eps S`, and half as much again for the rounding of S;
 - a product `z W + b` over n terms: eps of the result, and twice for each (model, here) the
-  roundings of its partial sums. These are at most `|z| |w|` each (Cauchy-Schwarz), so n roundings
-  of mean zero add up to a deviation of `u sqrt(n / 3) |z| |w|` (Higham and Mary, "A New Approach to
-  Probabilistic Rounding Error Analysis", SISC 2019); 8 deviations leave 1e-15 a number. Where
-  factors are rounded before they are multiplied (TF32, autocast), `eps |z| |w|` for each.
+  roundings of its partial sums. These are at most `|z| |w| + |b|` each (Cauchy-Schwarz), so n
+  roundings of mean zero add up to a deviation of `u sqrt(n / 3) (|z| |w| + |b|)` (Higham and Mary,
+  "A New Approach to Probabilistic Rounding Error Analysis", SISC 2019); 8 deviations leave 1e-15 a
+  number. Where factors are rounded before they are multiplied (TF32, autocast), `eps |z| |w|` for
+  each.
 """
 
 from __future__ import annotations
@@ -69,11 +70,12 @@ def product_limit(
         factors += _eps(result) / 2
     sums = 8 * math.sqrt(w.shape[0] / 3) * torch.finfo(acc).eps
     reach = z.to(acc).norm(dim=-1, keepdim=True) * w.to(acc).norm(dim=0)
-    size = result.to(acc).abs()
-    size = size if bias is None else size + bias.to(acc).abs()
+    limit = reach.mul_(2 * factors + sums).add_(result.to(acc).abs(), alpha=_eps(result))
+    if bias is not None:
+        # a product may begin with it (addmm): partial sums are then as large
+        limit = limit.add_(bias.to(acc).abs(), alpha=_eps(result) + sums)
     # the smallest normal number is what a result that underflows may be off by
-    least = torch.finfo(result.dtype).smallest_normal
-    return reach.mul_(2 * factors + sums).add_(size, alpha=_eps(result)).add_(least)
+    return limit.add_(torch.finfo(result.dtype).smallest_normal)
 
 
 class Claims:

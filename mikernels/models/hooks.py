@@ -129,6 +129,21 @@ def check_eval(where: str, model: torch.nn.Module, dropout_only: bool = False) -
         )
 
 
+def check_one_dtype(where: str, model: torch.nn.Module) -> None:
+    """Refuses autocast, under which products are computed in another dtype than the weights'.
+
+    Raises:
+        ValueError: within `torch.autocast` of the model's device.
+    """
+    device = next(model.parameters()).device.type
+    if torch.is_autocast_enabled(device):
+        dtype = str(torch.get_autocast_dtype(device)).removeprefix("torch.")
+        raise ValueError(
+            f"{where}: model must compute in the dtype of its weights, got torch.autocast "
+            f"({dtype}); call it outside, with model.to(torch.{dtype}) to compute in {dtype}"
+        )
+
+
 def check_fires(where: str, model: torch.nn.Module, watched: Iterable[torch.nn.Module]) -> None:
     """Refuses modules inside of scripted ones, which are not called as modules.
 

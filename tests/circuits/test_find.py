@@ -2,13 +2,15 @@
 """find_circuit against autograd with a zero added to what each reader reads."""
 
 from contextlib import ExitStack
+from functools import reduce
 
 import pytest
 import torch
-from decoder_cases import HARD, IDS, OPTIONS, hooks_of, made, padded, tiny
+from decoder_cases import HARD, IDS, OPTIONS, hooks_of, made, padded, parts, tiny
 from lens_cases import lens
 
 from mikernels.circuits import find_circuit, gim_probe
+from mikernels.circuits.recording import Gradients, _sum
 from mikernels.models.decoder import find_decoder
 from mikernels.models.readers import wire
 from mikernels.models.rules import rules
@@ -16,6 +18,10 @@ from mikernels.values.intervals import resampled_counts
 
 PAIR = (7, 8)
 CORRUPTED = torch.tensor([[3, 20, 15, 9, 2], [6, 5, 21, 8, 9]])
+SIDES = {
+    "clean": torch.tensor([[1] * 5, [0, 1, 1, 1, 1]]),
+    "corrupted": torch.tensor([[1] * 5, [1, 1, 1, 1, 0]]),
+}
 LENSES = ("gpt2, folded", "llama, split", "llama, ungrouped", "qwen3", "pythia", "solu", "bloom")
 # the names of rules need attention of transformers' registry
 PLAIN = ("gpt_bigcode", "gptj", "cohere", "olmo")
@@ -218,6 +224,28 @@ def test_activations_on_the_way_agree_between_levels():
     one = find_circuit(model, IDS, CORRUPTED, PAIR, "eap-ig-activations", steps=1)
     plain = find_circuit(model, IDS, CORRUPTED, PAIR, "eap")
     assert not torch.allclose(one.scores, plain.scores)
+    # by hand, of the input and each attention and MLP, whole writers of the graph
+    wiring = wire(find_decoder(model, "test", ""))
+    _, clean, _ = _run(model, wiring, IDS)
+    _, other, _ = _run(model, wiring, CORRUPTED)
+    zeros = torch.zeros(*IDS.shape, len(wiring.graph.readers), wiring.graph.d, dtype=torch.float64)
+    zeros.requires_grad_()
+    total = torch.zeros_like(zeros)
+    places = [(model.model.embed_tokens, slice(0, 1))]
+    for i, block in enumerate(model.model.layers):
+        places.append((block.self_attn, slice(1 + 5 * i, 5 + 5 * i)))
+        places.append((block.mlp, slice(5 + 5 * i, 6 + 5 * i)))
+    for module, at in places:
+        for k in (0.5, 1.0):
+            x = torch.lerp(other[:, :, at].sum(2), clean[:, :, at].sum(2), k)
+            hook = module.register_forward_hook(
+                lambda m, a, out, x=x: (x, *out[1:]) if isinstance(out, tuple) else x
+            )
+            total += _run(model, wiring, IDS, zeros)[2]
+            hook.remove()
+    total /= 2 * len(places) * len(IDS)
+    expected = torch.einsum("bpwd,bprd->wr", clean - other, total) * wiring.graph.allowed()
+    close(edges.scores, expected)
     at = plain.graph.readers.index("logits")
     close(one.scores[:, at], plain.scores[:, at].double())
 
@@ -242,6 +270,22 @@ def test_padding_and_batches_change_nothing(name, layout):
     close(some.scores, found.scores.double())
     close(some.replicates, found.replicates.double())
     close(some.positions, found.positions.double())
+
+
+@pytest.mark.parametrize("level", ["edge", "node"])
+def test_padding_that_a_metric_reads_is_not_counted(level):
+    clean, other = padded("right"), padded("right")
+    other["input_ids"] = torch.where(other["input_ids"] == 9, 22, other["input_ids"])
+    other["input_ids"] = torch.where(other["input_ids"] == 2, 23, other["input_ids"])
+    found = []
+    for padding in (41, 42):
+        # what the counterfactual's padding holds is nothing to anybody
+        other["input_ids"] = torch.where(clean["attention_mask"] == 1, other["input_ids"], padding)
+        one = find_circuit(
+            made("llama"), clean, other, lambda logits: logits[:, :, 7].sum(1), "eap", level=level
+        )
+        found.append(one.scores)
+    assert torch.equal(*found)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -280,6 +324,32 @@ def test_tiles_of_tokens(monkeypatch):
         close(getattr(tiled, name), getattr(whole, name).double())
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "lens llama"])
+def test_keys_and_values_have_their_names(name):
+    lensed = name.startswith("lens ")
+    model = lens(name.removeprefix("lens ")) if lensed else made(name)
+    attention = parts(model, 1)[0] if not lensed else model.blocks[1].attn
+    size = 24 // 4
+    keys = {
+        "llama": lambda: [attention.k_proj.weight],
+        "gpt2": lambda: [attention.c_attn.weight[:, 24:48], attention.c_attn.bias[24:48]],
+        "gpt_neox": lambda: [
+            x.unflatten(0, (4, 3, size))[:, 1]
+            for x in (attention.query_key_value.weight, attention.query_key_value.bias)
+        ],
+        "lens llama": lambda: [getattr(attention, "_W_K", getattr(attention, "W_K", None))],
+    }
+    with torch.no_grad():
+        for x in keys[name]():
+            x.mul_(1e-6)
+    found = find_circuit(model, IDS, CORRUPTED, PAIR, "eap")
+    # little passes the keys' weights
+    largest = found.scores.abs().amax(0)
+    for reader, one in zip(found.graph.readers, (largest / largest.max()).tolist(), strict=True):
+        if reader.startswith("L1.") and reader.endswith((".k", ".v")):
+            assert (one > 1e-3) == reader.endswith(".v") and not 1e-5 < one < 1e-3, reader
+
+
 def test_without_a_metric_it_is_the_token_predicted_on_the_prompt():
     model = made("llama")
     said = model(IDS).logits[:, -1].argmax(-1)
@@ -287,8 +357,9 @@ def test_without_a_metric_it_is_the_token_predicted_on_the_prompt():
     close(found.scores, find_circuit(model, IDS, CORRUPTED, said, "eap").scores.double())
 
 
-def test_gradients_that_do_not_add_up_are_refused():
-    model = made("llama")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_gradients_that_do_not_add_up_are_refused(dtype):
+    model = made("llama", dtype)
 
     def double(module, args, output):
         if output.requires_grad:
@@ -297,6 +368,96 @@ def test_gradients_that_do_not_add_up_are_refused():
     model.model.layers[1].input_layernorm.register_forward_hook(double)
     with pytest.raises(ValueError, match=r"gradients of the readers of block 1 must add up"):
         find_circuit(model, IDS, CORRUPTED, PAIR, "eap")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_what_is_written_and_does_not_add_up_is_refused(dtype):
+    model = made("llama", dtype)
+
+    def steer(module, args, output):
+        # without a gradient, and not of the 8 tokens by which the model is known
+        return output + output.detach() / 2 if output.shape[1] == 5 else None
+
+    model.model.layers[1].register_forward_hook(steer)
+    with pytest.raises(ValueError, match=r"what its parts write must add up to what is read"):
+        find_circuit(model, IDS, CORRUPTED, PAIR, "eap")
+
+
+def test_products_and_columns_that_are_not_the_layout_are_refused(monkeypatch):
+    model = made("llama")
+    hook = model.model.layers[1].self_attn.q_proj.register_forward_hook(lambda m, a, y: 1.01 * y)
+    with pytest.raises(ValueError, match=r"q of block 1 must be what attention reads times W \+ b"):
+        find_circuit(model, IDS, CORRUPTED, PAIR, "eap")
+    hook.remove()
+    decoder = type(find_decoder(model, "test", ""))
+    projections = decoder.projections
+
+    def turned(self, block):
+        q, *others = projections(self, block)
+        n, _, size = q.weight.shape
+        columns = torch.arange(n * size).view(n, size).flip(0)
+        return q._replace(weight=q.weight.flip(0), columns=columns), *others
+
+    monkeypatch.setattr(decoder, "projections", turned)
+    with pytest.raises(ValueError, match=r"q of head 0 in block 0 is not made of the columns"):
+        find_circuit(model, IDS, CORRUPTED, PAIR, "eap")
+
+
+def test_massive_activations_that_a_later_block_takes_away():
+    model = made("gpt2", torch.float32)
+    exact = made("gpt2")
+    with torch.no_grad():
+        for one in (model, exact):
+            one.transformer.h[0].mlp.c_proj.bias[0] += 1e5
+            one.transformer.h[2].mlp.c_proj.bias[0] -= 1e5
+    found = find_circuit(model, IDS, CORRUPTED, PAIR, "eap").scores
+    expected = find_circuit(exact, IDS, CORRUPTED, PAIR, "eap").scores
+    assert (found - expected).norm() < 1e-2 * expected.norm()
+
+
+def test_whether_norms_are_frozen_is_told_by_tokens_with_gradients():
+    # one token of two prompts, the first, would be looked at: padding in all of these
+    ids = IDS.repeat(64, 1)
+    other, mask = CORRUPTED.repeat(64, 1), torch.ones_like(ids)
+    mask[::2, 0] = 0
+    given = [{"input_ids": x, "attention_mask": mask} for x in (ids, other)]
+    options = {"metric": PAIR, "method": "gim", "replicates": 0}
+    model = made("llama")
+    edges = find_circuit(model, *given, **options)
+    nodes = find_circuit(model, *given, level="node", **options)
+    close(edges.scores.sum(1), nodes.scores.double())
+
+
+def test_many_passes_in_bf16():
+    options = {"metric": PAIR, "method": "eap-ig", "replicates": 0, "level": "node"}
+    exact = find_circuit(made("llama"), IDS, CORRUPTED, steps=60, **options).scores
+    found = find_circuit(made("llama", torch.bfloat16), IDS, CORRUPTED, steps=300, **options).scores
+    assert (found - exact).norm() < 0.1 * exact.norm()
+    # of edges the same is in
+    one = [Gradients([torch.ones(1, 1, 1, 1, dtype=torch.bfloat16)] * 3, None)] * 300
+    total = reduce(_sum, one)
+    assert [g.item() for g in total.heads] == [300, 300, 300]
+
+
+@pytest.mark.parametrize("method", ["gim", "eap-ig", "eap-ig-activations"])
+def test_within_inference_mode(method):
+    model = made("llama")
+    options = {"method": method, "steps": 2, "replicates": 2}
+    expected = find_circuit(model, IDS, CORRUPTED, **options)
+    with torch.inference_mode():
+        found = find_circuit(model, IDS.clone(), CORRUPTED.clone(), **options)
+    assert torch.equal(found.scores, expected.scores)
+    assert not found.scores.is_inference() and not found.replicates.is_inference()
+
+
+def test_a_callable_gets_all_prompts(monkeypatch):
+    model, answers = made("llama"), torch.tensor([7, 9])
+    monkeypatch.setattr("mikernels.circuits.find.BATCH", 1)
+    found = find_circuit(
+        model, IDS, CORRUPTED, lambda logits: logits[range(len(logits)), -1, answers], "eap"
+    )
+    expected = find_circuit(model, IDS, CORRUPTED, answers, "eap")
+    close(found.scores, expected.scores.double())
 
 
 @pytest.mark.parametrize(
@@ -311,6 +472,11 @@ def test_gradients_that_do_not_add_up_are_refused():
         ({"method": "gim", "rules": "relp"}, ValueError, "rules must be None for method 'gim'"),
         ({"corrupted": CORRUPTED[:, 1:]}, ValueError, r"corrupted must have the tokens of clean"),
         ({"corrupted": CORRUPTED[:1]}, ValueError, r"corrupted must have the tokens of clean"),
+        (
+            {name: dict(input_ids=IDS, attention_mask=mask) for name, mask in SIDES.items()},
+            ValueError,
+            "have its padding where clean has it, got the first token of row 1 at 0 and 1",
+        ),
         ({"corrupted": IDS}, ValueError, "corrupted must differ from clean, .* row 0"),
         ({"metric": 50}, ValueError, "50"),
         ({"clean": ["a text"]}, TypeError, "clean must be token ids without a tokenizer"),
@@ -334,4 +500,9 @@ def test_nothing_to_explain_and_models_of_another_arithmetic():
         find_circuit(model, IDS, CORRUPTED, lambda logits: logits[:, 0, 7])
     with pytest.raises(ValueError, match="must return input"):
         find_circuit(tiny("granite", residual_multiplier=0.5), IDS, CORRUPTED, PAIR)
+    with (
+        torch.autocast("cpu", dtype=torch.bfloat16),
+        pytest.raises(ValueError, match=r"got torch.autocast \(bfloat16\)"),
+    ):
+        find_circuit(model, IDS, CORRUPTED, PAIR)
     assert not hooks_of(model)

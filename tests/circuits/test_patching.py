@@ -450,6 +450,9 @@ def test_batches_and_circuits_side_by_side_change_nothing():
         token = model(CLEAN).logits[:, -1].argmax(-1)
     expected = patcher(model, metric=token).measure([drawn(every.graph, 0.5)])
     assert torch.equal(found.values, expected.values)
+    with torch.inference_mode():
+        found = patcher(model, metric=token).measure([drawn(every.graph, 0.5)])
+    assert torch.equal(found.values, expected.values) and not found.values.is_inference()
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "olmo", "llama", "gemma2", "lens, LN", "lens, RMS"])
@@ -503,6 +506,11 @@ def test_what_is_refused():
     ):
         with pytest.raises(ValueError, match=message):
             patcher(model, **options)
+    with (
+        torch.autocast("cpu", dtype=torch.bfloat16),
+        pytest.raises(ValueError, match=r"got torch.autocast \(bfloat16\)"),
+    ):
+        patcher(model)
     constant = patcher(model, metric=lambda logits: logits[:, 0, 0] * 0 + 2)
     with pytest.raises(ValueError, match="metric must be another number .* nothing to explain"):
         constant.measure([])
