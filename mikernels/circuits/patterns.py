@@ -15,6 +15,7 @@ patterns that are not the model's own are an error.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -135,7 +136,7 @@ def _marks(ids: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
     return torch.stack([induction, previous, same])
 
 
-class _Watched:
+class _Watched(ABC):
     """Hands the patterns of each layer to `take`, some queries at a time, while the model runs."""
 
     def __init__(self, decoder: Decoder):
@@ -172,9 +173,9 @@ class _Watched:
                 self.take(layer, row, rows, p)
         self.seen.add(layer)
 
+    @abstractmethod
     def take(self, layer: int, row: int, rows: slice, p: torch.Tensor) -> None:
         """The patterns `[H, rows, S]` of a layer and prompt."""
-        raise NotImplementedError
 
     def run(self, name: str, decoder: Decoder, some: Prompts) -> None:
         """The model over some prompts.

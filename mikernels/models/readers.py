@@ -12,7 +12,7 @@ Names suggest which modules these are and in which order a fused one (GPT-2's `c
 - the columns of a head are those on which its result depends. With z_h its result at the last
   token, the gradient of z_h is zero in the columns of other heads, and in those of q at any token
   but the last, where those of k and v are not. A norm over all heads (OLMo 2) may mix the heads of
-  q, and of k.
+  q, and of k. Which of a fused module's parts is k and which v is the layout's word.
 
 All that, with what writes into the stream (`mikernels.models.watch`), is a `Wiring`: the model as
 the graph of `mikernels.models.graph`.
@@ -35,7 +35,7 @@ from mikernels.models.norms import Form, form_of, parameters, statistics
 from mikernels.models.parts import Block, Decoder, Projection, first_tensor, is_hook_point
 from mikernels.models.watch import Flow, Watch
 
-# of the pass that decides: more than any window that would hide the first from the last
+# of the pass that decides: enough for keys and values before the last token
 TOKENS = 8
 
 
