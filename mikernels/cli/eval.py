@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mikernels.cli.train import ACTIVATIONS, OUTPUT, _device, count, option, sparsity
+from mikernels.cli.train import (
+    ACTIVATIONS,
+    OUTPUT,
+    Context,
+    GGUFFile,
+    Texts,
+    _device,
+    count,
+    option,
+    sparsity,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -41,18 +51,13 @@ def evaluate(
         Path | None,
         option("Instead: local folder of a Hugging Face model or a GGUF file.", ACTIVATIONS),
     ] = None,
-    gguf_file: Annotated[
-        str | None, option("The GGUF file's name, if the folder has several.", ACTIVATIONS)
-    ] = None,
+    gguf_file: GGUFFile = None,
     layer: Annotated[
         int | None,
         option("Decoder layer, from 0: the residual stream after it.", ACTIVATIONS),
     ] = None,
-    text: Annotated[
-        list[Path] | None,
-        option("UTF-8 text file; may be repeated.", ACTIVATIONS, metavar="<path>"),
-    ] = None,
-    context: Annotated[int, option("Tokens of a context window.", ACTIVATIONS)] = 256,
+    text: Texts = None,
+    context: Context = 256,
     skip_first: Annotated[
         int, option("Positions of a window left as they are: attention sinks.", ACTIVATIONS)
     ] = 1,

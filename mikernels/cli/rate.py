@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mikernels.cli.eval import load_any
-from mikernels.cli.train import ACTIVATIONS, _device, count, option
+from mikernels.cli.train import ACTIVATIONS, Context, GGUFFile, Texts, _device, count, option
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -51,18 +51,13 @@ def rate(
         Path | None,
         option("Local folder of the Hugging Face model or GGUF file.", ACTIVATIONS),
     ] = None,
-    gguf_file: Annotated[
-        str | None, option("The GGUF file's name, if the folder has several.", ACTIVATIONS)
-    ] = None,
+    gguf_file: GGUFFile = None,
     layer: Annotated[
         int | None,
         option("Decoder layer, from 0.", ACTIVATIONS, show_default="what the run was trained on"),
     ] = None,
-    text: Annotated[
-        list[Path] | None,
-        option("UTF-8 text file; may be repeated.", ACTIVATIONS, metavar="<path>"),
-    ] = None,
-    context: Annotated[int, option("Tokens of a context window.", ACTIVATIONS)] = 256,
+    text: Texts = None,
+    context: Context = 256,
     skip: Annotated[
         int,
         option(

@@ -37,6 +37,17 @@ def option(help_text: str, panel: str, *names: str, **more):
     return typer.Option(*names, help=help_text, rich_help_panel=panel, **more)
 
 
+# the same in every command that runs a model over text
+GGUFFile = Annotated[
+    str | None, option("The GGUF file's name, if the folder has several.", ACTIVATIONS)
+]
+Texts = Annotated[
+    list[Path] | None,
+    option("UTF-8 text file; may be repeated.", ACTIVATIONS, metavar="<path>"),
+]
+Context = Annotated[int, option("Tokens of a context window.", ACTIVATIONS)]
+
+
 def train(
     activations: Annotated[
         Path | None,
@@ -46,9 +57,7 @@ def train(
         Path | None,
         option("Instead: local folder of a Hugging Face model or a GGUF file.", ACTIVATIONS),
     ] = None,
-    gguf_file: Annotated[
-        str | None, option("The GGUF file's name, if the folder has several.", ACTIVATIONS)
-    ] = None,
+    gguf_file: GGUFFile = None,
     layer: Annotated[
         list[int] | None,
         option(
@@ -72,11 +81,8 @@ def train(
         list[int] | None,
         option("Of these layers; may be repeated.", ACTIVATIONS, show_default="--layer"),
     ] = None,
-    text: Annotated[
-        list[Path] | None,
-        option("UTF-8 text file; may be repeated.", ACTIVATIONS, metavar="<path>"),
-    ] = None,
-    context: Annotated[int, option("Tokens of a context window.", ACTIVATIONS)] = 256,
+    text: Texts = None,
+    context: Context = 256,
     skip_first: Annotated[
         int, option("Positions of a window left out: attention sinks.", ACTIVATIONS)
     ] = 1,
