@@ -33,8 +33,9 @@ with circuits.ablate(model, "L0.mlp", "zero"):
     print(f"with zeros for the first MLP: {difference():.3f}")
 print(f"afterwards: {difference():.3f}", end="\n\n")
 
-# %% As a table, with intervals over prompts: each alone, and all together
-parts = ["L23.h3", "L29.h1", "L24.h4", "L12.*", "L12.mlp", "L20.h0"]
+# %% As a table, with intervals over prompts: alone, by groups, and all together
+heads = ["L23.h3", "L29.h1", "L24.h4", "L20.h0"]
+parts = {head: head for head in heads} | {"the four heads": heads, "block 12": "L12.*"}
 print(circuits.ablation_effect(model, task.inputs, task.target, parts, "mean", **other), "\n")
 
 # %% And of a ranking: what is lost without the best so many, and what is left with them alone

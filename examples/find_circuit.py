@@ -33,7 +33,6 @@ ours, chance = circuits.faithfulness_curve(
     model, *question, [found, circuits.random_circuit(found.graph)], fractions=sizes
 )
 print(ours, chance, sep="\n\n")
-print("told apart from chance:", ours.cpr.told_apart(chance.cpr))
 
 # %% A page: graph, heat maps, curves, in one file
 circuits.write_report([found], OUT / "circuit.html", curves=[ours])
