@@ -24,6 +24,8 @@ import torch
 
 from mikernels.circuits.prompts import pad_left
 
+__all__ = ["Task", "greater_than", "induction", "ioi", "repeated_name", "variations"]
+
 NAMES = """
     Adam Alan Alex Alice Amy Andrew Anna Anne Arthur Ben Bob Brian Carl Charles Chris Daniel David
     Elizabeth Emily Emma Eric Frank George Grace Henry Jack James Jane Jason Jim Joe John Julia Kate

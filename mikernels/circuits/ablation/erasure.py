@@ -136,9 +136,11 @@ def comprehensiveness(
     finds what matters.
 
     Args:
+        model, prompts, metric, kind: as for `ablation_effect`.
         ranking: names of components, best first, as `[c.name for c in probe.ranking]`.
         fractions: of their number, ascending.
-        others: as for `ablation_effect`.
+        reference, counterfactual, positions, per_position, saes: as for `ablation_effect`.
+        tokenizer, seed, batch: likewise.
 
     Raises:
         TypeError, ValueError, RuntimeError: as `ablation_effect`; other fractions.

@@ -341,8 +341,8 @@ def feature_circuit(
         metric: what is asked of the model, as target_behavior of `gim_probe`. None: the logit of
             the token that it predicts for the prompt, also of the counterfactual.
         method: "atp": the gradient at the prompt, one forward and backward pass; "ig": its mean on
-            the way from the counterfactual's activation, `steps` passes for each site
-            (`mikernels.circuits.features.line`).
+            the way from the counterfactual's activation (`mikernels.circuits.features.line`).
+        steps: passes for each site, of "ig".
         rules: of the backward pass, as for `gim_probe`; None: the model's own gradients.
         tokenizer: for texts, and to name tokens.
         k: features in the ranking.
