@@ -13,7 +13,7 @@ from mikernels.activations.windows import token_windows
 from mikernels.demo.data import python_documentation
 from mikernels.evaluate import measure_spliced
 
-o = options(__doc__, tokens=6_144)
+o = options(__doc__, tokens=4_096)
 
 # %% The SAE of train_text.py, and the documents that it was not trained on
 sae = trained_sae()

@@ -54,11 +54,13 @@ def lines(text: str) -> set[str]:
 
 
 def check_shown(name: str, said: str) -> None:
-    shown, now = lines((SHOWN / f"{name}.txt").read_text(encoding="utf-8")), lines(said)
-    assert now == shown, (
+    command, shown = (SHOWN / f"{name}.txt").read_text(encoding="utf-8").split("\n", 1)
+    assert re.fullmatch(rf"\$ python examples/{name}\.py( --\w+ \w+)*", command)
+    there, now = lines(shown), lines(said)
+    assert now == there, (
         f"docs/examples/{name}.txt must have the lines that examples/{name}.py prints, lacks "
-        f"{sorted(now - shown)} and has {sorted(shown - now)}; write it again: "
-        f"python examples/{name}.py > docs/examples/{name}.txt"
+        f"{sorted(now - there)} and has {sorted(there - now)}; write again what its first line "
+        f"prints"
     )
 
 
