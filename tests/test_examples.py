@@ -45,8 +45,7 @@ NNSIGHT = "class LanguageModel:\n    pass\n"
 def lines(text: str) -> set[str]:
     """Without what another run may print otherwise: numbers, names of components, of what is
     opposed, and the width of columns."""
-    text = re.sub(r"\bL\d+\.(h\d+|mlp|attn)|\binput\b|\blogits\b", "NAME", text)
-    text = re.sub(r"(h|kv)\d+\.[qkv]\b", "NAME", text)
+    text = re.sub(r"\bL\d+\.(h\d+|kv\d+|mlp|attn)(\.[qkv])?|\binput\b|\blogits\b", "NAME", text)
     text = re.sub(r"^circuit \d+: .*$", "circuit", text, flags=re.M)
     text = re.sub(r"\b(reinforcing|opposing)\b", "KIND", text)
     text = re.sub(r"[-+]?(\d[\d,]*)?\.?\d+(e[-+]?\d+)?\b|\bnan\b", "0", text)
