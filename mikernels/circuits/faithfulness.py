@@ -150,7 +150,13 @@ def random_circuit(graph: Graph, level: str = "edge", seed: int = 0) -> Circuit:
         ValueError: for another level.
 
     Example:
-        >>> random_circuit(found.graph, found.level)
+        >>> task = circuits.tasks.ioi(tokenizer, 4)
+        >>> found = circuits.find_circuit(
+        ...     model, task.inputs, task.counterfactual_inputs, task.target
+        ... )
+        >>> chance = circuits.random_circuit(found.graph, found.level)
+        >>> chance.scores.shape == found.scores.shape
+        True
     """
     if level not in LEVELS:
         raise ValueError(f"random_circuit: level must be one of {LEVELS}, got {level!r}")
@@ -243,34 +249,20 @@ def faithfulness_curve(
         corrupted: of each prompt a counterfactual, token by token; for a mean the prompts that it
             is taken of; None for zero.
         metric: the behaviour's number, of `mikernels.circuits.targets`: a token, a pair (a, b),
-            ...; None: the logit of the token that the model predicts on the clean prompt. A
-            callable is given all prompts at once.
-        circuits: one, or several of one level, in one call: they share the runs of the model.
-        tokenizer: for prompts and metrics that are texts.
-        fractions: of the edges or nodes, ascending.
-        how, absolute: of `Circuit.select`.
-        ablation: what takes the place of what is cut: "counterfactual" (what it is on the
-            counterfactual prompt), "zero", "mean" (over prompts and tokens of corrupted), or
-            "mean-positional" (at each position, of prompts of as many tokens).
-        batch: rows (prompts times circuits) of a run; None: as many as keep what it holds below
-            512 MB, and at least one.
-
-    Returns:
-        Curve, or a list of them for a sequence of circuits: prints as a table.
-
-    Raises:
-        TypeError, ValueError: before the model runs on the prompts, for other arguments; prompts
-            and counterfactuals that are not aligned; circuits of another model, or of both levels.
-            For a metric that is the same whether all is kept or nothing; for a model whose
-            arithmetic is another, with the place and the numbers.
-
     Example:
-        >>> found = find_circuit(model, task.inputs, task.counterfactual_inputs, task.target)
-        >>> ours, chance = faithfulness_curve(
-        ...     model, task.inputs, task.counterfactual_inputs, task.target,
-        ...     [found, random_circuit(found.graph)])
+        >>> task = circuits.tasks.ioi(tokenizer, 4)
+        >>> question = task.inputs, task.counterfactual_inputs, task.target
+        >>> found = circuits.find_circuit(model, *question)
+        >>> both = [found, circuits.random_circuit(found.graph)]
+        >>> ours, chance = circuits.faithfulness_curve(model, *question, both, fractions=[0.1, 0.5])
         >>> print(ours)
+        gim: CPR ... [...], CMD ... [...]
+        logit difference of a pair per prompt: ... with everything cut (mean of 4 prompts)
+        kept  edges  faithfulness      95 % interval
+        10 %     19 ...
+        50 %     95 ...
         >>> ours.cpr.told_apart(chance.cpr)
+        False
     """
     some = read_circuits(NAME, circuits)
     fractions = tuple(float(x) for x in fractions)
