@@ -249,6 +249,27 @@ def faithfulness_curve(
         corrupted: of each prompt a counterfactual, token by token; for a mean the prompts that it
             is taken of; None for zero.
         metric: the behaviour's number, of `mikernels.circuits.targets`: a token, a pair (a, b),
+            ...; None: the logit of the token that the model predicts on the clean prompt. A
+            callable is given all prompts at once.
+        circuits: one, or several of one level, in one call: they share the runs of the model.
+        tokenizer: for prompts and metrics that are texts.
+        fractions: of the edges or nodes, ascending.
+        how, absolute: of `Circuit.select`.
+        ablation: what takes the place of what is cut: "counterfactual" (what it is on the
+            counterfactual prompt), "zero", "mean" (over prompts and tokens of corrupted), or
+            "mean-positional" (at each position, of prompts of as many tokens).
+        batch: rows (prompts times circuits) of a run; None: as many as keep what it holds below
+            512 MB, and at least one.
+
+    Returns:
+        Curve, or a list of them for a sequence of circuits: prints as a table.
+
+    Raises:
+        TypeError, ValueError: before the model runs on the prompts, for other arguments; prompts
+            and counterfactuals that are not aligned; circuits of another model, or of both levels.
+            For a metric that is the same whether all is kept or nothing; for a model whose
+            arithmetic is another, with the place and the numbers.
+
     Example:
         >>> task = circuits.tasks.ioi(tokenizer, 4)
         >>> question = task.inputs, task.counterfactual_inputs, task.target
