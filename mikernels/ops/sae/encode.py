@@ -23,6 +23,7 @@ by Cauchy-Schwarz, with the *computed* norms of the rounding errors, rounded up.
     columns far larger than the others;
   - the fp32 evaluation of `(s^ c + b_enc) scale` and of the bound itself: with the 3 u above less
     than 16 u on every term.
+
 Let e[n, f] be the sum of these. Then s - e and s + e bracket the true score, so with tau[n] the
 k-th largest lower bound seen so far, a feature whose upper bound is below tau[n] has k features
 above it and cannot be selected. Nor can one whose upper bound only equals tau: features come in
