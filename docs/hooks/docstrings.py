@@ -51,8 +51,9 @@ def as_google(text: str, known: set[str], returns: str | None) -> str:
             lines += entries(line, indent, known)
             continue
         if section in ("Returns", "Yields"):
+            # any colon in what follows would end a type
             before, colon, _ = line.partition(": ")
-            if colon and returns and not TYPE.fullmatch(before.strip()):
+            if returns and not (colon and TYPE.fullmatch(before.strip())):
                 line = f"{indent}{returns}: {line.strip()}"
             # its first line only
             section = ""

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[2]
 # what has an `__all__` for other files of the package alone
@@ -86,3 +87,10 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
             uri = f"reference/{module}.md"
             files.append(File.generated(config, uri, content=text))
     return files
+
+
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> None:
+    # a file that defines one name: its heading and the name's are one entry in the contents
+    for entry in (entry for top in page.toc for entry in top.children):
+        if [inner.title for inner in entry.children] == [entry.title]:
+            entry.children = entry.children[0].children

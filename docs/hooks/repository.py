@@ -32,24 +32,40 @@ TAGS = re.compile(
 )
 LINK = re.compile(r"(\]\()([^()\s]+)(\))")
 FENCE = re.compile(r"^(```.*?^```)$", re.MULTILINE | re.DOTALL)
-FIGURES = (".svg", ".png")
+FIGURE = re.compile(r"!\[[^]]*\]\(([^()\s:]+\.(?:svg|png))\)")
+
+
+def home(uri: str) -> str:
+    """Where the text of a page lies in the repository."""
+    return {page: name for name, page in PAGES.items()}.get(uri, f"docs/{uri}")
+
+
+def pointed(uri: str, target: str) -> str:
+    """The file of the repository that a link of a page points to."""
+    return posixpath.normpath(posixpath.join(posixpath.dirname(home(uri)), target))
+
+
+def on_site(name: str) -> str:
+    """Where a file of the repository would be on the site."""
+    return PAGES.get(name) or name.removeprefix("docs/")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     for name, uri in PAGES.items():
         files.append(File.generated(config, uri, abs_src_path=str(ROOT / name)))
-    for path in (ROOT / name for name in PAGES):
-        for figure in re.findall(r"!\[[^]]*\]\(([^()\s]+)\)", path.read_text(encoding="utf-8")):
-            if figure.endswith(FIGURES):
-                files.append(File.generated(config, figure, abs_src_path=str(ROOT / figure)))
+    for page in files.documentation_pages():
+        path = page.abs_src_path
+        for target in FIGURE.findall(Path(path).read_text(encoding="utf-8")) if path else ():
+            figure = pointed(page.src_uri, target)
+            if files.get_file_from_path(on_site(figure)) is None and (ROOT / figure).is_file():
+                path = str(ROOT / figure)
+                files.append(File.generated(config, on_site(figure), abs_src_path=path))
     return files
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     uri = page.file.src_uri
-    # where the text lies in the repository; pages that are generated link to pages only
-    homes = {page: name for name, page in PAGES.items()}
-    path = homes.get(uri, f"docs/{uri}")
+    # what is generated links to pages only
     if page.file.abs_src_path is None:
         return markdown
 
@@ -57,18 +73,17 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         before, target, after = match.groups()
         if target.startswith(("http:", "https:", "mailto:", "#")):
             return match.group()
-        name, _, anchor = target.partition("#")
-        name = posixpath.normpath(posixpath.join(posixpath.dirname(path), name))
-        goal = PAGES.get(name) or name.removeprefix("docs/")
-        if (file := files.get_file_from_path(goal)) is not None:
-            found = posixpath.relpath(file.src_uri, posixpath.dirname(uri) or ".")
+        name, mark, anchor = target.partition("#")
+        name = pointed(uri, name)
+        if files.get_file_from_path(on_site(name)) is not None:
+            found = posixpath.relpath(on_site(name), posixpath.dirname(uri) or ".")
         elif (ROOT / name).exists():
             kind = "tree" if (ROOT / name).is_dir() else "blob"
             found = f"{config.extra['repository']}/{kind}/main/{name}"
         else:
-            log.warning("%s: a link must point to a file, got %s; there is none", path, target)
+            log.warning("%s: a link must point to a file, got %s", home(uri), target)
             return match.group()
-        return f"{before}{found}{'#' if anchor else ''}{anchor}{after}"
+        return f"{before}{found}{mark}{anchor}{after}"
 
     # code is no text: what looks like a link in it stays
     pieces = FENCE.split(markdown)
