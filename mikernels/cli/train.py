@@ -8,73 +8,38 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
 from mikernels.cli.figures import Json, check_json, write_figures
+from mikernels.cli.inputs import (
+    Activations,
+    Context,
+    Field,
+    GGUFFile,
+    Inputs,
+    Layers,
+    Model,
+    Place,
+    SkipFirst,
+    Texts,
+    read_inputs,
+    sites_of,
+)
+from mikernels.cli.options import ACTIVATIONS, OUTPUT, count, device_of, option
 
 if TYPE_CHECKING:
     import torch
 
-    from mikernels.activations import Site, Source
+    from mikernels.activations import ModelSource
+    from mikernels.models.sites import AnySite
 
-ACTIVATIONS, SAE, TRAINING, OUTPUT = "Activations", "SAE", "Training", "Output"
-SUFFIXES = {"k": 10**3, "m": 10**6, "b": 10**9}
-
-
-def count(text: str | int) -> int:
-    """A whole number, or one with a suffix: 500k, 10M, 1.5B."""
-    digits, unit = str(text).strip().replace(",", "").replace("_", ""), 1
-    if digits[-1:].lower() in SUFFIXES:
-        digits, unit = digits[:-1], SUFFIXES[digits[-1].lower()]
-    try:
-        number = float(digits) * unit
-    except ValueError as error:
-        raise typer.BadParameter(f"expected a number such as 500k or 10M, got {text!r}") from error
-    if not number >= 1 or number % 1:
-        raise typer.BadParameter(f"expected a whole number of at least 1, got {text!r}")
-    return int(number)
-
-
-def option(help_text: str, panel: str, *names: str, **more):
-    return typer.Option(*names, help=help_text, rich_help_panel=panel, **more)
-
-
-# the same in every command that runs a model over text
-GGUFFile = Annotated[
-    str | None, option("The GGUF file's name, if the folder has several.", ACTIVATIONS)
-]
-Texts = Annotated[
-    list[Path] | None,
-    option("UTF-8 text file; may be repeated.", ACTIVATIONS, metavar="<path>"),
-]
-Context = Annotated[int, option("Tokens of a context window.", ACTIVATIONS)]
+SAE, TRAINING = "SAE", "Training"
 
 
 def train(
-    activations: Annotated[
-        Path | None,
-        option("Folder of safetensors shards, or one file, of \\[rows, d].", ACTIVATIONS),
-    ] = None,
-    model: Annotated[
-        Path | None,
-        option("Instead: local folder of a Hugging Face model or a GGUF file.", ACTIVATIONS),
-    ] = None,
+    activations: Activations = None,
+    model: Model = None,
     gguf_file: GGUFFile = None,
-    layer: Annotated[
-        list[int] | None,
-        option(
-            "Decoder layer, from 0; may be repeated: the activations of several are joined.",
-            ACTIVATIONS,
-        ),
-    ] = None,
-    site: Annotated[
-        str,
-        option(
-            "Of each layer: residual (the stream after it), mlp_in (what its MLP reads), mlp_out "
-            "or attn_out (what MLP or attention add).",
-            ACTIVATIONS,
-        ),
-    ] = "residual",
+    layer: Layers = None,
+    site: Place = "residual",
     target_site: Annotated[
         str | None,
         option("Reconstruct this site, not the input.", ACTIVATIONS, show_default="the input"),
@@ -84,10 +49,17 @@ def train(
         option("Of these layers; may be repeated.", ACTIVATIONS, show_default="--layer"),
     ] = None,
     text: Texts = None,
+    field: Field = "text",
     context: Context = 256,
-    skip_first: Annotated[
-        int, option("Positions of a window left out: attention sinks.", ACTIVATIONS)
-    ] = 1,
+    skip_first: SkipFirst = 1,
+    save_activations: Annotated[
+        Path | None,
+        option(
+            "Keep what the model makes in this folder, and train on that; if it holds the same "
+            "already, no model is run.",
+            ACTIVATIONS,
+        ),
+    ] = None,
     features: Annotated[
         int | None, option("F, the number of features.", SAE, show_default="expansion x d")
     ] = None,
@@ -205,15 +177,18 @@ def train(
 ) -> None:
     """Train an SAE or transcoder on your own activations, or on those of a local model over text.
 
-    Activations are shards of safetensors files with a tensor "activations" of \\[rows, d], and
-    perhaps "targets" to be reconstructed from them, as written by
-    mikernels.activations.write_shards, or any file with a single 2-D tensor.
+    Activations are .safetensors files with a tensor "activations" of \\[rows, d], and perhaps
+    "targets" to be reconstructed from them, as written by mikernels.activations.write_shards, or
+    with a single 2-D tensor; or .npy files of \\[rows, d].
 
     Examples:
 
         mikernels train --activations acts/ --expansion 32 --k 32 --out out/sae
 
         mikernels train --model ~/models/gpt2 --layer 6 --text corpus.txt --tokens 10M
+
+        mikernels train --model model.gguf --layer 6 --text pile.jsonl.gz --tokens 10M \\
+            --save-activations acts/
 
         mikernels train --activations acts/ --arch jumprelu --k 64 --set bandwidth=0.1
 
@@ -249,24 +224,25 @@ def train(
         if threads < 1:
             raise ValueError(f"train: --threads must be at least 1, got {threads}")
         torch.set_num_threads(threads)
-    target = _device(device)
-    source = _source(
-        activations,
-        model,
-        gguf_file,
-        _sites("--site", site, layer),
-        _targets(target_site, target_layer, site, layer),
-        text,
-        context,
-        skip_first,
-        batch_size,
-        seed,
-        target,
+    target = device_of("train", device)
+    inputs = read_inputs(
+        "train",
+        activations=activations,
+        model=model,
+        gguf_file=gguf_file,
+        layers=layer,
+        site=site,
+        text=text,
+        field=field,
+        context=context,
+        skip_first=skip_first,
     )
+    targets = _targets(target_site, target_layer, site, layer)
+    if inputs.model is not None and tokens is None:
+        raise ValueError("train: --tokens must be given with --model, e.g. --tokens 10M")
+    source = _source(inputs, targets, batch_size, seed, target, save_activations, tokens)
     if tokens is None:
-        tokens = getattr(source, "n_rows", None)
-        if tokens is None:
-            raise ValueError("train: --tokens must be given with --model, e.g. --tokens 10M")
+        tokens = source.n_rows
     config = TrainConfig(
         total_tokens=tokens,
         batch_size=batch_size,
@@ -291,7 +267,7 @@ def train(
     names = {f.name for f in fields(variant.config_type)}
     # what the source says, unless it is given
     if "n_layers" in names:
-        own.setdefault("n_layers", getattr(source, "n_layers", 1))
+        own.setdefault("n_layers", getattr(source, "n_layers", max(1, len(inputs.sites))))
     if "d_out" in names:
         own.setdefault("d_out", getattr(source, "d_out", source.d))
     width = source.d // own.get("n_layers", 1)
@@ -324,7 +300,9 @@ def train(
         from mikernels.integrations.saelens import export_sae
 
         hook = _hook_name(site, layer) if target_site is None and target_layer is None else None
-        export_sae(sae, export_saelens, model_name=model.name if model else None, hook_name=hook)
+        export_sae(
+            sae, export_saelens, model_name=Path(model).name if model else None, hook_name=hook
+        )
         print(f"SAELens: sae_lens.SAE.load_from_disk({str(export_saelens)!r})")
     figures = {"sae": sae.name, "d": source.d, "n_features": sae.config.n_features}
     figures |= {"steps": trainer.step, "tokens": trainer.tokens, "seconds": history.parts}
@@ -378,41 +356,13 @@ def _optimizer_class(name: str) -> Any:
     return found
 
 
-def _device(name: str | None, where: str = "train") -> torch.device:
-    import torch
-
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"{where}: --device must be cpu, cuda or cuda:N, got {name!r}") from error
-    seen = torch.cuda.device_count()
-    if device.type == "cuda" and (device.index or 0) >= seen:
-        raise ValueError(
-            f"{where}: --device must be one that torch sees, got {name} of {seen} CUDA devices "
-            f"(torch {torch.__version__}); use --device cpu, or install a torch with CUDA"
-        )
-    return device
-
-
-def _sites(name: str, site: str, layers: list[int] | None) -> list[Site]:
-    """The same place of each layer."""
-    from mikernels.activations import Site
-    from mikernels.models.sites import PLACES
-
-    if site not in PLACES:
-        raise ValueError(f"train: {name} must be one of {', '.join(PLACES)}, got {site!r}")
-    return [Site(layer, site) for layer in layers or ()]
-
-
 def _targets(
     target_site: str | None, target_layers: list[int] | None, site: str, layers: list[int] | None
-) -> list[Site] | None:
+) -> list[AnySite] | None:
     """What is left out is as of the input; None where all is."""
     if target_site is None and not target_layers:
         return None
-    return _sites("--target-site", target_site or site, target_layers or layers)
+    return sites_of("train", "--target-site", target_site or site, target_layers or layers)
 
 
 def _hook_name(site: str, layers: list[int] | None) -> str | None:
@@ -424,48 +374,100 @@ def _hook_name(site: str, layers: list[int] | None) -> str | None:
 
 
 def _source(
-    activations: Path | None,
-    model: Path | None,
-    gguf_file: str | None,
-    sites: list[Site],
-    targets: list[Site] | None,
-    text: list[Path] | None,
-    context: int,
-    skip_first: int,
+    inputs: Inputs,
+    targets: list[AnySite] | None,
     batch_size: int,
     seed: int,
     device: torch.device,
-) -> Source:
-    if (activations is None) == (model is None):
-        raise ValueError(
-            "train: give either --activations FOLDER, or --model FOLDER with --layer and --text"
-        )
-    if activations is not None:
-        from mikernels.activations import ShardSource
+    save: Path | None,
+    tokens: int | None,
+) -> Any:
+    from mikernels.activations import ShardSource
 
-        if targets is not None:
-            raise ValueError(
-                f"train: --target-site and --target-layer must go with --model, got them with "
-                f"--activations {activations}, whose shards hold their targets or none; leave "
-                f"them out"
-            )
-        return ShardSource(activations, batch_size, seed)
-    if not sites or not text:
-        raise ValueError("train: --model needs --layer NUMBER and --text FILE")
-    from mikernels.activations import ModelSource, TextFiles
-    from mikernels.models.load import load_model
+    if inputs.activations:
+        for given, name in ((targets, "--target-site and --target-layer"),
+                            (save, "--save-activations")):  # fmt: skip
+            if given is not None:
+                raise ValueError(
+                    f"train: {name} must go with --model, got it with --activations "
+                    f"{inputs.label}, whose shards are as they are; leave it out"
+                )
+        return ShardSource(inputs.activations, batch_size, seed)
+    if save is None:
+        return _model_source(inputs, targets, batch_size, seed, device)
+    assert tokens is not None
+    _save(save, inputs, targets, device, tokens)
+    return ShardSource(save, batch_size, seed)
 
-    assert model is not None
-    texts = TextFiles(text)  # a missing file is found before the model loads
-    network, tokenizer = load_model(model, gguf_file)
+
+def _model_source(
+    inputs: Inputs,
+    targets: list[AnySite] | None,
+    batch_size: int | None,
+    seed: int,
+    device: torch.device,
+) -> ModelSource:
+    from mikernels.activations import ModelSource
+
+    local = inputs.local()
+    with local.reading():
+        tokenizer, network = local.tokenizer(), local.model()
+    assert inputs.texts is not None
     return ModelSource(
         network.to(device),
         tokenizer,
-        sites,
-        texts,
+        inputs.sites,
+        inputs.texts,
         batch_size,
         seed,
         target=targets,
-        context=context,
-        skip_first=skip_first,
+        context=inputs.context,
+        skip_first=inputs.skip_first,
     )
+
+
+def _save(
+    folder: Path,
+    inputs: Inputs,
+    targets: list[AnySite] | None,
+    device: torch.device,
+    rows: int,
+) -> None:
+    """Activations of the model in the folder, made unless they are there."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from mikernels.activations.saved import is_saved, save_activations
+
+    assert inputs.texts is not None
+    origin = {
+        "sites": [str(site) for site in inputs.sites],
+        "target_sites": [str(site) for site in targets or ()],
+        "field": inputs.texts.field,
+        "context": inputs.context,
+        "skip_first": inputs.skip_first,
+    }
+    files = {"model": inputs.local().files(), "texts": inputs.texts.files()}
+    if is_saved(folder, origin, files, rows):
+        print(f"activations: read from {folder}, which holds these")
+        return
+    source = _model_source(inputs, targets, None, 0, device)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed:,} of {task.total:,} rows"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task("activations", total=rows)
+        held = save_activations(
+            folder,
+            source,
+            rows,
+            origin,
+            files,
+            most=inputs.texts.most_tokens(),
+            on_progress=lambda done: progress.update(task, completed=done),
+        )
+        progress.update(task, completed=held, total=held)
+    print(f"activations: {held:,} rows in {folder}")
