@@ -12,7 +12,6 @@ import torch
 from mikernels.activations import Rows
 from mikernels.demo import figures, report
 from mikernels.demo.compare import NAMES, step_ms
-from mikernels.demo.drawing import both, image
 from mikernels.demo.examples import choose_features, token_card
 from mikernels.demo.judge import Outcome
 from mikernels.demo.options import DemoOptions
@@ -20,6 +19,7 @@ from mikernels.demo.variant_pages import side_by_side
 from mikernels.evaluate.firing import Firing, encode_all
 from mikernels.info import collect
 from mikernels.nn import SAE
+from mikernels.report.drawing import both, image
 
 SIDE = 28
 

