@@ -13,22 +13,9 @@ HOSTILE = [
     "\n\n", "\t", "   ", "", "\u202eabc", "\u00a0", "\u05e9\u05dc\u05d5\u05dd", "${x}", "\\u003c",
 ]  # fmt: skip
 WORDS = [
-    "",
-    "the",
-    "of",
-    "self",
-    "import",
-    "return",
-    "def",
-    "None",
-    "Paris",
-    "token",
-    "value",
-    "class",
-    "function",
-    "list",
-    "string",
-]
+    "", "the", "of", "self", "import", "return", "def", "None", "Paris", "token", "value", "class",
+    "function", "list", "string",
+]  # fmt: skip
 
 
 @dataclass
@@ -68,13 +55,14 @@ class MadeUp:
             raise IndexError(feature)
         count, top = int(self.counts[feature]), float(self.maxima[feature])
         f, n = feature, self.examples
+        alive = range(8 if count else 0)
         other = [(f + step) % self.n_features for step in (1, 5, 9)]
         return FeatureView(
             number=f, label=self.labels[f], count=count, n_rows=self.n_rows, maximum=top,
             mean=top / 3, histogram=[max(0, count // (i + 1)) for i in range(20)] if count else [],
-            tokens=[(self._word(f, i), 0.5 / (i + 1)) for i in range(6)] if count else [],
-            examples=[self._example(f, i, top * (1 - i / 50)) for i in range(n)] if count else [],
-            samples=[self._example(f, n + i, top * (0.9 - i / 10)) for i in range(8)] if count else [],
+            tokens=[(self._word(f, i), 0.5 / (i + 1)) for i in alive[:6]],
+            examples=[self._example(f, i, top * (1 - i / 50)) for i in alive[:n]],
+            samples=[self._example(f, n + i, top * (0.9 - i / 10)) for i in alive],
             promoted=[(f" up{f % 89}x{i}", 2.5 / (i + 1)) for i in range(10)],
             suppressed=[(f" down{i}", -1.5 / (i + 1)) for i in range(10)],
             similar=[(g, 0.9 - 0.1 * i) for i, g in enumerate(other) if g != f],
