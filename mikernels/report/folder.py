@@ -23,7 +23,7 @@ from mikernels.owning import owned
 MARKER, PAGE, DATA = "report.json", "index.html", "data"
 # what a report of any version holds; of a half-written one there is no list
 _OWN = re.compile(r"report\.json|\.report\.json\.partial|index\.html|data/[a-z]+(-[0-9]{5,})?\.js")
-FIX = "choose another --out, or move it away"
+FIX, FREE = "choose another --out, or move it away", "free space or choose another --out"
 
 
 def files_of(folder: Path) -> list[str]:
@@ -113,17 +113,24 @@ def _discard(folder: Path) -> None:
 
 
 class Writer:
-    """The files of a report in the making."""
+    """The files of a report in the making.
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    Args:
+        final: the folder's name when it is complete, for messages.
+    """
+
+    def __init__(self, folder: Path, final: Path, where: str):
+        self.folder, self._final, self._where = folder, final, where
         self.files: list[str] = []
         self.bytes = 0
 
     def write(self, name: str, content: str) -> None:
         """A new file, on the disk when this returns."""
         data = content.encode("utf-8", "replace")
-        with open(self.folder / name, "xb", buffering=0) as file:
+        with (
+            explained(self._where, "a report", self._final, FREE),
+            open(self.folder / name, "xb", buffering=0) as file,
+        ):
             write_all(file, data)
             os.fsync(file.fileno())
         self.files.append(name)
@@ -140,20 +147,20 @@ def new_report(folder: Path, where: str) -> Iterator[Writer]:
     """
     check_free(folder, where)
     partial, former = (folder.with_name(f".{folder.name}.{end}") for end in ("partial", "former"))
-    fix = "free space or choose another --out"
-    with explained(where, "a report", folder, fix):
+    with explained(where, "a report", folder, FREE):
         folder.absolute().parent.mkdir(parents=True, exist_ok=True)
     with owned(folder.absolute().parent, where, f".{folder.name}.lock"):
         _recover(folder, partial, former, where)
-        with explained(where, "a report", folder, fix):
+        with explained(where, "a report", folder, FREE):
             partial.mkdir()
         try:
-            with explained(where, "a report", folder, fix):
-                (partial / DATA).mkdir()
-                yield Writer(partial)
+            (partial / DATA).mkdir()
+            yield Writer(partial, folder, where)
+            # what came there meanwhile is not ours either
+            check_free(folder, where)
+            with explained(where, "a report", folder, FREE):
                 sync_folder(partial / DATA)
                 sync_folder(partial)
-                check_free(folder, where)
                 _swap(partial, folder, former)
         except BaseException:
             with suppress(OSError):  # the error under way is the one that tells

@@ -54,7 +54,7 @@ function card(feature, words, more = {}) {
   if (feature.promoted.length) parts.push(bars("Promotes", feature.promoted, signed, "up"));
   if (feature.suppressed.length) parts.push(bars("Suppresses", feature.suppressed, signed, "down"));
   return make("article", { class: "feature", id: more.id },
-    make("header", {}, make("h3", {}, `Feature ${whole(feature.number)}`, make("small", {}, fires))),
+    make("header", {}, make("h3", {}, `Feature ${whole(feature.number)} `, make("small", {}, fires))),
     parts.length ? make("div", { class: "figures" }, ...parts) : null,
     feature.similar.length ? similar() : null,
     ...feature.groups.filter(one => one.examples.length).map(group));
