@@ -54,11 +54,11 @@ class Excerpts:
         windows = rows["windows"].cpu().numpy()
         begins = np.flatnonzero(np.diff(windows, prepend=windows[:1] - 1))
         names = windows[begins]
-        if len(np.unique(names)) < len(names):
-            again = names[1:][np.isin(names[1:], names[:-1])][0]
+        distinct, times = np.unique(names, return_counts=True)
+        if len(distinct) < len(names):
             raise ValueError(
                 f"excerpts: rows must be in reading order, each window in one piece, got window "
-                f"{int(again)} in several; read them with ModelSource.read()"
+                f"{int(distinct[times > 1][0])} in several; read them with ModelSource.read()"
             )
         # of each row its window's place, and of each window its rows
         self._window = np.repeat(np.arange(len(begins)), np.diff(begins, append=len(windows)))
@@ -110,8 +110,16 @@ class Excerpts:
             found[first[seen & (values[second] > values[first])]] = False
         return found
 
+    def ranked(self, slots: Slots) -> np.ndarray:
+        """Places of the peaks among the activations: by feature, strongest first, ties by row."""
+        peaks = np.flatnonzero(self.peaks(slots))
+        # floats above 0 are ordered as their bits are; stable, and slots are by row
+        strength = slots.values[peaks].view(np.int32).astype(np.int64)
+        order = np.argsort((slots.features[peaks] << 32) - strength, kind="stable")
+        return peaks[order]
+
     def candidates(self, rows: np.ndarray) -> Candidates:
-        """What `strongest` needs to know of these rows, in their order."""
+        """What `Shown.take` needs to know of these rows, in their order."""
         return Candidates(rows, *self.bounds(rows), self.phrases[rows])
 
     def window(self, rows: np.ndarray) -> np.ndarray:
@@ -129,16 +137,16 @@ class Excerpts:
 
 
 class Shown:
-    """What has been shown of a feature, and what is not to be shown again."""
+    """What has been shown of a feature: no more of it is shown again."""
 
     def __init__(self) -> None:
         self._phrases: set[int] = set()
         self._rows: set[int] = set()
 
-    def strongest(
+    def take(
         self, candidates: Candidates, n: int, start: int = 0, stop: int | None = None
     ) -> list[int]:
-        """The first n rows of candidates start..stop-1, strongest first, that show anything new.
+        """The first n rows of candidates start..stop-1 that show anything new.
 
         Their excerpts share no row with one shown before, nor with one left out since its phrase
         was: next to that stands more of the same text.

@@ -145,10 +145,7 @@ class CollectedFeatures:
         self, slots: Slots, features: np.ndarray, maxima: np.ndarray
     ) -> list[tuple[list[int], list[int]]]:
         """Of each feature the rows of its examples, and of its samples."""
-        peaks = np.flatnonzero(self._excerpts.peaks(slots))
-        # floats above 0 are ordered as their bits are; stable, so that ties stay in order of rows
-        strength = slots.values[peaks].view(np.int32).astype(np.int64)
-        peaks = peaks[np.argsort((features[peaks] << 32) - strength, kind="stable")]
+        peaks = self._excerpts.ranked(slots)
         candidates = self._excerpts.candidates(slots.rows[peaks].astype(np.int64))
         n = len(maxima)
         # where the peaks of each quarter of each feature end, from the highest
@@ -160,12 +157,12 @@ class CollectedFeatures:
         for first, *lower in ends.reshape(n, QUARTERS).tolist():
             done = Shown()
             last = lower[-1]
-            best = done.strongest(candidates, self._n_examples, begin, last)
+            best = done.take(candidates, self._n_examples, begin, last)
             sampled: list[int] = []
             for low, high in zip([first, *lower], lower, strict=False):
                 for part in range(self._n_samples):
                     a, b = (low + (high - low) * i // self._n_samples for i in (part, part + 1))
-                    sampled += done.strongest(candidates, 1, a, b)
+                    sampled += done.take(candidates, 1, a, b)
             found.append((best, sampled))
             begin = last
         return found

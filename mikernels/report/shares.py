@@ -36,7 +36,7 @@ class Shares:
     def label(self, feature: int) -> str:
         """Its first texts in a line; "" of a dead feature."""
         words = (self.texts[n] for n in self.numbers[feature, :WORDS].tolist() if n >= 0)
-        return " \\u00b7 ".join(word.strip() or repr(word)[1:-1] for word in words)
+        return " \u00b7 ".join(word.strip() or repr(word)[1:-1] for word in words)
 
 
 def shares_of(firing: Firing, excerpts: Excerpts, n: int) -> Shares:
