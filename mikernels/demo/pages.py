@@ -12,13 +12,14 @@ import torch
 from mikernels.activations import Rows
 from mikernels.demo import figures, report
 from mikernels.demo.compare import NAMES, step_ms
-from mikernels.demo.examples import choose_features, token_card
+from mikernels.demo.examples import choose_features
 from mikernels.demo.judge import Outcome
 from mikernels.demo.options import DemoOptions
 from mikernels.demo.variant_pages import side_by_side
 from mikernels.evaluate.firing import Firing, encode_all
 from mikernels.info import collect
 from mikernels.nn import SAE
+from mikernels.report import collect_features
 from mikernels.report.drawing import both, image
 
 SIDE = 28
@@ -36,13 +37,17 @@ def build(
     out: Path,
 ) -> Path:
     """Write `out / report.html`, with the variants if there are outcomes, and return its path."""
-    firing = encode_all(sae, rows["activations"].float())
     by_digit = options.data == "mnist"
     labels = rows["labels"] if by_digit else rows["token_ids"]
     if by_digit:
+        firing = encode_all(sae, rows["activations"].float())
         chosen = choose_features(firing, labels, per_label=2, shares=(1e-2, 1e-1))
+        cards: list[Any] = [_digit_card(sae, firing, feature, rows) for feature in chosen]
     else:
+        collected = collect_features(sae, [rows], metadata["pieces"], examples=6, similar=0)
+        firing = collected.firing
         chosen = choose_features(firing, labels, rows["positions"])
+        cards = [collected.view(feature) for feature in chosen]
     last = results["fused"]["rows"][-1]
     unit = "digits" if by_digit else "tokens"
     features = sae.config.n_features
@@ -95,12 +100,7 @@ def build(
             f"A feature that is active on one row in a thousand is specific; one that is active on "
             f"a tenth of them says little. Counted over all {firing.n_rows:,} {unit}."
         ),
-        "cards": [
-            _digit_card(sae, firing, feature, rows)
-            if by_digit
-            else token_card(firing, feature, rows, metadata["pieces"])
-            for feature in chosen
-        ],
+        "cards": cards,
         "dictionary": _dictionary(sae, firing) if by_digit else [],
         "command": _command(options),
         "facts": _facts(options, options.config.peak_lr(features)),

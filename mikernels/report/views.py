@@ -34,6 +34,11 @@ class Example:
     position: int | None = None
     document: int | None = None
 
+    def parts(self) -> list[tuple[str, float, bool]]:
+        """Of each token its text, the activation on it, and whether it is the peak."""
+        pairs = zip(self.tokens, self.scores, strict=True)
+        return [(text, score, i == self.peak) for i, (text, score) in enumerate(pairs)]
+
 
 @dataclass(frozen=True)
 class FeatureView:
