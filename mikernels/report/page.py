@@ -8,6 +8,8 @@ from importlib import resources
 PACKAGE = "mikernels.report"
 # one feature, from plain values: `card(feature, words)`
 CARDS = ("shared.js", "card.js")
+# cards of a page that holds their values itself
+ALONE = (*CARDS, "alone.js")
 BROWSER = (*CARDS, "store.js", "finder.js", "densities.js", "browser.js")
 
 

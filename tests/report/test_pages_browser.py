@@ -5,14 +5,23 @@ import re
 
 import pytest
 from browser import browser, needs_chromium
+from demo_cases import report_values
 from feature_cases import HOSTILE, MadeUp
 
+from mikernels.demo import report
 from mikernels.report import write_report
 
 pytestmark = needs_chromium
 MADE = MadeUp(700)
 ALIVE = [f for f in range(700) if MADE.counts[f]]
 ROWS = [{"step": i, "fvu": 1 / (1 + i), "l0": 32.0, "dead_fraction": 0.1} for i in range(40)]
+
+
+IMAGE = "data:image/png;base64,"
+DIGIT = {
+    "count": 9, "density": 0.1, "histogram": [1] * 20, "labels": [(7, 0.5)], "direction": IMAGE,
+    "digits": [(IMAGE, 1.0)] * 12,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -153,6 +162,26 @@ def test_a_phone_shows_the_list_or_one_feature(chromium, folder):
         page.get_by_role("button", name="List").click()
         assert page.locator("#rows").is_visible() and page.url.endswith("index.html")
         assert page.evaluate("document.activeElement.textContent") == "21"
+
+
+def test_the_demos_page_has_the_same_cards_and_fits_a_phone(chromium, tmp_path):
+    path = tmp_path / "report.html"
+    views = [MADE.view(f) for f in (1, 20, 31)]
+    values = report_values([], views=views)
+    report.write(path, values)
+    with chromium.open(path, "phone") as tab:
+        assert tab.page.locator(".feature").evaluate_all("found => found.map(e => e.id)") == [
+            "f1", "f20", "f31",
+        ]  # fmt: skip
+        assert tab.page.locator("#f1 .peak").first.inner_text() == "</script>"
+        assert tab.page.locator("svg:visible").count() == 3 + 2
+        tab.check()
+        tab.photograph("demo-phone")
+    digits = [{**DIGIT, "number": f} for f in (3, 4)]
+    report.write(path, {**values, "kind": "mnist", "cards": digits, "views": []})
+    with chromium.open(path, "phone") as tab:
+        assert tab.page.locator(".feature svg.spark rect").count() == 2 * 20
+        tab.check()
 
 
 def test_a_file_that_is_missing_is_said(chromium, tmp_path):

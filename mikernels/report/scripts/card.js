@@ -34,7 +34,7 @@ function card(feature, words, more = {}) {
     const links = feature.similar.map(([number, cosine]) => {
       const known = more.known ? more.known(number) : null;
       const inside = [`${number}`, ...(known ? [" ", ...known] : [])];
-      const link = known ? make("a", { href: `#f${number}` }, ...inside) : make("span", {}, ...inside);
+      const link = make(known || more.href ? "a" : "span", { href: known ? `#f${number}` : more.href && more.href(number) }, ...inside);
       return make("li", {}, link, make("small", {}, ` ${cosine.toFixed(2)}`));
     });
     return make("div", { class: "similar" }, make("h4", {}, "Similar features, cosine of decoder directions"), make("ul", {}, ...links));
@@ -53,8 +53,10 @@ function card(feature, words, more = {}) {
   if (feature.tokens.length) parts.push(bars("Fires on", feature.tokens, percent, "on"));
   if (feature.promoted.length) parts.push(bars("Promotes", feature.promoted, signed, "up"));
   if (feature.suppressed.length) parts.push(bars("Suppresses", feature.suppressed, signed, "down"));
+  const name = `Feature ${whole(feature.number)}`;
+  const title = more.href ? make("a", { href: more.href(feature.number) }, name) : name;
   return make("article", { class: "feature", id: more.id },
-    make("header", {}, make("h3", {}, `Feature ${whole(feature.number)} `, make("small", {}, fires))),
+    make("header", {}, make("h3", {}, title, " ", make("small", {}, fires))),
     parts.length ? make("div", { class: "figures" }, ...parts) : null,
     feature.similar.length ? similar() : null,
     ...feature.groups.filter(one => one.examples.length).map(group));
