@@ -226,7 +226,7 @@ def _rows(
     if activations is not None or not text:
         raise ValueError("rate: --model needs --text FILE, and no --activations")
     from mikernels.activations import ModelSource, TextFiles
-    from mikernels.activations.windows import begins_with_bos, token_windows
+    from mikernels.activations.windows import begins_with_bos, text_of, token_windows
     from mikernels.models.load import load_model
 
     site = _site(run) if layer is None else layer
@@ -245,7 +245,7 @@ def _rows(
 
     rows = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     ids = rows["token_ids"].unique().tolist()
-    pieces = {str(i): tokenizer.decode([i]) for i in ids}
+    pieces = {str(i): text_of(tokenizer, i) for i in ids}
     where = {"model": str(model), "site": site, "text": [str(path) for path in text]}
     return rows, pieces, {**where, "context": context, "skip": skip, "tokens": tokens}
 
