@@ -157,6 +157,7 @@ class Inputs:
         import torch
 
         from mikernels.activations import ModelSource
+        from mikernels.activations.windows import text_of
 
         local = self.local()
         with local.reading():
@@ -172,7 +173,7 @@ class Inputs:
         check_width(self.where, sae, source.d, f"{self.model} at {', '.join(source.sites)}")
         parts = list(source.read_windows(self.windows(tokenizer)))
         rows = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        pieces = {str(i): tokenizer.decode([i]) for i in rows["token_ids"].unique().tolist()}
+        pieces = {str(i): text_of(tokenizer, i) for i in rows["token_ids"].unique().tolist()}
         assert self.texts is not None
         origin = {
             "model": self.model,

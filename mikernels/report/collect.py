@@ -22,7 +22,8 @@ import numpy as np
 import torch
 
 from mikernels.activations import Rows
-from mikernels.evaluate.excerpts import Excerpts, Shown
+from mikernels.activations.windows import text_of
+from mikernels.evaluate.excerpts import MISSING, Excerpts, Shown
 from mikernels.evaluate.firing import Firing, Slots, firing_of
 from mikernels.evaluate.judged import check_width
 from mikernels.nn import SAE
@@ -277,16 +278,13 @@ def collect_features(
 
 def _piece_of(text: Any) -> Callable[[int], str]:
     if isinstance(text, Mapping):
-        from mikernels.evaluate.excerpts import MISSING
-
         return lambda token: text.get(str(token), MISSING)
-    decode = getattr(text, "decode", None)
-    if decode is None or isinstance(text, bytes):
+    if not hasattr(text, "decode") or isinstance(text, bytes):
         raise TypeError(
             f"{NAME}: text must be a tokenizer or a dict from token ids, as text, to their text, "
             f"got {type(text).__name__}"
         )
-    return lambda token: decode([token])
+    return lambda token: text_of(text, token)
 
 
 def _activations(
