@@ -52,6 +52,14 @@ def reconstruction_table(found: Reconstruction, random: Reconstruction | None = 
     )
 
 
+def density_table(found: Reconstruction) -> TextTable:
+    """How many features fire on which share of tokens."""
+    rows = [
+        (f"{10**low:.2g} to {10**high:.2g}", f"{n:,}") for low, high, n in found.density_histogram
+    ]
+    return TextTable("How often features fire", ("share of tokens", "features"), tuple(rows))
+
+
 def spliced_table(found: Spliced) -> TextTable:
     """What the model loses by a reconstruction."""
     recovered = {
