@@ -61,25 +61,28 @@ class Excerpts:
                 f"{int(distinct[times > 1][0])} in several; read them with ModelSource.read()"
             )
         # of each row its window's place, and of each window its rows
-        self._window = np.repeat(np.arange(len(begins)), np.diff(begins, append=len(windows)))
+        lengths = np.diff(begins, append=len(windows))
+        self._window = np.repeat(np.arange(len(begins), dtype=np.int32), lengths)
         self._names = names
         self._ends = np.append(begins, len(windows))
         ids = rows["token_ids"].cpu().numpy()
-        used, self.tokens = np.unique(ids, return_inverse=True)
+        used, tokens = np.unique(ids, return_inverse=True)
+        self.tokens = tokens.astype(np.int32)
         self.pieces = np.array([pieces.get(str(i), MISSING) for i in used.tolist()], object)
         self._phrases: np.ndarray | None = None
 
     @property
     def phrases(self) -> np.ndarray:
-        """`[n]` int64: rows with one number end the same phrase."""
+        """`[n]` int32: rows with one number end the same phrase."""
         if self._phrases is None:
             found = self.tokens.astype(np.int64)
             place = np.arange(len(found)) - self._ends[self._window]
             for back in range(1, PHRASE + 1):
                 # 0 is the start of the window
                 before = np.where(place >= back, np.roll(self.tokens, back) + 1, 0)
+                # below rows x token ids, 2^31 2^20
                 found = np.unique(found * (len(self.pieces) + 1) + before, return_inverse=True)[1]
-            self._phrases = found
+            self._phrases = found.astype(np.int32)
         return self._phrases
 
     def bounds(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

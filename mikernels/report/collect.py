@@ -5,8 +5,8 @@
     for view in features.views(0, features.n_features): ...
 
 The pass keeps the activations by feature (`mikernels.evaluate.firing`: 8 bytes each, in memory or
-on disk), and of the text its token ids and windows (28 bytes a token). Everything else is made from
-these for some features at a time when a view is asked for: 2^21 activations take some 0.3 GB. All
+on disk), and of the text 28 bytes a token. Everything else is made from these when a view is asked
+for, of at most 2^11 features and 2^21 activations (or one feature) at a time, in some 0.4 GB. All
 of it is exact, and depends on nothing but the SAE and the rows in their order.
 """
 
