@@ -26,6 +26,23 @@ BLOCK = 16
 MISSING = "\ufffd"
 
 
+def starts_of(windows: np.ndarray) -> np.ndarray:
+    """The first row of each window, of `[n]` numbers of windows.
+
+    Raises:
+        ValueError: a window that is in several places.
+    """
+    changes = windows[1:] != windows[:-1]
+    begins = np.flatnonzero(np.append(True, changes)[: len(windows)])
+    names, times = np.unique(windows[begins], return_counts=True)
+    if len(names) < len(begins):
+        raise ValueError(
+            f"excerpts: rows must be in reading order, each window in one piece, got window "
+            f"{int(names[times > 1][0])} in several; read them with ModelSource.read()"
+        )
+    return begins
+
+
 class Candidates(NamedTuple):
     """Rows that may be shown, `[n]` each.
 
@@ -52,18 +69,11 @@ class Excerpts:
 
     def __init__(self, rows: Rows, pieces: dict[str, str]):
         windows = rows["windows"].cpu().numpy()
-        begins = np.flatnonzero(np.diff(windows, prepend=windows[:1] - 1))
-        names = windows[begins]
-        distinct, times = np.unique(names, return_counts=True)
-        if len(distinct) < len(names):
-            raise ValueError(
-                f"excerpts: rows must be in reading order, each window in one piece, got window "
-                f"{int(distinct[times > 1][0])} in several; read them with ModelSource.read()"
-            )
+        begins = starts_of(windows)
         # of each row its window's place, and of each window its rows
         lengths = np.diff(begins, append=len(windows))
         self._window = np.repeat(np.arange(len(begins), dtype=np.int32), lengths)
-        self._names = names
+        self._names = windows[begins]
         self._ends = np.append(begins, len(windows))
         ids = rows["token_ids"].cpu().numpy()
         used, tokens = np.unique(ids, return_inverse=True)

@@ -6,6 +6,7 @@ from collections import Counter
 
 import pytest
 import torch
+from full_disk import largest_file
 from variants import LAYERS, VARIANTS, D, F
 
 from mikernels.circuits import logit_lens
@@ -251,6 +252,10 @@ def test_a_tokenizers_texts_are_those_within_a_text():
         ({"without": "windows"}, "rows must have .* got no windows"),
         ({"x": torch.randn(N, D + 1)}, f"sae must be of width {D + 1} like the activations"),
         ({"x": torch.full((N, D), math.nan)}, "NaN or inf in .* of the .* rows from row 0 on"),
+        ({"x": torch.randn(N)}, r"activations must be \[rows, d\], got"),
+        ({"x": torch.randn(N - 1, D)}, rf"token_ids must be whole numbers \[{N - 1}\] like"),
+        ({"windows": torch.rand(N)}, rf"windows must be whole numbers \[{N}\] .* torch.float32"),
+        ({"rows": {"activations": torch.randn(N, D)}}, r"must be an iterable .* pass \[rows\]"),
         ({"windows": torch.arange(N) % 2}, "rows must be in reading order, .* got window 0"),
         ({"scratch": "/nowhere"}, "scratch must be an existing folder, got /nowhere"),
         ({"samples": -1}, "samples must be at least 0, got -1"),
@@ -276,3 +281,19 @@ def test_a_view_that_there_is_not():
         with pytest.raises(IndexError, match=f"view: feature must be in 0..{F - 1}, got {number}"):
             features.view(number)
     assert list(features.views(F, F)) == []
+
+
+def test_scratch_is_left_empty_whatever_happens(tmp_path, monkeypatch):
+    sae, rows, pieces = made("topk")
+    monkeypatch.setattr(firing_room, "RUN", 700)
+
+    def interrupted():
+        yield from cut(rows, 400)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        collect_features(sae, interrupted(), pieces, scratch=tmp_path, batch=100)
+    message = f"collect_features: activations must be written to {tmp_path}, got File too large"
+    with largest_file(3000), pytest.raises(OSError, match=message):
+        collect_features(sae, [rows], pieces, scratch=tmp_path)
+    assert not any(tmp_path.iterdir())
