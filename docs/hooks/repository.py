@@ -45,7 +45,7 @@ def pointed(uri: str, target: str) -> str:
     return posixpath.normpath(posixpath.join(posixpath.dirname(home(uri)), target))
 
 
-def on_site(name: str) -> str:
+def site_uri(name: str) -> str:
     """Where a file of the repository would be on the site."""
     return PAGES.get(name) or name.removeprefix("docs/")
 
@@ -57,9 +57,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         path = page.abs_src_path
         for target in FIGURE.findall(Path(path).read_text(encoding="utf-8")) if path else ():
             figure = pointed(page.src_uri, target)
-            if files.get_file_from_path(on_site(figure)) is None and (ROOT / figure).is_file():
+            if files.get_file_from_path(site_uri(figure)) is None and (ROOT / figure).is_file():
                 path = str(ROOT / figure)
-                files.append(File.generated(config, on_site(figure), abs_src_path=path))
+                files.append(File.generated(config, site_uri(figure), abs_src_path=path))
     return files
 
 
@@ -75,8 +75,8 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
             return match.group()
         name, mark, anchor = target.partition("#")
         name = pointed(uri, name)
-        if files.get_file_from_path(on_site(name)) is not None:
-            found = posixpath.relpath(on_site(name), posixpath.dirname(uri) or ".")
+        if files.get_file_from_path(site_uri(name)) is not None:
+            found = posixpath.relpath(site_uri(name), posixpath.dirname(uri) or ".")
         elif (ROOT / name).exists():
             kind = "tree" if (ROOT / name).is_dir() else "blob"
             found = f"{config.extra['repository']}/{kind}/main/{name}"
