@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where features fire: their activations in one pass over the tokens, kept by feature.
 
-Codes are sorted by feature a run at a time (2^23 activations, some 0.3 GB while they are sorted),
+Codes are sorted by feature a run at a time (2^23 activations, some 0.4 GB while they are sorted),
 and a run costs 8 bytes an activation from then on: 256 MB for a million tokens of 32, whatever F
 is. In memory, or in a file that has no name, of which memory holds what is being read, and which is
 gone with the object, or with the process, however it ends. Nothing is of the size tokens x F.
@@ -142,7 +142,10 @@ class _Runs:
                 f"rows from row {self.n_rows:,} on; drop those rows"
             )
         if self.n_rows + n > MOST_ROWS:
-            raise ValueError(f"{self._where}: x must have at most {MOST_ROWS:,} rows, got more")
+            raise ValueError(
+                f"{self._where}: x must have at most {MOST_ROWS:,} rows, got at least "
+                f"{self.n_rows + n:,}; give fewer"
+            )
         # codes of one SAE have one size
         self._n_features = codes.n_features
         kept = (values > 0).nonzero()[:, 0]
@@ -170,7 +173,7 @@ class _Runs:
             write_all(file, rows.data)
             write_all(file, values.data)
             # the map outlives the file, which has lost its name already
-            both = np.memmap(file, np.int32, "r", shape=(2, len(rows)))
+            both = np.asarray(np.memmap(file, np.int32, "r", shape=(2, len(rows))))
         return both[0], both[1].view(np.float32)
 
     def finish(self) -> Firing:
