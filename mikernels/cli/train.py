@@ -225,6 +225,8 @@ def train(
             raise ValueError(f"train: --threads must be at least 1, got {threads}")
         torch.set_num_threads(threads)
     target = device_of("train", device)
+    if model is not None and layer and text and tokens is None:
+        raise ValueError("train: --tokens must be given with --model, e.g. --tokens 10M")
     inputs = read_inputs(
         "train",
         activations=activations,
@@ -238,8 +240,6 @@ def train(
         skip_first=skip_first,
     )
     targets = _targets(target_site, target_layer, site, layer)
-    if inputs.model is not None and tokens is None:
-        raise ValueError("train: --tokens must be given with --model, e.g. --tokens 10M")
     source = _source(inputs, targets, batch_size, seed, target, save_activations, tokens)
     if tokens is None:
         tokens = source.n_rows
