@@ -14,7 +14,7 @@ import mikernels
 from mikernels import _ext, cli
 from mikernels._dispatch import OPS
 from mikernels.activations import ModelSource, write_shards
-from mikernels.cli.train import count
+from mikernels.cli.options import count
 from mikernels.nn import ARCHITECTURES
 from mikernels.training import load_sae
 from mikernels.training.state.checkpoint import checkpoints
@@ -74,9 +74,9 @@ def test_info_json_holds_the_same_facts(command):
     if not torch.cuda.is_available():
         assert not any(op["triton"] == "ready" for op in facts["operators"].values())
     assert {"encode", "decode", "row_topk"} <= facts["operators"].keys()
-    # as the README has it
-    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-    rows = readme.split("## Operators\n")[1].split("\n## ")[0].splitlines()
+    # as the documentation has it
+    page = (Path(__file__).parents[1] / "docs" / "operators.md").read_text(encoding="utf-8")
+    rows = page.splitlines()
     for name in facts["not_run"]["cuda"]:
         (row,) = (row for row in rows if row.startswith(f"| `{name}`"))
         assert "compiles, not run on a GPU" in row
@@ -277,7 +277,7 @@ def test_train_exports_for_saelens(command, acts, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), "give either --activations FOLDER, or --model FOLDER"),
+        ((), "give either --activations PATH, or --model PATH"),
         (("--activations", "{acts}", "--model", "{acts}"), "give either --activations"),
         (("--activations", "nowhere"), "existing folder of safetensors shards, got nowhere"),
         (("--model", "nowhere"), "--model needs --layer NUMBER and --text FILE"),
@@ -285,7 +285,10 @@ def test_train_exports_for_saelens(command, acts, tmp_path):
         (("--activations", "{acts}", "--site", "mlp"), "--site must be one of residual, mlp_in"),
         (("--activations", "{acts}", "--target-site", "mlp"), "--target-site must be one of"),
         (("--activations", "{acts}", "--target-layer", "1"), "must go with --model, got them with"),
-        (("--model", "nowhere", "--layer", "0", "--text", "{text}"), "existing model folder"),
+        (
+            ("--model", "nowhere", "--layer", "0", "--text", "{text}"),
+            "--model must be a folder, a .gguf",
+        ),
         (("--activations", "{acts}", "--k", "500"), "k must be in 1..16"),
         (
             ("--activations", "{acts}", "--arch", "crosscoder", "--export-saelens", "out"),
@@ -503,7 +506,11 @@ def test_circuits_refuses_before_a_model_is_read(command, monkeypatch, arguments
 
 def test_circuits_names_a_model_that_is_not_there(command, monkeypatch):
     monkeypatch.setenv("COLUMNS", "300")
-    for model in ("no/such/model", "nobody/nothing"):
+    for model, fix in (
+        ("no/such/model", "give the path of one"),
+        ("nobody/nothing", "`hf download nobody/nothing` fetches one"),
+    ):
         code, _, err = command("circuits", "--model", model, "--task", "ioi")
-        assert code == 2 and "--model must be a folder, smollm2, or the id of a model" in err
-        assert f"got {model}; `hf download {model}` fetches one" in err
+        assert code == 2
+        assert "--model must be a folder, a .gguf file, smollm2, or the id of a model" in err
+        assert f"got {model}; {fix}" in err

@@ -60,7 +60,7 @@ class ModelSource(Source):
             submodule's name. A list of them: their activations joined, in that order.
         texts: documents. A list, or any object that can be iterated again, is repeated for ever; an
             iterator is read once.
-        batch_size: rows of a batch.
+        batch_size: rows of a batch; None is the trainer's.
         seed: decides the orders.
         target: a site or a list of them: batches are a Batch with target `[batch_size, d_out]`.
         context: tokens of a window.
@@ -107,7 +107,7 @@ class ModelSource(Source):
         tokenizer: Any,
         layer: AnySite | Sequence[AnySite],
         texts: Iterable[str],
-        batch_size: int = 4096,
+        batch_size: int | None = None,
         seed: int = 0,
         *,
         target: AnySite | Sequence[AnySite] | None = None,
@@ -314,10 +314,10 @@ class ModelSource(Source):
             part["targets"] = _join(kept, self.target_sites)
         return part
 
-    def next_batch(self) -> torch.Tensor | Batch:
-        """The next `[batch_size, d]` float32 activations of one site; a Batch where there are
-        several sites or a target."""
-        batch = super().next_batch()
+    def next_batch(self, n: int | None = None) -> torch.Tensor | Batch:
+        """The next `[n, d]` float32 activations of one site; a Batch where there are several sites
+        or a target."""
+        batch = super().next_batch(n)
         return Batch(batch) if isinstance(batch, torch.Tensor) and self.n_layers > 1 else batch
 
     def read(self) -> Iterator[Rows]:

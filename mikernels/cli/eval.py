@@ -3,23 +3,29 @@
 
 from __future__ import annotations
 
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mikernels.cli.train import (
-    ACTIVATIONS,
-    OUTPUT,
+from mikernels.cli.inputs import (
+    TOKENS,
+    Activations,
     Context,
+    Field,
     GGUFFile,
+    Inputs,
+    Layer,
+    Model,
+    Place,
+    Skip,
+    SkipFirst,
     Texts,
-    _device,
-    count,
-    option,
-    sparsity,
+    Tokens,
+    read_inputs,
 )
+from mikernels.cli.options import OUTPUT, device_of, option
+from mikernels.cli.train import sparsity
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -32,8 +38,6 @@ if TYPE_CHECKING:
     from mikernels.nn import SAE
 
 JUDGES = "Judges"
-# with --model: a minute or two of SmolLM2-135M on a desktop processor
-TOKENS = 32_768
 
 
 def evaluate(
@@ -43,43 +47,17 @@ def evaluate(
             help="Folder of a checkpoint, of a training run (its newest one), or of SAELens."
         ),
     ],
-    activations: Annotated[
-        Path | None,
-        option("Folder of safetensors shards, or one file, of \\[rows, d].", ACTIVATIONS),
-    ] = None,
-    model: Annotated[
-        Path | None,
-        option("Instead: local folder of a Hugging Face model or a GGUF file.", ACTIVATIONS),
-    ] = None,
+    activations: Activations = None,
+    model: Model = None,
     gguf_file: GGUFFile = None,
-    layer: Annotated[
-        int | None,
-        option("Decoder layer, from 0: the residual stream after it.", ACTIVATIONS),
-    ] = None,
+    layer: Layer = None,
+    site: Place = "residual",
     text: Texts = None,
+    field: Field = "text",
     context: Context = 256,
-    skip_first: Annotated[
-        int, option("Positions of a window left as they are: attention sinks.", ACTIVATIONS)
-    ] = 1,
-    skip: Annotated[
-        int,
-        option(
-            "Rows, or tokens of the text, passed over at the start: those trained on.",
-            ACTIVATIONS,
-            parser=lambda text: 0 if str(text) == "0" else count(text),
-            metavar="N",
-        ),
-    ] = 0,
-    tokens: Annotated[
-        int | None,
-        option(
-            "Rows, or tokens of the text, to judge by, e.g. 100k.",
-            ACTIVATIONS,
-            parser=count,
-            metavar="N",
-            show_default="all rows, or 32,768 tokens",
-        ),
-    ] = None,
+    skip_first: SkipFirst = 1,
+    skip: Skip = 0,
+    tokens: Tokens = None,
     spliced: Annotated[
         bool,
         option(
@@ -136,27 +114,39 @@ def evaluate(
     import torch
     from rich.console import Console
 
-    if (activations is not None) + (model is not None) + (synthetic is not None) != 1:
-        raise ValueError(
-            "eval: give either --activations FOLDER, or --model FOLDER with --layer and --text, or "
-            "--synthetic SIZE"
-        )
+    inputs = None
     if synthetic is not None:
         from mikernels.evaluate.synthetic import SIZES
 
+        if activations or model is not None:
+            raise ValueError("eval: --synthetic must go without --activations and --model")
         if synthetic not in SIZES:
             raise ValueError(f"eval: --synthetic must be one of {list(SIZES)}, got {synthetic!r}")
-    if model is not None and (layer is None or not text):
-        raise ValueError("eval: --model needs --layer NUMBER and --text FILE")
+    else:
+        inputs = read_inputs(
+            "eval",
+            activations=activations,
+            model=model,
+            gguf_file=gguf_file,
+            layers=None if layer is None else [layer],
+            site=site,
+            text=text,
+            field=field,
+            context=context,
+            skip_first=skip_first,
+            skip=skip,
+            tokens=tokens,
+        )
     if probes:
         from mikernels.evaluate.probes import check_installed
 
         if model is None:
             raise ValueError("eval: --probes needs --model, got none")
         check_installed("eval")
-    if not 0 <= skip_first < context - 1:
+    if model is not None and site != "residual" and (spliced or probes):
         raise ValueError(
-            f"eval: --skip-first must be in 0..{context - 2} (--context less two), got {skip_first}"
+            f"eval: --site must be residual for --spliced and --probes, got {site}; add "
+            f"--no-spliced for the reconstruction alone"
         )
     if batch_size < 1:
         raise ValueError(f"eval: --batch-size must be at least 1, got {batch_size}")
@@ -168,7 +158,7 @@ def evaluate(
         if threads < 1:
             raise ValueError(f"eval: --threads must be at least 1, got {threads}")
         torch.set_num_threads(threads)
-    target = _device(device, "eval")
+    target = device_of("eval", device)
     judged = load_any(sae, k).to(target).eval()
     console = Console()
     console.print(
@@ -178,38 +168,36 @@ def evaluate(
     )
     found: dict[str, Any] = {"sae": str(sae), "architecture": judged.architecture, "seed": seed}
     found["config"] = judged.config.to_dict()
-    if synthetic is not None:
+    if inputs is None:
         from mikernels.evaluate.synthetic import judge, world
 
+        assert synthetic is not None
         known = judge(judged, world(synthetic), tokens or TOKENS, seed=seed + 2)
         found |= {"synthetic": synthetic, "known": known}
         for name, value in known.items():
             console.print(f"{name:>12}  {value:.4f}", highlight=False)
-    elif activations is not None:
-        measured = _by_rows(judged, activations, skip, tokens, batch_size)
-        found |= {"activations": str(activations), "reconstruction": measured.to_dict()}
+    elif inputs.activations:
+        measured = _by_rows(judged, inputs, batch_size)
+        found |= {"activations": inputs.label, "reconstruction": measured.to_dict()}
         _print_reconstruction(console, measured)
     else:
-        assert model is not None and layer is not None and text is not None
-        settings = {"layer": layer, "context": context, "skip_first": skip_first}
-        network, tokenizer, windows = _load(
-            judged, model, gguf_file, layer, text, context, skip, tokens or TOKENS, spliced
-        )
+        assert layer is not None and text is not None
+        settings = {"layer": layer, "site": site, "context": context, "skip_first": skip_first}
+        network, tokenizer, windows = _load(judged, inputs, layer, spliced)
         network = network.to(target)
-        found |= {"model": str(model), "text": [str(path) for path in text], **settings}
+        found |= {"model": model, "text": [str(path) for path in text], **settings}
         if spliced:
             loss = _spliced(judged, network, tokenizer, windows, layer, skip_first, seed, console)
             found |= {"reconstruction": loss.reconstruction.to_dict(), "spliced": loss.to_dict()}
             _print_reconstruction(console, loss.reconstruction, loss.random_reconstruction)
             _print_spliced(console, loss)
         else:
-            measured = _by_model(
-                judged, network, tokenizer, windows, layer, context, skip_first, batch_size
-            )
+            measured = _by_model(judged, network, tokenizer, windows, inputs, batch_size)
             found["reconstruction"] = measured.to_dict()
             _print_reconstruction(console, measured)
         if probes:
-            probed = _probed(judged, network, tokenizer, model, layer, probe_cache, seed, console)
+            name = str(inputs.local().folder.resolve())
+            probed = _probed(judged, network, tokenizer, name, layer, probe_cache, seed, console)
             found["probes"] = probed.to_dict()
             _print_probes(console, probed)
     if json_file is not None:
@@ -245,23 +233,22 @@ def load_any(folder: Path, k: float | None = None) -> SAE:
     )
 
 
-def _by_rows(
-    sae: SAE, folder: Path, skip: int, tokens: int | None, batch_size: int
-) -> Reconstruction:
-    from mikernels.activations.shards import Shard, open_shards
+def _by_rows(sae: SAE, inputs: Inputs, batch_size: int) -> Reconstruction:
+    from mikernels.activations.arrays import ArrayShard
+    from mikernels.activations.shards import Shard
     from mikernels.evaluate import measure_reconstruction
     from mikernels.evaluate.judged import check_width
 
-    shards = open_shards(folder)
+    shards = inputs.shards()
     for shard in shards:
         check_width("eval", sae, shard.d, str(shard.path))
-    held = sum(shard.rows for shard in shards)
+    held, skip = sum(shard.rows for shard in shards), inputs.skip
     if held <= skip:
         raise ValueError(
             f"eval: --activations must hold rows after --skip {skip:,}, got {held:,} rows in "
-            f"{folder}; give others, or a smaller --skip"
+            f"{inputs.label}; give others, or a smaller --skip"
         )
-    end = held if tokens is None else min(held, skip + tokens)
+    end = held if inputs.tokens is None else min(held, skip + inputs.tokens)
 
     def rows() -> Iterator[torch.Tensor]:
         first = 0
@@ -269,7 +256,7 @@ def _by_rows(
             yield from _part(shard, skip - first, end - first)
             first += shard.rows
 
-    def _part(shard: Shard, start: int, stop: int) -> Iterator[torch.Tensor]:
+    def _part(shard: Shard | ArrayShard, start: int, stop: int) -> Iterator[torch.Tensor]:
         stop = min(stop, shard.rows)
         for at in range(max(start, 0), stop, batch_size):
             yield shard.read(at, min(at + batch_size, stop))["activations"].float()
@@ -278,26 +265,15 @@ def _by_rows(
 
 
 def _load(
-    sae: SAE,
-    folder: Path,
-    gguf_file: str | None,
-    layer: int,
-    text: list[Path],
-    context: int,
-    skip: int,
-    tokens: int,
-    head: bool,
+    sae: SAE, inputs: Inputs, layer: int, head: bool
 ) -> tuple[torch.nn.Module, Any, list[torch.Tensor]]:
     """The model, its tokeniser and windows of text: the model last, after all that may be wrong."""
-    from mikernels.activations import TextFiles
-    from mikernels.models.load import LocalModel
-
-    texts = TextFiles(text)
-    local = LocalModel(folder, gguf_file)
+    local = inputs.local()
     with local.reading():
         _check_sizes(sae, local, layer)
         tokenizer = local.tokenizer()
-        windows = _windows(tokenizer, texts, context, skip, tokens)
+        # a shorter one at the end says little
+        windows = inputs.windows(tokenizer, whole=True)
         return local.model(head=head), tokenizer, windows
 
 
@@ -311,30 +287,6 @@ def _check_sizes(sae: SAE, local: LocalModel, layer: int) -> None:
         raise IndexError(
             f"eval: --layer must be in 0..{layers - 1} ({layers} decoder layers), got {layer}"
         )
-
-
-def _windows(
-    tokenizer: Any, texts: Any, context: int, skip: int, tokens: int
-) -> list[torch.Tensor]:
-    from mikernels.activations.windows import begins_with_bos, token_windows
-
-    passed, wanted = (-(-number // context) for number in (skip, tokens))
-    found = list(
-        islice(
-            token_windows(tokenizer, texts, context, bos=begins_with_bos(tokenizer)),
-            passed + wanted,
-        )
-    )
-    read = sum(map(len, found))
-    # a shorter one at the end says little
-    whole = [window for window in found[passed:] if len(window) == context]
-    if not whole:
-        after = f" after --skip {skip:,}" if skip else ""
-        raise ValueError(
-            f"eval: --text must hold a window of {context} tokens{after}, got {read:,} tokens in "
-            f"all; give more text, or a smaller --context"
-        )
-    return whole
 
 
 def _spliced(
@@ -373,15 +325,15 @@ def _by_model(
     model: torch.nn.Module,
     tokenizer: Any,
     windows: list[torch.Tensor],
-    layer: int,
-    context: int,
-    skip_first: int,
+    inputs: Inputs,
     batch_size: int,
 ) -> Reconstruction:
     from mikernels.activations import ModelSource
     from mikernels.evaluate import measure_reconstruction
 
-    source = ModelSource(model, tokenizer, layer, [], context=context, skip_first=skip_first)
+    source = ModelSource(
+        model, tokenizer, inputs.sites, [], context=inputs.context, skip_first=inputs.skip_first
+    )
     rows = (found["activations"].float() for found in source.read_windows(windows))
     return measure_reconstruction(sae, rows, batch_size)
 
@@ -390,7 +342,7 @@ def _probed(
     sae: SAE,
     model: torch.nn.Module,
     tokenizer: Any,
-    folder: Path,
+    name: str,
     layer: int,
     cache: Path,
     seed: int,
@@ -398,7 +350,6 @@ def _probed(
 ) -> Probes:
     from mikernels.evaluate import measure_probes
 
-    name = str(folder.resolve())
     with console.status("sparse probes") as status:
         return measure_probes(
             model, tokenizer, layer, sae, cache, name=name, seed=seed, progress=status.update

@@ -8,71 +8,37 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from mikernels.cli.inputs import (
+    Activations,
+    Context,
+    Field,
+    GGUFFile,
+    Inputs,
+    Layers,
+    Model,
+    Place,
+    SkipFirst,
+    Texts,
+    read_inputs,
+    sites_of,
+)
+from mikernels.cli.options import ACTIVATIONS, OUTPUT, count, device_of, option
 
 if TYPE_CHECKING:
     import torch
 
-    from mikernels.activations import Site, Source
+    from mikernels.activations import Source
+    from mikernels.models.sites import AnySite
 
-ACTIVATIONS, SAE, TRAINING, OUTPUT = "Activations", "SAE", "Training", "Output"
-SUFFIXES = {"k": 10**3, "m": 10**6, "b": 10**9}
-
-
-def count(text: str | int) -> int:
-    """A whole number, or one with a suffix: 500k, 10M, 1.5B."""
-    digits, unit = str(text).strip().replace(",", "").replace("_", ""), 1
-    if digits[-1:].lower() in SUFFIXES:
-        digits, unit = digits[:-1], SUFFIXES[digits[-1].lower()]
-    try:
-        number = float(digits) * unit
-    except ValueError as error:
-        raise typer.BadParameter(f"expected a number such as 500k or 10M, got {text!r}") from error
-    if not number >= 1 or number % 1:
-        raise typer.BadParameter(f"expected a whole number of at least 1, got {text!r}")
-    return int(number)
-
-
-def option(help_text: str, panel: str, *names: str, **more):
-    return typer.Option(*names, help=help_text, rich_help_panel=panel, **more)
-
-
-# the same in every command that runs a model over text
-GGUFFile = Annotated[
-    str | None, option("The GGUF file's name, if the folder has several.", ACTIVATIONS)
-]
-Texts = Annotated[
-    list[Path] | None,
-    option("UTF-8 text file; may be repeated.", ACTIVATIONS, metavar="<path>"),
-]
-Context = Annotated[int, option("Tokens of a context window.", ACTIVATIONS)]
+SAE, TRAINING = "SAE", "Training"
 
 
 def train(
-    activations: Annotated[
-        Path | None,
-        option("Folder of safetensors shards, or one file, of \\[rows, d].", ACTIVATIONS),
-    ] = None,
-    model: Annotated[
-        Path | None,
-        option("Instead: local folder of a Hugging Face model or a GGUF file.", ACTIVATIONS),
-    ] = None,
+    activations: Activations = None,
+    model: Model = None,
     gguf_file: GGUFFile = None,
-    layer: Annotated[
-        list[int] | None,
-        option(
-            "Decoder layer, from 0; may be repeated: the activations of several are joined.",
-            ACTIVATIONS,
-        ),
-    ] = None,
-    site: Annotated[
-        str,
-        option(
-            "Of each layer: residual (the stream after it), mlp_in (what its MLP reads), mlp_out "
-            "or attn_out (what MLP or attention add).",
-            ACTIVATIONS,
-        ),
-    ] = "residual",
+    layer: Layers = None,
+    site: Place = "residual",
     target_site: Annotated[
         str | None,
         option("Reconstruct this site, not the input.", ACTIVATIONS, show_default="the input"),
@@ -82,10 +48,9 @@ def train(
         option("Of these layers; may be repeated.", ACTIVATIONS, show_default="--layer"),
     ] = None,
     text: Texts = None,
+    field: Field = "text",
     context: Context = 256,
-    skip_first: Annotated[
-        int, option("Positions of a window left out: attention sinks.", ACTIVATIONS)
-    ] = 1,
+    skip_first: SkipFirst = 1,
     features: Annotated[
         int | None, option("F, the number of features.", SAE, show_default="expansion x d")
     ] = None,
@@ -202,9 +167,9 @@ def train(
 ) -> None:
     """Train an SAE or transcoder on your own activations, or on those of a local model over text.
 
-    Activations are shards of safetensors files with a tensor "activations" of \\[rows, d], and
-    perhaps "targets" to be reconstructed from them, as written by
-    mikernels.activations.write_shards, or any file with a single 2-D tensor.
+    Activations are .safetensors files with a tensor "activations" of \\[rows, d], and perhaps
+    "targets" to be reconstructed from them, as written by mikernels.activations.write_shards, or
+    with a single 2-D tensor; or .npy files of \\[rows, d].
 
     Examples:
 
@@ -245,20 +210,21 @@ def train(
         if threads < 1:
             raise ValueError(f"train: --threads must be at least 1, got {threads}")
         torch.set_num_threads(threads)
-    target = _device(device)
-    source = _source(
-        activations,
-        model,
-        gguf_file,
-        _sites("--site", site, layer),
-        _targets(target_site, target_layer, site, layer),
-        text,
-        context,
-        skip_first,
-        batch_size,
-        seed,
-        target,
+    target = device_of("train", device)
+    inputs = read_inputs(
+        "train",
+        activations=activations,
+        model=model,
+        gguf_file=gguf_file,
+        layers=layer,
+        site=site,
+        text=text,
+        field=field,
+        context=context,
+        skip_first=skip_first,
     )
+    targets = _targets(target_site, target_layer, site, layer)
+    source = _source(inputs, targets, batch_size, seed, target)
     if tokens is None:
         tokens = getattr(source, "n_rows", None)
         if tokens is None:
@@ -320,7 +286,9 @@ def train(
         from mikernels.integrations.saelens import export_sae
 
         hook = _hook_name(site, layer) if target_site is None and target_layer is None else None
-        export_sae(sae, export_saelens, model_name=model.name if model else None, hook_name=hook)
+        export_sae(
+            sae, export_saelens, model_name=Path(model).name if model else None, hook_name=hook
+        )
         print(f"SAELens: sae_lens.SAE.load_from_disk({str(export_saelens)!r})")
 
 
@@ -370,41 +338,13 @@ def _optimizer_class(name: str) -> Any:
     return found
 
 
-def _device(name: str | None, where: str = "train") -> torch.device:
-    import torch
-
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"{where}: --device must be cpu, cuda or cuda:N, got {name!r}") from error
-    seen = torch.cuda.device_count()
-    if device.type == "cuda" and (device.index or 0) >= seen:
-        raise ValueError(
-            f"{where}: --device must be one that torch sees, got {name} of {seen} CUDA devices "
-            f"(torch {torch.__version__}); use --device cpu, or install a torch with CUDA"
-        )
-    return device
-
-
-def _sites(name: str, site: str, layers: list[int] | None) -> list[Site]:
-    """The same place of each layer."""
-    from mikernels.activations import Site
-    from mikernels.models.sites import PLACES
-
-    if site not in PLACES:
-        raise ValueError(f"train: {name} must be one of {', '.join(PLACES)}, got {site!r}")
-    return [Site(layer, site) for layer in layers or ()]
-
-
 def _targets(
     target_site: str | None, target_layers: list[int] | None, site: str, layers: list[int] | None
-) -> list[Site] | None:
+) -> list[AnySite] | None:
     """What is left out is as of the input; None where all is."""
     if target_site is None and not target_layers:
         return None
-    return _sites("--target-site", target_site or site, target_layers or layers)
+    return sites_of("train", "--target-site", target_site or site, target_layers or layers)
 
 
 def _hook_name(site: str, layers: list[int] | None) -> str | None:
@@ -416,48 +356,34 @@ def _hook_name(site: str, layers: list[int] | None) -> str | None:
 
 
 def _source(
-    activations: Path | None,
-    model: Path | None,
-    gguf_file: str | None,
-    sites: list[Site],
-    targets: list[Site] | None,
-    text: list[Path] | None,
-    context: int,
-    skip_first: int,
+    inputs: Inputs,
+    targets: list[AnySite] | None,
     batch_size: int,
     seed: int,
     device: torch.device,
 ) -> Source:
-    if (activations is None) == (model is None):
-        raise ValueError(
-            "train: give either --activations FOLDER, or --model FOLDER with --layer and --text"
-        )
-    if activations is not None:
-        from mikernels.activations import ShardSource
+    from mikernels.activations import ModelSource, ShardSource
 
+    if inputs.activations:
         if targets is not None:
             raise ValueError(
                 f"train: --target-site and --target-layer must go with --model, got them with "
-                f"--activations {activations}, whose shards hold their targets or none; leave "
+                f"--activations {inputs.label}, whose shards hold their targets or none; leave "
                 f"them out"
             )
-        return ShardSource(activations, batch_size, seed)
-    if not sites or not text:
-        raise ValueError("train: --model needs --layer NUMBER and --text FILE")
-    from mikernels.activations import ModelSource, TextFiles
-    from mikernels.models.load import load_model
-
-    assert model is not None
-    texts = TextFiles(text)  # a missing file is found before the model loads
-    network, tokenizer = load_model(model, gguf_file)
+        return ShardSource(inputs.activations, batch_size, seed)
+    local = inputs.local()
+    with local.reading():
+        tokenizer, network = local.tokenizer(), local.model()
+    assert inputs.texts is not None
     return ModelSource(
         network.to(device),
         tokenizer,
-        sites,
-        texts,
+        inputs.sites,
+        inputs.texts,
         batch_size,
         seed,
         target=targets,
-        context=context,
-        skip_first=skip_first,
+        context=inputs.context,
+        skip_first=inputs.skip_first,
     )
