@@ -299,7 +299,7 @@ def test_a_damaged_member_is_named_and_no_other_is_touched(tmp_path) -> None:
 
 # ---- sites of a model
 
-TEXTS = ["the quick brown fox jumps over the lazy dog, " * 20, "0123456789 " * 30]
+TEXTS = ["the quick brown fox jumps over the lazy dog, " * 10, "0123456789 " * 15]
 SITES = [0, "1.mlp_out", "2.attn_out", "1.mlp_in"]
 TARGETS = [None, None, None, "1.mlp_out"]
 # few windows a block, less than a batch; and outliers, which are others at each site
