@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from mikernels.activations.dropped import REASONS, dropped
-from mikernels.activations.passes import Passes
+from mikernels.activations.passes import Passes, Place
 from mikernels.activations.sources import Rows, Source, SourceExhausted
 from mikernels.activations.windows import begins_with_bos, token_windows
 from mikernels.models.sites import AnySite, Recorder, Site, read_sites
@@ -176,7 +176,7 @@ class ModelSource(Source):
         tokenizer: Any,
         layers: Sequence[AnySite | Sequence[AnySite]],
         texts: Iterable[str],
-        batch_size: int = 4096,
+        batch_size: int | None = None,
         seed: int = 0,
         *,
         targets: Sequence[AnySite | Sequence[AnySite]] | None = None,
@@ -218,7 +218,7 @@ class ModelSource(Source):
         return sources
 
     def _passes_of(self, sources: list[ModelSource], recorder: Recorder) -> Passes:
-        return Passes(sources, recorder, self._start, self._windows_per_block, self._per_forward)
+        return Passes(sources, recorder, self._start, self._per_forward)
 
     def token_windows(self) -> Iterator[torch.Tensor]:
         """Windows of `context` token ids in reading order; the last one may be shorter."""
@@ -343,11 +343,14 @@ class ModelSource(Source):
         return self.token_windows()
 
     def _load(self, epoch: int, block: int) -> Rows | None:
-        return self._passes.load(self, (epoch, block))
+        return self._passes.load(self, self._place(epoch, block))
 
-    def next_place(self) -> tuple[int, int]:
-        """Epoch and block that are loaded next."""
-        return self._epoch, self._block + (self._rows is not None)
+    def _place(self, epoch: int, block: int) -> Place:
+        return epoch, block * self._windows_per_block, self._windows_per_block
+
+    def next_place(self) -> Place:
+        """The block that is loaded next."""
+        return self._place(self._epoch, self._block + (self._rows is not None))
 
     def untouched(self) -> bool:
         """Whether nothing has been read."""

@@ -16,11 +16,11 @@ from typing import Protocol
 
 import torch
 
+from mikernels.activations.sources import BATCH, Rows
 from mikernels.models.sites import Recorder
 
-Rows = dict[str, torch.Tensor]
-Place = tuple[int, int]
-"""Epoch and block."""
+Place = tuple[int, int, int]
+"""A block: the epoch, its first window, and how many it has."""
 # batches of rows that may wait for a source, beside a block: one step of as many micro-batches
 WAITING = 32
 
@@ -28,7 +28,7 @@ WAITING = 32
 class Reader(Protocol):
     """A source as the passes see it."""
 
-    batch_size: int
+    batch_size: int | None
 
     def next_place(self) -> Place:
         """The block that it will ask for."""
@@ -85,7 +85,7 @@ class Passes:
         sources: those that share them.
         recorder: of all their sites.
         windows: starts reading an epoch.
-        per_block: windows of a block. per_forward: of a pass.
+        per_forward: windows of a pass.
     """
 
     def __init__(
@@ -93,11 +93,10 @@ class Passes:
         sources: Sequence[Reader],
         recorder: Recorder,
         windows: Callable[[], Iterator[torch.Tensor]],
-        per_block: int,
         per_forward: int,
     ):
         self._recorder, self._windows = recorder, windows
-        self._per_block, self._per_forward = per_block, per_forward
+        self._per_forward = per_forward
         self._open: tuple[int, int, Iterator[torch.Tensor]] | None = None
         self._checked = False
         self._waiting: dict[Reader, deque[tuple[Place, Found]]] = {s: deque() for s in sources}
@@ -130,30 +129,33 @@ class Passes:
         if other is source or other in self._behind:
             return False
         queue = self._waiting[other]
-        if sum(found.size() for _, found in queue) > WAITING * other.batch_size and len(queue) > 1:
+        if (
+            sum(found.size() for _, found in queue) > WAITING * (other.batch_size or BATCH)
+            and len(queue) > 1
+        ):
             queue.clear()
             self._behind.add(other)
             return False
         if not queue:
             return other.untouched() or other.next_place() == place
-        (epoch, block), last = queue[-1]
+        (epoch, start, count), last = queue[-1]
         ended = not last.parts and last.error is None
-        return place == ((epoch + 1, 0) if ended else (epoch, block + 1))
+        return place == ((epoch + 1, 0, count) if ended else (epoch, start + count, count))
 
     def _read(self, place: Place, sources: Sequence[Reader]) -> list[Found]:
-        epoch, block = place
+        epoch, start, count = place
         found = [Found() for _ in sources]
         try:
-            if self._open is None or self._open[:2] != place:
+            if self._open is None or self._open[:2] != (epoch, start):
                 reader = self._windows()
                 # ends with the text: a saved block may lie anywhere
-                for _ in zip(range(block * self._per_block), reader, strict=False):
+                for _ in zip(range(start), reader, strict=False):
                     pass
             else:
                 reader = self._open[2]
-            windows = [w for _, w in zip(range(self._per_block), reader, strict=False)]
-            self._open = epoch, block + 1, reader
-            self._run(windows, block * self._per_block, sources, found)
+            windows = [w for _, w in zip(range(count), reader, strict=False)]
+            self._open = epoch, start + count, reader
+            self._run(windows, start, sources, found)
             for source, mine in zip(sources, found, strict=True):
                 mine.attempt(source.judge)
         except Exception as error:

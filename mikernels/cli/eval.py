@@ -25,7 +25,7 @@ from mikernels.cli.inputs import (
     read_inputs,
 )
 from mikernels.cli.options import OUTPUT, device_of, option
-from mikernels.cli.train import sparsity
+from mikernels.cli.train_runs import sparsity
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

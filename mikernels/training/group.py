@@ -56,8 +56,8 @@ class TrainerGroup:
         trainers: by name.
 
     Raises:
-        TypeError, ValueError: no trainer, one that has trained or resumed already, or two with one
-            SAE, weight, optimiser or out_dir.
+        TypeError, ValueError: no trainer, one that has trained or resumed already, or two with
+            one weight or out_dir, or with one source and several batch sizes.
 
     Example:
         >>> source = ShardSource("activations/", 4096)
@@ -188,6 +188,14 @@ def _check_apart(trainers: Mapping[str, Trainer]) -> None:
                 f"TrainerGroup: trainers must be new, got {name!r}, which has trained, was resumed "
                 f"or is in another group; make it anew, and call resume() of the group to continue"
             )
+    sizes: dict[int, set[int]] = {}
+    for trainer in trainers.values():
+        sizes.setdefault(id(trainer.source), set()).add(trainer.config.batch_size)
+    if several := next((found for found in sizes.values() if len(found) > 1), None):
+        raise ValueError(
+            f"TrainerGroup: trainers of one source must have one batch_size, got "
+            f"{sorted(several)}; give each size a source of its own"
+        )
     weights = {
         f"{name}: {own}": p
         for name, trainer in trainers.items()

@@ -217,7 +217,7 @@ def prepare_out_dir(out_dir: Path, sae: SAE, config: TrainConfig, reached: int |
     if former and reached is None:
         raise FileExistsError(
             f"Trainer: out_dir must be without checkpoints for a new run, got {former[-1]}; call "
-            f"resume() to continue it or choose another out_dir"
+            f"resume() (--resume) to continue it or choose another out_dir (--out)"
         )
     if reached is not None and (not former or former[-1].name != f"checkpoint-{reached}"):
         raise FileExistsError(

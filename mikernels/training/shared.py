@@ -32,13 +32,15 @@ class View:
     """The source as one of its readers has it: a BatchSource.
 
     Attributes:
-        d: of the source. waiting: batches read for it that it has not taken. position: after what
-            it took. tail: after what waits for it.
+        d, batch_size: of the source.
+        waiting: batches read for it that it has not taken.
+        position: after what it took. tail: after what waits for it.
     """
 
     def __init__(self, shared: Shared, position: State):
         self._shared = shared
         self.d = shared.source.d
+        self.batch_size = getattr(shared.source, "batch_size", None)
         self.waiting: deque[Kept] = deque()
         self.position = position
         self.left = False
@@ -47,9 +49,9 @@ class View:
     def tail(self) -> State:
         return self.waiting[-1].after if self.waiting else self.position
 
-    def next_batch(self) -> torch.Tensor | Batch:
+    def next_batch(self, *size: int) -> torch.Tensor | Batch:
         if not self.waiting:
-            self._shared.read(self)
+            self._shared.read(self, *size)
         batch, self.position, (before, after) = self.waiting.popleft()
         # a source that draws from torch's generator would have moved this reader's, too
         if torch.equal(before, torch.get_rng_state()):
@@ -93,14 +95,18 @@ class Shared:
             self.source.load_state_dict(copy.deepcopy(position))
             self._at, self._error = position, None
 
-    def read(self, view: View) -> None:
-        """The next batch for a view, and for the others that come to it next."""
+    def read(self, view: View, *size: int) -> None:
+        """The next batch for a view, and for the others that come to it next.
+
+        Args:
+            size: of the batch, the same for all, where the source leaves it open.
+        """
         self.seek(before := view.position)
         if self._error is not None:
             raise self._error
         random = torch.get_rng_state()
         try:
-            batch = self.source.next_batch()
+            batch = self.source.next_batch(*size)
         except Exception as error:
             # the others come to the same, and not to what would be behind it
             self._error = error

@@ -235,7 +235,10 @@ class Trainer:
                         self._state_checked = True
                     if self.step % self.config.checkpoint_every == 0:
                         self._save(lines)
+                    left = time.perf_counter()
                     stopped = yield
+                    # the turns of others are not this run's time
+                    self._since[0] += time.perf_counter() - left
                 if self.means.tokens and not stopped:
                     self._log(report, lines, log)
                 self._save(lines)
@@ -330,7 +333,7 @@ class Trainer:
                 lines.check()
 
     def _mark(self) -> None:
-        self._since = (time.perf_counter(), self._clock.total(), self.step, self.tokens)
+        self._since = [time.perf_counter(), self._clock.total(), self.step, self.tokens]
 
     def _log(self, report: Reporter, lines: JsonLines | None, log: Loggers) -> None:
         wall, busy, step, tokens = self._since
@@ -418,4 +421,7 @@ def _runs_within(folder: Path | None) -> str:
     if not names:
         return ""
     shown = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
-    return f" but with the runs {shown} in it (resume them with --each, or one by its own folder)"
+    return (
+        f" but with the runs {shown} in it (resume them as they were begun, together, or one of "
+        f"them by its own folder)"
+    )
