@@ -269,7 +269,9 @@ def test_train_says_what_a_resume_with_other_tokens_does(command, acts, tmp_path
     with monkeypatch.context() as patched:
         interrupted(patched, 3)
         code, _, err = command(*run)
-    assert code == 130 and f"saved {tmp_path / 'run' / 'checkpoint-3'}; run `mikernels train " in err
+    assert (
+        code == 130 and f"saved {tmp_path / 'run' / 'checkpoint-3'}; run `mikernels train " in err
+    )
     assert command(*run)[0] == 2  # without --resume
     code, _, err = command(*run, "--resume", "--tokens", "2k")
     assert code == 0

@@ -10,7 +10,7 @@ up to it and running the model on one block only. What a site is: `mikernels.mod
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice, repeat
 from typing import Any
 
@@ -65,7 +65,8 @@ class ModelSource(Source):
         target: a site or a list of them: batches are a Batch with target `[batch_size, d_out]`.
         context: tokens of a window.
         windows_per_forward: windows run at once, fewer where lengths differ.
-        buffer_rows: rows that mix with each other and are in memory.
+        buffer_rows: rows that mix with each other and are in memory; fewer where fewer are trained
+            on.
         max_tokens: tokens read in an epoch; None is all of the text.
         skip_first: positions dropped at the start of each window: the first token of a context has
             a norm some 100 times the others' whatever it is (an attention sink).
@@ -88,6 +89,8 @@ class ModelSource(Source):
         d: width of the input, of all sites together. d_out: of the target, or d without.
         dropped: tokens dropped since the source was made, by the first reason that applies:
             "skipped" (skip_first), "special", "nonfinite", "outlier".
+        on_progress: called with the tokens read of a block, from 0, and all of them, while one is
+            read; None by default.
         read_tokens: tokens that the model has read since then, dropped ones included. A block that
             is read again (resuming, another epoch) counts again.
 
@@ -156,7 +159,8 @@ class ModelSource(Source):
         self.context, self.max_tokens = context, max_tokens
         self._per_forward, self._skip_first = windows_per_forward, skip_first
         self._outlier_norm = outlier_norm
-        self._windows_per_block = max(1, buffer_rows // context)
+        self._windows_per_block = self._most_windows = max(1, buffer_rows // context)
+        self.on_progress: Callable[[int, int], None] | None = None
         special = tokenizer.all_special_ids if drop_special else []
         self._special = torch.tensor(sorted(special), dtype=torch.int64)
         self._bos = begins_with_bos(tokenizer) if bos is None else bos
@@ -166,7 +170,8 @@ class ModelSource(Source):
         recorder = Recorder(self.model, tuple(wanted.values()), "ModelSource")
         self.d = _width("layer", self.sites, recorder)
         self._d_target = _width("target", self.target_sites, recorder) if self._targets else None
-        self._started = False
+        # whether blocks have been asked for, and the texts been begun
+        self._begun = self._started = False
         self._passes = self._passes_of([self], recorder)
 
     @classmethod
@@ -219,6 +224,29 @@ class ModelSource(Source):
 
     def _passes_of(self, sources: list[ModelSource], recorder: Recorder) -> Passes:
         return Passes(sources, recorder, self._start, self._per_forward)
+
+    def expect(self, rows: int) -> None:
+        """So many rows will be asked for in all: a block need not hold more. Of no effect once
+        something has been read.
+
+        A sixteenth more is read for the tokens that are dropped.
+        """
+        if not self._begun:
+            windows = -(-rows * 17 // (16 * (self.context - self._skip_first)))
+            self._windows_per_block = max(1, min(self._most_windows, windows))
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """As of a Source; blocks go on with the size that they had, if buffer_rows allows it."""
+        identity = state.get("identity") if isinstance(state, dict) else None
+        size = identity.get("windows_per_block") if isinstance(identity, dict) else None
+        before = self._windows_per_block
+        if not self._begun and type(size) is int and 1 <= size <= self._most_windows:
+            self._windows_per_block = size
+        try:
+            super().load_state_dict(state)
+        except BaseException:
+            self._windows_per_block = before
+            raise
 
     def token_windows(self) -> Iterator[torch.Tensor]:
         """Windows of `context` token ids in reading order; the last one may be shorter."""
@@ -343,7 +371,8 @@ class ModelSource(Source):
         return self.token_windows()
 
     def _load(self, epoch: int, block: int) -> Rows | None:
-        return self._passes.load(self, self._place(epoch, block))
+        self._begun = True
+        return self._passes.load(self, self._place(epoch, block), self.on_progress)
 
     def _place(self, epoch: int, block: int) -> Place:
         return epoch, block * self._windows_per_block, self._windows_per_block
@@ -353,8 +382,8 @@ class ModelSource(Source):
         return self._place(self._epoch, self._block + (self._rows is not None))
 
     def untouched(self) -> bool:
-        """Whether nothing has been read."""
-        return self._rows is None and (self._epoch, self._block, self._offset) == (0, 0, 0)
+        """Whether no block has been asked for."""
+        return not self._begun
 
     def _named(self) -> int | str | list[str]:
         """The sites of the input: the residual stream after a layer is that layer's number."""

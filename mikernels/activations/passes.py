@@ -103,15 +103,21 @@ class Passes:
         # they get nothing more until they ask
         self._behind: set[Reader] = set()
 
-    def load(self, source: Reader, place: Place) -> Rows | None:
-        """The rows of a block for one source; None past the epoch's last block."""
+    def load(
+        self, source: Reader, place: Place, tell: Callable[[int, int], None] | None = None
+    ) -> Rows | None:
+        """The rows of a block for one source; None past the epoch's last block.
+
+        Args:
+            tell: called with the tokens read of the block, from 0, and all of them.
+        """
         queue = self._waiting[source]
         if queue and queue[0][0] == place:
             return queue.popleft()[1].rows()
         queue.clear()
         self._behind.discard(source)
         others = [other for other in self._waiting if self._follows(other, source, place)]
-        found = self._read(place, [source, *others])
+        found = self._read(place, [source, *others], tell)
         for other, mine in zip(others, found[1:], strict=True):
             self._waiting[other].append((place, mine))
         return found[0].rows()
@@ -142,7 +148,12 @@ class Passes:
         ended = not last.parts and last.error is None
         return place == ((epoch + 1, 0, count) if ended else (epoch, start + count, count))
 
-    def _read(self, place: Place, sources: Sequence[Reader]) -> list[Found]:
+    def _read(
+        self,
+        place: Place,
+        sources: Sequence[Reader],
+        tell: Callable[[int, int], None] | None,
+    ) -> list[Found]:
         epoch, start, count = place
         found = [Found() for _ in sources]
         try:
@@ -155,7 +166,7 @@ class Passes:
                 reader = self._open[2]
             windows = [w for _, w in zip(range(count), reader, strict=False)]
             self._open = epoch, start + count, reader
-            self._run(windows, start, sources, found)
+            self._run(windows, start, sources, found, tell)
             for source, mine in zip(sources, found, strict=True):
                 mine.attempt(source.judge)
         except Exception as error:
@@ -170,10 +181,14 @@ class Passes:
         number: int,
         sources: Sequence[Reader],
         found: Sequence[Found],
+        tell: Callable[[int, int], None] | None = None,
     ) -> None:
         """Run the model over windows, the first the epoch's `number`-th, and add what each source
         takes; a source that refuses what it gets has an error of its own."""
+        done, total = 0, sum(map(len, windows))
         for tokens in stacks(windows, self._per_forward):
+            if tell is not None:
+                tell(done, total)
             going = [pair for pair in zip(sources, found, strict=True) if pair[1].error is None]
             if not going:
                 break
@@ -187,6 +202,9 @@ class Passes:
                 own = {name: recorded[name] for name in source.names()}
                 mine.attempt(partial(source.select, tokens, own, number))
             number += len(tokens)
+            done += tokens.numel()
+        if tell is not None and windows:
+            tell(done, total)
 
 
 def stacks(windows: Iterable[torch.Tensor], most: int) -> Iterator[torch.Tensor]:

@@ -65,6 +65,21 @@ class TextFiles:
             if next(make(), None) is None:
                 raise ValueError(f"{WHERE}: {path} must hold text, got an empty file")
 
+    def files(self) -> list[Path]:
+        """Every file that is read, those in folders of `save_to_disk` included."""
+        found = []
+        for path, _ in self._documents:
+            inner = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+            found += inner
+        return found
+
+    def most_tokens(self) -> int | None:
+        """A token has at least a byte: the bytes of the files, None where they are compressed."""
+        files = self.files()
+        if any(_kind(path) in TABLES or path.suffix.lower() == ".gz" for path in files):
+            return None
+        return sum(path.stat().st_size for path in files)
+
     def __iter__(self) -> Iterator[str]:
         for _, make in self._documents:
             yield from make()
@@ -180,7 +195,7 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
 
 
 def _first_line_is_object(path: Path) -> bool:
-    _, line = next(_lines(path), (0, b""))
+    _, line = next(_lines(path), (0, b"{}"))
     try:
         return isinstance(json.loads(line), dict)
     except (ValueError, RecursionError):

@@ -7,6 +7,7 @@ import os
 from collections import Counter
 from collections.abc import Mapping
 
+from mikernels.activations.streams import IterableSource
 from mikernels.tensor_files import overlap
 from mikernels.training.loop import Generators, drive
 from mikernels.training.preflight import check_space, space_needed
@@ -188,6 +189,18 @@ def _check_apart(trainers: Mapping[str, Trainer]) -> None:
                 f"TrainerGroup: trainers must be new, got {name!r}, which has trained, was resumed "
                 f"or is in another group; make it anew, and call resume() of the group to continue"
             )
+    # Trainers that were given one generator have made a source each, which would share it out
+    streams = Counter(
+        id(source.stream)
+        for source in {id(t.source): t.source for t in trainers.values()}.values()
+        if isinstance(source, IterableSource) and iter(source.stream) is source.stream
+    )
+    if streams and streams.most_common(1)[0][1] > 1:
+        raise ValueError(
+            "TrainerGroup: trainers of one iterator must have one source, got a source each, which "
+            "would take each other's batches; make source = IterableSource(iterator) once and give "
+            "it to each"
+        )
     sizes: dict[int, set[int]] = {}
     for trainer in trainers.values():
         sizes.setdefault(id(trainer.source), set()).add(trainer.config.batch_size)

@@ -8,14 +8,15 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 
 def summary(row: dict[str, Any]) -> str:
-    """The numbers that are looked at, e.g. `FVU 0.2134  L0 31.9  dead 1.2%  51,200 tokens/s`."""
+    """The numbers that are looked at, e.g. `FVU 0.2134  L0 31.9  dead 1.2%  51,200 tokens/s,
+    waited 1.3 s`."""
     return (
         f"FVU {row['fvu']:.4f}  L0 {row['l0']:.1f}  dead {row['dead_fraction']:.1%}  "
-        f"{row['tokens_per_second']:,.0f} tokens/s"
+        f"{row['tokens_per_second']:,.0f} tokens/s, waited {row['waiting_seconds']:.1f} s"
     )
 
 
@@ -86,6 +87,7 @@ class Reporter:
     ):
         self._board, self._bars, self._quiet, self._prefix = board, bars, quiet, prefix
         self.total_steps = total_steps
+        self._collected: TaskID | None = None
         if bars is not None:
             # square brackets would be read as markup
             self._task = bars.add_task(escape(title), total=total_steps, completed=step, numbers="")
@@ -93,6 +95,17 @@ class Reporter:
     def step(self, step: int) -> None:
         if self._bars is not None:
             self._bars.update(self._task, completed=step)
+
+    def collecting(self, done: int, total: int) -> None:
+        """Tokens that a model has read, of those that it reads before the next step."""
+        if self._bars is not None:
+            if self._collected is None:
+                self._collected = self._bars.add_task("activations", total=total, numbers="")
+            self._bars.update(
+                self._collected, completed=done, total=total, numbers="tokens", visible=done < total
+            )
+        elif done == 0 and not self._quiet:
+            self._board.note(f"activations: reading {total:,} tokens")
 
     def log(self, row: dict[str, Any]) -> None:
         if self._bars is not None:

@@ -46,6 +46,15 @@ class View:
         self.left = False
 
     @property
+    def on_progress(self) -> Any:
+        """Of a source that has it: who is told how far the reading is."""
+        return self._shared.source.on_progress  # type: ignore[attr-defined]
+
+    @on_progress.setter
+    def on_progress(self, told: Any) -> None:
+        self._shared.source.on_progress = told  # type: ignore[attr-defined]
+
+    @property
     def tail(self) -> State:
         return self.waiting[-1].after if self.waiting else self.position
 
