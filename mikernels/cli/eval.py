@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mikernels.cli.figures import Json, check_json, write_figures
 from mikernels.cli.inputs import (
     TOKENS,
     Activations,
@@ -24,7 +25,7 @@ from mikernels.cli.inputs import (
     Tokens,
     read_inputs,
 )
-from mikernels.cli.options import OUTPUT, device_of, option
+from mikernels.cli.options import device_of, option
 from mikernels.cli.train_runs import sparsity
 
 if TYPE_CHECKING:
@@ -93,9 +94,7 @@ def evaluate(
         option("cpu, cuda or cuda:N.", JUDGES, show_default="cuda where there is one"),
     ] = None,
     threads: Annotated[int | None, option("CPU threads.", JUDGES, show_default="torch's")] = None,
-    json_file: Annotated[
-        Path | None, option("Also write everything as JSON to this file.", OUTPUT, "--json")
-    ] = None,
+    json_file: Json = None,
 ) -> None:
     """Judge a trained SAE: reconstructions, and what its language model loses by them.
 
@@ -150,10 +149,7 @@ def evaluate(
         )
     if batch_size < 1:
         raise ValueError(f"eval: --batch-size must be at least 1, got {batch_size}")
-    if json_file is not None and not json_file.absolute().parent.is_dir():
-        raise FileNotFoundError(
-            f"eval: --json must be a file of an existing folder, got {json_file}; make the folder"
-        )
+    check_json("eval", json_file)
     if threads is not None:
         if threads < 1:
             raise ValueError(f"eval: --threads must be at least 1, got {threads}")
@@ -200,12 +196,7 @@ def evaluate(
             probed = _probed(judged, network, tokenizer, name, layer, probe_cache, seed, console)
             found["probes"] = probed.to_dict()
             _print_probes(console, probed)
-    if json_file is not None:
-        from mikernels.files import explained, finite, write_json
-
-        with explained("eval", "results", json_file, "choose another --json"):
-            write_json(json_file, finite(found))
-        print(f"wrote {json_file}")
+    write_figures("eval", json_file, found)
 
 
 def load_any(folder: Path, k: float | None = None) -> SAE:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from mikernels.cli import train_runs
+from mikernels.cli.figures import Json, check_json, write_figures
 from mikernels.cli.inputs import (
     Activations,
     Context,
@@ -196,6 +197,7 @@ def train(
     export_saelens: Annotated[
         Path | None, option("Also write the SAE for SAELens to this folder.", OUTPUT)
     ] = None,
+    json_file: Json = None,
 ) -> None:
     """Train an SAE or transcoder on your own activations, or on those of a local model over text.
 
@@ -229,6 +231,7 @@ def train(
     from mikernels.nn import ARCHITECTURES
     from mikernels.training import TrainConfig, Trainer
 
+    check_json("train", json_file)
     archs, ks = arch or ["topk"], k or [32.0]
     each = train_runs.sites_given(sites)
     asked = train_runs.members(each, archs, ks)
@@ -237,10 +240,10 @@ def train(
         _own_settings(one, settings)
     if activations is None and not each:
         train_runs.check_joined(layer, archs, site)
-    if each and (layer or target_layer or activations):
+    if each and (layer or target_layer or activations or site != "residual"):
         raise ValueError(
-            "train: --sites must go with --model and without --layer and --target-layer, got one "
-            "of them; name all sites in --sites"
+            "train: --sites must go with --model and without --layer, --site and --target-layer, "
+            "got one of them; name all places in --sites"
         )
     if export_saelens is not None:
         from mikernels.integrations.saelens.form import ARCHITECTURES as THEIRS
@@ -262,6 +265,8 @@ def train(
             raise ValueError(f"train: --threads must be at least 1, got {threads}")
         torch.set_num_threads(threads)
     target = device_of("train", device)
+    if model is not None and (layer or each) and text and tokens is None:
+        raise ValueError("train: --tokens must be given with --model, e.g. --tokens 10M")
     inputs = read_inputs(
         "train",
         activations=activations,
@@ -275,8 +280,6 @@ def train(
         context=context,
         skip_first=skip_first,
     )
-    if inputs.model is not None and tokens is None:
-        raise ValueError("train: --tokens must be given with --model, e.g. --tokens 10M")
     if each and save_activations is not None:
         raise ValueError(
             f"train: --save-activations must go with one place, got --sites of {len(each)}; keep "
@@ -356,6 +359,10 @@ def train(
             hook_name=None if target_site or target_layer else _hook_name(at),
         )
         print(f"SAELens: sae_lens.SAE.load_from_disk({str(folder)!r})")
+    figures = {name: train_runs.figures(trainer) for name, trainer in trainers.items()}
+    for name, error in failed.get("names", {}).items():
+        figures[name]["error"] = str(error)
+    write_figures("train", json_file, {"runs": figures} if several else figures[""])
     if failed:
         raise failed["error"]
 

@@ -166,6 +166,21 @@ def run(trainers: dict[str, Trainer], resume: bool, several: bool) -> dict[str, 
     return failed
 
 
+def figures(trainer: Trainer) -> dict[str, Any]:
+    """What --json says of a run."""
+    rows = trainer.history.rows
+    return {
+        "sae": trainer.sae.name,
+        "d": trainer.sae.config.d,
+        "n_features": trainer.sae.config.n_features,
+        "steps": trainer.step,
+        "tokens": trainer.tokens,
+        "seconds": trainer.history.parts,
+        "out": str(trainer.out_dir),
+        "last": rows[-1] if rows else None,
+    }
+
+
 def sparsity(sae: Any) -> str:
     """How many features are meant to be active, in words."""
     if sae.k is not None:

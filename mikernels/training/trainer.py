@@ -436,10 +436,12 @@ class Trainer:
         if self.step == self.config.total_steps:
             return f"Trainer: interrupted after step {self.step:,}, the last one; nothing is left"
         if self.out_dir is None:
-            return f"Trainer: interrupted after step {self.step:,}; nothing is saved without out_dir"
+            return (
+                f"Trainer: interrupted after step {self.step:,}; nothing is saved without out_dir"
+            )
         return (
-            f"Trainer: interrupted after step {self.step:,}, saved {checkpoints(self.out_dir)[-1]}; "
-            f"{how} to continue"
+            f"Trainer: interrupted after step {self.step:,}, saved "
+            f"{checkpoints(self.out_dir)[-1]}; {how} to continue"
         )
 
 
