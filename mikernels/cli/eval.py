@@ -6,6 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+from mikernels.cli.figures import Json, check_json, write_figures
 from mikernels.cli.inputs import (
     TOKENS,
     Activations,
@@ -26,18 +27,15 @@ from mikernels.cli.judged import (
     JUDGES,
     BatchSize,
     Device,
-    JSONFile,
     OfBatchTopK,
     Threads,
     Trained,
-    check_json_file,
     load_any,
     print_reconstruction,
     print_spliced,
     read_model,
     set_threads,
     splice,
-    write_figures,
 )
 from mikernels.cli.options import device_of, option
 from mikernels.cli.train import sparsity
@@ -92,7 +90,7 @@ def evaluate(
     seed: Annotated[int, option("Seed of the random SAE and the intervals.", JUDGES)] = 0,
     device: Device = None,
     threads: Threads = None,
-    json_file: JSONFile = None,
+    json_file: Json = None,
 ) -> None:
     """Judge a trained SAE: reconstructions, and what its language model loses by them.
 
@@ -148,7 +146,7 @@ def evaluate(
         )
     if batch_size < 1:
         raise ValueError(f"eval: --batch-size must be at least 1, got {batch_size}")
-    check_json_file("eval", json_file)
+    check_json("eval", json_file)
     set_threads("eval", threads)
     target = device_of("eval", device)
     judged = load_any(sae, k).to(target).eval()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mikernels.cli.inputs import Inputs
-from mikernels.cli.options import OUTPUT, option
+from mikernels.cli.options import option
 
 if TYPE_CHECKING:
     import torch
@@ -35,9 +35,6 @@ Device = Annotated[
     str | None, option("cpu, cuda or cuda:N.", JUDGES, show_default="cuda where there is one")
 ]
 Threads = Annotated[int | None, option("CPU threads.", JUDGES, show_default="torch's")]
-JSONFile = Annotated[
-    Path | None, option("Also write everything as JSON to this file.", OUTPUT, "--json")
-]
 
 
 def load_any(folder: Path, k: float | None = None, where: str = "eval") -> SAE:
@@ -151,25 +148,6 @@ def set_threads(where: str, threads: int | None) -> None:
         if threads < 1:
             raise ValueError(f"{where}: --threads must be at least 1, got {threads}")
         torch.set_num_threads(threads)
-
-
-def check_json_file(where: str, path: Path | None) -> None:
-    """`--json`, before anything is computed."""
-    if path is not None and not path.absolute().parent.is_dir():
-        raise FileNotFoundError(
-            f"{where}: --json must be a file of an existing folder, got {path}; make the folder"
-        )
-
-
-def write_figures(where: str, path: Path | None, found: dict[str, Any]) -> None:
-    """What was found, in the file of `--json`."""
-    if path is None:
-        return
-    from mikernels.files import explained, finite, write_json
-
-    with explained(where, "results", path, "choose another --json"):
-        write_json(path, finite(found))
-    print(f"wrote {path}")
 
 
 def _print(console: Console, found: TextTable) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+from mikernels.cli.figures import Json, check_json, write_figures
 from mikernels.cli.inputs import (
     Activations,
     Context,
@@ -30,11 +31,9 @@ from mikernels.cli.inputs import (
 from mikernels.cli.judged import (
     BatchSize,
     Device,
-    JSONFile,
     OfBatchTopK,
     Threads,
     Trained,
-    check_json_file,
     load_any,
     print_reconstruction,
     print_spliced,
@@ -42,7 +41,6 @@ from mikernels.cli.judged import (
     residual_layer,
     set_threads,
     splice,
-    write_figures,
 )
 from mikernels.cli.options import OUTPUT, device_of, option
 from mikernels.cli.train import sparsity
@@ -124,7 +122,7 @@ def report(
         Path | None,
         option("Folder of the report.", OUTPUT, show_default="RUN/report, or beside RUN"),
     ] = None,
-    json_file: JSONFile = None,
+    json_file: Json = None,
 ) -> None:
     """Look at every feature: pages to search, sort and link to, which open without a server.
 
@@ -151,7 +149,7 @@ def report(
     _pages.check_installed(NAME)
     if batch_size < 1:
         raise ValueError(f"{NAME}: --batch-size must be at least 1, got {batch_size}")
-    check_json_file(NAME, json_file)
+    check_json(NAME, json_file)
     set_threads(NAME, threads)
     target = device_of(NAME, device)
     folder = _folder_of(run) if out is None else out

@@ -26,6 +26,23 @@ BLOCK = 16
 MISSING = "\ufffd"
 
 
+def starts_of(windows: np.ndarray) -> np.ndarray:
+    """The first row of each window, of `[n]` numbers of windows.
+
+    Raises:
+        ValueError: a window that is in several places.
+    """
+    changes = windows[1:] != windows[:-1]
+    begins = np.flatnonzero(np.append(True, changes)[: len(windows)])
+    names, times = np.unique(windows[begins], return_counts=True)
+    if len(names) < len(begins):
+        raise ValueError(
+            f"excerpts: rows must be in reading order, each window in one piece, got window "
+            f"{int(names[times > 1][0])} in several; read them with ModelSource.read()"
+        )
+    return begins
+
+
 class Candidates(NamedTuple):
     """Rows that may be shown, `[n]` each.
 
@@ -52,34 +69,30 @@ class Excerpts:
 
     def __init__(self, rows: Rows, pieces: dict[str, str]):
         windows = rows["windows"].cpu().numpy()
-        begins = np.flatnonzero(np.diff(windows, prepend=windows[:1] - 1))
-        names = windows[begins]
-        distinct, times = np.unique(names, return_counts=True)
-        if len(distinct) < len(names):
-            raise ValueError(
-                f"excerpts: rows must be in reading order, each window in one piece, got window "
-                f"{int(distinct[times > 1][0])} in several; read them with ModelSource.read()"
-            )
+        begins = starts_of(windows)
         # of each row its window's place, and of each window its rows
-        self._window = np.repeat(np.arange(len(begins)), np.diff(begins, append=len(windows)))
-        self._names = names
+        lengths = np.diff(begins, append=len(windows))
+        self._window = np.repeat(np.arange(len(begins), dtype=np.int32), lengths)
+        self._names = windows[begins]
         self._ends = np.append(begins, len(windows))
         ids = rows["token_ids"].cpu().numpy()
-        used, self.tokens = np.unique(ids, return_inverse=True)
+        used, tokens = np.unique(ids, return_inverse=True)
+        self.tokens = tokens.astype(np.int32)
         self.pieces = np.array([pieces.get(str(i), MISSING) for i in used.tolist()], object)
         self._phrases: np.ndarray | None = None
 
     @property
     def phrases(self) -> np.ndarray:
-        """`[n]` int64: rows with one number end the same phrase."""
+        """`[n]` int32: rows with one number end the same phrase."""
         if self._phrases is None:
             found = self.tokens.astype(np.int64)
             place = np.arange(len(found)) - self._ends[self._window]
             for back in range(1, PHRASE + 1):
                 # 0 is the start of the window
                 before = np.where(place >= back, np.roll(self.tokens, back) + 1, 0)
+                # below rows x token ids, 2^31 2^20
                 found = np.unique(found * (len(self.pieces) + 1) + before, return_inverse=True)[1]
-            self._phrases = found
+            self._phrases = found.astype(np.int32)
         return self._phrases
 
     def bounds(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -22,8 +22,9 @@ from mikernels.nn import SAE
 from mikernels.ops.sae.gradients import by_feature_op
 from mikernels.values.codes import SparseCodes
 
-# activations that are sorted at a time
+# activations that are sorted at a time; those, and features, that are looked at at a time
 RUN = 1 << 23
+CHUNK, FEATURES = 1 << 21, 1 << 11
 # rows are int32
 MOST_ROWS = 2**31
 
@@ -88,7 +89,7 @@ class Firing:
         order = by_feature_op(of, stop - start)[1].numpy()
         return Slots(start, offsets, np.concatenate(rows)[order], np.concatenate(values)[order])
 
-    def chunks(self, start: int, stop: int, most: int = RUN // 4) -> Iterator[Slots]:
+    def chunks(self, start: int, stop: int, most: int = CHUNK) -> Iterator[Slots]:
         """Those of features start..stop-1 in turn, some features at a time.
 
         Args:
@@ -96,7 +97,7 @@ class Firing:
         """
         while start < stop:
             end = int(np.searchsorted(self._offsets, self._offsets[start] + most, "right")) - 1
-            end = min(max(end, start + 1), stop)
+            end = min(max(end, start + 1), start + FEATURES, stop)
             yield self.slots(start, end)
             start = end
 
@@ -138,7 +139,7 @@ class _Runs:
         if bad := len(tokens[~values.isfinite()].unique()):
             raise ValueError(
                 f"{self._where}: x must give finite codes, got NaN or inf in {bad:,} of the {n:,} "
-                f"rows from {self.n_rows:,} on; drop those rows"
+                f"rows from row {self.n_rows:,} on; drop those rows"
             )
         if self.n_rows + n > MOST_ROWS:
             raise ValueError(f"{self._where}: x must have at most {MOST_ROWS:,} rows, got more")

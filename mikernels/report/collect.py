@@ -5,8 +5,8 @@
     for view in features.views(0, features.n_features): ...
 
 The pass keeps the activations by feature (`mikernels.evaluate.firing`: 8 bytes each, in memory or
-on disk), and of the text its token ids and windows (28 bytes a token). Everything else is made from
-these for some features at a time when a view is asked for: 2^21 activations take some 0.3 GB. All
+on disk), and of the text 28 bytes a token. Everything else is made from these when a view is asked
+for, of at most 2^11 features and 2^21 activations (or one feature) at a time, in some 0.4 GB. All
 of it is exact, and depends on nothing but the SAE and the rows in their order.
 """
 
@@ -22,8 +22,9 @@ import numpy as np
 import torch
 
 from mikernels.activations import Rows
+from mikernels.activations.sources import check_activations
 from mikernels.activations.windows import text_of
-from mikernels.evaluate.excerpts import MISSING, Excerpts, Shown
+from mikernels.evaluate.excerpts import MISSING, Excerpts, Shown, starts_of
 from mikernels.evaluate.firing import Firing, Slots, firing_of
 from mikernels.evaluate.judged import check_width
 from mikernels.nn import SAE
@@ -291,16 +292,31 @@ def _activations(
     sae: SAE, rows: Iterable[Rows], held: dict[str, list[torch.Tensor]]
 ) -> Iterator[torch.Tensor]:
     """The activations of each part; what else is needed of it is put into `held`."""
+    if isinstance(rows, Mapping | torch.Tensor):
+        raise TypeError(
+            f"{NAME}: rows must be an iterable of dicts, got {type(rows).__name__}; pass [rows]"
+        )
+    names: tuple[str, ...] = ()
     for part in rows:
-        if missing := [name for name in NEEDED if name not in part]:
+        if missing := [name for name in (*NEEDED, *names) if name not in part]:
             raise ValueError(
-                f"{NAME}: rows must have activations, token_ids and windows, got no {missing[0]}; "
-                f"read them with ModelSource.read(), or from shards of it"
+                f"{NAME}: rows must have activations, token_ids and windows, and all parts the "
+                f"same, got no {missing[0]}; read them with ModelSource.read(), or from shards of "
+                f"it"
             )
         x = part["activations"]
-        if not held:
+        check_activations(NAME, "activations", [*x.shape], x.dtype)
+        if not names:
             check_width(NAME, sae, x.shape[1], "the activations")
-            held.update({name: [] for name in (*NEEDED[1:], *PLACES) if name in part})
-        for name, parts in held.items():
-            parts.append(part[name].cpu())
+            names = (*NEEDED[1:], *(name for name in PLACES if name in part))
+            held.update({name: [] for name in names})
+        for name in names:
+            if part[name].shape != x.shape[:1] or part[name].is_floating_point():
+                raise ValueError(
+                    f"{NAME}: {name} must be whole numbers [{len(x)}] like the activations, got "
+                    f"{part[name].dtype} {[*part[name].shape]}"
+                )
+            held[name].append(part[name].cpu())
+        # rows that were shuffled are seen here, before all of them are encoded
+        starts_of(part["windows"].cpu().numpy())
         yield x.float()
