@@ -40,6 +40,14 @@ SMALL = {
     },
     "docs/circuits.md": {"ioi(tokenizer, 100)": "ioi(tokenizer, 4)", "4_608": "128"},
     "docs/operators.md": {},
+    "docs/training.md": {
+        "100_000": "4_096",
+        "24_576": "512",
+        "10_000_000": "4_096",
+        "50_000": "2_000",
+        "1_000_000": "4_096",
+        "9_216": "256",
+    },
 }
 
 
@@ -120,7 +128,9 @@ def commands() -> list[tuple[str, str]]:
 
 def parse(call: str) -> str | None:
     """What typer says of a command or an option that there is not."""
-    words = shlex.split(re.split(r"[|>;&…]|\.\.\.", call)[0], comments=True)
+    # what is left to the reader stands for a value
+    call = re.sub(r"\.\.\.|…", "VALUE", call)
+    words = shlex.split(re.split(r"[|>;&]", call)[0], comments=True)
     group = COMMANDS
     if words[:1] == ["bench"]:
         # as the command itself does: `bench encode` is `bench run encode`
