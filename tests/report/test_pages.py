@@ -8,7 +8,7 @@ from itertools import islice
 
 import numpy as np
 import pytest
-from feature_cases import HOSTILE, MadeUp
+from feature_cases import HOSTILE, MadeUp, read
 from full_disk import largest_file
 
 from mikernels.report import write_report
@@ -16,15 +16,6 @@ from mikernels.report.chunks import PER_CHUNK, TOPS, Words, plain
 from mikernels.report.folder import is_report
 
 MADE = MadeUp(300)
-
-
-def read(folder, name):
-    """What a file of data hands over."""
-    text = (folder / "data" / f"{name}.js").read_bytes().decode("ascii")
-    start, end = f'reportData("{name}",', ");\n"
-    assert text.startswith(start) and text.endswith(end) and text.count("\n") == 1
-    assert "<" not in text
-    return json.loads(text[len(start) : -len(end)])
 
 
 def unpacked(text, kind):

@@ -1,5 +1,6 @@
 """Made-up features: every kind of text that a token can be, dead ones, rare ones and dense ones."""
 
+import json
 import random
 from dataclasses import dataclass
 
@@ -70,3 +71,12 @@ class MadeUp:
 
     def views(self, start, stop):
         return map(self.view, range(start, min(stop, self.n_features)))
+
+
+def read(folder, name):
+    """What a file of data hands over."""
+    text = (folder / "data" / f"{name}.js").read_bytes().decode("ascii")
+    start, end = f'reportData("{name}",', ");\n"
+    assert text.startswith(start) and text.endswith(end) and text.count("\n") == 1
+    assert "<" not in text
+    return json.loads(text[len(start) : -len(end)])
