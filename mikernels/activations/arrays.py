@@ -85,8 +85,8 @@ def refuse_pickle(path: Path) -> None:
         new = path.with_suffix(".safetensors").name
         raise ValueError(
             f"{WHERE}: {path} must be .safetensors or .npy, got a pickle, which can run any code "
-            f"when it is read; if you trust it, convert it once:\n"
+            f"when it is read; convert it once, with a reader that runs none:\n"
             f"  import torch; from safetensors.torch import save_file\n"
-            f"  save_file({{'activations': torch.load({path.name!r}, map_location='cpu')}}, "
-            f"{new!r})"
+            f"  save_file({{'activations': torch.load({path.name!r}, map_location='cpu', "
+            f"weights_only=True)}}, {new!r})"
         )

@@ -10,7 +10,7 @@ up to it and running the model on one block only. What a site is: `mikernels.mod
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -52,7 +52,8 @@ class ModelSource(Source):
         target: a site or a list of them: batches are a Batch with target `[batch_size, d_out]`.
         context: tokens of a window.
         windows_per_forward: windows run at once, fewer where lengths differ.
-        buffer_rows: rows that mix with each other and are in memory.
+        buffer_rows: rows that mix with each other and are in memory; fewer where fewer are trained
+            on.
         max_tokens: tokens read in an epoch; None is all of the text.
         skip_first: positions dropped at the start of each window: the first token of a context has
             a norm some 100 times the others' whatever it is (an attention sink).
@@ -75,6 +76,8 @@ class ModelSource(Source):
         d: width of the input, of all sites together. d_out: of the target, or d without.
         dropped: tokens dropped since the source was made, by the first reason that applies:
             "skipped" (skip_first), "special", "nonfinite", "outlier".
+        on_progress: called with the tokens read of a block, from 0, and all of them, while one is
+            read; None by default.
         read_tokens: tokens that the model has read since then, dropped ones included. A block that
             is read again (resuming, another epoch) counts again.
 
@@ -143,7 +146,8 @@ class ModelSource(Source):
         self.context, self.max_tokens = context, max_tokens
         self._per_forward, self._skip_first = windows_per_forward, skip_first
         self._outlier_norm = outlier_norm
-        self._windows_per_block = max(1, buffer_rows // context)
+        self._windows_per_block = self._most_windows = max(1, buffer_rows // context)
+        self.on_progress: Callable[[int, int], None] | None = None
         special = tokenizer.all_special_ids if drop_special else []
         self._special = torch.tensor(sorted(special), dtype=torch.int64)
         self._bos = begins_with_bos(tokenizer) if bos is None else bos
@@ -154,6 +158,29 @@ class ModelSource(Source):
         self.d = self._width("layer", self.sites)
         self._d_target = self._width("target", self.target_sites) if self._targets else None
         self._reader: tuple[int, int, Iterator[torch.Tensor]] | None = None
+
+    def expect(self, rows: int) -> None:
+        """So many rows will be asked for in all: a block need not hold more. Of no effect once
+        something has been read.
+
+        A sixteenth more is read for the tokens that are dropped.
+        """
+        if self._reader is None:
+            windows = -(-rows * 17 // (16 * (self.context - self._skip_first)))
+            self._windows_per_block = max(1, min(self._most_windows, windows))
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """As of a Source; blocks go on with the size that they had, if buffer_rows allows it."""
+        identity = state.get("identity") if isinstance(state, dict) else None
+        size = identity.get("windows_per_block") if isinstance(identity, dict) else None
+        before = self._windows_per_block
+        if self._reader is None and type(size) is int and 1 <= size <= self._most_windows:
+            self._windows_per_block = size
+        try:
+            super().load_state_dict(state)
+        except BaseException:
+            self._windows_per_block = before
+            raise
 
     def _width(self, name: str, sites: tuple[str, ...]) -> int:
         """Of sites together."""
@@ -239,11 +266,19 @@ class ModelSource(Source):
                 f"raise it"
             )
 
-    def _forward(self, windows: list[torch.Tensor], number: int) -> Rows:
+    def _forward(
+        self,
+        windows: list[torch.Tensor],
+        number: int,
+        tell: Callable[[int, int], None] | None = None,
+    ) -> Rows:
         """Activations of windows, the first of which is the epoch's `number`-th."""
         parts: list[Rows] = []
-        start = 0
+        start = done = 0
+        total = sum(map(len, windows))
         while start < len(windows):
+            if tell is not None:
+                tell(done, total)
             stop = start + 1
             while (
                 stop < min(len(windows), start + self._per_forward)
@@ -268,6 +303,9 @@ class ModelSource(Source):
                 part["targets"] = _join(kept, self.target_sites)
             parts.append(part)
             start = stop
+            done += tokens.numel()
+        if tell is not None:
+            tell(done, total)
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def next_batch(self, n: int | None = None) -> torch.Tensor | Batch:
@@ -308,7 +346,8 @@ class ModelSource(Source):
         pairs = zip(range(self._windows_per_block), reader, strict=False)
         windows = [window for _, window in pairs]
         self._reader = epoch, block + 1, reader
-        rows = self._forward(windows, block * self._windows_per_block) if windows else None
+        first = block * self._windows_per_block
+        rows = self._forward(windows, first, self.on_progress) if windows else None
         self._judge()
         return rows
 

@@ -17,7 +17,7 @@ import re
 import warnings
 import zlib
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -354,7 +354,7 @@ def write_shards(
     *,
     rows_per_shard: int = 65_536,
     dtype: torch.dtype | None = None,
-    metadata: dict[str, Any] | None = None,
+    metadata: dict[str, Any] | Callable[[], dict[str, Any]] | None = None,
 ) -> int:
     """Write activations as shards that `ShardSource` reads; returns the number of rows.
 
@@ -364,7 +364,8 @@ def write_shards(
             [n, d_out]`, and tensors `[n, ...]`, as `ModelSource.read` gives them.
         rows_per_shard: rows of every shard but the last.
         dtype: of the stored activations and targets; None keeps theirs.
-        metadata: JSON-able, returned by `read_index`.
+        metadata: JSON-able, returned by `read_index`; or a function that gives it once all rows are
+            written.
 
     Raises:
         FileExistsError: when the folder holds shards.
@@ -375,7 +376,8 @@ def write_shards(
             meanwhile; earlier shards stay.
     """
     folder = Path(folder).absolute()  # batches may come from code that changes the current one
-    check_json(metadata or {}, "write_shards: metadata")
+    if not callable(metadata):
+        check_json(metadata or {}, "write_shards: metadata")
     with explained("write_shards", "shards", folder, "choose another folder"):
         folder.mkdir(parents=True, exist_ok=True)
     with owned(folder, "write_shards") as mine:
@@ -431,8 +433,10 @@ def write_shards(
                     f"write_shards: {path} must stay until {INDEX} is written, got deleted or "
                     f"replaced; write the shards again into another folder"
                 )
+        told = metadata() if callable(metadata) else metadata or {}
+        check_json(told, "write_shards: metadata")
         with explained("write_shards", "the index", folder / INDEX, "free space"):
-            write_json(folder / INDEX, sealed({"shards": shards, "metadata": metadata or {}}))
+            write_json(folder / INDEX, sealed({"shards": shards, "metadata": told}))
     return sum(shard["rows"] for shard in shards)
 
 

@@ -183,7 +183,7 @@ class Source(ABC):
 def check_activations(owner: str, name: str, shape: list[int], dtype: torch.dtype) -> None:
     """`[rows, d]` floating and not empty, or TypeError / ValueError."""
     if len(shape) != 2:
-        raise ValueError(f"{owner}: {name} must be [rows, d], got {shape}; flatten it first")
+        raise ValueError(f"{owner}: {name} must be [rows, d], got {shape}; reshape it first")
     if not dtype.is_floating_point:
         raise TypeError(f"{owner}: {name} must be floating, got {dtype}; convert it with .float()")
     if 0 in shape:

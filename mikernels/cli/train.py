@@ -28,7 +28,7 @@ from mikernels.cli.options import ACTIVATIONS, OUTPUT, count, device_of, option
 if TYPE_CHECKING:
     import torch
 
-    from mikernels.activations import Source
+    from mikernels.activations import ModelSource
     from mikernels.models.sites import AnySite
 
 SAE, TRAINING = "SAE", "Training"
@@ -52,6 +52,14 @@ def train(
     field: Field = "text",
     context: Context = 256,
     skip_first: SkipFirst = 1,
+    save_activations: Annotated[
+        Path | None,
+        option(
+            "Keep what the model makes in this folder, and train on that; if it holds the same "
+            "already, no model is run.",
+            ACTIVATIONS,
+        ),
+    ] = None,
     features: Annotated[
         int | None, option("F, the number of features.", SAE, show_default="expansion x d")
     ] = None,
@@ -179,6 +187,9 @@ def train(
 
         mikernels train --model ~/models/gpt2 --layer 6 --text corpus.txt --tokens 10M
 
+        mikernels train --model model.gguf --layer 6 --text pile.jsonl.gz --tokens 10M \\
+            --save-activations acts/
+
         mikernels train --activations acts/ --arch jumprelu --k 64 --set bandwidth=0.1
 
         mikernels train --model gpt2 --layer 6 --site mlp_in --target-site mlp_out --text a.txt \\
@@ -214,6 +225,8 @@ def train(
             raise ValueError(f"train: --threads must be at least 1, got {threads}")
         torch.set_num_threads(threads)
     target = device_of("train", device)
+    if model is not None and layer and text and tokens is None:
+        raise ValueError("train: --tokens must be given with --model, e.g. --tokens 10M")
     inputs = read_inputs(
         "train",
         activations=activations,
@@ -227,11 +240,9 @@ def train(
         skip_first=skip_first,
     )
     targets = _targets(target_site, target_layer, site, layer)
-    source = _source(inputs, targets, batch_size, seed, target)
+    source = _source(inputs, targets, batch_size, seed, target, save_activations, tokens)
     if tokens is None:
-        tokens = getattr(source, "n_rows", None)
-        if tokens is None:
-            raise ValueError("train: --tokens must be given with --model, e.g. --tokens 10M")
+        tokens = source.n_rows
     config = TrainConfig(
         total_tokens=tokens,
         batch_size=batch_size,
@@ -256,7 +267,7 @@ def train(
     names = {f.name for f in fields(variant.config_type)}
     # what the source says, unless it is given
     if "n_layers" in names:
-        own.setdefault("n_layers", getattr(source, "n_layers", 1))
+        own.setdefault("n_layers", getattr(source, "n_layers", max(1, len(inputs.sites))))
     if "d_out" in names:
         own.setdefault("d_out", getattr(source, "d_out", source.d))
     width = source.d // own.get("n_layers", 1)
@@ -368,17 +379,36 @@ def _source(
     batch_size: int,
     seed: int,
     device: torch.device,
-) -> Source:
-    from mikernels.activations import ModelSource, ShardSource
+    save: Path | None,
+    tokens: int | None,
+) -> Any:
+    from mikernels.activations import ShardSource
 
     if inputs.activations:
-        if targets is not None:
-            raise ValueError(
-                f"train: --target-site and --target-layer must go with --model, got them with "
-                f"--activations {inputs.label}, whose shards hold their targets or none; leave "
-                f"them out"
-            )
+        for given, name in ((targets, "--target-site and --target-layer"),
+                            (save, "--save-activations")):  # fmt: skip
+            if given is not None:
+                raise ValueError(
+                    f"train: {name} must go with --model, got it with --activations "
+                    f"{inputs.label}, whose shards are as they are; leave it out"
+                )
         return ShardSource(inputs.activations, batch_size, seed)
+    if save is None:
+        return _model_source(inputs, targets, batch_size, seed, device)
+    assert tokens is not None
+    _save(save, inputs, targets, device, tokens)
+    return ShardSource(save, batch_size, seed)
+
+
+def _model_source(
+    inputs: Inputs,
+    targets: list[AnySite] | None,
+    batch_size: int | None,
+    seed: int,
+    device: torch.device,
+) -> ModelSource:
+    from mikernels.activations import ModelSource
+
     local = inputs.local()
     with local.reading():
         tokenizer, network = local.tokenizer(), local.model()
@@ -394,3 +424,50 @@ def _source(
         context=inputs.context,
         skip_first=inputs.skip_first,
     )
+
+
+def _save(
+    folder: Path,
+    inputs: Inputs,
+    targets: list[AnySite] | None,
+    device: torch.device,
+    rows: int,
+) -> None:
+    """Activations of the model in the folder, made unless they are there."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from mikernels.activations.saved import is_saved, save_activations
+
+    assert inputs.texts is not None
+    origin = {
+        "sites": [str(site) for site in inputs.sites],
+        "target_sites": [str(site) for site in targets or ()],
+        "field": inputs.texts.field,
+        "context": inputs.context,
+        "skip_first": inputs.skip_first,
+    }
+    files = {"model": inputs.local().files(), "texts": inputs.texts.files()}
+    if is_saved(folder, origin, files, rows):
+        print(f"activations: read from {folder}, which holds these")
+        return
+    source = _model_source(inputs, targets, None, 0, device)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed:,} of {task.total:,} rows"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task("activations", total=rows)
+        held = save_activations(
+            folder,
+            source,
+            rows,
+            origin,
+            files,
+            most=inputs.texts.most_tokens(),
+            on_progress=lambda done: progress.update(task, completed=done),
+        )
+        progress.update(task, completed=held, total=held)
+    print(f"activations: {held:,} rows in {folder}")

@@ -184,6 +184,13 @@ class LocalModel:
             self._options["gguf_file"] = gguf_file
         _check_no_kernels(folder)
 
+    def files(self) -> list[Path]:
+        """The files that decide weights, configuration and tokeniser."""
+        if self.gguf_file is not None:
+            return [self.folder / self.gguf_file]
+        read = (".json", ".safetensors", ".bin", ".model", ".txt", ".jinja")
+        return sorted(p for p in self.folder.iterdir() if p.suffix in read and p.is_file())
+
     @contextmanager
     def reading(self) -> Iterator[None]:
         """Quietly; while it is entered, a GGUF file is parsed once for all that is loaded."""

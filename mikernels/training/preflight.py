@@ -55,11 +55,11 @@ def check_fit(sae: SAE, source: BatchSource, config: TrainConfig) -> None:
             f"Trainer: source.d_out must be the SAE's d_out = {sae.config.d_out}, got {d_out}; "
             f"make the SAE for the width of these targets, or the source with others"
         )
-    size = getattr(source, "batch_size", config.batch_size)
-    if size != config.batch_size:
+    size = getattr(source, "batch_size", None)
+    if size not in (None, config.batch_size):
         raise ValueError(
             f"Trainer: source.batch_size must be config.batch_size = {config.batch_size}, got "
-            f"{size}; make the source with that batch size"
+            f"{size}; say it once, in TrainConfig, and leave it out of the source"
         )
     if config.cuda_graph and sae.shaped:
         raise ValueError(

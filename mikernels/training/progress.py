@@ -7,14 +7,15 @@ from types import TracebackType
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 
 def summary(row: dict[str, Any]) -> str:
-    """The numbers that are looked at, e.g. `FVU 0.2134  L0 31.9  dead 1.2%  51,200 tokens/s`."""
+    """The numbers that are looked at, e.g. `FVU 0.2134  L0 31.9  dead 1.2%  51,200 tokens/s,
+    waited 1.3 s`."""
     return (
         f"FVU {row['fvu']:.4f}  L0 {row['l0']:.1f}  dead {row['dead_fraction']:.1%}  "
-        f"{row['tokens_per_second']:,.0f} tokens/s"
+        f"{row['tokens_per_second']:,.0f} tokens/s, waited {row['waiting_seconds']:.1f} s"
     )
 
 
@@ -51,6 +52,7 @@ class Reporter:
             )
             self.bar = Progress(*columns, console=self.console, refresh_per_second=4)
             self.task = self.bar.add_task(title, total=total_steps, completed=step, numbers="")
+            self._collected: TaskID | None = None
 
     def __enter__(self) -> Reporter:
         if self.bar is not None:
@@ -69,6 +71,17 @@ class Reporter:
     def step(self, step: int) -> None:
         if self.bar is not None:
             self.bar.update(self.task, completed=step)
+
+    def collecting(self, done: int, total: int) -> None:
+        """Tokens that a model has read, of those that it reads before the next step."""
+        if self.bar is not None:
+            if self._collected is None:
+                self._collected = self.bar.add_task("activations", total=total, numbers="")
+            self.bar.update(
+                self._collected, completed=done, total=total, numbers="tokens", visible=done < total
+            )
+        elif done == 0 and not self.quiet:
+            self._line(f"activations: reading {total:,} tokens")
 
     def log(self, row: dict[str, Any]) -> None:
         if self.bar is not None:

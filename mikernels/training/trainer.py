@@ -4,15 +4,16 @@
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from mikernels._autocast import in_own_dtype
+from mikernels.activations.streams import as_source
 from mikernels.files import explained
 from mikernels.nn import SAE
 from mikernels.nn.batch_topk_sae import THRESHOLD_RATE
@@ -30,7 +31,7 @@ from mikernels.training.preflight import (
 )
 from mikernels.training.progress import Reporter
 from mikernels.training.state.checkpoint import checkpoints, save_checkpoint
-from mikernels.training.state.metrics import Clock, History, JsonLines, Means
+from mikernels.training.state.metrics import Clock, History, JsonLines, Means, Pace
 from mikernels.training.state.snapshot import OPEN, restore, take_snapshot
 from mikernels.training.steps.autograd import AutogradStep, dense_forward, sparse_forward
 from mikernels.training.steps.fused import FusedStep
@@ -40,13 +41,26 @@ from mikernels.values.batch import Batch
 METRICS = "metrics.jsonl"
 
 
+def _once(source: Any) -> TrainConfig:
+    """The settings of a run over every row once."""
+    rows = getattr(source, "n_rows", None)
+    if rows is None:
+        raise ValueError(
+            f"Trainer: config must be given for a {type(source).__name__}, which does not say how "
+            f"many rows it has, got none; pass TrainConfig(total_tokens=...)"
+        )
+    size = getattr(source, "batch_size", None)
+    return TrainConfig(rows) if size is None else TrainConfig(rows, size)
+
+
 class Trainer:
     """Trains a sparse autoencoder on activations.
 
     Args:
         sae: trained in place, on its device.
-        source: gives batches `[batch_size, d]`.
-        config: the run's settings.
+        source: gives batches; or activations `[n, d]` in memory, the path of shards, or any stream
+            of tensors, such as a DataLoader (`mikernels.activations.IterableSource`).
+        config: the run's settings; None: the defaults, for every row of the source once.
         step: replaces `config.step`: "fused", "autograd" or "dense".
         optimizer: of the SAE's parameters; None is the step's own Adam. Its lr is set each step.
         out_dir: for `metrics.jsonl` and `checkpoint-<step>/`; None writes nothing.
@@ -63,24 +77,29 @@ class Trainer:
     def __init__(
         self,
         sae: SAE,
-        source: BatchSource,
-        config: TrainConfig,
+        source: BatchSource | torch.Tensor | str | Path | Iterable[Any],
+        config: TrainConfig | None = None,
         *,
         step: str | None = None,
         optimizer: torch.optim.Optimizer | None = None,
         out_dir: str | Path | None = None,
         quiet: bool = False,
     ):
+        batches: BatchSource = as_source(source, 0 if config is None else config.seed)
+        if config is None:
+            config = _once(batches)
         if step is not None:
             config = TrainConfig.from_dict({**config.to_dict(), "step": step})
-        check_fit(sae, source, config)
+        check_fit(sae, batches, config)
+        if hasattr(batches, "expect"):
+            batches.expect(config.total_steps * config.tokens_per_step)
         if optimizer is not None:
             check_optimizer(sae, optimizer, config)
         # what was left open here, a resumed run takes from its checkpoint
         self.open = {"lr": config.lr is None}
         self.open |= {name: getattr(sae.config, name, 0) is None for name in OPEN}
         config = replace(config, lr=config.peak_lr(sae.config.n_features))
-        self.sae, self.source, self.config, self.quiet = sae, source, config, quiet
+        self.sae, self.source, self.config, self.quiet = sae, batches, config, quiet
         # where it is now: the process may go to another folder before it writes
         self.out_dir = None if out_dir is None else Path(out_dir).absolute()
         self._update: FusedStep | GraphedStep | AutogradStep
@@ -103,6 +122,7 @@ class Trainer:
         self.step = self.tokens = 0
         self.means = Means()
         self._clock = Clock(self.history.parts)
+        self._pace = Pace(sae.w_enc.device)
         self._saved = -1
         self._state_checked = False
 
@@ -164,7 +184,7 @@ class Trainer:
         # the counter of a loaded SAE may be anywhere; reading it each step would stall a GPU
         self._oldest = int(self.sae.tokens_since_fired.max()) - self.tokens
         self._mark()
-        with Interrupts() as interrupts, report, self._scaled():
+        with Interrupts() as interrupts, report, self._scaled(), self._telling(report):
             while self.step < total:
                 if not self._train_step():
                     report.note(
@@ -191,10 +211,14 @@ class Trainer:
 
     def _train_step(self) -> bool:
         count = self.config.accumulation
-        batches = take_batches(self.source, count, self.step * count + 1, self.sae)
+        with self._pace.waiting():
+            batches = take_batches(
+                self.source, count, self.step * count + 1, self.sae, self.config.batch_size
+            )
         if batches is None:
             return False
-        self._step_on(batches)
+        with self._pace.training():
+            self._step_on(batches)
         self.step += 1
         self.tokens += sum(map(len, batches))
         return True
@@ -269,12 +293,27 @@ class Trainer:
                 folder.check()
                 lines.check()
 
+    @contextmanager
+    def _telling(self, report: Reporter) -> Iterator[None]:
+        """A source that reads a model says how far it is, unless it tells somebody already."""
+        source: Any = self.source
+        if getattr(source, "on_progress", self) is not None:
+            yield
+            return
+        source.on_progress = report.collecting
+        try:
+            yield
+        finally:
+            source.on_progress = None
+
     def _mark(self) -> None:
-        self._since = (time.perf_counter(), self._clock.total(), self.step, self.tokens)
+        self._pace.mark()
+        self._since = (self._clock.total(), self.step, self.tokens)
 
     def _log(self, report: Reporter, lines: JsonLines | None) -> None:
-        wall, busy, step, tokens = self._since
+        busy, step, tokens = self._since
         means = self._finite_means()
+        training, waiting = self._pace.read()
         row = {
             "step": self.step,
             "tokens": self.tokens,
@@ -282,7 +321,8 @@ class Trainer:
             "dead_fraction": self.sae.dead().double().mean().item(),
             "lr": self.config.lr_at(self.step - 1),
             "k": self.config.k_at(self.step - 1, self.sae.k),
-            "tokens_per_second": (self.tokens - tokens) / (time.perf_counter() - wall),
+            "tokens_per_second": (self.tokens - tokens) / training,
+            "waiting_seconds": waiting,
             "step_ms": 1e3 * (self._clock.total() - busy) / max(1, self.step - step),
         }
         self.history.rows.append(row)

@@ -707,7 +707,7 @@ def test_rows_are_means_of_their_interval_and_parts_add_up() -> None:
     assert set(tens.parts) == set(PARTS) and all(tens.parts[name] > 0 for name in PARTS)
     total = sum(row["step_ms"] for row in tens.rows) * 10
     assert 1e3 * sum(tens.parts.values()) == pytest.approx(total)
-    # everything counts for tokens/s, the source too
+    # everything counts for tokens/s but the source
     busy = sum(BATCH * 10 / row["tokens_per_second"] for row in tens.rows)
     assert busy > sum(tens.parts.values())
     assert each.rows[0]["dead_fraction"] == 0
