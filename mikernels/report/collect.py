@@ -2,7 +2,7 @@
 """What is known of every feature, from one pass over the tokens.
 
     features = collect_features(sae, source.read(), tokenizer, model=model)
-    for view in features.views(0, features.n_features): ...
+    views = features.views(0, features.n_features)
 
 The pass keeps the activations by feature (`mikernels.evaluate.firing`: 8 bytes each, in memory or
 on disk), and of the text 28 bytes a token. Everything else is made from these when a view is asked
@@ -271,9 +271,11 @@ def collect_features(
         OSError: scratch cannot be written to.
 
     Example:
-        >>> source = ModelSource(model, tokenizer, 14, TextFiles(["a.txt"]))
+        >>> from mikernels.report import collect_features
+        >>> source = ModelSource(model, tokenizer, 1, ["The war lasted from 1732 to 17"] * 9)
         >>> features = collect_features(sae, source.read(), tokenizer, model=model)
-        >>> features.view(12).examples[0].tokens
+        >>> busiest = features.view(int(features.counts.argmax()))
+        >>> text, promoted = "".join(busiest.examples[0].tokens), busiest.promoted[0]
     """
     for name, number, least in (
         ("examples", examples, 1),
