@@ -39,7 +39,7 @@ SMALL = {
         "32_768": "2_048",
     },
     "docs/circuits.md": {"ioi(tokenizer, 100)": "ioi(tokenizer, 4)", "4_608": "128"},
-    "docs/operators.md": {},
+    "docs/report.md": {"20_000": "2_000", "4_608": "128"},
     "docs/training.md": {
         "100_000": "4_096",
         "24_576": "512",
@@ -80,7 +80,7 @@ def test_what_is_not_run_says_why() -> None:
     texts = [page.read_text(encoding="utf-8") for page in PAGES]
     marks = sum(len(re.findall(r"(?<!`)<!-- *not run", text)) for text in texts)
     assert marks == len(reasons), "a mark stands right before its block"
-    assert SMALL.keys() == {name_of(page) for page in WITH_PYTHON}
+    assert SMALL.keys() <= {name_of(page) for page in WITH_PYTHON}
 
 
 @pytest.mark.parametrize("page", WITH_PYTHON, ids=name_of)
@@ -89,18 +89,18 @@ def test_python_runs_from_top_to_bottom(page, monkeypatch, tmp_path) -> None:
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     space: dict[str, object] = {"__name__": "__main__"}
-    used = set()
+    used, small = set(), SMALL.get(name_of(page), {})
     for line, body, why in python(page):
         if why is not None:
             continue
-        for written, run in SMALL[name_of(page)].items():
+        for written, run in small.items():
             if written in body:
                 used.add(written)
                 body = body.replace(written, run)
         # an error names the page and the line
         tree = ast.increment_lineno(ast.parse(body), line - 1)
         exec(compile(tree, str(page), "exec"), space)
-    assert used == SMALL[name_of(page)].keys(), "nothing is made smaller that is not there"
+    assert used == small.keys(), "nothing is made smaller that is not there"
 
 
 def commands() -> list[tuple[str, str]]:
