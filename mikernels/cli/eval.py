@@ -208,7 +208,7 @@ def load_any(folder: Path, k: float | None = None) -> SAE:
     from mikernels.integrations import saelens
     from mikernels.integrations.saelens.form import CONFIG
     from mikernels.training import load_sae
-    from mikernels.training.state.checkpoint import STATE, checkpoints
+    from mikernels.training.state.checkpoint import STATE, checkpoints, runs_within
 
     if (folder / CONFIG).exists():
         return saelens.load_sae(folder, k=k)
@@ -218,9 +218,11 @@ def load_any(folder: Path, k: float | None = None) -> SAE:
         return load_sae(folder)
     if found := checkpoints(folder):
         return load_sae(found[-1])
+    names = runs_within(folder)
+    held = f", which holds the runs {', '.join(names)}: give one of these" if names else ""
     raise FileNotFoundError(
         f"eval: SAE must be a folder with a checkpoint ({STATE}), checkpoint-<step> folders or an "
-        f"SAE of SAELens ({CONFIG}), got {folder}"
+        f"SAE of SAELens ({CONFIG}), got {folder}{held}"
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from mikernels.activations.streams import IterableSource
 from mikernels.tensor_files import overlap
@@ -156,7 +156,10 @@ class TrainerGroup:
         ]
         check_space(places)
         errors = drive(
-            self.trainers, lambda: self._how_to_resume(how), self._generators, self._ended
+            self.trainers,
+            lambda failed: self._how_to_resume(how, failed),
+            self._generators,
+            self._ended,
         )
         if errors:
             first = next(iter(errors.values()))
@@ -168,8 +171,9 @@ class TrainerGroup:
         if isinstance(source, View):
             source.leave()
 
-    def _how_to_resume(self, how: str) -> str:
-        at = ", ".join(f"{name} at step {t.step:,}" for name, t in self.trainers.items())
+    def _how_to_resume(self, how: str, failed: Collection[str]) -> str:
+        saved = {name: t for name, t in self.trainers.items() if name not in failed}
+        at = ", ".join(f"{name} at step {t.step:,}" for name, t in saved.items())
         if all(t.out_dir is None for t in self.trainers.values()):
             return f"TrainerGroup: interrupted, {at}; nothing is saved without out_dir"
         return f"TrainerGroup: interrupted and saved, {at}; {how} to continue"
