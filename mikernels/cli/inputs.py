@@ -109,7 +109,7 @@ class Inputs:
         where: the command, for messages.
         activations: files and folders of activations; empty where a model makes them.
         model: as given; None with activations. texts: what it reads.
-        sites: places of it.
+        sites: places of it. targets: those that a run learned to reconstruct, if they are others.
         context, skip_first, skip, tokens: as the options.
     """
 
@@ -119,6 +119,7 @@ class Inputs:
     gguf_file: str | None
     texts: TextFiles | None
     sites: list[AnySite]
+    targets: list[AnySite]
     context: int
     skip_first: int
     skip: int
@@ -134,6 +135,57 @@ class Inputs:
         from mikernels.activations.shards import open_shards
 
         return open_shards(self.activations)
+
+    def saved(self, sae: SAE, batch_size: int) -> Iterator[Rows]:
+        """Rows of --activations from --skip on, as many as --tokens asks for.
+
+        Raises:
+            ValueError: the SAE is of another width; no row is left.
+        """
+        from mikernels.evaluate.judged import check_width
+
+        shards = self.shards()
+        for shard in shards:
+            check_width(self.where, sae, shard.d, str(shard.path))
+        held = sum(shard.rows for shard in shards)
+        if held <= self.skip:
+            raise ValueError(
+                f"{self.where}: --activations must hold rows after --skip {self.skip:,}, got "
+                f"{held:,} rows in {self.label}; give others, or a smaller --skip"
+            )
+        return self._parts(shards, batch_size)
+
+    def _parts(self, shards: list[Shard | ArrayShard], batch_size: int) -> Iterator[Rows]:
+        end = None if self.tokens is None else self.skip + self.tokens
+        first = 0
+        for shard in shards:
+            stop = shard.rows if end is None else min(shard.rows, end - first)
+            for start in range(max(0, self.skip - first), stop, batch_size):
+                yield shard.read(start, min(start + batch_size, stop))
+            first += shard.rows
+
+    def pieces(self) -> dict[str, str]:
+        """Of --activations the text of every token id.
+
+        Raises:
+            ValueError: they do not have it.
+        """
+        from mikernels.activations.shards import read_index
+
+        if len(self.activations) > 1:
+            raise ValueError(
+                f"{self.where}: --activations must be one folder where tokens are looked at, got "
+                f"{self.label}"
+            )
+        (folder,) = self.activations
+        metadata = read_index(folder)["metadata"] if folder.is_dir() else {}
+        pieces = metadata.get("pieces")
+        if not isinstance(pieces, dict):
+            raise ValueError(
+                f"{self.where}: {self.label} must have the metadata pieces (the text of every "
+                f"token id), got {sorted(metadata)}; give --model and --text instead"
+            )
+        return pieces
 
     def local(self) -> LocalModel:
         """The folder of --model, of which nothing has been read."""
@@ -151,12 +203,16 @@ class Inputs:
         from mikernels.evaluate.judged import check_width
 
         if self.activations:
-            rows, pieces = self._saved_rows()
+            from mikernels.activations.shards import load_rows
+
+            pieces = self.pieces()
+            rows, _ = load_rows(self.activations[0])
             check_width(self.where, sae, rows["activations"].shape[1], self.label)
             return rows, pieces, {"activations": self.label}
         import torch
 
         from mikernels.activations import ModelSource
+        from mikernels.activations.windows import text_of
 
         local = self.local()
         with local.reading():
@@ -172,7 +228,7 @@ class Inputs:
         check_width(self.where, sae, source.d, f"{self.model} at {', '.join(source.sites)}")
         parts = list(source.read_windows(self.windows(tokenizer)))
         rows = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        pieces = {str(i): tokenizer.decode([i]) for i in rows["token_ids"].unique().tolist()}
+        pieces = {str(i): text_of(tokenizer, i) for i in rows["token_ids"].unique().tolist()}
         assert self.texts is not None
         origin = {
             "model": self.model,
@@ -183,23 +239,6 @@ class Inputs:
             "tokens": TOKENS if self.tokens is None else self.tokens,
         }
         return rows, pieces, origin
-
-    def _saved_rows(self) -> tuple[Rows, dict[str, str]]:
-        from mikernels.activations.shards import load_rows
-
-        if len(self.activations) > 1:
-            raise ValueError(
-                f"{self.where}: --activations must be one folder where tokens are looked at, got "
-                f"{self.label}"
-            )
-        rows, metadata = load_rows(self.activations[0])
-        pieces = metadata.get("pieces")
-        if not isinstance(pieces, dict):
-            raise ValueError(
-                f"{self.where}: {self.label} must have the metadata pieces (the text of every "
-                f"token id), got {sorted(metadata)}; give --model and --text instead"
-            )
-        return rows, pieces
 
     def windows(self, tokenizer: Any, *, whole: bool = False) -> list[torch.Tensor]:
         """Windows of the tokens after --skip, as many as --tokens asks for.
@@ -308,6 +347,7 @@ def read_inputs(
         gguf_file,
         texts,
         sites,
+        _listed(run, "target") if run is not None and model is not None else [],
         context,
         skip_first,
         skip,
@@ -356,13 +396,18 @@ def model_path(where: str, model: str) -> Path:
 def site_of(run: Path) -> list[AnySite]:
     """Where in its model a run's activations are from, as ModelSource takes it; [] where nothing
     says it."""
+    return _listed(run, "layer")
+
+
+def _listed(run: Path, name: str) -> list[AnySite]:
+    """Of what a run says of its source."""
     from mikernels.training.state.checkpoint import STATE, checkpoints, load_checkpoint
 
     folder = run if (run / STATE).exists() else next(iter(reversed(checkpoints(run))), None)
     if folder is None:
         return []
-    site = load_checkpoint(folder)[2].source.get("identity", {}).get("layer")
-    return site if isinstance(site, list) else [] if site is None else [site]
+    found = load_checkpoint(folder)[2].source.get("identity", {}).get(name)
+    return found if isinstance(found, list) else [] if found is None else [found]
 
 
 def activations_of(run: Path) -> list[Path]:
