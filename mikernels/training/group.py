@@ -61,12 +61,15 @@ class TrainerGroup:
             one weight or out_dir, or with one source and several batch sizes.
 
     Example:
-        >>> source = ShardSource("activations/", 4096)
-        >>> group = TrainerGroup({
-        ...     f"k{k}": Trainer(TopKSAE(768, 24576, k), source, config, out_dir=f"out/k{k}")
-        ...     for k in (16, 32, 64)
-        ... })
-        >>> histories = group.run()
+        >>> source = TensorSource(torch.randn(256, 8))
+        >>> config = TrainConfig(total_tokens=256, batch_size=64)
+        >>> trainers = {
+        ...     f"k{k}": Trainer(TopKSAE(8, 32, k), source, config, out_dir=f"out/k{k}", quiet=True)
+        ...     for k in (2, 4)
+        ... }
+        >>> histories = TrainerGroup(trainers).run()
+        >>> [history.column("k") for history in histories.values()]
+        [[2], [4]]
     """
 
     def __init__(self, trainers: Mapping[str, Trainer]):
