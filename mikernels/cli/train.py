@@ -265,8 +265,6 @@ def train(
             raise ValueError(f"train: --threads must be at least 1, got {threads}")
         torch.set_num_threads(threads)
     target = device_of("train", device)
-    if model is not None and (layer or each) and text and tokens is None:
-        raise ValueError("train: --tokens must be given with --model, e.g. --tokens 10M")
     inputs = read_inputs(
         "train",
         activations=activations,
@@ -280,6 +278,8 @@ def train(
         context=context,
         skip_first=skip_first,
     )
+    if inputs.model is not None and tokens is None:
+        raise ValueError("train: --tokens must be given with --model, e.g. --tokens 10M")
     if each and save_activations is not None:
         raise ValueError(
             f"train: --save-activations must go with one place, got --sites of {len(each)}; keep "
