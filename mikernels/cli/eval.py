@@ -29,8 +29,6 @@ from mikernels.cli.options import device_of, option
 from mikernels.cli.train import sparsity
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     import torch
     from rich.console import Console
 
@@ -225,34 +223,13 @@ def load_any(folder: Path, k: float | None = None) -> SAE:
 
 
 def _by_rows(sae: SAE, inputs: Inputs, batch_size: int) -> Reconstruction:
-    from mikernels.activations.arrays import ArrayShard
-    from mikernels.activations.shards import Shard
     from mikernels.evaluate import measure_reconstruction
     from mikernels.evaluate.judged import check_width
 
-    shards = inputs.shards()
-    for shard in shards:
+    for shard in inputs.shards():
         check_width("eval", sae, shard.d, str(shard.path))
-    held, skip = sum(shard.rows for shard in shards), inputs.skip
-    if held <= skip:
-        raise ValueError(
-            f"eval: --activations must hold rows after --skip {skip:,}, got {held:,} rows in "
-            f"{inputs.label}; give others, or a smaller --skip"
-        )
-    end = held if inputs.tokens is None else min(held, skip + inputs.tokens)
-
-    def rows() -> Iterator[torch.Tensor]:
-        first = 0
-        for shard in shards:
-            yield from _part(shard, skip - first, end - first)
-            first += shard.rows
-
-    def _part(shard: Shard | ArrayShard, start: int, stop: int) -> Iterator[torch.Tensor]:
-        stop = min(stop, shard.rows)
-        for at in range(max(start, 0), stop, batch_size):
-            yield shard.read(at, min(at + batch_size, stop))["activations"].float()
-
-    return measure_reconstruction(sae, rows(), batch_size)
+    rows = (part["activations"].float() for part in inputs.parts(batch_size))
+    return measure_reconstruction(sae, rows, batch_size)
 
 
 def _load(

@@ -184,22 +184,46 @@ class Inputs:
         }
         return rows, pieces, origin
 
+    def parts(self, rows: int) -> Iterator[Rows]:
+        """Rows of --activations after --skip, as many as --tokens asks for, some at a time.
+
+        Raises:
+            ValueError: there are none.
+        """
+        shards = self.shards()
+        held = sum(shard.rows for shard in shards)
+        if held <= self.skip:
+            raise ValueError(
+                f"{self.where}: --activations must hold rows after --skip {self.skip:,}, got "
+                f"{held:,} rows in {self.label}; give others, or a smaller --skip"
+            )
+        end = held if self.tokens is None else min(held, self.skip + self.tokens)
+        first = 0
+        for shard in shards:
+            stop = min(shard.rows, end - first)
+            for at in range(max(0, self.skip - first), stop, rows):
+                yield shard.read(at, min(at + rows, stop))
+            first += shard.rows
+
     def _saved_rows(self) -> tuple[Rows, dict[str, str]]:
-        from mikernels.activations.shards import load_rows
+        import torch
+
+        from mikernels.activations.shards import read_index
 
         if len(self.activations) > 1:
             raise ValueError(
                 f"{self.where}: --activations must be one folder where tokens are looked at, got "
                 f"{self.label}"
             )
-        rows, metadata = load_rows(self.activations[0])
+        metadata = read_index(self.activations[0])["metadata"]
         pieces = metadata.get("pieces")
         if not isinstance(pieces, dict):
             raise ValueError(
                 f"{self.where}: {self.label} must have the metadata pieces (the text of every "
                 f"token id), got {sorted(metadata)}; give --model and --text instead"
             )
-        return rows, pieces
+        parts = list(self.parts(TOKENS))
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}, pieces
 
     def windows(self, tokenizer: Any, *, whole: bool = False) -> list[torch.Tensor]:
         """Windows of the tokens after --skip, as many as --tokens asks for.
