@@ -17,7 +17,7 @@ import re
 import warnings
 import zlib
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -317,6 +317,14 @@ class ShardSource(Source):
         chunks = [-(-shard.rows // CHUNK_ROWS) for shard in self._shards]
         self._first_chunk = [0, *accumulate(chunks)]
         self._chunk_order: tuple[int, torch.Tensor] | None = None
+
+    def read(self, rows: int = 4096) -> Iterator[Rows]:
+        """One epoch in the order in which it was written, at most so many rows at a time."""
+        if rows < 1:
+            raise ValueError(f"ShardSource: rows must be at least 1, got {rows}")
+        for shard in self._shards:
+            for start in range(0, shard.rows, rows):
+                yield shard.read(start, start + rows)
 
     def _load(self, epoch: int, block: int) -> Rows | None:
         if self._chunk_order is None or self._chunk_order[0] != epoch:

@@ -8,7 +8,7 @@ refuses what does not fit together before a model is read.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -109,7 +109,7 @@ class Inputs:
         where: the command, for messages.
         activations: files and folders of activations; empty where a model makes them.
         model: as given; None with activations. texts: what it reads.
-        sites: places of it.
+        sites: places of it. targets: those that a run learned to reconstruct, if they are others.
         context, skip_first, skip, tokens: as the options.
     """
 
@@ -119,6 +119,7 @@ class Inputs:
     gguf_file: str | None
     texts: TextFiles | None
     sites: list[AnySite]
+    targets: list[AnySite]
     context: int
     skip_first: int
     skip: int
@@ -135,6 +136,57 @@ class Inputs:
 
         return open_shards(self.activations)
 
+    def saved(self, sae: SAE, batch_size: int) -> Iterator[Rows]:
+        """Rows of --activations from --skip on, as many as --tokens asks for.
+
+        Raises:
+            ValueError: the SAE is of another width; no row is left.
+        """
+        from mikernels.evaluate.judged import check_width
+
+        shards = self.shards()
+        for shard in shards:
+            check_width(self.where, sae, shard.d, str(shard.path))
+        held = sum(shard.rows for shard in shards)
+        if held <= self.skip:
+            raise ValueError(
+                f"{self.where}: --activations must hold rows after --skip {self.skip:,}, got "
+                f"{held:,} rows in {self.label}; give others, or a smaller --skip"
+            )
+        return self._parts(shards, batch_size)
+
+    def _parts(self, shards: list[Shard | ArrayShard], batch_size: int) -> Iterator[Rows]:
+        end = None if self.tokens is None else self.skip + self.tokens
+        first = 0
+        for shard in shards:
+            stop = shard.rows if end is None else min(shard.rows, end - first)
+            for start in range(max(0, self.skip - first), stop, batch_size):
+                yield shard.read(start, min(start + batch_size, stop))
+            first += shard.rows
+
+    def pieces(self) -> dict[str, str]:
+        """Of --activations the text of every token id.
+
+        Raises:
+            ValueError: they do not have it.
+        """
+        from mikernels.activations.shards import read_index
+
+        if len(self.activations) > 1:
+            raise ValueError(
+                f"{self.where}: --activations must be one folder where tokens are looked at, got "
+                f"{self.label}"
+            )
+        (folder,) = self.activations
+        metadata = read_index(folder)["metadata"] if folder.is_dir() else {}
+        pieces = metadata.get("pieces")
+        if not isinstance(pieces, dict):
+            raise ValueError(
+                f"{self.where}: {self.label} must have the metadata pieces (the text of every "
+                f"token id), got {sorted(metadata)}; give --model and --text instead"
+            )
+        return pieces
+
     def local(self) -> LocalModel:
         """The folder of --model, of which nothing has been read."""
         from mikernels.models.load import LocalModel
@@ -148,15 +200,15 @@ class Inputs:
         Raises:
             ValueError: the SAE is of another width; shards without tokens.
         """
-        from mikernels.evaluate.judged import check_width
-
-        if self.activations:
-            rows, pieces = self._saved_rows()
-            check_width(self.where, sae, rows["activations"].shape[1], self.label)
-            return rows, pieces, {"activations": self.label}
         import torch
 
+        if self.activations:
+            pieces, parts = self.pieces(), list(self.saved(sae, TOKENS))
+            rows = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+            return rows, pieces, {"activations": self.label, "skip": self.skip}
         from mikernels.activations import ModelSource
+        from mikernels.activations.windows import text_of
+        from mikernels.evaluate.judged import check_width
 
         local = self.local()
         with local.reading():
@@ -172,7 +224,7 @@ class Inputs:
         check_width(self.where, sae, source.d, f"{self.model} at {', '.join(source.sites)}")
         parts = list(source.read_windows(self.windows(tokenizer)))
         rows = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        pieces = {str(i): tokenizer.decode([i]) for i in rows["token_ids"].unique().tolist()}
+        pieces = {str(i): text_of(tokenizer, i) for i in rows["token_ids"].unique().tolist()}
         assert self.texts is not None
         origin = {
             "model": self.model,
@@ -183,47 +235,6 @@ class Inputs:
             "tokens": TOKENS if self.tokens is None else self.tokens,
         }
         return rows, pieces, origin
-
-    def parts(self, rows: int) -> Iterator[Rows]:
-        """Rows of --activations after --skip, as many as --tokens asks for, some at a time.
-
-        Raises:
-            ValueError: there are none.
-        """
-        shards = self.shards()
-        held = sum(shard.rows for shard in shards)
-        if held <= self.skip:
-            raise ValueError(
-                f"{self.where}: --activations must hold rows after --skip {self.skip:,}, got "
-                f"{held:,} rows in {self.label}; give others, or a smaller --skip"
-            )
-        end = held if self.tokens is None else min(held, self.skip + self.tokens)
-        first = 0
-        for shard in shards:
-            stop = min(shard.rows, end - first)
-            for at in range(max(0, self.skip - first), stop, rows):
-                yield shard.read(at, min(at + rows, stop))
-            first += shard.rows
-
-    def _saved_rows(self) -> tuple[Rows, dict[str, str]]:
-        import torch
-
-        from mikernels.activations.shards import read_index
-
-        if len(self.activations) > 1:
-            raise ValueError(
-                f"{self.where}: --activations must be one folder where tokens are looked at, got "
-                f"{self.label}"
-            )
-        metadata = read_index(self.activations[0])["metadata"]
-        pieces = metadata.get("pieces")
-        if not isinstance(pieces, dict):
-            raise ValueError(
-                f"{self.where}: {self.label} must have the metadata pieces (the text of every "
-                f"token id), got {sorted(metadata)}; give --model and --text instead"
-            )
-        parts = list(self.parts(TOKENS))
-        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}, pieces
 
     def windows(self, tokenizer: Any, *, whole: bool = False) -> list[torch.Tensor]:
         """Windows of the tokens after --skip, as many as --tokens asks for.
@@ -275,6 +286,7 @@ def read_inputs(
     layers: list[int] | None = None,
     run: Path | None = None,
     site: str = "residual",
+    sites: Sequence[AnySite] = (),
     text: list[Path] | None = None,
     field: str = "text",
     context: int = 256,
@@ -286,6 +298,7 @@ def read_inputs(
 
     Args:
         where: the command.
+        sites: instead of layers and site.
         run: what may say the site where --layer does not; --layer must be given without.
         The rest: as the options.
 
@@ -297,7 +310,7 @@ def read_inputs(
             f"{where}: give either --activations PATH, or --model PATH with --layer NUMBER and "
             f"--text FILE"
         )
-    sites = sites_of(where, "--site", site, layers)
+    sites = list(sites) or sites_of(where, "--site", site, layers)
     if activations:
         given = {"--text": text, "--gguf-file": gguf_file}
         if left := [name for name, value in given.items() if value]:
@@ -330,6 +343,7 @@ def read_inputs(
         gguf_file,
         texts,
         sites,
+        _listed(run, "target") if run is not None and model is not None else [],
         context,
         skip_first,
         skip,
@@ -378,13 +392,18 @@ def model_path(where: str, model: str) -> Path:
 def site_of(run: Path) -> list[AnySite]:
     """Where in its model a run's activations are from, as ModelSource takes it; [] where nothing
     says it."""
+    return _listed(run, "layer")
+
+
+def _listed(run: Path, name: str) -> list[AnySite]:
+    """Of what a run says of its source."""
     from mikernels.training.state.checkpoint import STATE, checkpoints, load_checkpoint
 
     folder = run if (run / STATE).exists() else next(iter(reversed(checkpoints(run))), None)
     if folder is None:
         return []
-    site = load_checkpoint(folder)[2].source.get("identity", {}).get("layer")
-    return site if isinstance(site, list) else [] if site is None else [site]
+    found = load_checkpoint(folder)[2].source.get("identity", {}).get(name)
+    return found if isinstance(found, list) else [] if found is None else [found]
 
 
 def activations_of(run: Path) -> list[Path]:

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mikernels.cli.eval import load_any
 from mikernels.cli.figures import Json, check_json, write_figures
 from mikernels.cli.inputs import (
     Activations,
@@ -30,6 +29,7 @@ from mikernels.cli.inputs import (
     activations_of,
     read_inputs,
 )
+from mikernels.cli.judged import load_any
 from mikernels.cli.options import ACTIVATIONS, device_of, option
 
 if TYPE_CHECKING:
@@ -153,7 +153,7 @@ def rate(
     if not path.exists():
         with owned(folder, "rate"):
             if run.is_dir():
-                sae = load_any(run, k).to(device_of("rate", device)).eval()
+                sae = load_any(run, k, "rate").to(device_of("rate", device)).eval()
                 if not activations and model is None:
                     activations = activations_of(run)
                 inputs = read_inputs(

@@ -94,6 +94,13 @@ class Pace:
         self._waited += time.perf_counter() - start
 
     @contextmanager
+    def away(self) -> Iterator[None]:
+        """The turns of other runs, which are not this one's time."""
+        start = time.perf_counter()
+        yield
+        self._start += time.perf_counter() - start
+
+    @contextmanager
     def training(self) -> Iterator[None]:
         if self._device.type != "cuda":
             yield
@@ -165,7 +172,10 @@ class JsonLines:
         self.path = path
         self.kept: list[dict[str, Any]] = []
         if os.path.lexists(path):
-            self.kept = [row for row in _complete_rows(path) if row["step"] <= last_step]
+            fix = "move the file away to resume without its history"
+            self.kept = [
+                row for row in complete_rows(path, "Trainer", fix) if row["step"] <= last_step
+            ]
             with self._explained():
                 write_atomic(path, "".join(json.dumps(row) + "\n" for row in self.kept))
         with self._explained():
@@ -238,12 +248,12 @@ class JsonLines:
         return explained("Trainer", "metrics", self.path, fix)
 
 
-def _complete_rows(path: Path) -> Iterator[dict[str, Any]]:
+def complete_rows(path: Path, where: str, fix: str) -> Iterator[dict[str, Any]]:
+    """The lines of a `metrics.jsonl`, without one that a kill cut short."""
     from mikernels.schema import Row, check
 
-    fix = "move the file away to resume without its history"
     if kind := irregular(os.lstat(path).st_mode):
-        raise ValueError(f"Trainer: {path} must be a file of JSON lines, got {kind}; {fix}")
+        raise ValueError(f"{where}: {path} must be a file of JSON lines, got {kind}; {fix}")
     whole = path.read_bytes()
     # what follows the last line's end was cut short by a kill
     lines = whole.split(b"\n")[:-1]
@@ -252,8 +262,8 @@ def _complete_rows(path: Path) -> Iterator[dict[str, Any]]:
             row = parse_json(line)
         except ValueError as error:
             raise ValueError(
-                f"Trainer: {path} must hold one JSON object a line, got line {number}: "
+                f"{where}: {path} must hold one JSON object a line, got line {number}: "
                 f"{line[:60].decode(errors='backslashreplace')!r} ({error}); {fix}"
             ) from error
-        check(Row, row, "Trainer", f"{path} line {number}", fix)
+        check(Row, row, where, f"{path} line {number}", fix)
         yield row
