@@ -203,7 +203,8 @@ class ModelSource(Source):
             TypeError, ValueError, ...: as for a ModelSource; no layer, or not a target for each.
 
         Example:
-            >>> sources = ModelSource.each(model, tokenizer, [3, 7, "7.mlp_out"], texts)
+            >>> places = [3, 7, "7.mlp_out"]
+            >>> sources = ModelSource.each(model, tokenizer, places, texts)  # doctest: +SKIP
         """
         layers = list(layers)
         if not layers or (targets is not None and len(targets) != len(layers)):

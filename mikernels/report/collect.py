@@ -243,9 +243,10 @@ def collect_features(
         OSError: scratch cannot be written to.
 
     Example:
-        >>> source = ModelSource(model, tokenizer, 14, TextFiles(["a.txt"]))
-        >>> features = collect_features(sae, source.read(), tokenizer, model=model)
-        >>> features.view(12).examples[0].tokens
+        >>> source = ModelSource(model, tokenizer, 14, TextFiles(["a.txt"]))  # doctest: +SKIP
+        >>> rows = source.read()  # doctest: +SKIP
+        >>> features = collect_features(sae, rows, tokenizer, model=model)  # doctest: +SKIP
+        >>> features.view(12).examples[0].tokens  # doctest: +SKIP
     """
     for name, number, least in (
         ("examples", examples, 1),

@@ -100,8 +100,8 @@ def export(features: Features, folder: str | Path, source: Source, *, batch: int
         OSError: a file cannot be written. Then, and when it is interrupted, nothing is left.
 
     Example:
-        >>> source = neuronpedia.Source("smollm2-135m", 14, "res-4k", creator_id="...", ...)
-        >>> neuronpedia.export(features, "export", source)
+        >>> source = neuronpedia.Source("smollm2-135m", 14, "res-4k", ...)  # doctest: +SKIP
+        >>> neuronpedia.export(features, "export", source)  # doctest: +SKIP
     """
     if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
         raise ValueError(f"{NAME}: batch must be at least 1, got {batch!r}")

@@ -61,12 +61,12 @@ class TrainerGroup:
             one weight or out_dir, or with one source and several batch sizes.
 
     Example:
-        >>> source = ShardSource("activations/", 4096)
-        >>> group = TrainerGroup({
+        >>> source = ShardSource("activations/", 4096)  # doctest: +SKIP
+        >>> group = TrainerGroup({  # doctest: +SKIP
         ...     f"k{k}": Trainer(TopKSAE(768, 24576, k), source, config, out_dir=f"out/k{k}")
         ...     for k in (16, 32, 64)
         ... })
-        >>> histories = group.run()
+        >>> histories = group.run()  # doctest: +SKIP
     """
 
     def __init__(self, trainers: Mapping[str, Trainer]):

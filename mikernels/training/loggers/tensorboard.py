@@ -24,7 +24,8 @@ class TensorBoardLogger:
             at a time.
 
     Example:
-        >>> Trainer(sae, source, config, out_dir="out/sae", log_to=[TensorBoardLogger()]).run()
+        >>> logger = TensorBoardLogger()  # doctest: +SKIP
+        >>> Trainer(sae, source, config, out_dir="out/sae", log_to=[logger])  # doctest: +SKIP
     """
 
     def __init__(self, folder: str | Path | None = None):

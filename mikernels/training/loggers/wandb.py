@@ -29,7 +29,8 @@ class WandbLogger:
         ValueError: later, for one object with two runs at a time.
 
     Example:
-        >>> Trainer(sae, source, config, out_dir="out/sae", log_to=[WandbLogger(project="saes")])
+        >>> logger = WandbLogger(project="saes")  # doctest: +SKIP
+        >>> Trainer(sae, source, config, out_dir="out/sae", log_to=[logger])  # doctest: +SKIP
     """
 
     def __init__(self, **options: Any):
