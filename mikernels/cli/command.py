@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The `mikernels` command: info, demo, train, eval, circuits, rate, accelerate, bench, tune."""
+"""The `mikernels` command: info, demo, train, eval, circuits, rate, accelerate, replay, bench,
+tune."""
 
 from __future__ import annotations
 
@@ -17,6 +18,7 @@ from mikernels.cli.accelerate import accelerate
 from mikernels.cli.circuits import circuits
 from mikernels.cli.eval import evaluate
 from mikernels.cli.rate import rate
+from mikernels.cli.replay import replay
 from mikernels.cli.train import train
 
 app = typer.Typer(
@@ -151,6 +153,7 @@ app.command("eval")(evaluate)
 app.command()(rate)
 app.command()(circuits)
 app.command()(accelerate)
+app.command()(replay)
 
 
 @app.command(
