@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The `mikernels` command: info, demo, train, eval, circuits, rate, accelerate, replay, bench,
-tune."""
+"""The `mikernels` command: info, demo, train, plan, eval, circuits, rate, accelerate, replay,
+bench, tune."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from mikernels._version import __version__
 from mikernels.cli.accelerate import accelerate
 from mikernels.cli.circuits import circuits
 from mikernels.cli.eval import evaluate
+from mikernels.cli.plan import plan
 from mikernels.cli.rate import rate
 from mikernels.cli.replay import replay
 from mikernels.cli.train import train
@@ -149,6 +150,7 @@ def demo(
 
 
 app.command()(train)
+app.command()(plan)
 app.command("eval")(evaluate)
 app.command()(rate)
 app.command()(circuits)

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mikernels.cli.planned import Planned
+
 if TYPE_CHECKING:
     import torch
 
@@ -199,6 +201,9 @@ def train(
     export_saelens: Annotated[
         Path | None, option("Also write the SAE for SAELens to this folder.", OUTPUT)
     ] = None,
+    plan: Annotated[
+        bool, option("Say what the run would take, as `mikernels plan` does.", OUTPUT, "--plan")
+    ] = False,
 ) -> None:
     """Train an SAE or transcoder on your own activations, or on those of a local model over text.
 
@@ -296,6 +301,10 @@ def train(
     generator = torch.Generator().manual_seed(seed)
     more = {"generator": generator, "encoder_scale": encoder_scale}
     sae = variant(source.d, **{**given, "loss": loss, **own, **more}).to(target)  # type: ignore[call-arg, arg-type]
+    if plan:
+        (plan if isinstance(plan, Planned) else Planned()).show(
+            sae, source, config, make_optimizer, out
+        )
     chosen = None
     if make_optimizer is not None:
         rate = config.peak_lr(sae.config.n_features)

@@ -2,8 +2,9 @@
 """Trainer, its configuration and history, checkpoints."""
 
 from mikernels.training.config import TrainConfig
+from mikernels.training.planning import Plan, plan
 from mikernels.training.state.checkpoint import load_sae
 from mikernels.training.state.metrics import History
 from mikernels.training.trainer import Trainer
 
-__all__ = ["History", "TrainConfig", "Trainer", "load_sae"]
+__all__ = ["History", "Plan", "TrainConfig", "Trainer", "load_sae", "plan"]
