@@ -7,31 +7,14 @@ import functools
 import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 # before the extension, which links to the libraries that torch loads
 import torch
 
-from mikernels.files import read_json
+from mikernels._built import build_facts
 
 LEVELS = ("portable", "avx2", "avxvnni", "avx512", "amx")
-
-
-def build_facts() -> dict[str, Any]:
-    """What setup.py recorded when it built (or did not build) the extension."""
-    path = Path(__file__).with_name("_build.json")
-    if not path.exists():
-        return {"extension": False, "reason": "not installed: run `pip install -e .`"}
-    fix = "reinstall mikernels"
-    try:
-        facts = read_json(path, "mikernels", "the facts of a build", fix)
-    except (OSError, ValueError) as error:
-        return {"extension": False, "reason": str(error)}
-    if not isinstance(facts, dict) or not isinstance(facts.get("cuda", {}), dict):
-        return {"extension": False, "reason": f"{path} must hold the facts of a build; {fix}"}
-    return facts
 
 
 def _load() -> tuple[ModuleType | None, str]:

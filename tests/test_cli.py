@@ -2,6 +2,7 @@
 """The `mikernels` command: what it prints, what it writes, how it fails."""
 
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -74,9 +75,9 @@ def test_info_json_holds_the_same_facts(command):
     if not torch.cuda.is_available():
         assert not any(op["triton"] == "ready" for op in facts["operators"].values())
     assert {"encode", "decode", "row_topk"} <= facts["operators"].keys()
-    # as the README has it
-    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-    rows = readme.split("## Operators\n")[1].split("\n## ")[0].splitlines()
+    # as the documentation has it
+    page = (Path(__file__).parents[1] / "docs" / "operators.md").read_text(encoding="utf-8")
+    rows = page.splitlines()
     for name in facts["not_run"]["cuda"]:
         (row,) = (row for row in rows if row.startswith(f"| `{name}`"))
         assert "compiles, not run on a GPU" in row
@@ -110,6 +111,30 @@ def test_help_shows_examples_and_groups(command, monkeypatch, name):
         assert all(panel in out for panel in ("Activations", "SAE", "Training", "Output"))
 
 
+def test_every_command_that_prints_figures_writes_them_too():
+    commands = typer.main.get_command(cli.app).commands
+    without = {
+        name for name, c in commands.items() if all("--json" not in p.opts for p in c.params)
+    }
+    # it has options of its own, tested with it; a table is what it writes
+    assert without == {"bench", "tune"}
+
+
+def test_completion_knows_commands_and_options_without_torch(run_python):
+    script = """
+    import sys
+    from mikernels.cli import app
+    sys.argv = ["mikernels"]
+    try:
+        app(prog_name="mikernels")
+    finally:
+        print("torch" in sys.modules)
+    """
+    words = {"_MIKERNELS_COMPLETE": "complete_bash", "COMP_WORDS": "mikernels train --tar"}
+    said = run_python(script, COMP_CWORD="2", **words)
+    assert said.split() == ["--target-site", "--target-layer", "False"]
+
+
 def test_bench_hands_its_arguments_on(command):
     code, out, _ = command("bench", "--list")
     assert code == 0
@@ -127,8 +152,11 @@ def test_train_writes_metrics_and_a_checkpoint(command, acts, tmp_path):
 
 
 def test_train_resumes_to_the_losses_of_an_uninterrupted_run(command, acts, tmp_path):
-    common = ("train", "--activations", acts, *SMALL)
-    assert command(*common, "--out", tmp_path / "whole", "--tokens", "1k")[0] == 0
+    common, figures = ("train", "--activations", acts, *SMALL), tmp_path / "figures.json"
+    whole = (*common, "--out", tmp_path / "whole", "--tokens", "1k", "--json", figures)
+    assert command(*whole)[0] == 0
+    last = json.loads((tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert json.loads(figures.read_text())["last"] == last and last["step"] == 20
     assert command(*common, "--out", tmp_path / "parts", "--tokens", 350)[0] == 0
     code, out, _ = command(*common, "--out", tmp_path / "parts", "--tokens", "1k", "--resume")
     assert code == 0
@@ -344,9 +372,13 @@ def test_an_error_that_is_not_the_users_has_code_1(command, acts, tmp_path, monk
 
 
 @pytest.mark.parametrize(("agree", "code"), [(True, 0), (False, 1)])
-def test_demo_fails_when_the_losses_disagree(command, monkeypatch, agree, code):
-    monkeypatch.setattr("mikernels.demo.run.run_demo", lambda *_: agree)
-    assert command("demo", "--data", "mnist")[0] == code
+def test_demo_fails_when_the_losses_disagree(command, monkeypatch, tmp_path, agree, code):
+    monkeypatch.setattr("mikernels.demo.run.run_demo", lambda *_: {"agree": agree, "x": math.nan})
+    figures = tmp_path / "demo.json"
+    assert command("demo", "--data", "mnist", "--json", figures)[0] == code
+    assert json.loads(figures.read_text()) == {"agree": agree, "x": None}
+    # refused before anything is trained
+    assert command("demo", "--json", tmp_path / "no" / "demo.json")[0] == 2
 
 
 def test_demo_refuses_bad_options(command):

@@ -24,7 +24,8 @@ LAYERS = (
     ("base",),
     ("values",),
     ("ops",),
-    # the public names of all below: mikernels/__init__.py
+    # the public names of all below: mikernels/_public.py and __init__.py
+    ("_public",),
     ("mikernels",),
     ("nn", "optim", "models"),
     ("activations",),
@@ -56,10 +57,19 @@ def modules():
     return found
 
 
-def names_of(module, path):
+def at_once(tree):
+    """The statements that run when a file is imported."""
+    for node in tree.body:
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            continue
+        if not isinstance(node, ast.FunctionDef | ast.ClassDef):
+            yield from ast.walk(node)
+
+
+def names_of(module, path, nodes=ast.walk):
     """What a file imports, as written, with relative names resolved."""
     package = module if path.name == "__init__.py" else module.rpartition(".")[0]
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in nodes(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from ((alias.name, "") for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -72,12 +82,12 @@ def names_of(module, path):
             yield text.lstrip("f").strip("'\"").split("{")[0].rstrip("."), ""
 
 
-def imports():
+def imports(nodes=ast.walk):
     """`module -> modules of ours`, each as the file that is meant."""
     known = modules()
     found = {module: set() for module in known}
     for module, path in known.items():
-        for base, name in names_of(module, path):
+        for base, name in names_of(module, path, nodes):
             if base.split(".")[0] not in ("mikernels", "kernels", "bench"):
                 continue
             whole = f"{base}.{name}".rstrip(".")
@@ -90,7 +100,7 @@ def imports():
 
 def room(module):
     top = module.split(".")[1] if "." in module else module
-    private = top.startswith("_") and top != "_C"
+    private = top.startswith("_") and top not in ("_C", "_public")
     return "base" if private or top in BASE else top
 
 
@@ -122,6 +132,11 @@ def test_no_circles():
         TopologicalSorter(graph).prepare()
     except CycleError as error:
         raise AssertionError(f"imports in a circle: {' <- '.join(error.args[1])}") from None
+
+
+def test_any_file_can_be_imported_first():
+    """No exceptions here: what closes a circle is imported where it is called."""
+    TopologicalSorter(imports(at_once)).prepare()
 
 
 def test_exceptions_are_imports_that_there_are():

@@ -112,6 +112,12 @@ class _Switch:
 _switch = _Switch()
 
 
+def refresh() -> None:
+    """Let the operators that are registered by now do as the levels say."""
+    with _lock:
+        _switch.refresh()
+
+
 def _watch() -> None:
     """Hear of levels that are set by `logging`, of loggers that there may have been before us."""
 
@@ -127,7 +133,6 @@ def _watch() -> None:
 
     vars(_logger)["setLevel"] = of_operators
     vars(_parent)["setLevel"] = of_parent
-    _switch.refresh()
 
 
 def log(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from mikernels.cli.circuits_run import ALONE, Question, Run
+from mikernels.cli.figures import Json, check_json, write_figures
 from mikernels.cli.train import OUTPUT, _device, option
 
 if TYPE_CHECKING:
@@ -90,9 +91,7 @@ def circuits(
     ] = None,
     threads: Annotated[int | None, option("CPU threads.", METHOD, show_default="torch's")] = None,
     out: Annotated[Path, option("The page, one HTML file.", OUTPUT)] = Path("circuits.html"),
-    json_file: Annotated[
-        Path | None, option("Also write the numbers as JSON to this file.", OUTPUT, "--json")
-    ] = None,
+    json_file: Json = None,
 ) -> None:
     """Find the circuit of a behaviour: the heads, MLPs and edges that an answer rests on.
 
@@ -140,12 +139,7 @@ def circuits(
     else:
         found = run.compared(methods, level, edges, curve, batch_size, seed, out, known)
     console.print(f"wrote {out}", highlight=False, markup=False, soft_wrap=True)
-    if json_file is not None:
-        from mikernels.files import explained, finite, write_json
-
-        with explained(NAME, "results", json_file, "choose another --json"):
-            write_json(json_file, finite({**known, **found}))
-        console.print(f"wrote {json_file}", highlight=False, markup=False, soft_wrap=True)
+    write_figures(NAME, json_file, {**known, **found})
 
 
 def _check(
@@ -176,11 +170,11 @@ def _check(
     for name, value in (("--k", k), ("--edges", edges)):
         if value < 1:
             raise ValueError(f"{NAME}: {name} must be at least 1, got {value}")
-    for name, path in (("--out", out), ("--json", json_file)):
-        if path is not None and (not path.absolute().parent.is_dir() or path.is_dir()):
-            raise FileNotFoundError(
-                f"{NAME}: {name} must be a file of an existing folder, got {path}; make the folder"
-            )
+    check_json(NAME, json_file)
+    if not out.absolute().parent.is_dir() or out.is_dir():
+        raise FileNotFoundError(
+            f"{NAME}: --out must be a file of an existing folder, got {out}; make the folder"
+        )
     page.check_installed(NAME)
     return methods
 

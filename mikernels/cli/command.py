@@ -13,21 +13,22 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from mikernels._built import TORCH
 from mikernels._version import __version__
 from mikernels.cli.accelerate import accelerate
 from mikernels.cli.circuits import circuits
 from mikernels.cli.eval import evaluate
+from mikernels.cli.figures import Json, check_json, write_figures
 from mikernels.cli.plan import plan
 from mikernels.cli.rate import rate
 from mikernels.cli.replay import replay
 from mikernels.cli.train import train
 
 app = typer.Typer(
-    help="Fast, exact sparse-autoencoder training for mechanistic interpretability.",
+    help="Sparse autoencoders and circuits for mechanistic interpretability: fast, and exact.",
     epilog="Start with `mikernels demo`; `mikernels COMMAND --help` shows every option.",
     no_args_is_help=True,
     rich_markup_mode="rich",
-    add_completion=False,
     pretty_exceptions_show_locals=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -115,6 +116,7 @@ def demo(
         bool, typer.Option(help="Also train BatchTopK, Matryoshka, JumpReLU, LISTA-Matryoshka.")
     ] = True,
     seed: Annotated[int, typer.Option(help="Seed of everything.")] = 0,
+    json_file: Json = None,
 ) -> None:
     """Train one SAE twice from one seed, in plain PyTorch and fused; compare; write a report.
 
@@ -130,6 +132,7 @@ def demo(
 
         mikernels demo --quick --no-variants --out quick-demo
     """
+    check_json("demo", json_file)
     from mikernels.demo.options import DemoOptions
     from mikernels.demo.run import run_demo
 
@@ -145,8 +148,9 @@ def demo(
         variants=variants,
         seed=seed,
     )
-    agree = run_demo(options, out, Console())
-    raise typer.Exit(0 if agree else 1)
+    found = run_demo(options, out, Console())
+    write_figures("demo", json_file, found)
+    raise typer.Exit(0 if found["agree"] else 1)
 
 
 app.command()(train)
@@ -205,6 +209,8 @@ def main() -> None:
         if "--debug" in sys.argv[1:2]:
             raise
         message = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+        if isinstance(error, ImportError) and (error.name or "").split(".")[0] == "torch":
+            message = f"torch must be importable, got: {error}; {TORCH}"
         console = Console(stderr=True)
         console.print(f"[bold red]error[/] {escape(message or type(error).__name__)}")
         console.print("[dim]`mikernels --debug ...` shows where[/]")

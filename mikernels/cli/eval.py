@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mikernels.cli.figures import Json, check_json, write_figures
 from mikernels.cli.train import (
     ACTIVATIONS,
-    OUTPUT,
     Context,
     GGUFFile,
     Texts,
@@ -115,9 +115,7 @@ def evaluate(
         option("cpu, cuda or cuda:N.", JUDGES, show_default="cuda where there is one"),
     ] = None,
     threads: Annotated[int | None, option("CPU threads.", JUDGES, show_default="torch's")] = None,
-    json_file: Annotated[
-        Path | None, option("Also write everything as JSON to this file.", OUTPUT, "--json")
-    ] = None,
+    json_file: Json = None,
 ) -> None:
     """Judge a trained SAE: reconstructions, and what its language model loses by them.
 
@@ -160,10 +158,7 @@ def evaluate(
         )
     if batch_size < 1:
         raise ValueError(f"eval: --batch-size must be at least 1, got {batch_size}")
-    if json_file is not None and not json_file.absolute().parent.is_dir():
-        raise FileNotFoundError(
-            f"eval: --json must be a file of an existing folder, got {json_file}; make the folder"
-        )
+    check_json("eval", json_file)
     if threads is not None:
         if threads < 1:
             raise ValueError(f"eval: --threads must be at least 1, got {threads}")
@@ -212,12 +207,7 @@ def evaluate(
             probed = _probed(judged, network, tokenizer, model, layer, probe_cache, seed, console)
             found["probes"] = probed.to_dict()
             _print_probes(console, probed)
-    if json_file is not None:
-        from mikernels.files import explained, finite, write_json
-
-        with explained("eval", "results", json_file, "choose another --json"):
-            write_json(json_file, finite(found))
-        print(f"wrote {json_file}")
+    write_figures("eval", json_file, found)
 
 
 def load_any(folder: Path, k: float | None = None) -> SAE:

@@ -29,10 +29,9 @@ def plan(**options: Any) -> None:
 
         mikernels plan --activations acts/ --expansion 32 --tokens 100M
 
-        mikernels plan --model gpt2 --layer 6 --text corpus.txt --tokens 10M --json
+        mikernels plan --model gpt2 --layer 6 --text corpus.txt --tokens 10M --json plan.json
     """
-    planned = Planned(options.pop("dead"), options.pop("as_json"))
-    train(**options, plan=planned)  # type: ignore[arg-type]
+    train(plan=Planned(options.pop("dead")), **options)  # type: ignore[arg-type]
 
 
 def _signature() -> inspect.Signature:
@@ -43,15 +42,11 @@ def _signature() -> inspect.Signature:
         if name not in LEFT
     ]
     dead = Annotated[
-        float, typer.Option(help="Share of the features that will be dead.", min=0, max=1)
+        float,
+        typer.Option(help="Share of the features that is dead at the end, a guess.", min=0, max=1),
     ]
-    as_json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    more = [
-        inspect.Parameter("dead", kind, default=0.1, annotation=dead),
-        inspect.Parameter("as_json", kind, default=False, annotation=as_json),
-    ]
-    return inspect.Signature([*kept, *more])
+    return inspect.Signature([*kept, inspect.Parameter("dead", kind, default=0.1, annotation=dead)])
 
 
 plan.__signature__ = _signature()  # type: ignore[attr-defined]

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -11,6 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
+
+from mikernels.cli.figures import write_figures
 
 if TYPE_CHECKING:
     from mikernels.training import Plan
@@ -21,7 +22,6 @@ class Planned:
     """Instead of a run: says what it would take, and ends with exit code 1 if it does not fit."""
 
     dead: float = 0.1
-    as_json: bool = False
 
     def show(
         self,
@@ -30,8 +30,8 @@ class Planned:
         config: Any,
         optimizer: Callable[..., Any] | None,
         out: Path,
+        json_file: Path | None,
     ) -> None:
-        from mikernels.files import finite
         from mikernels.training import plan
 
         own = None
@@ -39,10 +39,8 @@ class Planned:
             make, rate = optimizer, config.peak_lr(sae.config.n_features)
             own = lambda parameters: make(parameters, lr=rate)  # noqa: E731
         found = plan(sae, source, config, out_dir=out, optimizer=own, dead=self.dead)
-        if self.as_json:
-            print(json.dumps(finite(asdict(found)), indent=1, allow_nan=False))
-        else:
-            print("\n".join(_lines(found, out)))
+        print("\n".join(_lines(found, out)))
+        write_figures("plan", json_file, asdict(found))
         raise typer.Exit(1 if found.warnings else 0)
 
 
@@ -78,7 +76,10 @@ def _parts(found: Plan) -> str:
 def _dead(found: Plan) -> str:
     if found.dead_step_seconds is None:
         return ""
-    return f", {1e3 * found.dead_step_seconds:,.0f} ms with {found.dead:.0%} of the features dead"
+    return (
+        f", {1e3 * found.dead_step_seconds:,.0f} ms with {found.dead:.0%} of the features dead, as "
+        f"is assumed of the end; the run takes {_time(found.seconds_without_dead)} if none die"
+    )
 
 
 def _of(available: int | None) -> str:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mikernels.cli.eval import load_any
+from mikernels.cli.figures import Json, check_json, write_figures
 from mikernels.cli.train import ACTIVATIONS, Context, GGUFFile, Texts, _device, count, option
 
 if TYPE_CHECKING:
@@ -101,6 +102,7 @@ def rate(
     examples: Annotated[int, option("Texts of evidence.", ITEMS)] = 6,
     questions: Annotated[int, option("Texts to judge; half of them are right.", ITEMS)] = 10,
     seed: Annotated[int, option("Of all that is drawn.", ITEMS)] = 0,
+    json_file: Json = None,
 ) -> None:
     """Rate features or components by hand: see evidence, guess where they are active, judge them.
 
@@ -128,8 +130,11 @@ def rate(
     if not run.exists():
         raise FileNotFoundError(f"rate: RUN must be a folder or a JSON file, got {run}")
     folder = run / rated.FOLDER if run.is_dir() else run.with_name(f"{run.stem}-{rated.FOLDER}")
+    if json_file is not None and not report:
+        raise ValueError("rate: --json must go with --report, got it alone; add --report")
+    check_json("rate", json_file)
     if report:
-        _report(folder, console)
+        write_figures("rate", json_file, _report(folder, console))
         return
     if importlib.util.find_spec("flask") is None:
         raise ModuleNotFoundError("rate: flask must be installed; `pip install 'mikernels[rate]'`")
@@ -302,7 +307,7 @@ def _component_items(path: Path, plan: Plan, game: str) -> RatedItems:
     return compose("component", game, component_materials(evidence, plan), plan, source)
 
 
-def _report(folder: Path, console: Console) -> None:
+def _report(folder: Path, console: Console) -> dict[str, Any]:
     from mikernels.files import explained, finite, write_json
     from mikernels.rate.report import REPORT, read, report
 
@@ -312,6 +317,7 @@ def _report(folder: Path, console: Console) -> None:
     with explained("rate", "the report", path, "free space"):
         write_json(path, finite(found.to_dict()))
     print(f"wrote {path}")
+    return found.to_dict()
 
 
 def _print(console: Console, found: Report) -> None:

@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from mikernels.cli.figures import Json, check_json, write_figures
 
 
 def replay(
@@ -16,7 +17,7 @@ def replay(
     impl: Annotated[
         str, typer.Option(help="Compared with: reference, cpp, triton or cuda.")
     ] = "reference",
-    as_json: Annotated[bool, typer.Option("--json", help="Print what was found as JSON.")] = False,
+    json_file: Json = None,
 ) -> None:
     """Run a saved operator call again: the same bits, and as accurate as eager torch?
 
@@ -29,20 +30,19 @@ def replay(
 
         mikernels replay calls/000001-encode.safetensors
 
-        mikernels replay calls/000001-encode.safetensors --impl cpp --json
+        mikernels replay calls/000001-encode.safetensors --impl cpp --json found.json
     """
     from mikernels.calls.replay import replay as run
 
+    check_json("replay", json_file)
     found = run(file, impl)
-    if as_json:
-        print(json.dumps(asdict(found), indent=1))
-    else:
-        print(f"{found.operator} by {found.implementation} ({found.reason})")
-        for kind, told in (
-            ("warning", found.warnings),
-            ("ok", found.findings),
-            ("differs", found.differences),
-        ):
-            for text in told:
-                print(f"{kind:>8}  {text}")
+    print(f"{found.operator} by {found.implementation} ({found.reason})")
+    for kind, told in (
+        ("warning", found.warnings),
+        ("ok", found.findings),
+        ("differs", found.differences),
+    ):
+        for text in told:
+            print(f"{kind:>8}  {text}")
+    write_figures("replay", json_file, asdict(found))
     raise typer.Exit(1 if found.differences else 0)

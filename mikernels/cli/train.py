@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mikernels.cli.figures import Json, check_json, write_figures
 from mikernels.cli.planned import Planned
 
 if TYPE_CHECKING:
@@ -201,6 +202,7 @@ def train(
     export_saelens: Annotated[
         Path | None, option("Also write the SAE for SAELens to this folder.", OUTPUT)
     ] = None,
+    json_file: Json = None,
     plan: Annotated[
         bool, option("Say what the run would take, as `mikernels plan` does.", OUTPUT, "--plan")
     ] = False,
@@ -229,6 +231,7 @@ def train(
     from mikernels.nn import ARCHITECTURES
     from mikernels.training import TrainConfig, Trainer
 
+    check_json("train", json_file)
     if arch not in ARCHITECTURES:
         raise ValueError(f"train: --arch must be one of {sorted(ARCHITECTURES)}, got {arch!r}")
     own = _own_settings(arch, k, settings or [])
@@ -303,7 +306,7 @@ def train(
     sae = variant(source.d, **{**given, "loss": loss, **own, **more}).to(target)  # type: ignore[call-arg, arg-type]
     if plan:
         (plan if isinstance(plan, Planned) else Planned()).show(
-            sae, source, config, make_optimizer, out
+            sae, source, config, make_optimizer, out, json_file
         )
     chosen = None
     if make_optimizer is not None:
@@ -331,6 +334,10 @@ def train(
         hook = _hook_name(site, layer) if target_site is None and target_layer is None else None
         export_sae(sae, export_saelens, model_name=model.name if model else None, hook_name=hook)
         print(f"SAELens: sae_lens.SAE.load_from_disk({str(export_saelens)!r})")
+    figures = {"sae": sae.name, "d": source.d, "n_features": sae.config.n_features}
+    figures |= {"steps": trainer.step, "tokens": trainer.tokens, "seconds": history.parts}
+    figures |= {"out": str(out), "last": history.rows[-1] if history.rows else None}
+    write_figures("train", json_file, figures)
 
 
 def _own_settings(arch: str, k: float, given: list[str]) -> dict[str, Any]:

