@@ -11,7 +11,9 @@ written beside the run's, for its bytes and its time, and removed. So
     memory = resident with the activations and weights + the peak of steps and checkpoint above it
 
 How many features will be dead nobody knows before: `dead` is the share at the end that is assumed,
-reached evenly from `dead_after` on, and `seconds_without_dead` is what the run takes with none.
+reached evenly from 2 `dead_after` on, and `seconds_without_dead` is what the run takes with none.
+On this the time hangs most: in five runs of 10 to 50 s on two cores the rest was within 10 %, and
+AuxK, up to half of the run, within 40 % when the share was known (docs/plan.md).
 Steps of variants without a k take as long as they have active features, which change as they learn;
 then the plan holds for the beginning.
 """
@@ -187,8 +189,11 @@ def _measure(
     if after is None:
         after = max(1, min(DEAD_AFTER, config.total_tokens // 6))
     sae.config = replace(sae.config, dead_after=NEVER)
-    before = _reset(sae)
+    loaded = _resident(sae)
     fed, row, rows, held = _source(source, config)
+    if held is None:
+        held = max(0, (_resident(sae) or 0) - (loaded or 0))
+    before = _reset(sae)
     nobody = torch.empty(0, dtype=torch.int64)
 
     def run(steps: int, kept: torch.Tensor, folder: Path | None) -> _Run:
@@ -205,7 +210,8 @@ def _measure(
         line = 0 if folder is None else (folder / METRICS).stat().st_size // clean.logged
     step = mean(clean.steps[1:-1])
     features = len(sae.tokens_since_fired)
-    dead_from = -(-after // config.tokens_per_step)
+    # what a run loses stops firing while its rate is highest, and is dead so many tokens later
+    dead_from = -(-2 * after // config.tokens_per_step)
     dead_steps = []
     if sae.config.aux_coefficient and dead_from < config.total_steps:
         for share in (FEW * dead, dead):
@@ -317,10 +323,11 @@ class _Again:
         return self._batches[self._next % len(self._batches)]
 
 
-def _source(source: Any, config: TrainConfig) -> tuple[Any, float, int, int]:
-    """What to train on, seconds of a row, rows read in the run, and bytes of those held."""
+def _source(source: Any, config: TrainConfig) -> tuple[Any, float, int, int | None]:
+    """What to train on, seconds of a row, rows read in the run, and bytes of those held, None where
+    they are by now."""
     if not isinstance(source, ModelSource):
-        return source, _row_seconds(source), config.total_tokens, 0
+        return source, _row_seconds(source), config.total_tokens, None
     if iter(source.texts) is source.texts:
         raise ValueError(
             "plan: texts must be a list, or what can be iterated again, got an iterator, which the "
