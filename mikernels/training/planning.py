@@ -344,7 +344,12 @@ def _source(source: Any, config: TrainConfig) -> tuple[Any, float, int, int | No
         windows += len(part["windows"].unique())
         if rows >= config.batch_size and time.perf_counter() - start > SECONDS:
             break
-    counted = rows - len(parts[0]["activations"]) if len(parts) > 1 else rows
+    if not rows:
+        raise ValueError(
+            "plan: source must give activations, got none from its texts; give it longer ones"
+        )
+    # that of the first one is from before the clock started
+    counted = rows - len(parts[0]["activations"]) or rows
     seconds = (time.perf_counter() - start) / counted
     joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     repeat = -(-config.batch_size // rows)
@@ -365,15 +370,23 @@ def _source(source: Any, config: TrainConfig) -> tuple[Any, float, int, int | No
 
 
 def _row_seconds(source: Any) -> float:
-    """Seconds of a row over a whole block, for a block is loaded at once."""
-    start, rows = time.perf_counter(), 0
-    first = source.state_dict()
-    while time.perf_counter() - start < SECONDS:
+    """Seconds of a row over a whole block, for a block is loaded at once: the second, since the
+    first one finds nothing warm. Over less where blocks are too long."""
+    begin = start = time.perf_counter()
+    rows, borders = 0, 0
+    place = _block(source)
+    while borders < 2 and time.perf_counter() - begin < SECONDS:
         rows += len(as_batch(source.next_batch()))
-        now = source.state_dict()
-        if [now.get(n) for n in ("epoch", "block")] != [first.get(n) for n in ("epoch", "block")]:
-            break
-    return (time.perf_counter() - start) / rows
+        if _block(source) != place:
+            borders, place = borders + 1, _block(source)
+            if borders == 1:
+                start, rows, last = time.perf_counter(), 0, (time.perf_counter() - start) / rows
+    return (time.perf_counter() - start) / rows if rows else last
+
+
+def _block(source: Any) -> tuple[Any, Any]:
+    state = source.state_dict()
+    return state.get("epoch"), state.get("block")
 
 
 def _summed(

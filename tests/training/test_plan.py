@@ -89,7 +89,7 @@ def test_auxk_is_measured_where_features_can_die():
 
 
 def test_a_model_is_read_in_whole_blocks(tmp_path):
-    texts = ["the quick brown fox jumps over the lazy dog " * 20] * 3
+    texts = ["a b c d e f g h " * 20] * 3
     saved_tokenizer(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     more = dict(context=16, buffer_rows=64)
@@ -98,9 +98,9 @@ def test_a_model_is_read_in_whole_blocks(tmp_path):
     before = rows.state_dict()
     fed, seconds, read, held = planning._source(rows, TrainConfig(1000, 50))
     assert rows.state_dict() == before and seconds > 0 and len(fed.next_batch()) == 50
-    # 4 windows of 16 tokens are a block, each without its first
+    # 4 windows of 16 tokens are a block, each without its first; a row has three numbers beside it
     block = 4 * 15
-    assert read == math.ceil(1000 / block) * block and held == 2 * block * rows.d * 4
+    assert read == math.ceil(1000 / block) * block and held == 2 * block * (rows.d * 4 + 3 * 8)
     assert plan(sae, rows, TrainConfig(1000, 50)).parts["source"] > 0
     once = ModelSource(rows.model, tokenizer, 0, iter(texts), 50, **more)
     with pytest.raises(ValueError, match="plan: texts must be a list"):
