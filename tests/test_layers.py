@@ -33,7 +33,8 @@ LAYERS = (
     ("integrations",),
     ("info",),
     # what people look at
-    ("demo", "rate"),
+    ("report", "rate"),
+    ("demo",),
     # trains on the demo's data: `bench quality`
     ("bench",),
     ("cli",),

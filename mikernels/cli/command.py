@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The `mikernels` command: info, demo, train, plan, eval, circuits, rate, accelerate, replay,
-bench, tune."""
+"""The `mikernels` command: info, demo, train, eval, report, circuits, rate, bench, ..."""
 
 from __future__ import annotations
 
@@ -22,6 +21,7 @@ from mikernels.cli.figures import Json, check_json, write_figures
 from mikernels.cli.plan import plan
 from mikernels.cli.rate import rate
 from mikernels.cli.replay import replay
+from mikernels.cli.report import report
 from mikernels.cli.train import train
 
 app = typer.Typer(
@@ -157,6 +157,7 @@ app.command()(train)
 app.command()(plan)
 app.command("eval")(evaluate)
 app.command()(rate)
+app.command()(report)
 app.command()(circuits)
 app.command()(accelerate)
 app.command()(replay)

@@ -298,6 +298,9 @@ class _Timed:
         self.given.append(time.perf_counter())
         return batch
 
+    def expect(self, rows: int) -> None:
+        """Those of the whole run were announced."""
+
     def keep_dead(self) -> None:
         if len(self._kept):
             self._sae.tokens_since_fired[self._kept] = 2 * NEVER
@@ -333,6 +336,7 @@ def _source(source: Any, config: TrainConfig) -> tuple[Any, float, int, int | No
             "plan: texts must be a list, or what can be iterated again, got an iterator, which the "
             "plan would read away; make the source anew from one"
         )
+    source.expect(config.total_steps * config.tokens_per_step)
     parts: list[dict[str, torch.Tensor]] = []
     rows = windows = 0
     start = time.perf_counter()

@@ -59,7 +59,7 @@ def make(out_dir: Path | None, *, k: int = K, seed: int = 0, optimizer=None, **s
 def rows(out_dir: Path) -> list[dict]:
     """Without the timings."""
     lines = [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
-    timings = ("step_ms", "tokens_per_second")
+    timings = ("step_ms", "tokens_per_second", "waiting_seconds")
     return [{name: v for name, v in row.items() if name not in timings} for row in lines]
 
 
