@@ -111,7 +111,11 @@ class Op:
             f"mikernels::{self.name}", "CPU"
         )
         self._dense = dense
-        torch.library.register_fake(f"mikernels::{self.name}", fake, lib=LIBRARY)
+        self._fake = fake
+        # late: what `traced` is may change
+        torch.library.register_fake(
+            f"mikernels::{self.name}", lambda *args: self.traced(*args), lib=LIBRARY
+        )
         if self.written:
             for overload in (self.default, self._cuda_op, self._triton_op):
                 if overload is not None:
@@ -169,17 +173,24 @@ class Op:
 
         return named("cuda") if built else None, named("triton") if launched and built else None
 
-    def _on_device(self, *args: Any) -> Any:
+    def _owner_on_gpu(self, args: tuple[Any, ...]) -> str:
         device = _triton.first_tensor(args).device
         if (
             self._cuda_op is not None
             and not _triton.holds_fp64(args)
             and not _ext.cuda_unsupported(device)
         ):
+            return "cuda"
+        return "triton" if self._triton is not None and _triton.takes(args) else "reference"
+
+    def _on_device(self, *args: Any) -> Any:
+        name = self._owner_on_gpu(args)
+        if name == "cuda":
+            assert self._cuda_op is not None
             return self._cuda_op(*args)
-        if self._triton is not None and _triton.takes(args):
+        if name == "triton":
             return self._by_triton(*args)
-        with torch.cuda.device(device):
+        with torch.cuda.device(_triton.first_tensor(args).device):
             return self.reference(*args)
 
     def _by_triton(self, *args: Any) -> Any:
@@ -214,6 +225,54 @@ class Op:
         if name == "triton" and self._triton_op is not None:
             return self._triton_op(*args)
         return self.default(*args)
+
+    def traced(self, *args: Any) -> Any:
+        """What torch.compile, torch.export and fake tensors see of a call."""
+        return self._fake(*args)
+
+    def owner(self, args: tuple[Any, ...]) -> tuple[str, str]:
+        """The implementation that `default` leads to, and why."""
+        device = _triton.first_tensor(args).device
+        if device.type == "cpu":
+            if self._has_cpp:
+                return "cpp", "CPU tensors"
+            return "reference", f"no C++ for CPU tensors: {self.state('cpp')}"
+        if device.type != "cuda":
+            return "reference", f"nothing else takes {device.type} tensors"
+        name = self._owner_on_gpu(args) if self._cuda_op or self._triton else "reference"
+        if name == "cuda":
+            return name, "CUDA tensors"
+        if _triton.holds_fp64(args):
+            return name, "float64, which only the reference takes on a GPU"
+        reason = f"no CUDA C++: {_ext.cuda_unsupported(device) if self._cuda_op else 'not built'}"
+        if not self._cuda:
+            reason = "CUDA tensors, and no CUDA C++ is written"
+        if name == "reference":
+            why = _triton.unsupported(device) if self._triton else "not written"
+            reason = f"{reason}; no Triton: {why}"
+        return name, reason
+
+    def choice(self, args: tuple[Any, ...], impl: str | None, dense: bool) -> tuple[str, str]:
+        """What a call runs, "dense" or an implementation's name, and why: for people to read."""
+        name = impl or os.environ.get("MIKERNELS_IMPL") or "auto"
+        if name != "auto":
+            return name, f"impl={name!r}" if impl else f"MIKERNELS_IMPL={name}"
+        if self._dense is None or not dense:
+            name, why = self.owner(args)
+        elif self._dense.wins(args):
+            name, why = "dense", self._dense.reason(args)
+        else:
+            name, why = self.owner(args)
+            why = f"{why}; {self._dense.reason(args)}"
+        return name, f"auto: {why}"
+
+    def run_as(self, name: str, args: tuple[Any, ...]) -> Any:
+        """Run what `choice` named, or raise."""
+        if name != "dense":
+            return self(*args, impl=name)
+        if self._dense is None:
+            raise ValueError(f"{self.name}: impl must have a dense alternative here, got none")
+        return self._dense.run(*args)
 
     def resolve(self, impl: str | None, device: torch.device) -> str:
         """`impl`, else MIKERNELS_IMPL, else "auto"; a named one is available there or this raises.

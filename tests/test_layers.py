@@ -39,7 +39,7 @@ LAYERS = (
     ("bench",),
     ("cli",),
 )
-BASE = ("files", "machine", "owning", "rebind", "schema", "tensor_files")
+BASE = ("calls", "files", "machine", "owning", "rebind", "schema", "tensor_files")
 # import -> why it stands although it points up, or closes a circle
 EXCEPTIONS = {
     ("mikernels", "mikernels.integrations.accelerate"): "a public name, imported when asked for",

@@ -26,6 +26,7 @@ from mikernels.cli.inputs import (
     sites_of,
 )
 from mikernels.cli.options import ACTIVATIONS, OUTPUT, count, device_of, option
+from mikernels.cli.planned import Planned
 
 if TYPE_CHECKING:
     import torch
@@ -198,6 +199,9 @@ def train(
         Path | None, option("Also write the SAE for SAELens to this folder.", OUTPUT)
     ] = None,
     json_file: Json = None,
+    plan: Annotated[
+        bool, option("Say what the run would take, as `mikernels plan` does.", OUTPUT, "--plan")
+    ] = False,
 ) -> None:
     """Train an SAE or transcoder on your own activations, or on those of a local model over text.
 
@@ -314,6 +318,11 @@ def train(
         seed=seed,
     )
     several = len(asked) > 1 or bool(each)
+    if plan and several:
+        raise ValueError(
+            f"plan: the run must be of one SAE, got {len(asked)}; plan each by itself: memory and "
+            f"times add up, but for the activations, which are read once"
+        )
 
     def trainer_of(one: train_runs.Member) -> Trainer:
         variant, source = ARCHITECTURES[one.arch], sources[one.source]
@@ -330,6 +339,10 @@ def train(
         generator = torch.Generator().manual_seed(seed)
         more = {"generator": generator, "encoder_scale": encoder_scale}
         sae = variant(source.d, **{**given, "loss": loss, **own, **more}).to(target)  # type: ignore[call-arg, arg-type]
+        if plan:
+            (plan if isinstance(plan, Planned) else Planned()).show(
+                sae, source, config, make_optimizer, out, json_file
+            )
         chosen = None
         if make_optimizer is not None:
             rate = config.peak_lr(sae.config.n_features)
