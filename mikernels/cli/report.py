@@ -333,7 +333,7 @@ def _read(
         shards = inputs.shards()
         total = sum(shard.rows for shard in shards) - inputs.skip
         total = total if inputs.tokens is None else min(total, inputs.tokens)
-        measured = ReconstructionSums(NAME)
+        measured: ReconstructionSums | None = ReconstructionSums(NAME)
         rows = _measured(sae, inputs.saved(sae, batch_size), measured, batch_size)
         return _Reading(rows, total, text, {"activations": inputs.label}, measured)
 
