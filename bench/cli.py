@@ -193,12 +193,19 @@ def crossover(
 def plot(
     file: Annotated[Path, typer.Argument(help="A results file of `bench --json`.")],
     out: Annotated[Path, typer.Option(help="Picture to write: .svg or .png.")],
+    op: Annotated[
+        list[str] | None, typer.Option(help="Of this operator alone; may be repeated.")
+    ] = None,
 ) -> None:
     """Draw a results file."""
     from .harness.plot import draw
 
     try:
-        draw(results.load(file), out)
+        found = results.load(file)
+        measured = sorted({case["op"] for case in found["cases"]})
+        if unknown := sorted(set(op or ()) - set(measured)):
+            raise ValueError(f"bench plot: --op must be of {measured}, got {unknown}")
+        draw({**found, "cases": [c for c in found["cases"] if not op or c["op"] in op]}, out)
     except (ValueError, OSError, ImportError) as error:
         raise typer.BadParameter(str(error)) from error
     typer.echo(f"wrote {out}")

@@ -3,6 +3,9 @@
 
 import json
 import math
+import os
+import shlex
+import signal
 import sys
 from pathlib import Path
 
@@ -17,7 +20,7 @@ from mikernels._dispatch import OPS
 from mikernels.activations import ModelSource, write_shards
 from mikernels.cli.options import count
 from mikernels.nn import ARCHITECTURES
-from mikernels.training import load_sae
+from mikernels.training import Trainer, load_sae
 from mikernels.training.state.checkpoint import checkpoints
 
 
@@ -174,7 +177,7 @@ def test_train_resumes_to_the_losses_of_an_uninterrupted_run(command, acts, tmp_
         ("--step", "autograd", "--optimizer", "SGD"),
         ("--step", "dense"),
         ("--dtype", "bfloat16", "--accumulate", 2),
-        ("--arch", "batch_topk", "--k", 3.5, "--step", "autograd"),
+        ("--arch", "batch_topk", "--step", "autograd"),
         ("--warmup", 2, "--decay", "cosine", "--k-start", 8, "--k-anneal", 3, "--clip-norm", 0),
     ],
 )
@@ -194,15 +197,20 @@ def model(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("sites", "d"),
+    ("sites", "d", "targets"),
     [
-        (("--layer", 0, "--layer", 1), 48),
-        (("--layer", 1, "--site", "mlp_in", "--target-site", "mlp_out"), 24),
-        (("--layer", 0, "--layer", 1, "--target-layer", 1, "--target-layer", 2), 48),
+        (("--layer", 0, "--layer", 1, "--arch", "crosscoder"), 48, ()),
+        (("--layer", 1, "--site", "mlp_in", "--target-site", "mlp_out"), 24, ("1.mlp_out",)),
+        (
+            ("--layer", 0, "--layer", 1, "--target-layer", 1, "--target-layer", 2)
+            + ("--arch", "cross_layer_transcoder"),
+            48,
+            ("1.residual", "2.residual"),
+        ),
     ],
 )
 def test_train_reads_a_model_at_the_sites_asked_for(
-    command, model, tmp_path, monkeypatch, sites, d
+    command, model, tmp_path, monkeypatch, sites, d, targets
 ):
     made = []
     inner = ModelSource.__init__
@@ -228,9 +236,88 @@ def test_train_reads_a_model_at_the_sites_asked_for(
     layers = [value for name, value in zip(sites, sites[1:], strict=False) if name == "--layer"]
     place = "mlp_in" if "--site" in sites else "residual"
     assert source.sites == tuple(f"{layer}.{place}" for layer in layers)
-    assert source.target_sites == {
-        4: (), 6: ("1.mlp_out",), 8: ("1.residual", "2.residual"),
-    }[len(sites)]  # fmt: skip
+    assert source.target_sites == targets
+
+
+def interrupted(monkeypatch, step):
+    """Ctrl-C in the midst of a step."""
+    inner, sent = Trainer._step_on, []
+
+    def step_on(self, batches):
+        inner(self, batches)
+        if self.step == step - 1 and not sent:
+            sent.append(step)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(Trainer, "_step_on", step_on)
+
+
+def test_train_several_sites_and_settings_interrupted_and_resumed(
+    command, model, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("COLUMNS", "1000")
+    text = tmp_path / "a text.txt"
+    text.write_text("a b c d e f g h i j k l m n o p q r s t u v w x y z " * 40)
+    common = ("train", "--model", model, "--text", text, "--context", 16, "--tokens", 300, *SMALL)
+    several = (*common, "--sites", "0,2.mlp_out", "--k", 2, "--out", tmp_path / "runs")
+    names = ["0.residual-k2", "0.residual-k3", "2.mlp_out-k2", "2.mlp_out-k3"]
+    with monkeypatch.context() as patched:
+        interrupted(patched, 4)
+        code, out, err = command(*several)
+    assert code == 130 and "2.mlp_out-k3: TopKSAE: d 24" in out
+    again = shlex.join(map(str, ["mikernels", *several, "--resume"]))
+    assert "0.residual-k2 at step 4" in err and f"; run `{again}` to continue" in err
+    # one of them goes on as an ordinary run, the others without it
+    alone = (*common, "--layer", 2, "--site", "mlp_out", "--resume")
+    assert command(*alone, "--out", tmp_path / "runs" / names[3])[0] == 0
+    code, out, err = command(*several, "--resume", "--export-saelens", tmp_path / "saelens")
+    assert code == 0, err
+    assert "0.residual-k2: resumed at step 4 of 6" in out
+    assert f"saved in {tmp_path / 'runs' / names[1]}" in out
+    whole = command(*common, "--layer", 0, "--out", tmp_path / "whole")
+    assert whole[0] == 0
+    assert losses(tmp_path / "whole") == losses(tmp_path / "runs" / "0.residual-k3")
+    assert "blocks.2.hook_mlp_out" in (tmp_path / "saelens" / names[2] / "cfg.json").read_text()
+    code, _, err = command(*several, "--resume")
+    assert code == 2 and "total_tokens (--tokens) must be above 300" in err and "got 300" in err
+    code, _, err = command(*alone, "--out", tmp_path / "runs")
+    assert code == 2 and f"with the runs {', '.join(names)} in it" in err
+    code, _, err = command(*common, "--layer", 0, "--layer", 1, "--out", tmp_path / "run")
+    assert code == 2 and "for an SAE for each layer give --sites 0.residual,1.residual" in err
+
+
+def test_train_sweeps_over_activations_and_logs(command, acts, tmp_path, monkeypatch):
+    sweep = ("train", "--activations", acts, *SMALL, "--arch", "topk", "--arch", "relu", "--k", 5)
+    code, out, err = command(*sweep, "--out", tmp_path / "runs", "--log-to", "tensorboard")
+    assert code == 0, err
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == [
+        "relu", "topk-k3", "topk-k5",
+    ]  # fmt: skip
+    assert len(list((tmp_path / "runs" / "relu").glob("events.out.tfevents.*"))) == 1
+    assert command("train", "--activations", acts, *SMALL, "--out", tmp_path / "one")[0] == 0
+    assert losses(tmp_path / "one") == losses(tmp_path / "runs" / "topk-k3")
+
+
+def test_train_says_what_a_resume_with_other_tokens_does(command, acts, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "1000")
+    run = ("train", "--activations", acts, *SMALL, "--out", tmp_path / "run")
+    with monkeypatch.context() as patched:
+        interrupted(patched, 3)
+        code, _, err = command(*run)
+    assert (
+        code == 130 and f"saved {tmp_path / 'run' / 'checkpoint-3'}; run `mikernels train " in err
+    )
+    assert command(*run)[0] == 2  # without --resume
+    code, _, err = command(*run, "--resume", "--tokens", "2k")
+    assert code == 0
+    assert "total_tokens was 600 and is 2,000: from step 3 on the schedule is that of 40" in err
+    for options, said in (
+        (("--tokens", "1k"), "total_tokens must be at least 2,000"),
+        (("--tokens", "2k"), "total_tokens (--tokens) must be above 2,000, where "),
+        (("--tokens", "3k", "--arch", "relu"), "must hold architecture = relu, got topk"),
+    ):
+        code, _, err = command(*run, "--resume", *options)
+        assert code == 2 and said in err, err
 
 
 @pytest.mark.parametrize(
@@ -325,6 +412,15 @@ def test_train_exports_for_saelens(command, acts, tmp_path):
             "--model must be a folder, a .gguf",
         ),
         (("--activations", "{acts}", "--k", "500"), "k must be in 1..16"),
+        (("--activations", "{acts}", "--k", "3"), "--k must be given once for each SAE, got 3"),
+        (("--activations", "{acts}", "--log-to", "x"), "--log-to must be tensorboard or wandb"),
+        (("--activations", "{acts}", "--sites", "1"), "--sites must go with --model and without"),
+        (("--model", "x", "--text", "{text}", "--sites", "1,1"), "--sites must name at least one"),
+        (("--model", "x", "--text", "{text}", "--sites", ","), "--sites must name at least one"),
+        (
+            ("--model", "x", "--layer", "1", "--layer", "2", "--text", "{text}"),
+            "--layer may be repeated to join layers into the input of one --arch crosscoder",
+        ),
         (
             ("--activations", "{acts}", "--arch", "crosscoder", "--export-saelens", "out"),
             "--export-saelens must go with an architecture that SAELens has",

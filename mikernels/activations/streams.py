@@ -38,6 +38,9 @@ class IterableSource(Source):
             says d.
         batch_size: rows of a batch; None is the trainer's.
 
+    Attributes:
+        stream: as given.
+
     Raises:
         TypeError, ValueError: for a stream without an item, and here or later for an item of
             another form, dtype or width than the first, by its number from 0. What the stream
@@ -55,13 +58,14 @@ class IterableSource(Source):
                 f"{WHERE}: stream must give tensors [n, d] when it is iterated, got "
                 f"{type(stream).__name__}; pass a list, a generator or a DataLoader of them"
             )
-        self._stream = stream
+        self.stream = stream
         self._iterator: Iterator[Any] | None = iter(stream)
         self._again = self._iterator is not stream
         # the epoch that the iterator is in, and the number of the item that it gives next
         self._at = (0, 0)
         self._form: dict[str, int | None] = {}
         self._last: Rows | None = None
+        self._sum: int | None = None
         self._expected: int | None = None
         first = self._take()
         if first is None:
@@ -95,18 +99,18 @@ class IterableSource(Source):
     def _load(self, epoch: int, block: int) -> Rows | None:
         if self._iterator is None or self._at[0] != epoch or self._at[1] > block:
             if self._again:
-                self._iterator, self._at, self._first = iter(self._stream), (epoch, 0), None
+                self._iterator, self._at, self._first = iter(self.stream), (epoch, 0), None
             elif self._iterator is None:
                 raise ValueError(
                     f"{WHERE}: stream must be one that can be iterated again after it has raised, "
-                    f"got {type(self._stream).__name__}; make it and the source anew"
+                    f"got {type(self.stream).__name__}; make it and the source anew"
                 )
             elif self._at[0] != epoch:
                 raise SourceExhausted(f"{WHERE}: stream is an iterator and has ended")
             else:
                 raise ValueError(
                     f"{WHERE}: stream must be one that can be iterated again to go back to item "
-                    f"{block}, got {type(self._stream).__name__} at item {self._at[1]}; make it "
+                    f"{block}, got {type(self.stream).__name__} at item {self._at[1]}; make it "
                     f"anew for exact resume, pass a list or a DataLoader, or write_shards first"
                 )
         rows = None
@@ -123,7 +127,7 @@ class IterableSource(Source):
                 f"got another item {block} of epoch {epoch} (checksum {found}, was "
                 f"{self._expected}); use a stream in a fixed order, or write_shards first"
             )
-        self._last = rows
+        self._last, self._sum = rows, None
         return rows
 
     def _permutation(self, n: int, *key: int) -> torch.Tensor:
@@ -144,7 +148,9 @@ class IterableSource(Source):
         """The position, with a checksum of the last item that was used; JSON-able."""
         state = super().state_dict()
         used = state["block"] or state["offset"]
-        state["identity"]["item"] = _checksum(self._last) if used and self._last else None
+        if self._last and self._sum is None:
+            self._sum = _checksum(self._last)  # once an item, which may be read for many batches
+        state["identity"]["item"] = self._sum if used else None
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

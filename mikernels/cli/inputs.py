@@ -8,7 +8,7 @@ refuses what does not fit together before a model is read.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -290,6 +290,7 @@ def read_inputs(
     layers: list[int] | None = None,
     run: Path | None = None,
     site: str = "residual",
+    sites: Sequence[AnySite] = (),
     text: list[Path] | None = None,
     field: str = "text",
     context: int = 256,
@@ -301,6 +302,7 @@ def read_inputs(
 
     Args:
         where: the command.
+        sites: instead of layers and site.
         run: what may say the site where --layer does not; --layer must be given without.
         The rest: as the options.
 
@@ -312,7 +314,7 @@ def read_inputs(
             f"{where}: give either --activations PATH, or --model PATH with --layer NUMBER and "
             f"--text FILE"
         )
-    sites = sites_of(where, "--site", site, layers)
+    sites = list(sites) or sites_of(where, "--site", site, layers)
     if activations:
         given = {"--text": text, "--gguf-file": gguf_file}
         if left := [name for name, value in given.items() if value]:

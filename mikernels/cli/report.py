@@ -45,7 +45,7 @@ from mikernels.cli.judged import (
     splice,
 )
 from mikernels.cli.options import OUTPUT, device_of, option
-from mikernels.cli.train import sparsity
+from mikernels.cli.train_runs import sparsity
 
 if TYPE_CHECKING:
     import torch

@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+from mikernels.cli import train_runs
 from mikernels.cli.figures import Json, check_json, write_figures
 from mikernels.cli.inputs import (
     Activations,
@@ -40,6 +42,15 @@ def train(
     gguf_file: GGUFFile = None,
     layer: Layers = None,
     site: Place = "residual",
+    sites: Annotated[
+        list[str] | None,
+        option(
+            "Instead of --layer: an SAE for each of these, from one pass of the model, e.g. "
+            "3.residual,7.residual,7.mlp_out.",
+            ACTIVATIONS,
+            metavar="LAYER.SITE,...",
+        ),
+    ] = None,
     target_site: Annotated[
         str | None,
         option("Reconstruct this site, not the input.", ACTIVATIONS, show_default="the input"),
@@ -65,21 +76,23 @@ def train(
     ] = None,
     expansion: Annotated[int, option("F / d, if --features is not given.", SAE)] = 16,
     arch: Annotated[
-        str,
+        list[str] | None,
         option(
             "topk, batch_topk, jumprelu, matryoshka, lista_matryoshka, gated, relu, transcoder, "
-            "skip_transcoder, crosscoder or cross_layer_transcoder.",
+            "skip_transcoder, crosscoder or cross_layer_transcoder. Repeated: an SAE of each.",
             SAE,
+            show_default="topk",
         ),
-    ] = "topk",
+    ] = None,
     k: Annotated[
-        float,
+        list[float] | None,
         option(
             "Active features per token: of each with topk, else on average; jumprelu's target. "
-            "gated and relu have none.",
+            "gated and relu have none. Repeated: an SAE with each.",
             SAE,
+            show_default="32",
         ),
-    ] = 32,
+    ] = None,
     settings: Annotated[
         list[str] | None,
         option(
@@ -162,14 +175,25 @@ def train(
     ] = False,
     threads: Annotated[int | None, option("CPU threads.", TRAINING, show_default="torch's")] = None,
     seed: Annotated[int, option("Seed of weights and order.", TRAINING)] = 0,
-    out: Annotated[Path, option("Folder of metrics.jsonl and checkpoints.", OUTPUT)] = Path(
-        "out/train"
-    ),
+    out: Annotated[
+        Path,
+        option(
+            "Folder of metrics.jsonl and checkpoints; of several SAEs, the folder of these "
+            "folders, e.g. OUT/3.residual-k32.",
+            OUTPUT,
+        ),
+    ] = Path("out/train"),
     resume: Annotated[
         bool, option("Continue from the newest checkpoint in --out.", OUTPUT, "--resume")
     ] = False,
     checkpoint_every: Annotated[int, option("Steps between checkpoints.", OUTPUT)] = 1000,
     log_every: Annotated[int, option("Steps between metrics.", OUTPUT)] = 10,
+    log_to: Annotated[
+        list[str] | None,
+        option(
+            "tensorboard (files in --out) or wandb, beside metrics.jsonl; may be repeated.", OUTPUT
+        ),
+    ] = None,
     export_saelens: Annotated[
         Path | None, option("Also write the SAE for SAELens to this folder.", OUTPUT)
     ] = None,
@@ -195,7 +219,12 @@ def train(
         mikernels train --model gpt2 --layer 6 --site mlp_in --target-site mlp_out --text a.txt \\
             --arch transcoder
 
-        mikernels train --activations acts/ --out out/sae --resume --export-saelens out/saelens
+        mikernels train --model gpt2 --sites 3.residual,7.residual,11.residual --text a.txt \\
+            --tokens 10M --out out/saes
+
+        mikernels train --activations acts/ --k 16 --k 32 --k 64 --out out/k --log-to tensorboard
+
+        mikernels train --activations acts/ --out out/sae --resume
     """
     import torch
 
@@ -203,17 +232,28 @@ def train(
     from mikernels.training import TrainConfig, Trainer
 
     check_json("train", json_file)
-    if arch not in ARCHITECTURES:
-        raise ValueError(f"train: --arch must be one of {sorted(ARCHITECTURES)}, got {arch!r}")
-    own = _own_settings(arch, k, settings or [])
+    archs, ks = arch or ["topk"], k or [32.0]
+    each = train_runs.sites_given(sites)
+    asked = train_runs.members(each, archs, ks)
+    settings = settings or []
+    for one in asked:
+        _own_settings(one, settings)
+    if activations is None and not each:
+        train_runs.check_joined(layer, archs, site)
+    if each and (layer or target_layer or activations or site != "residual"):
+        raise ValueError(
+            "train: --sites must go with --model and without --layer, --site and --target-layer, "
+            "got one of them; name all places in --sites"
+        )
     if export_saelens is not None:
         from mikernels.integrations.saelens.form import ARCHITECTURES as THEIRS
 
-        if arch not in THEIRS:
+        if theirs_not := [one for one in archs if one not in THEIRS]:
             raise ValueError(
                 f"train: --export-saelens must go with an architecture that SAELens has, one of "
-                f"{sorted(THEIRS)}, got --arch {arch}; leave it out"
+                f"{sorted(THEIRS)}, got --arch {theirs_not[0]}; leave it out"
             )
+    train_runs.loggers(log_to)  # a missing package is found before a model loads
     if optimizer is not None and step == "fused":
         raise ValueError(
             f"train: --optimizer needs --step autograd or dense, got --optimizer {optimizer} with "
@@ -225,7 +265,7 @@ def train(
             raise ValueError(f"train: --threads must be at least 1, got {threads}")
         torch.set_num_threads(threads)
     target = device_of("train", device)
-    if model is not None and layer and text and tokens is None:
+    if model is not None and (layer or each) and text and tokens is None:
         raise ValueError("train: --tokens must be given with --model, e.g. --tokens 10M")
     inputs = read_inputs(
         "train",
@@ -234,15 +274,25 @@ def train(
         gguf_file=gguf_file,
         layers=layer,
         site=site,
+        sites=each,
         text=text,
         field=field,
         context=context,
         skip_first=skip_first,
     )
-    targets = _targets(target_site, target_layer, site, layer)
-    source = _source(inputs, targets, batch_size, seed, target, save_activations, tokens)
+    if each and save_activations is not None:
+        raise ValueError(
+            f"train: --save-activations must go with one place, got --sites of {len(each)}; keep "
+            f"each in a folder of its own, by --layer and --site"
+        )
+    sources: list[Any] = []
+    if each:
+        sources += _model_sources(inputs, target_site, batch_size, seed, target)
+    else:
+        targets = _targets(target_site, target_layer, site, layer)
+        sources += [_source(inputs, targets, batch_size, seed, target, save_activations, tokens)]
     if tokens is None:
-        tokens = source.n_rows
+        tokens = sources[0].n_rows
     config = TrainConfig(
         total_tokens=tokens,
         batch_size=batch_size,
@@ -263,64 +313,70 @@ def train(
         cuda_graph=cuda_graph,
         seed=seed,
     )
-    variant = ARCHITECTURES[arch]
-    names = {f.name for f in fields(variant.config_type)}
-    # what the source says, unless it is given
-    if "n_layers" in names:
-        own.setdefault("n_layers", getattr(source, "n_layers", max(1, len(inputs.sites))))
-    if "d_out" in names:
-        own.setdefault("d_out", getattr(source, "d_out", source.d))
-    width = source.d // own.get("n_layers", 1)
-    own.setdefault("n_features", expansion * width if features is None else features)
-    given = {"k_aux": k_aux, "aux_coefficient": aux_coefficient, "dead_after": dead_after}
-    generator = torch.Generator().manual_seed(seed)
-    more = {"generator": generator, "encoder_scale": encoder_scale}
-    sae = variant(source.d, **{**given, "loss": loss, **own, **more}).to(target)  # type: ignore[call-arg, arg-type]
-    chosen = None
-    if make_optimizer is not None:
-        rate = config.peak_lr(sae.config.n_features)
-        chosen = make_optimizer(sae.parameters(), lr=rate)
-    trainer = Trainer(sae, source, config, optimizer=chosen, out_dir=out)
-    if resume:
-        print(f"resumed at step {trainer.resume():,} of {config.total_steps:,}")
-    print(
-        f"{sae.name}: d {source.d:,}, F {sae.config.n_features:,}, "
-        f"{sparsity(sae)}; {tokens:,} tokens to {out}\n"
-        f"lr {trainer.config.lr:.1e}, warm-up {config.warmup:,} and decay "
-        f"{config.decay_length:,} of {config.total_steps:,} steps"
-    )
-    history = trainer.run()
-    if history.rows:
-        last = history.rows[-1]
-        print(
-            f"step {last['step']:,}: FVU {last['fvu']:.4f}, L0 {last['l0']:.1f}, dead "
-            f"{last['dead_fraction']:.1%}; saved in {out}"
+    several = len(asked) > 1 or bool(each)
+
+    def trainer_of(one: train_runs.Member) -> Trainer:
+        variant, source = ARCHITECTURES[one.arch], sources[one.source]
+        own = _own_settings(one, settings)
+        names = {f.name for f in fields(variant.config_type)}
+        # what the source says, unless it is given
+        if "n_layers" in names:
+            own.setdefault("n_layers", getattr(source, "n_layers", max(1, len(inputs.sites))))
+        if "d_out" in names:
+            own.setdefault("d_out", getattr(source, "d_out", source.d))
+        width = source.d // own.get("n_layers", 1)
+        own.setdefault("n_features", expansion * width if features is None else features)
+        given = {"k_aux": k_aux, "aux_coefficient": aux_coefficient, "dead_after": dead_after}
+        generator = torch.Generator().manual_seed(seed)
+        more = {"generator": generator, "encoder_scale": encoder_scale}
+        sae = variant(source.d, **{**given, "loss": loss, **own, **more}).to(target)  # type: ignore[call-arg, arg-type]
+        chosen = None
+        if make_optimizer is not None:
+            rate = config.peak_lr(sae.config.n_features)
+            chosen = make_optimizer(sae.parameters(), lr=rate)
+        return Trainer(
+            sae,
+            source,
+            config,
+            optimizer=chosen,
+            out_dir=out / one.name if several else out,
+            log_to=train_runs.loggers(log_to),
         )
-    if export_saelens is not None:
+
+    trainers = {one.name: trainer_of(one) for one in asked}
+    failed = train_runs.run(trainers, resume, several)
+    for one in asked:
+        if export_saelens is None or one.name in failed.get("names", ()):
+            continue
         from mikernels.integrations.saelens import export_sae
 
-        hook = _hook_name(site, layer) if target_site is None and target_layer is None else None
+        folder = export_saelens / one.name
+        at = each[one.source : one.source + 1] or inputs.sites
         export_sae(
-            sae, export_saelens, model_name=Path(model).name if model else None, hook_name=hook
+            trainers[one.name].sae,
+            folder,
+            model_name=Path(model).name if model else None,
+            hook_name=None if target_site or target_layer else _hook_name(at),
         )
-        print(f"SAELens: sae_lens.SAE.load_from_disk({str(export_saelens)!r})")
-    figures = {"sae": sae.name, "d": source.d, "n_features": sae.config.n_features}
-    figures |= {"steps": trainer.step, "tokens": trainer.tokens, "seconds": history.parts}
-    figures |= {"out": str(out), "last": history.rows[-1] if history.rows else None}
-    write_figures("train", json_file, figures)
+        print(f"SAELens: sae_lens.SAE.load_from_disk({str(folder)!r})")
+    figures = {name: train_runs.figures(trainer) for name, trainer in trainers.items()}
+    for name, error in failed.get("names", {}).items():
+        figures[name]["error"] = str(error)
+    write_figures("train", json_file, {"runs": figures} if several else figures[""])
+    if failed:
+        raise failed["error"]
 
 
-def _own_settings(arch: str, k: float, given: list[str]) -> dict[str, Any]:
+def _own_settings(one: train_runs.Member, given: list[str]) -> dict[str, Any]:
     """Settings of an architecture by name: k where it has one, and `name=value` as JSON."""
     from mikernels.nn import ARCHITECTURES
 
+    arch, k = one.arch, one.k
     names = {f.name for f in fields(ARCHITECTURES[arch].config_type)}
     own: dict[str, Any] = {}
-    if "k" in names:
+    if name := train_runs.sparsity_setting(arch):
         whole = k.is_integer() and arch in ("topk", "cross_layer_transcoder")
-        own["k"] = int(k) if whole else k
-    elif "target_l0" in names:
-        own["target_l0"] = k
+        own[name] = int(k) if whole else k
     for setting in given:
         name, sign, text = setting.partition("=")
         if not sign or name not in names:
@@ -334,14 +390,6 @@ def _own_settings(arch: str, k: float, given: list[str]) -> dict[str, Any]:
             value = text  # a word needs no quotes
         own[name] = value
     return own
-
-
-def sparsity(sae: Any) -> str:
-    """How many features are meant to be active, in words."""
-    if sae.k is not None:
-        return f"k {sae.k:g}"
-    target = getattr(sae.config, "target_l0", None)
-    return "L0 by its penalty" if target is None else f"target L0 {target:g}"
 
 
 def _optimizer_class(name: str) -> Any:
@@ -365,12 +413,45 @@ def _targets(
     return sites_of("train", "--target-site", target_site or site, target_layers or layers)
 
 
-def _hook_name(site: str, layers: list[int] | None) -> str | None:
+def _hook_name(sites: Sequence[AnySite]) -> str | None:
     """TransformerLens' name of one site; what an MLP reads has none (its norm is folded there)."""
+    from mikernels.activations import Site
+
     hooks = {"residual": "resid_post", "mlp_out": "mlp_out", "attn_out": "attn_out"}
-    if site not in hooks or layers is None or len(layers) != 1:
+    if len(sites) != 1 or not isinstance(sites[0], Site) or sites[0].place not in hooks:
         return None
-    return f"blocks.{layers[0]}.hook_{hooks[site]}"
+    return f"blocks.{sites[0].layer}.hook_{hooks[sites[0].place]}"
+
+
+def _model_sources(
+    inputs: Inputs, target_site: str | None, batch_size: int, seed: int, device: torch.device
+) -> list[ModelSource]:
+    """One for each site of --sites."""
+    from mikernels.activations import ModelSource, Site
+
+    targets: list[AnySite] | None = None
+    if target_site is not None:
+        layers = [site.layer for site in inputs.sites if isinstance(site, Site)]
+        if len(layers) < len(inputs.sites):
+            raise ValueError(
+                "train: --target-site must go with --sites of numbered layers, got a module's name"
+            )
+        targets = list(sites_of("train", "--target-site", target_site, layers))
+    local = inputs.local()
+    with local.reading():
+        tokenizer, network = local.tokenizer(), local.model()
+    assert inputs.texts is not None
+    return ModelSource.each(
+        network.to(device),
+        tokenizer,
+        inputs.sites,
+        inputs.texts,
+        batch_size,
+        seed,
+        targets=targets,
+        context=inputs.context,
+        skip_first=inputs.skip_first,
+    )
 
 
 def _source(

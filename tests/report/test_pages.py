@@ -8,8 +8,8 @@ from itertools import islice
 
 import numpy as np
 import pytest
-from feature_cases import HOSTILE, MadeUp, read
 from full_disk import largest_file
+from made_features import HOSTILE, MadeUp, read
 
 from mikernels.report import write_report
 from mikernels.report.chunks import PER_CHUNK, TOPS, Words, plain

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 from decoder_cases import saved_tokenizer, tiny
-from feature_cases import read
+from made_features import read
 from variants import VARIANTS, batch_of, make, train
 
 from mikernels import cli

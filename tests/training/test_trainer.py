@@ -23,7 +23,7 @@ from mikernels.activations import TensorSource
 from mikernels.nn import TopKSAE
 from mikernels.optim import RowAdam
 from mikernels.training import TrainConfig, Trainer
-from mikernels.training.progress import Reporter
+from mikernels.training.progress import Board
 from mikernels.training.state.metrics import PARTS, Clock, History, Means
 from mikernels.training.steps.autograd import AutogradStep, dense_forward, sparse_forward
 from mikernels.training.steps.fused import FusedStep, Scratch
@@ -847,7 +847,8 @@ def test_the_console_shows_a_bar_or_lines_or_nothing() -> None:
     ):
         text = io.StringIO()
         console = Console(file=text, force_terminal=terminal, width=120)
-        with Reporter(5, 0, quiet=quiet, title="fused", console=console) as report:
+        with Board(console) as board:
+            report = board.reporter(5, 0, "fused", quiet=quiet)
             report.step(1)
             report.log(row)
         shown = text.getvalue()

@@ -94,6 +94,13 @@ class Pace:
         self._waited += time.perf_counter() - start
 
     @contextmanager
+    def away(self) -> Iterator[None]:
+        """The turns of other runs, which are not this one's time."""
+        start = time.perf_counter()
+        yield
+        self._start += time.perf_counter() - start
+
+    @contextmanager
     def training(self) -> Iterator[None]:
         if self._device.type != "cuda":
             yield
