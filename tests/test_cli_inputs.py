@@ -17,7 +17,7 @@ from mikernels.activations import ModelSource, ShardSource, saved
 from mikernels.activations.shards import load_rows
 from mikernels.cli.inputs import model_path, read_inputs
 from mikernels.models.load import LocalModel
-from mikernels.training.progress import Reporter
+from mikernels.training.progress import Board
 from mikernels.training.state.metrics import Pace
 
 D, LETTERS = 24, "a b c d e f g h i j k l m n o p q r s t u v w x y z "
@@ -90,7 +90,7 @@ def test_activations_are_kept_used_again_and_never_others(command, place, tmp_pa
         moved = (*moved, "--model", tmp_path / "model")
         assert command(*moved)[0] == 0
         for more, message in (
-            (("--layer", 0), "sites = ['1.residual', '0.residual'], got ['1.residual']"),
+            (("--site", "mlp_out"), "sites = ['1.mlp_out'], got ['1.residual']"),
             (("--context", 8), "context = 8, got 16"),
             (("--tokens", 900), "must hold 900 rows, got 320"),
             (("--text", place / "bad.jsonl"), "of the same texts, got ['t.jsonl'] then and"),
@@ -256,11 +256,14 @@ def test_waiting_for_activations_is_apart_from_training(monkeypatch):
 def test_collecting_is_shown_on_a_terminal_and_in_a_log():
     for terminal in (True, False):
         console = Console(record=True, force_terminal=terminal, width=120, file=io.StringIO())
-        with Reporter(10, 0, console=console) as report:
+        with Board(console) as board:
+            report = board.reporter(10, 0, "fused")
             for done in (0, 8, 16):
                 report.collecting(done, 16)
                 if terminal and done == 8:
-                    report.bar.refresh()
+                    board._progress.refresh()
         text = console.export_text()
-        assert ("activations" in text and "8/16" in text) if terminal else (
-            text == "activations: reading 16 tokens\n")  # fmt: skip
+        if terminal:
+            assert "activations" in text and "8/16" in text
+        else:
+            assert text == "activations: reading 16 tokens\n"

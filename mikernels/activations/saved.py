@@ -17,6 +17,7 @@ from typing import Any
 from mikernels.activations.model import ModelSource
 from mikernels.activations.shards import INDEX, read_index, remove_shards, write_shards
 from mikernels.activations.sources import Rows
+from mikernels.activations.windows import text_of
 from mikernels.files import sha256_of
 
 WHERE = "save_activations"
@@ -140,14 +141,13 @@ def save_activations(
         whole = True
 
     def metadata() -> dict[str, Any]:
-        decode = source.tokenizer.decode
         return {
             "title": f"activations of {', '.join(source.sites)}",
             "made_from": made_from,
             "rows": held,
             "whole_text": whole,
             "dropped": source.dropped,
-            "pieces": {str(i): decode([i]) for i in sorted(ids)},
+            "pieces": {str(i): text_of(source.tokenizer, i) for i in sorted(ids)},
         }
 
     return write_shards(folder, parts(), metadata=metadata)

@@ -200,19 +200,15 @@ class Inputs:
         Raises:
             ValueError: the SAE is of another width; shards without tokens.
         """
-        from mikernels.evaluate.judged import check_width
-
-        if self.activations:
-            from mikernels.activations.shards import load_rows
-
-            pieces = self.pieces()
-            rows, _ = load_rows(self.activations[0])
-            check_width(self.where, sae, rows["activations"].shape[1], self.label)
-            return rows, pieces, {"activations": self.label}
         import torch
 
+        if self.activations:
+            pieces, parts = self.pieces(), list(self.saved(sae, TOKENS))
+            rows = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+            return rows, pieces, {"activations": self.label, "skip": self.skip}
         from mikernels.activations import ModelSource
         from mikernels.activations.windows import text_of
+        from mikernels.evaluate.judged import check_width
 
         local = self.local()
         with local.reading():
