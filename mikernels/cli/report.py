@@ -319,7 +319,8 @@ class _Reading:
         """After the rows were read; None of a transcoder without its targets."""
         if self.loss is not None:
             return self.loss.reconstruction
-        return None if self.measured is None else self.measured.result()
+        # without a mean, nothing was counted
+        return self.measured.result() if self.measured and len(self.measured.mean) else None
 
 
 def _read(
@@ -332,8 +333,7 @@ def _read(
         shards = inputs.shards()
         total = sum(shard.rows for shard in shards) - inputs.skip
         total = total if inputs.tokens is None else min(total, inputs.tokens)
-        known = not sae.needs_target or all(shard.d_target is not None for shard in shards)
-        measured = ReconstructionSums(NAME) if known else None
+        measured: ReconstructionSums | None = ReconstructionSums(NAME)
         rows = _measured(sae, inputs.saved(sae, batch_size), measured, batch_size)
         return _Reading(rows, total, text, {"activations": inputs.label}, measured)
 
@@ -354,8 +354,7 @@ def _read(
     loss = None
     if spliced and not sae.needs_target and residual_layer(inputs) is not None:
         loss = splice(sae, network, tokenizer, windows, inputs, seed, console)
-    known = loss is None and (not sae.needs_target or bool(inputs.targets))
-    measured = ReconstructionSums(NAME) if known else None
+    measured = None if loss else ReconstructionSums(NAME)
     assert inputs.texts is not None
     origin = {
         "model": inputs.model,
@@ -371,15 +370,16 @@ def _read(
 
 
 def _measured(sae: SAE, rows: Iterable[Rows], sums: Any, batch_size: int) -> Iterator[Rows]:
-    """The same rows, whose reconstructions are counted on the way."""
+    """The same rows, whose reconstructions are counted on the way, where it is known of what."""
     import torch
 
     from mikernels.evaluate.judged import reconstructed
     from mikernels.values.batch import Batch
 
     for part in rows:
-        if sums is not None:
-            x, targets = part["activations"].float(), part.get("targets")
+        targets = part.get("targets") if sae.needs_target else None
+        if sums is not None and (targets is not None or not sae.needs_target):
+            x = part["activations"].float()
             batch = Batch(x, None if targets is None else targets.float())
             with torch.no_grad():
                 for one, codes, y in reconstructed(NAME, sae, batch, batch_size):

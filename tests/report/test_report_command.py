@@ -119,8 +119,8 @@ def test_a_run_over_text_with_its_model(command, place, tmp_path):
     page = (folder / "index.html").read_text(encoding="utf-8")
     assert f"{right.losses['sae']:.4f}" in page and f"{right.losses['sae']:.4f}" in out
     assert "Mine &amp; &lt;yours&gt;" in page and "<h3>Training</h3>" in page
-    said = f"mikernels report {place / 'run'} --model {place / 'model'} --layer 1 --context 16"
-    assert said in page
+    typed = f"mikernels report {place / 'run'} --model {place / 'model'} --layer 1 --text "
+    assert f"{typed}{place / 'text.txt'} --context 16 --examples 3 --title" in page
     (feature, *_) = read(folder, "features-00000")["features"]
     assert len(feature["promoted"]) == 8 and len(feature["similar"]) == 8
     assert (tmp_path / "pedia" / "model" / "1-res-60" / "release.jsonl").is_file()
