@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 
+from mikernels._build import REMEDY
 from mikernels.machine import cpu_flags, cpu_name
 
 if TYPE_CHECKING:
@@ -30,7 +31,6 @@ OPTIONAL = {
 # backend -> operators whose kernels compile and have not been run on a GPU
 NOT_RUN = {"cuda": ("by_feature", "mass_threshold")}
 UNITS = {"gflops": "GFLOP/s", "gops": "GOP/s", "gbs": "GB/s"}
-REMEDY = "MIKERNELS_EXT=cpu pip install --force-reinstall --no-deps ."
 
 
 def _version(package: str) -> str | None:
@@ -88,7 +88,7 @@ def collect(peaks: bool = False) -> dict[str, Any]:
         "not_run": {backend: list(names) for backend, names in NOT_RUN.items()},
     }
     if peaks:
-        facts["peaks"] = _ext.C.measure_peaks() if _ext.C is not None else None
+        facts["peaks"] = _ext.measure_peaks()
     return facts
 
 
