@@ -13,7 +13,9 @@ too; it costs 4 us (2 us without checks), and functional operators have none.
 
 from __future__ import annotations
 
+import functools
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -34,6 +36,24 @@ IMPLS = ("cpp", "triton", "cuda", "reference")
 OPS: dict[str, Op] = {}
 # what is left of a call's dispatch keys behind the guard
 _BACKENDS = torch._C._dispatch_keyset_full_after(torch._C.DispatchKey.BackendSelect)
+
+
+@functools.cache
+def _warn_slow(device: str) -> None:
+    """Once a process: operators run as plain torch on this kind of device, why, and the mend."""
+    if device == "cpu":
+        why = _ext.MISSING
+    elif device == "cuda":
+        why = _triton.missing()
+    else:
+        why = f"there are none for {device}; move what you compute to the CPU or a CUDA device"
+    if why:
+        warnings.warn(
+            f"mikernels: {device} tensors run in plain PyTorch, several times slower, because the "
+            f"kernels are absent: {why} (`mikernels info` shows all)",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
 
 class Op:
@@ -82,7 +102,7 @@ class Op:
         self.operands = Operands(self.name, self._names, operands, optional)
         self.reference = self._checked(reference)
         self._triton = None if triton is None else self._checked(_triton.launcher(triton))
-        LIBRARY.impl(self.name, self.reference, "CompositeExplicitAutograd")
+        LIBRARY.impl(self.name, self._without_kernel, "CompositeExplicitAutograd")
         self._cuda = cuda
         self._cuda_op, self._triton_op = self._on_gpu(fake)
         if cpu is not None and _ext.C is not None:
@@ -108,6 +128,11 @@ class Op:
             return run(*args)
 
         return in_own_dtype(checked)
+
+    def _without_kernel(self, *args: Any) -> Any:
+        """The reference where nobody asked for it: on a device whose kernels are absent."""
+        _warn_slow(_triton.first_tensor(args).device.type)
+        return self.reference(*args)
 
     def _guard(self, overload: torch._ops.OpOverload) -> None:
         """Checks and version counters for every call of an operator that writes."""

@@ -12,8 +12,8 @@ from types import ModuleType
 # before the extension, which links to the libraries that torch loads
 import torch
 
-from mikernels._build import REMEDY
-from mikernels._build import build_facts as build_facts
+from mikernels._built import REINSTALL, REMEDY
+from mikernels._built import build_facts as build_facts
 from mikernels._ops import ops
 
 # csrc/cpu/simd/levels.h, in its order
@@ -43,7 +43,7 @@ def _runs_on(index: int) -> str:
     built = " ".join(build_facts().get("cuda", {}).get("archs", ["other devices"]))
     return (
         f"has no code for cuda:{index}, it was built for {built}; mend it with "
-        f"`MIKERNELS_ARCHS=<its compute capability> pip install --force-reinstall .`"
+        f"`MIKERNELS_ARCHS=<its compute capability> {REINSTALL}`"
     )
 
 

@@ -19,7 +19,7 @@ def _namespace() -> str:
         facts = json.loads(Path(__file__).with_name("_build.json").read_text())
         return str(facts.get("namespace", "mikernels"))
     except (OSError, ValueError, AttributeError):
-        # not installed, or damaged, which `_build.build_facts` says
+        # not installed, or damaged, which `_built.build_facts` says
         return "mikernels"
 
 

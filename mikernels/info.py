@@ -13,7 +13,8 @@ from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 
-from mikernels._build import REMEDY
+from mikernels._built import REMEDY, TORCH, build_facts
+from mikernels._version import __version__
 from mikernels.machine import cpu_flags, cpu_name
 
 if TYPE_CHECKING:
@@ -24,10 +25,6 @@ ENVIRONMENT = ("MIKERNELS_EXT", "MIKERNELS_ARCHS", "MIKERNELS_IMPL")
 CPU_FLAGS = "avx2 fma f16c avx_vnni avx512f avx512bw avx512vl avx512dq avx512vbmi2 avx512_vnni "
 CPU_FLAGS += "avx512_bf16 amx_tile amx_int8 amx_bf16 amx_fp16"
 PACKAGES = ("torch", "triton", "numpy", "safetensors", "transformers", "sae-lens")
-OPTIONAL = {
-    "triton": ", for CUDA devices on Linux: pip install 'mikernels[triton]'",
-    "transformers": ", for language models: pip install 'mikernels[models]'",
-}
 # backend -> operators whose kernels compile and have not been run on a GPU
 NOT_RUN = {"cuda": ("by_feature", "mass_threshold")}
 UNITS = {"gflops": "GFLOP/s", "gops": "GOP/s", "gbs": "GB/s"}
@@ -45,6 +42,8 @@ def _absence(package: str) -> str:
         return (
             "not installed: optional, for CUDA devices on Linux (pip install 'mikernels[triton]')"
         )
+    if package == "torch":
+        return f"not installed: {TORCH}"
     if package == "transformers":
         return "not installed: optional, for language models (pip install 'mikernels[models]')"
     return "not installed: optional"
@@ -60,35 +59,46 @@ def _cpu() -> dict[str, Any]:
 
 
 def collect(peaks: bool = False) -> dict[str, Any]:
-    """The facts, JSON-able.
+    """The facts, JSON-able, also where torch is absent or broken: then "torch" says why.
 
     Args:
         peaks: also measure the machine's peak rates (some seconds); None without the extension.
     """
-    import torch
-
-    import mikernels
-    from mikernels import _ext
-    from mikernels._dispatch import OPS
-
     facts: dict[str, Any] = {
-        "mikernels": mikernels.__version__,
+        "mikernels": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": {name: _version(name) for name in PACKAGES},
         "cpu": _cpu(),
-        "threads": torch.get_num_threads(),
-        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "level": mikernels.cpu_level(),
-        "supported_levels": list(mikernels.supported_levels()),
-        "extension": {"loaded": _ext.C is not None, "reason": _ext.MISSING},
-        "build": _ext.build_facts(),
+        "build": build_facts(),
         "environment": {name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
-        "operators": {name: _states(op) for name, op in sorted(OPS.items())},
         "not_run": {backend: list(names) for backend, names in NOT_RUN.items()},
     }
+    try:
+        import torch
+    except (ImportError, OSError) as error:  # OSError: a library of torch's does not load
+        reason = f"torch cannot be imported: {error}"
+        facts |= {"torch": reason, "threads": None, "cuda": None, "level": None}
+        facts |= {"supported_levels": [], "operators": {}}
+        facts["extension"] = {"loaded": False, "reason": reason}
+        measured = None
+    else:
+        import mikernels
+        from mikernels import _ext
+        from mikernels._dispatch import OPS
+
+        facts |= {
+            "torch": "",
+            "threads": torch.get_num_threads(),
+            "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+            "level": mikernels.cpu_level(),
+            "supported_levels": list(mikernels.supported_levels()),
+            "extension": {"loaded": _ext.C is not None, "reason": _ext.MISSING},
+            "operators": {name: _states(op) for name, op in sorted(OPS.items())},
+        }
+        measured = _ext.measure_peaks() if peaks else None
     if peaks:
-        facts["peaks"] = _ext.measure_peaks()
+        facts["peaks"] = measured
     return facts
 
 
@@ -112,7 +122,8 @@ def _facts_table(facts: dict[str, Any]) -> Table:
     for name, version in facts["packages"].items():
         table.add_row(name, version or f"[dim]{escape(_absence(name))}[/]")
     cpu = facts["cpu"]
-    table.add_row("cpu", f"{cpu['model']}, {cpu['cores']} cores, {facts['threads']} threads")
+    threads = "" if facts["threads"] is None else f", {facts['threads']} threads"
+    table.add_row("cpu", f"{cpu['model']}, {cpu['cores']} cores{threads}")
     table.add_row("features", " ".join(cpu["features"]) or "[dim]none of those that are used[/]")
     table.add_row("cuda", facts["cuda"] or "[dim]no device[/]")
     if facts["extension"]["loaded"]:
@@ -161,6 +172,10 @@ def _operator_table(operators: dict[str, dict[str, str]]) -> tuple[Table, list[s
 def render(facts: dict[str, Any], console: Console) -> None:
     """Print the facts for people."""
     console.print(_facts_table(facts))
+    if facts["torch"]:
+        text = f"Nothing can be computed:\n{escape(facts['torch'])}\n\nMend it:  {TORCH}"
+        console.print(Panel(text, title="no torch", border_style="red", expand=False))
+        return
     if not facts["extension"]["loaded"]:
         reason = facts["extension"]["reason"].split("; mend it with")[0]
         text = f"The compiled kernels are absent:\n{escape(reason)}\n\nMend it with  {REMEDY}"

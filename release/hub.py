@@ -125,20 +125,6 @@ def relative(text: str, depth: int) -> str:
     return text
 
 
-def public(known: dict[str, Path]) -> str:
-    """The kernel's __init__.py: of the package's names those that the operators have."""
-    tree = ast.parse((ROOT / "mikernels/__init__.py").read_text())
-    lines, names = [], []
-    for node in tree.body:
-        if isinstance(node, ast.ImportFrom) and node.module in known:
-            here = [alias.name for alias in node.names]
-            lines.append(f"from .{node.module.removeprefix('mikernels.')} import {', '.join(here)}")
-            names += here
-    listed = "".join(f'    "{name}",\n' for name in sorted(names))
-    head = f'# SPDX-License-Identifier: Apache-2.0\n"""{ast.get_docstring(tree)}"""\n\n'
-    return head + "\n".join(lines) + f"\n\n__all__ = [\n{listed}]\n"
-
-
 def build_toml(version: str) -> str:
     """What the builder compiles: all of csrc/, the CPU's part in every variant."""
 
@@ -193,7 +179,8 @@ def write(folder: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         depth = len(target.relative_to(package).parts) - 1
         target.write_text(relative(path.read_text(), depth))
-    (package / "__init__.py").write_text(public(known))
+    public = (ROOT / "mikernels/_public.py").read_text()
+    (package / "__init__.py").write_text(relative(public, 0))
     (package / "_C.py").write_text(LOADED)
     shutil.copy(ROOT / "mikernels/_tuned.json", package)
     shutil.copytree(ROOT / "csrc", folder / "csrc")

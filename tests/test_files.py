@@ -332,11 +332,11 @@ def test_importing_the_package_imports_no_pydantic(run_python) -> None:
 
 
 def test_a_damaged_record_of_the_build_is_named(tmp_path, monkeypatch) -> None:
-    from mikernels import _ext
+    from mikernels import _built
 
-    monkeypatch.setattr(_ext, "__file__", str(tmp_path / "_ext.py"))
-    assert "not installed" in _ext.build_facts()["reason"]
+    monkeypatch.setattr(_built, "__file__", str(tmp_path / "_built.py"))
+    assert "not installed" in _built.build_facts()["reason"]
     for text in ("{", "[]", '{"cuda": 3}'):
         (tmp_path / "_build.json").write_text(text)
-        facts = _ext.build_facts()
+        facts = _built.build_facts()
         assert facts["extension"] is False and str(tmp_path / "_build.json") in facts["reason"]

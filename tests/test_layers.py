@@ -25,7 +25,8 @@ LAYERS = (
     ("base",),
     ("values",),
     ("ops",),
-    # the public names of all below: mikernels/__init__.py
+    # the public names of all below: mikernels/_public.py and __init__.py
+    ("_public",),
     ("mikernels",),
     ("nn", "optim", "models"),
     ("activations",),
@@ -92,7 +93,7 @@ def imports():
 
 def room(module):
     top = module.split(".")[1] if "." in module else module
-    private = top.startswith("_") and top not in ("_C", "_ops")
+    private = top.startswith("_") and top not in ("_C", "_ops", "_public")
     return "base" if private or top in BASE else top
 
 

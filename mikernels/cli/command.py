@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from mikernels._built import TORCH
 from mikernels._version import __version__
 from mikernels.cli.accelerate import accelerate
 from mikernels.cli.circuits import circuits
@@ -200,6 +201,8 @@ def main() -> None:
         if "--debug" in sys.argv[1:2]:
             raise
         message = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+        if isinstance(error, ImportError) and (error.name or "").split(".")[0] == "torch":
+            message = f"torch must be importable, got: {error}; {TORCH}"
         console = Console(stderr=True)
         console.print(f"[bold red]error[/] {escape(message or type(error).__name__)}")
         console.print("[dim]`mikernels --debug ...` shows where[/]")

@@ -3,7 +3,6 @@
 
 import itertools
 import json
-import os
 import sys
 import tarfile
 from pathlib import Path

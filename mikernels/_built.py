@@ -1,22 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What setup.py recorded when it built (or did not build) the extension, and how to mend it."""
+"""What the build recorded, and how to build again, read without torch: `mikernels info` must run
+where torch does not.
+"""
 
 from __future__ import annotations
 
-from importlib.util import find_spec
+import sys
 from pathlib import Path
 from typing import Any
 
 from mikernels.files import read_json
 
-# environments made by uv have no pip
-INSTALL = "pip install" if find_spec("pip") else "uv pip install"
+# environments made by uv have no pip. Not by find_spec: setuptools then takes this for a run of pip
+_PIP = any(Path(folder, "pip/__init__.py").exists() for folder in sys.path)
+REINSTALL = f"{'pip' if _PIP else 'uv pip'} install --force-reinstall --no-deps ."
 # `cpu` rather than `auto`: what cannot be built then fails, with the compiler's message
-REMEDY = f"MIKERNELS_EXT=cpu {INSTALL} --force-reinstall --no-deps ."
+REMEDY = f"MIKERNELS_EXT=cpu {REINSTALL}"
+TORCH = "pip install 'torch>=2.10' (which build: pytorch.org), then `mikernels info`"
 
 
 def build_facts() -> dict[str, Any]:
-    """The facts of the build; without any, those of none, with the reason."""
+    """What setup.py recorded when it built (or did not build) the extension."""
     path = Path(__file__).with_name("_build.json")
     if not path.exists():
         return {"extension": False, "reason": "not installed: run `pip install -e .`"}
