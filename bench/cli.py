@@ -25,7 +25,7 @@ class _RunByDefault(TyperGroup):
     """`bench encode --shape S1` means `bench run encode --shape S1`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        known = {*self.commands, "--help"}
+        known = {*self.commands, "--help", "-h"}
         return super().parse_args(ctx, args if args and args[0] in known else ["run", *args])
 
 
@@ -33,6 +33,9 @@ app = typer.Typer(
     cls=_RunByDefault,
     add_completion=False,
     help="Measure the operators against eager torch, torch.compile and installed peers.",
+    epilog="One operator at one shape, in half a minute: `mikernels bench row_topk --shape S1`; "
+    "all operators and shapes: `mikernels bench --list`; every option: `mikernels bench run -h`.",
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 
@@ -84,7 +87,13 @@ def run(
     Each provider passes the correctness gate before it is timed; the exit code is 1 when one gives
     wrong results or ours fails.
 
-    Everything that is reported, case by case: bench all --json FILE --resume
+    Examples:
+
+        mikernels bench row_topk --shape S1
+
+        mikernels bench encode --providers ours,eager --rounds 5 --json encode.json
+
+        mikernels bench all --json all.json --resume
     """
     console = Console()
     if not console.is_terminal:
@@ -144,16 +153,24 @@ def predict(
 
 
 @app.command()
-def host() -> None:
+def host(
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Also write the figures to this file.")
+    ] = None,
+) -> None:
     """Time what a launch costs the host, with a stand-in for the GPU's driver."""
     from .gpu.host import costs
 
+    found = {}
     for name, launches, total, triton in costs():
+        found[name] = {"launches": launches, "seconds": total, "seconds_of_triton": triton}
         ours = (total - triton) * 1e6 / launches
         typer.echo(
             f"{name:18} {launches} launches, {total * 1e6:5.1f} us: Triton {triton * 1e6:5.1f}, "
             f"the rest {ours:4.1f} per launch"
         )
+    if json_file is not None:
+        results.save(json_file, found)
 
 
 @app.command()
@@ -176,12 +193,19 @@ def crossover(
 def plot(
     file: Annotated[Path, typer.Argument(help="A results file of `bench --json`.")],
     out: Annotated[Path, typer.Option(help="Picture to write: .svg or .png.")],
+    op: Annotated[
+        list[str] | None, typer.Option(help="Of this operator alone; may be repeated.")
+    ] = None,
 ) -> None:
     """Draw a results file."""
     from .harness.plot import draw
 
     try:
-        draw(results.load(file), out)
+        found = results.load(file)
+        measured = sorted({case["op"] for case in found["cases"]})
+        if unknown := sorted(set(op or ()) - set(measured)):
+            raise ValueError(f"bench plot: --op must be of {measured}, got {unknown}")
+        draw({**found, "cases": [c for c in found["cases"] if not op or c["op"] in op]}, out)
     except (ValueError, OSError, ImportError) as error:
         raise typer.BadParameter(str(error)) from error
     typer.echo(f"wrote {out}")

@@ -5,23 +5,25 @@ python examples/train_dictionary_learning.py            # accelerated
 python examples/train_dictionary_learning.py --plain    # as it is
 """
 
-from __future__ import annotations
-
 import time
 
-from activations import K, arguments, batches, tell
 from dictionary_learning.trainers.batch_top_k import BatchTopKTrainer
+from options import options
+from smollm2 import K, batches, tell
 
 import mikernels
 
-options = arguments("dictionary_learning's BatchTopK SAE on SmolLM2 activations")
-data = batches(options)
+o = options(__doc__, steps=60, tokens=30_000, features=9_216, plain=False)
+
+# %% Activations of norm about sqrt(d), without end
+data = batches(o.tokens)
 d = next(data).shape[-1]
 
+# %% As the library has it
 trainer = BatchTopKTrainer(
-    steps=options.steps,
+    steps=o.steps,
     activation_dim=d,
-    dict_size=options.features,
+    dict_size=o.features,
     k=K,
     layer=14,
     lm_name="SmolLM2-135M",
@@ -29,16 +31,18 @@ trainer = BatchTopKTrainer(
     device="cpu",
 )
 
-if not options.plain:
+# %% One line makes it faster
+if not o.plain:
     report = mikernels.accelerate(trainer, optimizer=True)
 
+# %% Train
 losses: list[float] = []
 began = time.perf_counter()
 # step 0 asks for a geometric median that this release's BatchTopKTrainer lacks
-for step in range(1, options.steps + 1):
+for step in range(1, o.steps + 1):
     losses.append(trainer.update(step, next(data)))
 
-if not options.plain:
+if not o.plain:
     print(report)
     report.restore()
-tell("dictionary_learning, " + ("as it is" if options.plain else "accelerated"), losses, began)
+tell("dictionary_learning, " + ("as it is" if o.plain else "accelerated"), losses, began)

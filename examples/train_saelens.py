@@ -5,24 +5,26 @@ python examples/train_saelens.py            # accelerated
 python examples/train_saelens.py --plain    # as it is
 """
 
-from __future__ import annotations
-
 import time
 
-from activations import BATCH, K, arguments, batches, tell
+from options import options
 from sae_lens.config import SAETrainerConfig
 from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig
 from sae_lens.training.sae_trainer import SAETrainer
+from smollm2 import BATCH, K, batches, tell
 
 import mikernels
 
-options = arguments("SAELens' TopK SAE on SmolLM2 activations")
-data = batches(options)
+o = options(__doc__, steps=60, tokens=30_000, features=9_216, plain=False)
+
+# %% Activations of norm about sqrt(d), without end
+data = batches(o.tokens)
 d = next(data).shape[-1]
 
-sae = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=d, d_sae=options.features, k=K))
+# %% As the library has it
+sae = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=d, d_sae=o.features, k=K))
 config = SAETrainerConfig(
-    total_training_samples=options.steps * BATCH,
+    total_training_samples=o.steps * BATCH,
     train_batch_size_samples=BATCH,
     lr=3e-4,
     lr_end=3e-4,
@@ -30,16 +32,18 @@ config = SAETrainerConfig(
 )
 trainer = SAETrainer(config, sae, data)
 
-if not options.plain:
+# %% One line makes it faster
+if not o.plain:
     report = mikernels.accelerate(trainer, optimizer=True)
 
+# %% Train
 losses: list[float] = []
 began = time.perf_counter()
-for _ in range(options.steps):
+for _ in range(o.steps):
     losses.append(float(trainer.step(next(data)).loss.detach()))
     trainer.n_training_steps += 1
 
-if not options.plain:
+if not o.plain:
     print(report)
     report.restore()
-tell("SAELens, " + ("as it is" if options.plain else "accelerated"), losses, began)
+tell("SAELens, " + ("as it is" if o.plain else "accelerated"), losses, began)

@@ -7,30 +7,34 @@
 The loop is the body of its Trainer.fit; `mikernels.accelerate(trainer)` takes the Trainer too.
 """
 
-from __future__ import annotations
-
 import time
 
 import torch
-from activations import K, arguments, batches, tell
+from options import options
+from smollm2 import K, batches, tell
 from sparsify import SparseCoder
 from sparsify.config import SparseCoderConfig
 
 import mikernels
 
-options = arguments("sparsify's SparseCoder on SmolLM2 activations")
-data = batches(options)
+o = options(__doc__, steps=60, tokens=30_000, features=9_216, plain=False)
+
+# %% Activations of norm about sqrt(d), without end
+data = batches(o.tokens)
 d = next(data).shape[-1]
 
-sae = SparseCoder(d, SparseCoderConfig(num_latents=options.features, k=K))
+# %% As the library has it
+sae = SparseCoder(d, SparseCoderConfig(num_latents=o.features, k=K))
 optimizer = torch.optim.Adam(sae.parameters(), lr=3e-4)
 
-if not options.plain:
+# %% One line makes it faster
+if not o.plain:
     report = mikernels.accelerate(sae)
 
+# %% Train
 losses: list[float] = []
 began = time.perf_counter()
-for _ in range(options.steps):
+for _ in range(o.steps):
     sae.set_decoder_norm_to_unit_norm()
     output = sae(next(data))
     output.fvu.backward()
@@ -39,7 +43,7 @@ for _ in range(options.steps):
     optimizer.zero_grad()
     losses.append(float(output.fvu.detach()))
 
-if not options.plain:
+if not o.plain:
     print(report)
     report.restore()
-tell("sparsify (FVU), " + ("as it is" if options.plain else "accelerated"), losses, began)
+tell("sparsify (FVU), " + ("as it is" if o.plain else "accelerated"), losses, began)

@@ -1,69 +1,53 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which heads of SmolLM2-135M say who was given something, and whether taking them away matters.
 
-    python examples/which_heads.py [prompts] [rules]
-
 Finds the ten strongest heads on indirect-object prompts with `gim_probe`, replaces what they
 compute by its mean over other prompts, and compares the logit difference with that without ten
-random heads. Writes out/which_heads.html.
+random heads. `--rules plain` ranks by the model's own gradients.
 """
 
-from __future__ import annotations
-
 import random
-import sys
-from pathlib import Path
 
-import torch
+from options import options
+from smollm2 import OUT, smollm2
 
-from mikernels.circuits import (
-    AblationEffect,
-    Probe,
-    Task,
-    ablation_effect,
-    gim_probe,
-    head_scores,
-    tasks,
+from mikernels import circuits
+
+o = options(__doc__, prompts=100, rules="gim", draws=5)
+
+# %% Prompts in which one of two people gives, and the other is given
+model, tokenizer = smollm2()
+task = circuits.tasks.ioi(tokenizer, o.prompts)
+
+# %% What each head and MLP adds to the logit difference, by one forward and one backward pass
+probe = circuits.gim_probe(
+    model,
+    task.inputs,
+    task.target,
+    tokenizer=tokenizer,
+    counterfactual=task.counterfactual_inputs,
+    rules=o.rules,
 )
+print(probe, probe.rules, sep="\n\n", end="\n\n")
 
-BEST = "the ten strongest heads"
+# %% A page, with what heads look at in general (previous token, same token, induction)
+found = circuits.head_scores(model, tokenizer=tokenizer)
+OUT.mkdir(parents=True, exist_ok=True)
+probe.to_html(OUT / "which_heads.html", found)
 
-
-def without_heads(model: torch.nn.Module, task: Task, probe: Probe, draws: int) -> AblationEffect:
-    """What is lost without the ten strongest heads, and without ten random others: their z at each
-    position replaced by its mean there over the counterfactual prompts."""
-    heads = [c.name for c in probe.ranking if c.head is not None]
-    others = sorted(heads[10:], key=probe.names.index)
-    groups, draw = {BEST: heads[:10]}, random.Random(0)
-    for number in range(1, draws + 1):
-        groups[f"ten random heads ({number})"] = draw.sample(others, 10)
-    return ablation_effect(
-        model, task.inputs, task.target, groups, "mean",
-        reference=task.counterfactual_inputs, per_position=True,
-    )  # fmt: skip
-
-
-def main() -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from mikernels.demo.data import smollm2_folder
-
-    folder, file = smollm2_folder(), "SmolLM2-135M-Instruct.Q4_1.gguf"
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file).eval()
-    prompts, rules = (*sys.argv[1:], *("100", "gim")[len(sys.argv) - 1 :])[:2]
-    task = tasks.ioi(tokenizer, int(prompts))
-    probe = gim_probe(
-        model, task.inputs, task.target, tokenizer=tokenizer,
-        counterfactual=task.counterfactual_inputs, rules=rules,
-    )  # fmt: skip
-    print(probe, probe.rules, sep="\n\n")
-    found = head_scores(model, tokenizer=tokenizer)
-    Path("out").mkdir(exist_ok=True)
-    probe.to_html("out/which_heads.html", found)
-
-    print("", without_heads(model, task, probe, 5), sep="\n")
-
-
-if __name__ == "__main__":
-    main()
+# %% What is lost without the ten strongest, and without ten random others
+heads = [component.name for component in probe.ranking if component.head is not None]
+others, draw = sorted(heads[10:], key=probe.names.index), random.Random(0)
+groups = {"the ten strongest heads": heads[:10]}
+for number in range(1, o.draws + 1):
+    groups[f"ten random heads ({number})"] = draw.sample(others, 10)
+effect = circuits.ablation_effect(
+    model,
+    task.inputs,
+    task.target,
+    groups,
+    "mean",
+    reference=task.counterfactual_inputs,
+    per_position=True,
+)
+print(effect)

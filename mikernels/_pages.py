@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from importlib import resources
 from typing import Any
 
@@ -50,3 +51,14 @@ def missing(where: str, package: str) -> ModuleNotFoundError:
     return ModuleNotFoundError(
         f"{where}: {package} must be installed; `pip install 'mikernels[report]'`"
     )
+
+
+def check_installed(where: str) -> None:
+    """Before minutes are spent on what a page is to show.
+
+    Raises:
+        ModuleNotFoundError: without the `report` extra.
+    """
+    for package in ("jinja2", "matplotlib"):
+        if importlib.util.find_spec(package) is None:
+            raise missing(where, package)

@@ -17,6 +17,8 @@ import torch
 from mikernels._dispatch import FLOATS, accumulate_dtype
 from mikernels.ops.sae.adam import adam_rows_op, grad_sumsq_op
 
+__all__ = ["RowAdam"]
+
 STATE = ("exp_avg", "exp_avg_sq")
 SETTINGS = ("lr", "betas", "eps")
 

@@ -171,6 +171,14 @@ class Result(Strict):
     peak_extra_bytes: Count | None
 
 
+class ReportFile(BaseModel):
+    """`report.json` of a report's folder: which files are its own, and figures for programs."""
+
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+    mikernels_report: Literal[1]
+    files: list[Text]
+
+
 class LayerForm(Strict):
     heads: Count
     groups: Count

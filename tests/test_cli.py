@@ -2,6 +2,10 @@
 """The `mikernels` command: what it prints, what it writes, how it fails."""
 
 import json
+import math
+import os
+import shlex
+import signal
 import sys
 from pathlib import Path
 
@@ -14,9 +18,9 @@ import mikernels
 from mikernels import _ext, cli
 from mikernels._dispatch import OPS
 from mikernels.activations import ModelSource, write_shards
-from mikernels.cli.train import count
+from mikernels.cli.options import count
 from mikernels.nn import ARCHITECTURES
-from mikernels.training import load_sae
+from mikernels.training import Trainer, load_sae
 from mikernels.training.state.checkpoint import checkpoints
 
 
@@ -110,6 +114,30 @@ def test_help_shows_examples_and_groups(command, monkeypatch, name):
         assert all(panel in out for panel in ("Activations", "SAE", "Training", "Output"))
 
 
+def test_every_command_that_prints_figures_writes_them_too():
+    commands = typer.main.get_command(cli.app).commands
+    without = {
+        name for name, c in commands.items() if all("--json" not in p.opts for p in c.params)
+    }
+    # it has options of its own, tested with it; a table is what it writes
+    assert without == {"bench", "tune"}
+
+
+def test_completion_knows_commands_and_options_without_torch(run_python):
+    script = """
+    import sys
+    from mikernels.cli import app
+    sys.argv = ["mikernels"]
+    try:
+        app(prog_name="mikernels")
+    finally:
+        print("torch" in sys.modules)
+    """
+    words = {"_MIKERNELS_COMPLETE": "complete_bash", "COMP_WORDS": "mikernels train --tar"}
+    said = run_python(script, COMP_CWORD="2", **words)
+    assert said.split() == ["--target-site", "--target-layer", "False"]
+
+
 def test_bench_hands_its_arguments_on(command):
     code, out, _ = command("bench", "--list")
     assert code == 0
@@ -127,8 +155,11 @@ def test_train_writes_metrics_and_a_checkpoint(command, acts, tmp_path):
 
 
 def test_train_resumes_to_the_losses_of_an_uninterrupted_run(command, acts, tmp_path):
-    common = ("train", "--activations", acts, *SMALL)
-    assert command(*common, "--out", tmp_path / "whole", "--tokens", "1k")[0] == 0
+    common, figures = ("train", "--activations", acts, *SMALL), tmp_path / "figures.json"
+    whole = (*common, "--out", tmp_path / "whole", "--tokens", "1k", "--json", figures)
+    assert command(*whole)[0] == 0
+    last = json.loads((tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert json.loads(figures.read_text())["last"] == last and last["step"] == 20
     assert command(*common, "--out", tmp_path / "parts", "--tokens", 350)[0] == 0
     code, out, _ = command(*common, "--out", tmp_path / "parts", "--tokens", "1k", "--resume")
     assert code == 0
@@ -142,7 +173,7 @@ def test_train_resumes_to_the_losses_of_an_uninterrupted_run(command, acts, tmp_
         ("--step", "autograd", "--optimizer", "SGD"),
         ("--step", "dense"),
         ("--dtype", "bfloat16", "--accumulate", 2),
-        ("--arch", "batch_topk", "--k", 3.5, "--step", "autograd"),
+        ("--arch", "batch_topk", "--step", "autograd"),
         ("--warmup", 2, "--decay", "cosine", "--k-start", 8, "--k-anneal", 3, "--clip-norm", 0),
     ],
 )
@@ -162,15 +193,20 @@ def model(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("sites", "d"),
+    ("sites", "d", "targets"),
     [
-        (("--layer", 0, "--layer", 1), 48),
-        (("--layer", 1, "--site", "mlp_in", "--target-site", "mlp_out"), 24),
-        (("--layer", 0, "--layer", 1, "--target-layer", 1, "--target-layer", 2), 48),
+        (("--layer", 0, "--layer", 1, "--arch", "crosscoder"), 48, ()),
+        (("--layer", 1, "--site", "mlp_in", "--target-site", "mlp_out"), 24, ("1.mlp_out",)),
+        (
+            ("--layer", 0, "--layer", 1, "--target-layer", 1, "--target-layer", 2)
+            + ("--arch", "cross_layer_transcoder"),
+            48,
+            ("1.residual", "2.residual"),
+        ),
     ],
 )
 def test_train_reads_a_model_at_the_sites_asked_for(
-    command, model, tmp_path, monkeypatch, sites, d
+    command, model, tmp_path, monkeypatch, sites, d, targets
 ):
     made = []
     inner = ModelSource.__init__
@@ -193,9 +229,88 @@ def test_train_reads_a_model_at_the_sites_asked_for(
     layers = [value for name, value in zip(sites, sites[1:], strict=False) if name == "--layer"]
     place = "mlp_in" if "--site" in sites else "residual"
     assert source.sites == tuple(f"{layer}.{place}" for layer in layers)
-    assert source.target_sites == {
-        4: (), 6: ("1.mlp_out",), 8: ("1.residual", "2.residual"),
-    }[len(sites)]  # fmt: skip
+    assert source.target_sites == targets
+
+
+def interrupted(monkeypatch, step):
+    """Ctrl-C in the midst of a step."""
+    inner, sent = Trainer._step_on, []
+
+    def step_on(self, batches):
+        inner(self, batches)
+        if self.step == step - 1 and not sent:
+            sent.append(step)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(Trainer, "_step_on", step_on)
+
+
+def test_train_several_sites_and_settings_interrupted_and_resumed(
+    command, model, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("COLUMNS", "1000")
+    text = tmp_path / "a text.txt"
+    text.write_text("a b c d e f g h i j k l m n o p q r s t u v w x y z " * 40)
+    common = ("train", "--model", model, "--text", text, "--context", 16, "--tokens", 300, *SMALL)
+    several = (*common, "--sites", "0,2.mlp_out", "--k", 2, "--out", tmp_path / "runs")
+    names = ["0.residual-k2", "0.residual-k3", "2.mlp_out-k2", "2.mlp_out-k3"]
+    with monkeypatch.context() as patched:
+        interrupted(patched, 4)
+        code, out, err = command(*several)
+    assert code == 130 and "2.mlp_out-k3: TopKSAE: d 24" in out
+    again = shlex.join(map(str, ["mikernels", *several, "--resume"]))
+    assert "0.residual-k2 at step 4" in err and f"; run `{again}` to continue" in err
+    # one of them goes on as an ordinary run, the others without it
+    alone = (*common, "--layer", 2, "--site", "mlp_out", "--resume")
+    assert command(*alone, "--out", tmp_path / "runs" / names[3])[0] == 0
+    code, out, err = command(*several, "--resume", "--export-saelens", tmp_path / "saelens")
+    assert code == 0, err
+    assert "0.residual-k2: resumed at step 4 of 6" in out
+    assert f"saved in {tmp_path / 'runs' / names[1]}" in out
+    whole = command(*common, "--layer", 0, "--out", tmp_path / "whole")
+    assert whole[0] == 0
+    assert losses(tmp_path / "whole") == losses(tmp_path / "runs" / "0.residual-k3")
+    assert "blocks.2.hook_mlp_out" in (tmp_path / "saelens" / names[2] / "cfg.json").read_text()
+    code, _, err = command(*several, "--resume")
+    assert code == 2 and "total_tokens (--tokens) must be above 300" in err and "got 300" in err
+    code, _, err = command(*alone, "--out", tmp_path / "runs")
+    assert code == 2 and f"with the runs {', '.join(names)} in it" in err
+    code, _, err = command(*common, "--layer", 0, "--layer", 1, "--out", tmp_path / "run")
+    assert code == 2 and "for an SAE for each layer give --sites 0.residual,1.residual" in err
+
+
+def test_train_sweeps_over_activations_and_logs(command, acts, tmp_path, monkeypatch):
+    sweep = ("train", "--activations", acts, *SMALL, "--arch", "topk", "--arch", "relu", "--k", 5)
+    code, out, err = command(*sweep, "--out", tmp_path / "runs", "--log-to", "tensorboard")
+    assert code == 0, err
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == [
+        "relu", "topk-k3", "topk-k5",
+    ]  # fmt: skip
+    assert len(list((tmp_path / "runs" / "relu").glob("events.out.tfevents.*"))) == 1
+    assert command("train", "--activations", acts, *SMALL, "--out", tmp_path / "one")[0] == 0
+    assert losses(tmp_path / "one") == losses(tmp_path / "runs" / "topk-k3")
+
+
+def test_train_says_what_a_resume_with_other_tokens_does(command, acts, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "1000")
+    run = ("train", "--activations", acts, *SMALL, "--out", tmp_path / "run")
+    with monkeypatch.context() as patched:
+        interrupted(patched, 3)
+        code, _, err = command(*run)
+    assert (
+        code == 130 and f"saved {tmp_path / 'run' / 'checkpoint-3'}; run `mikernels train " in err
+    )
+    assert command(*run)[0] == 2  # without --resume
+    code, _, err = command(*run, "--resume", "--tokens", "2k")
+    assert code == 0
+    assert "total_tokens was 600 and is 2,000: from step 3 on the schedule is that of 40" in err
+    for options, said in (
+        (("--tokens", "1k"), "total_tokens must be at least 2,000"),
+        (("--tokens", "2k"), "total_tokens (--tokens) must be above 2,000, where "),
+        (("--tokens", "3k", "--arch", "relu"), "must hold architecture = relu, got topk"),
+    ):
+        code, _, err = command(*run, "--resume", *options)
+        assert code == 2 and said in err, err
 
 
 @pytest.mark.parametrize(
@@ -277,7 +392,7 @@ def test_train_exports_for_saelens(command, acts, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), "give either --activations FOLDER, or --model FOLDER"),
+        ((), "give either --activations PATH, or --model PATH"),
         (("--activations", "{acts}", "--model", "{acts}"), "give either --activations"),
         (("--activations", "nowhere"), "existing folder of safetensors shards, got nowhere"),
         (("--model", "nowhere"), "--model needs --layer NUMBER and --text FILE"),
@@ -285,8 +400,20 @@ def test_train_exports_for_saelens(command, acts, tmp_path):
         (("--activations", "{acts}", "--site", "mlp"), "--site must be one of residual, mlp_in"),
         (("--activations", "{acts}", "--target-site", "mlp"), "--target-site must be one of"),
         (("--activations", "{acts}", "--target-layer", "1"), "must go with --model, got them with"),
-        (("--model", "nowhere", "--layer", "0", "--text", "{text}"), "existing model folder"),
+        (
+            ("--model", "nowhere", "--layer", "0", "--text", "{text}"),
+            "--model must be a folder, a .gguf",
+        ),
         (("--activations", "{acts}", "--k", "500"), "k must be in 1..16"),
+        (("--activations", "{acts}", "--k", "3"), "--k must be given once for each SAE, got 3"),
+        (("--activations", "{acts}", "--log-to", "x"), "--log-to must be tensorboard or wandb"),
+        (("--activations", "{acts}", "--sites", "1"), "--sites must go with --model and without"),
+        (("--model", "x", "--text", "{text}", "--sites", "1,1"), "--sites must name at least one"),
+        (("--model", "x", "--text", "{text}", "--sites", ","), "--sites must name at least one"),
+        (
+            ("--model", "x", "--layer", "1", "--layer", "2", "--text", "{text}"),
+            "--layer may be repeated to join layers into the input of one --arch crosscoder",
+        ),
         (
             ("--activations", "{acts}", "--arch", "crosscoder", "--export-saelens", "out"),
             "--export-saelens must go with an architecture that SAELens has",
@@ -344,9 +471,13 @@ def test_an_error_that_is_not_the_users_has_code_1(command, acts, tmp_path, monk
 
 
 @pytest.mark.parametrize(("agree", "code"), [(True, 0), (False, 1)])
-def test_demo_fails_when_the_losses_disagree(command, monkeypatch, agree, code):
-    monkeypatch.setattr("mikernels.demo.run.run_demo", lambda *_: agree)
-    assert command("demo", "--data", "mnist")[0] == code
+def test_demo_fails_when_the_losses_disagree(command, monkeypatch, tmp_path, agree, code):
+    monkeypatch.setattr("mikernels.demo.run.run_demo", lambda *_: {"agree": agree, "x": math.nan})
+    figures = tmp_path / "demo.json"
+    assert command("demo", "--data", "mnist", "--json", figures)[0] == code
+    assert json.loads(figures.read_text()) == {"agree": agree, "x": None}
+    # refused before anything is trained
+    assert command("demo", "--json", tmp_path / "no" / "demo.json")[0] == 2
 
 
 def test_demo_refuses_bad_options(command):
@@ -503,7 +634,11 @@ def test_circuits_refuses_before_a_model_is_read(command, monkeypatch, arguments
 
 def test_circuits_names_a_model_that_is_not_there(command, monkeypatch):
     monkeypatch.setenv("COLUMNS", "300")
-    for model in ("no/such/model", "nobody/nothing"):
+    for model, fix in (
+        ("no/such/model", "give the path of one"),
+        ("nobody/nothing", "`hf download nobody/nothing` fetches one"),
+    ):
         code, _, err = command("circuits", "--model", model, "--task", "ioi")
-        assert code == 2 and "--model must be a folder, smollm2, or the id of a model" in err
-        assert f"got {model}; `hf download {model}` fetches one" in err
+        assert code == 2
+        assert "--model must be a folder, a .gguf file, smollm2, or the id of a model" in err
+        assert f"got {model}; {fix}" in err

@@ -10,12 +10,14 @@ up to it and running the model on one block only. What a site is: `mikernels.mod
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice, repeat
 from typing import Any
 
 import torch
 
 from mikernels.activations.dropped import REASONS, dropped
+from mikernels.activations.passes import Passes, Place
 from mikernels.activations.sources import Rows, Source, SourceExhausted
 from mikernels.activations.windows import begins_with_bos, token_windows
 from mikernels.models.sites import AnySite, Recorder, Site, read_sites
@@ -26,6 +28,17 @@ def _join(recorded: dict[str, torch.Tensor], sites: tuple[str, ...]) -> torch.Te
     """Of several sites `[n, d]` one `[n, L * d]`, on the first one's device."""
     first, *others = (recorded[site] for site in sites)
     return torch.cat([first, *(x.to(first.device) for x in others)], -1) if others else first
+
+
+def _width(name: str, sites: tuple[str, ...], recorder: Recorder) -> int:
+    """Of sites together."""
+    widths = {site: recorder.widths[site] for site in sites}
+    if len(set(widths.values())) > 1:
+        raise ValueError(
+            f"ModelSource: {name} must be sites of one width, which are joined, got {widths}; "
+            f"leave out those of another"
+        )
+    return sum(widths.values())
 
 
 class ModelSource(Source):
@@ -47,12 +60,13 @@ class ModelSource(Source):
             submodule's name. A list of them: their activations joined, in that order.
         texts: documents. A list, or any object that can be iterated again, is repeated for ever; an
             iterator is read once.
-        batch_size: rows of a batch.
+        batch_size: rows of a batch; None is the trainer's.
         seed: decides the orders.
         target: a site or a list of them: batches are a Batch with target `[batch_size, d_out]`.
         context: tokens of a window.
         windows_per_forward: windows run at once, fewer where lengths differ.
-        buffer_rows: rows that mix with each other and are in memory.
+        buffer_rows: rows that mix with each other and are in memory; fewer where fewer are trained
+            on.
         max_tokens: tokens read in an epoch; None is all of the text.
         skip_first: positions dropped at the start of each window: the first token of a context has
             a norm some 100 times the others' whatever it is (an attention sink).
@@ -75,6 +89,8 @@ class ModelSource(Source):
         d: width of the input, of all sites together. d_out: of the target, or d without.
         dropped: tokens dropped since the source was made, by the first reason that applies:
             "skipped" (skip_first), "special", "nonfinite", "outlier".
+        on_progress: called with the tokens read of a block, from 0, and all of them, while one is
+            read; None by default.
         read_tokens: tokens that the model has read since then, dropped ones included. A block that
             is read again (resuming, another epoch) counts again.
 
@@ -94,7 +110,7 @@ class ModelSource(Source):
         tokenizer: Any,
         layer: AnySite | Sequence[AnySite],
         texts: Iterable[str],
-        batch_size: int = 4096,
+        batch_size: int | None = None,
         seed: int = 0,
         *,
         target: AnySite | Sequence[AnySite] | None = None,
@@ -143,27 +159,94 @@ class ModelSource(Source):
         self.context, self.max_tokens = context, max_tokens
         self._per_forward, self._skip_first = windows_per_forward, skip_first
         self._outlier_norm = outlier_norm
-        self._windows_per_block = max(1, buffer_rows // context)
+        self._windows_per_block = self._most_windows = max(1, buffer_rows // context)
+        self.on_progress: Callable[[int, int], None] | None = None
         special = tokenizer.all_special_ids if drop_special else []
         self._special = torch.tensor(sorted(special), dtype=torch.int64)
         self._bos = begins_with_bos(tokenizer) if bos is None else bos
         if self._bos and tokenizer.bos_token_id is None:
             raise ValueError("ModelSource: bos=True needs a tokeniser with one, got bos_token None")
         wanted = {str(site): site for site in self._inputs + self._targets}
-        self._recorder = Recorder(self.model, tuple(wanted.values()), "ModelSource")
-        self.d = self._width("layer", self.sites)
-        self._d_target = self._width("target", self.target_sites) if self._targets else None
-        self._reader: tuple[int, int, Iterator[torch.Tensor]] | None = None
+        recorder = Recorder(self.model, tuple(wanted.values()), "ModelSource")
+        self.d = _width("layer", self.sites, recorder)
+        self._d_target = _width("target", self.target_sites, recorder) if self._targets else None
+        # whether blocks have been asked for, and the texts been begun
+        self._begun = self._started = False
+        self._passes = self._passes_of([self], recorder)
 
-    def _width(self, name: str, sites: tuple[str, ...]) -> int:
-        """Of sites together."""
-        widths = {site: self._recorder.widths[site] for site in sites}
-        if len(set(widths.values())) > 1:
+    @classmethod
+    def each(
+        cls,
+        model: torch.nn.Module,
+        tokenizer: Any,
+        layers: Sequence[AnySite | Sequence[AnySite]],
+        texts: Iterable[str],
+        batch_size: int | None = None,
+        seed: int = 0,
+        *,
+        targets: Sequence[AnySite | Sequence[AnySite]] | None = None,
+        **options: Any,
+    ) -> list[ModelSource]:
+        """A source for each of several sites, from one forward pass for all of them.
+
+        Each gives bit for bit the batches that it would give alone, with its own dropped tokens and
+        its own position: it may be saved, resumed and read without the others. A block of text is
+        run when the first source comes to it, and what it gives the others is kept until they come
+        there, so read them in turn, as a TrainerGroup does. One that falls more than a block and
+        32 batches behind has its passes made again.
+
+        Args:
+            model, tokenizer, texts, batch_size, seed, options: as for a ModelSource.
+            layers: of each source its `layer`. targets: of each its `target`; None without.
+
+        Raises:
+            TypeError, ValueError, ...: as for a ModelSource; no layer, or not a target for each.
+
+        Example:
+            >>> sources = ModelSource.each(model, tokenizer, [3, 7, "7.mlp_out"], texts)
+        """
+        layers = list(layers)
+        if not layers or (targets is not None and len(targets) != len(layers)):
             raise ValueError(
-                f"ModelSource: {name} must be sites of one width, which are joined, got {widths}; "
-                f"leave out those of another"
+                f"ModelSource.each: layers must be at least one, and targets as many or None, got "
+                f"{len(layers)} and {None if targets is None else len(targets)}"
             )
-        return sum(widths.values())
+        sources = [
+            cls(model, tokenizer, layer, texts, batch_size, seed, target=target, **options)
+            for layer, target in zip(layers, targets or repeat(None), strict=targets is not None)
+        ]
+        sites = {str(site): site for s in sources for site in s._inputs + s._targets}
+        recorder = Recorder(sources[0].model, tuple(sites.values()), "ModelSource")
+        passes = sources[0]._passes_of(sources, recorder)
+        for source in sources:
+            source._passes = passes
+        return sources
+
+    def _passes_of(self, sources: list[ModelSource], recorder: Recorder) -> Passes:
+        return Passes(sources, recorder, self._start, self._per_forward)
+
+    def expect(self, rows: int) -> None:
+        """So many rows will be asked for in all: a block need not hold more. Of no effect once
+        something has been read.
+
+        A sixteenth more is read for the tokens that are dropped.
+        """
+        if not self._begun:
+            windows = -(-rows * 17 // (16 * (self.context - self._skip_first)))
+            self._windows_per_block = max(1, min(self._most_windows, windows))
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """As of a Source; blocks go on with the size that they had, if buffer_rows allows it."""
+        identity = state.get("identity") if isinstance(state, dict) else None
+        size = identity.get("windows_per_block") if isinstance(identity, dict) else None
+        before = self._windows_per_block
+        if not self._begun and type(size) is int and 1 <= size <= self._most_windows:
+            self._windows_per_block = size
+        try:
+            super().load_state_dict(state)
+        except BaseException:
+            self._windows_per_block = before
+            raise
 
     def token_windows(self) -> Iterator[torch.Tensor]:
         """Windows of `context` token ids in reading order; the last one may be shorter."""
@@ -210,7 +293,7 @@ class ModelSource(Source):
                     )
                     self._nonfinite += f", at {next(bad)}"
             # a share of so few tokens says little: 1 in the first window may be 1 of all
-            self._judge(self._windows_per_block * self.context)
+            self.judge(self._windows_per_block * self.context)
             if first:
                 warnings.warn(
                     f"ModelSource: {self._found()}, dropped; source.dropped counts them",
@@ -230,7 +313,7 @@ class ModelSource(Source):
     def _judged(self) -> int:
         return self.read_tokens - self.dropped["skipped"] - self.dropped["special"]
 
-    def _judge(self, least: int = 0) -> None:
+    def judge(self, least: int = 0) -> None:
         """Raises when too large a share was not finite, of all tokens or of `least` if fewer."""
         if self.dropped["nonfinite"] > self._max_nonfinite * max(self._judged(), least):
             raise ValueError(
@@ -239,41 +322,30 @@ class ModelSource(Source):
                 f"raise it"
             )
 
-    def _forward(self, windows: list[torch.Tensor], number: int) -> Rows:
-        """Activations of windows, the first of which is the epoch's `number`-th."""
-        parts: list[Rows] = []
-        start = 0
-        while start < len(windows):
-            stop = start + 1
-            while (
-                stop < min(len(windows), start + self._per_forward)
-                and windows[stop].shape == windows[start].shape
-            ):
-                stop += 1
-            tokens = torch.stack(windows[start:stop])
-            if not self.read_tokens:
-                # of one window, since this records more than what is asked for
-                self._recorder.check(tokens[:1])
-            recorded = self._recorder.record(tokens)
-            keep = self._keep(tokens, recorded, number + start)
-            window, position = keep.nonzero(as_tuple=True)
-            kept = {name: x[window, position] for name, x in recorded.items()}
-            part: Rows = {
-                "activations": _join(kept, self.sites),
-                "token_ids": tokens[window, position],
-                "windows": window + (number + start),
-                "positions": position,
-            }
-            if self.target_sites:
-                part["targets"] = _join(kept, self.target_sites)
-            parts.append(part)
-            start = stop
-        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    def names(self) -> tuple[str, ...]:
+        """Of all sites, each once."""
+        return tuple(dict.fromkeys(self.sites + self.target_sites))
 
-    def next_batch(self) -> torch.Tensor | Batch:
-        """The next `[batch_size, d]` float32 activations of one site; a Batch where there are
-        several sites or a target."""
-        batch = super().next_batch()
+    def select(self, tokens: torch.Tensor, recorded: Rows, number: int) -> Rows:
+        """Rows of windows `[w, t]`, the first of which is the epoch's `number`-th, but for what is
+        dropped, from what the sites gave."""
+        keep = self._keep(tokens, recorded, number)
+        window, position = keep.nonzero(as_tuple=True)
+        kept = {name: x[window, position] for name, x in recorded.items()}
+        part: Rows = {
+            "activations": _join(kept, self.sites),
+            "token_ids": tokens[window, position],
+            "windows": window + number,
+            "positions": position,
+        }
+        if self.target_sites:
+            part["targets"] = _join(kept, self.target_sites)
+        return part
+
+    def next_batch(self, n: int | None = None) -> torch.Tensor | Batch:
+        """The next `[n, d]` float32 activations of one site; a Batch where there are several sites
+        or a target."""
+        batch = super().next_batch(n)
         return Batch(batch) if isinstance(batch, torch.Tensor) and self.n_layers > 1 else batch
 
     def read(self) -> Iterator[Rows]:
@@ -282,35 +354,36 @@ class ModelSource(Source):
 
     def read_windows(self, windows: Iterable[torch.Tensor]) -> Iterator[Rows]:
         """The same of any windows `[t]` of token ids."""
-        held: list[torch.Tensor] = []
-        number = 0
-        for window in windows:
-            held.append(window)
-            if len(held) == self._per_forward:
-                yield self._forward(held, number)
-                number, held = number + len(held), []
-        rows = self._forward(held, number) if held else None
-        self._judge()
-        if rows is not None:
+        left, number = iter(windows), 0
+        while held := list(islice(left, self._per_forward)):
+            rows = self._passes.rows(self, held, number)
+            number += len(held)
+            if len(held) < self._per_forward:
+                self.judge()  # before the last ones are given away
             yield rows
+        self.judge()
+
+    def _start(self) -> Iterator[torch.Tensor]:
+        """Windows of an epoch from its start."""
+        if self._started and iter(self.texts) is self.texts:
+            raise SourceExhausted("ModelSource: texts is an iterator and has ended")
+        self._started = True
+        return self.token_windows()
 
     def _load(self, epoch: int, block: int) -> Rows | None:
-        if self._reader is None or self._reader[:2] != (epoch, block):
-            started = self._reader is not None
-            if started and iter(self.texts) is self.texts:
-                raise SourceExhausted("ModelSource: texts is an iterator and has ended")
-            reader = self.token_windows()
-            # ends with the text: a saved block may lie anywhere
-            for _ in zip(range(block * self._windows_per_block), reader, strict=False):
-                pass
-        else:
-            reader = self._reader[2]
-        pairs = zip(range(self._windows_per_block), reader, strict=False)
-        windows = [window for _, window in pairs]
-        self._reader = epoch, block + 1, reader
-        rows = self._forward(windows, block * self._windows_per_block) if windows else None
-        self._judge()
-        return rows
+        self._begun = True
+        return self._passes.load(self, self._place(epoch, block), self.on_progress)
+
+    def _place(self, epoch: int, block: int) -> Place:
+        return epoch, block * self._windows_per_block, self._windows_per_block
+
+    def next_place(self) -> Place:
+        """The block that is loaded next."""
+        return self._place(self._epoch, self._block + (self._rows is not None))
+
+    def untouched(self) -> bool:
+        """Whether no block has been asked for."""
+        return not self._begun
 
     def _named(self) -> int | str | list[str]:
         """The sites of the input: the residual stream after a layer is that layer's number."""

@@ -17,7 +17,7 @@ import re
 import warnings
 import zlib
 from bisect import bisect_right
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 
+from mikernels.activations.arrays import ArrayShard, refuse_pickle
 from mikernels.activations.sources import Rows, Source, check_activations
 from mikernels.files import check_json, explained, partial_of, read_json, sealed, write_json
 from mikernels.owning import LOCK, owned
@@ -33,6 +34,7 @@ from mikernels.tensor_files import bytes_of, open_tensors, write_tensors
 if TYPE_CHECKING:
     from mikernels.schema import Index
 
+Paths = str | Path | Sequence[str | Path]
 INDEX = "index.json"
 CHUNK_ROWS = 256
 WINDOW_BYTES = 64 << 20
@@ -154,22 +156,36 @@ def _crc32s(rows: dict[str, torch.Tensor]) -> list[int]:
 
 
 def open_shards(
-    folder: str | Path, key: str = "activations", target: str | None = None
-) -> list[Shard]:
-    """The shards of a folder (or the one file given), checked against `index.json` if there is one.
+    folder: Paths, key: str = "activations", target: str | None = None
+) -> list[Shard | ArrayShard]:
+    """The shards of a folder, of one file or of several of both, checked against `index.json` where
+    there is one.
 
     Raises:
         FileNotFoundError: no such folder, no shard in it, or a listed shard is missing.
         ValueError: a shard that is truncated, foreign, or does not agree with the index.
     """
+    if not isinstance(folder, str | Path):
+        if not folder:
+            raise ValueError("ShardSource: folder must name at least one file or folder, got none")
+        return [shard for path in folder for shard in open_shards(path, key, target)]
     folder = Path(folder)
     if folder.is_file():
-        return [Shard(folder, key, target=target)]
+        refuse_pickle(folder)
+        npy = folder.suffix.lower() == ".npy"
+        return [ArrayShard(folder) if npy else Shard(folder, key, target=target)]
     if not folder.is_dir():
         raise FileNotFoundError(
             f"ShardSource: folder must be an existing folder of safetensors shards, got {folder}"
         )
     paths = sorted(folder.glob("*.safetensors"))
+    if arrays := sorted(folder.glob("*.npy")):
+        if paths:
+            raise ValueError(
+                f"ShardSource: {folder} must hold files of one kind, got {paths[0].name} and "
+                f"{arrays[0].name}; name the files"
+            )
+        return [ArrayShard(path) for path in arrays]
     expected: dict[str, int] = {}
     crc32: dict[str, list[int] | None] = {}
     if (folder / INDEX).exists():
@@ -187,7 +203,11 @@ def open_shards(
                 f"ShardSource: {folder / name} is not listed in {INDEX}; move it out of the folder"
             )
     if not paths:
-        raise FileNotFoundError(f"ShardSource: {folder} must hold *.safetensors files, got none")
+        for path in sorted(folder.iterdir()):
+            refuse_pickle(path)
+        raise FileNotFoundError(
+            f"ShardSource: {folder} must hold *.safetensors files, or *.npy, got none"
+        )
     shards = [Shard(path, key, crc32.get(path.name), target) for path in paths]
     for shard in shards:
         if shard.rows != expected.get(shard.path.name, shard.rows):
@@ -195,7 +215,7 @@ def open_shards(
                 f"ShardSource: {shard.path} must have {expected[shard.path.name]} rows by {INDEX}, "
                 f"got {shard.rows}; write the shards again"
             )
-    return shards
+    return list(shards)
 
 
 def read_index(folder: str | Path) -> dict[str, Any]:
@@ -239,14 +259,15 @@ def _read_index(folder: Path) -> Index:
 
 
 class ShardSource(Source):
-    """Rows of memory-mapped safetensors shards, shuffled without reading everything.
+    """Rows of memory-mapped shards, shuffled without reading everything.
 
     Shards are cut into chunks of 256 rows. Each epoch visits the chunks in a new random order, and
     rows mix within a window of many chunks (64 MB by default), which is all that is in memory.
 
     Args:
-        folder: a folder of `*.safetensors` (see `write_shards`), or one such file.
-        batch_size: rows of a batch.
+        folder: a folder of `*.safetensors` (see `write_shards`) or of `*.npy`, one such file, or a
+            list of files and folders.
+        batch_size: rows of a batch; None is the trainer's.
         seed: decides the orders.
         key: the tensor's name; a shard with a single 2-D tensor, the target aside, may call it
             anything.
@@ -255,15 +276,18 @@ class ShardSource(Source):
             themselves, whatever lies beside them.
         window_rows: rows that mix with each other; None is 64 MB worth.
 
+    Attributes:
+        n_rows: of all shards.
+
     Raises:
         FileNotFoundError, TypeError, ValueError: for a missing or empty folder, and for a shard
-            that is truncated, foreign or of another width, by name.
+            that is truncated, foreign, pickled or of another width, by name.
     """
 
     def __init__(
         self,
-        folder: str | Path,
-        batch_size: int,
+        folder: Paths,
+        batch_size: int | None = None,
         seed: int = 0,
         *,
         key: str = "activations",
@@ -289,10 +313,18 @@ class ShardSource(Source):
         self.n_rows = sum(shard.rows for shard in self._shards)
         if window_rows is None:
             window_rows = WINDOW_BYTES // first.row_bytes
-        self._window_chunks = max(1, max(window_rows, batch_size) // CHUNK_ROWS)
+        self._window_chunks = max(1, max(window_rows, batch_size or 0) // CHUNK_ROWS)
         chunks = [-(-shard.rows // CHUNK_ROWS) for shard in self._shards]
         self._first_chunk = [0, *accumulate(chunks)]
         self._chunk_order: tuple[int, torch.Tensor] | None = None
+
+    def read(self, rows: int = 4096) -> Iterator[Rows]:
+        """One epoch in the order in which it was written, at most so many rows at a time."""
+        if rows < 1:
+            raise ValueError(f"ShardSource: rows must be at least 1, got {rows}")
+        for shard in self._shards:
+            for start in range(0, shard.rows, rows):
+                yield shard.read(start, start + rows)
 
     def _load(self, epoch: int, block: int) -> Rows | None:
         if self._chunk_order is None or self._chunk_order[0] != epoch:
@@ -322,7 +354,7 @@ def write_shards(
     *,
     rows_per_shard: int = 65_536,
     dtype: torch.dtype | None = None,
-    metadata: dict[str, Any] | None = None,
+    metadata: dict[str, Any] | Callable[[], dict[str, Any]] | None = None,
 ) -> int:
     """Write activations as shards that `ShardSource` reads; returns the number of rows.
 
@@ -332,7 +364,8 @@ def write_shards(
             [n, d_out]`, and tensors `[n, ...]`, as `ModelSource.read` gives them.
         rows_per_shard: rows of every shard but the last.
         dtype: of the stored activations and targets; None keeps theirs.
-        metadata: JSON-able, returned by `read_index`.
+        metadata: JSON-able, returned by `read_index`; or a function that gives it once all rows are
+            written.
 
     Raises:
         FileExistsError: when the folder holds shards.
@@ -343,7 +376,8 @@ def write_shards(
             meanwhile; earlier shards stay.
     """
     folder = Path(folder).absolute()  # batches may come from code that changes the current one
-    check_json(metadata or {}, "write_shards: metadata")
+    if not callable(metadata):
+        check_json(metadata or {}, "write_shards: metadata")
     with explained("write_shards", "shards", folder, "choose another folder"):
         folder.mkdir(parents=True, exist_ok=True)
     with owned(folder, "write_shards") as mine:
@@ -399,8 +433,10 @@ def write_shards(
                     f"write_shards: {path} must stay until {INDEX} is written, got deleted or "
                     f"replaced; write the shards again into another folder"
                 )
+        told = metadata() if callable(metadata) else metadata or {}
+        check_json(told, "write_shards: metadata")
         with explained("write_shards", "the index", folder / INDEX, "free space"):
-            write_json(folder / INDEX, sealed({"shards": shards, "metadata": metadata or {}}))
+            write_json(folder / INDEX, sealed({"shards": shards, "metadata": told}))
     return sum(shard["rows"] for shard in shards)
 
 

@@ -23,6 +23,10 @@ Rows = dict[str, torch.Tensor]
 them, `token_ids [n]`."""
 
 
+# rows of a batch where nobody says it, as in TrainConfig
+BATCH = 4096
+
+
 class SourceExhausted(ValueError):
     """A source that cannot start again has no full batch left."""
 
@@ -31,7 +35,8 @@ class Source(ABC):
     """Batches of activations `[batch_size, d]`, with targets or without, with exact resume.
 
     Args:
-        batch_size: rows of a batch, at least 1.
+        batch_size: rows of a batch, at least 1; None: whoever takes a batch says it, as a Trainer
+            does (4,096 where nobody does).
         seed: decides every order.
 
     Attributes:
@@ -45,8 +50,8 @@ class Source(ABC):
     # of the targets, None without any
     _d_target: int | None = None
 
-    def __init__(self, batch_size: int, seed: int = 0):
-        if batch_size < 1:
+    def __init__(self, batch_size: int | None, seed: int = 0):
+        if batch_size is not None and batch_size < 1:
             raise ValueError(
                 f"{type(self).__name__}: batch_size must be at least 1, got {batch_size}"
             )
@@ -75,15 +80,20 @@ class Source(ABC):
         seed = random.Random(":".join(map(str, (self.seed, *key)))).getrandbits(63)
         return torch.randperm(n, generator=torch.Generator().manual_seed(seed))
 
-    def next_rows(self) -> Rows:
+    def next_rows(self, n: int | None = None) -> Rows:
         """The next batch with everything that is known of each row.
+
+        Args:
+            n: rows; None is batch_size.
 
         Raises:
             SourceExhausted: the source cannot start again and has no full batch left.
-            ValueError: an epoch without a row.
+            ValueError: an epoch without a row; n below 1.
         """
         parts: list[Rows] = []
-        missing = self.batch_size
+        missing = self.batch_size or BATCH if n is None else n
+        if missing < 1:
+            raise ValueError(f"{type(self).__name__}: n must be at least 1, got {missing}")
         while missing:
             if self._rows is None:
                 self._rows = self._load(self._epoch, self._block)
@@ -107,9 +117,10 @@ class Source(ABC):
                 self._block, self._offset = self._block + 1, 0
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
-    def next_batch(self) -> torch.Tensor | Batch:
-        """The next `[batch_size, d]` float32 activations, with their targets as a Batch."""
-        rows = self.next_rows()
+    def next_batch(self, n: int | None = None) -> torch.Tensor | Batch:
+        """The next `[n, d]` float32 activations, with their targets as a Batch; n is batch_size if
+        it is None."""
+        rows = self.next_rows(n)
         x = rows["activations"].float()
         return x if self._d_target is None else Batch(x, rows["targets"].float())
 
@@ -172,7 +183,7 @@ class Source(ABC):
 def check_activations(owner: str, name: str, shape: list[int], dtype: torch.dtype) -> None:
     """`[rows, d]` floating and not empty, or TypeError / ValueError."""
     if len(shape) != 2:
-        raise ValueError(f"{owner}: {name} must be [rows, d], got {shape}; flatten it first")
+        raise ValueError(f"{owner}: {name} must be [rows, d], got {shape}; reshape it first")
     if not dtype.is_floating_point:
         raise TypeError(f"{owner}: {name} must be floating, got {dtype}; convert it with .float()")
     if 0 in shape:
@@ -184,11 +195,14 @@ class TensorSource(Source):
 
     Args:
         tensor: `[n, d]` floating; not copied.
-        batch_size: rows of a batch.
+        batch_size: rows of a batch; None is the trainer's.
         seed: decides the orders.
         target: `[n, d_out]` floating, what each row is to be reconstructed as (a transcoder's is
             the output of an MLP); None: itself. `next_rows` returns it as "targets".
         extra: tensors `[n, ...]` that `next_rows` returns beside the activations.
+
+    Attributes:
+        n_rows: n.
 
     Raises:
         TypeError, ValueError: for a tensor or target that is not floating, not 2-D, or empty, and
@@ -198,7 +212,7 @@ class TensorSource(Source):
     def __init__(
         self,
         tensor: torch.Tensor,
-        batch_size: int,
+        batch_size: int | None = None,
         seed: int = 0,
         *,
         target: torch.Tensor | None = None,
@@ -220,7 +234,7 @@ class TensorSource(Source):
                     f"TensorSource: {name} must have {tensor.shape[0]} rows like tensor, "
                     f"got {rows.shape[0]}"
                 )
-        self.d = tensor.shape[1]
+        self.n_rows, self.d = tensor.shape
         self._data = {"activations": tensor, **extra}
 
     def _load(self, epoch: int, block: int) -> Rows | None:

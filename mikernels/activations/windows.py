@@ -17,6 +17,16 @@ def begins_with_bos(tokenizer: Any) -> bool:
     return tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
 
 
+def text_of(tokenizer: Any, token: int) -> str:
+    """A token's text as it stands within a text.
+
+    Tokenisers of the SentencePiece kind drop the space of a text's first token: what a token adds
+    to itself has it.
+    """
+    alone, twice = tokenizer.decode([token]), tokenizer.decode([token, token])
+    return twice[len(alone) :] if twice.startswith(alone) else alone
+
+
 def _tokens(tokenizer: Any, texts: Iterable[str]) -> Iterator[int]:
     """Documents joined by the end-of-text token."""
     end = tokenizer.eos_token_id

@@ -167,7 +167,13 @@ def attribute(
         TypeError, ValueError: as `gim_probe`, and for another baseline.
 
     Example:
-        >>> print(attribute(model, "The capital of France is", " Paris", tokenizer=tokenizer))
+        >>> text = "When Mary and John went to the store, John gave a drink to"
+        >>> print(circuits.attribute(
+        ...     model, text, (" Mary", " John"), tokenizer=tokenizer, baseline="zero"
+        ... ))
+        logit difference 'Mary' - 'John': ...
+        'When' ...
+        'Mary' ...
     """
     model = original(model)
     decoder = find_decoder(model, NAME, FIX)

@@ -142,8 +142,11 @@ class Circuit:
             TimeoutError: "milp" found nothing in time.
 
         Example:
-            >>> print(circuit.select(0.01, "milp"))
-            milp: 706 of 70651 edges, 706 of them on a path from input to logits; scores of 41.2
+            >>> task = circuits.tasks.ioi(tokenizer, 4)
+            >>> question = task.inputs, task.counterfactual_inputs, task.target
+            >>> found = circuits.find_circuit(model, *question, replicates=0)
+            >>> print(found.select(20, "milp"))
+            milp: 20 of 190 edges, 20 of them on a path from input to logits; scores of ...
         """
         where, graph = "Circuit.select", self.graph
         found = choose(where, graph, self.level, self.scores, size, how, absolute, time_limit)

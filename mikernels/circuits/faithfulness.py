@@ -150,7 +150,13 @@ def random_circuit(graph: Graph, level: str = "edge", seed: int = 0) -> Circuit:
         ValueError: for another level.
 
     Example:
-        >>> random_circuit(found.graph, found.level)
+        >>> task = circuits.tasks.ioi(tokenizer, 4)
+        >>> found = circuits.find_circuit(
+        ...     model, task.inputs, task.counterfactual_inputs, task.target
+        ... )
+        >>> chance = circuits.random_circuit(found.graph, found.level)
+        >>> chance.scores.shape == found.scores.shape
+        True
     """
     if level not in LEVELS:
         raise ValueError(f"random_circuit: level must be one of {LEVELS}, got {level!r}")
@@ -265,12 +271,19 @@ def faithfulness_curve(
             arithmetic is another, with the place and the numbers.
 
     Example:
-        >>> found = find_circuit(model, task.inputs, task.counterfactual_inputs, task.target)
-        >>> ours, chance = faithfulness_curve(
-        ...     model, task.inputs, task.counterfactual_inputs, task.target,
-        ...     [found, random_circuit(found.graph)])
+        >>> task = circuits.tasks.ioi(tokenizer, 4)
+        >>> question = task.inputs, task.counterfactual_inputs, task.target
+        >>> found = circuits.find_circuit(model, *question)
+        >>> both = [found, circuits.random_circuit(found.graph)]
+        >>> ours, chance = circuits.faithfulness_curve(model, *question, both, fractions=[0.1, 0.5])
         >>> print(ours)
+        gim: CPR ... [...], CMD ... [...]
+        logit difference of a pair per prompt: ... with everything cut (mean of 4 prompts)
+        kept  edges  faithfulness      95 % interval
+        10 %     19 ...
+        50 %     95 ...
         >>> ours.cpr.told_apart(chance.cpr)
+        False
     """
     some = read_circuits(NAME, circuits)
     fractions = tuple(float(x) for x in fractions)

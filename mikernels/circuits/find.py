@@ -122,10 +122,12 @@ def find_circuit(
             behaviour whose number is the same on all counterfactuals: there is nothing to explain.
 
     Example:
-        >>> task = circuits.tasks.ioi(tokenizer, 100)
+        >>> task = circuits.tasks.ioi(tokenizer, 4)
         >>> found = circuits.find_circuit(
-        ...     model, task.inputs, task.counterfactual_inputs, task.target)
-        >>> print(found)
+        ...     model, task.inputs, task.counterfactual_inputs, task.target
+        ... )
+        >>> len(found.ranking(5))
+        5
     """
     level = _check(method, level, steps, replicates, batch, rules)
     model = original(model)

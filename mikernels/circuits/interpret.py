@@ -1,5 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Selected pairs as circuits: named edges, and the components that they connect."""
+"""Selected pairs by name, and the groups that they connect.
+
+Pairs of `select_top_k` have no direction: their score is an inner product, S[i, j] = S[j, i]. Of
+gradients a positive one says that the same move raises the answer at both components; of activation
+times gradient, that both add to the answer at the same positions and coordinates, and a negative
+one that one takes away what the other adds. Whether one reads what the other writes it does not
+say: that is what the edges of `find_circuit` are, from a writer to a reader.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +15,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from mikernels.circuits.interactions import NamedInteractions
+from mikernels.circuits.tables import Columns
 from mikernels.values.interactions import Interactions
 
 # L3.h7 and L3H7; a3.h7 and m3; model.layers.3.mlp, blocks.3.attn, transformer.h.3.attn
@@ -23,67 +30,60 @@ class CircuitEdge:
     """One selected pair.
 
     Attributes:
-        source, target: names; the source is in the earlier layer if both names tell theirs.
+        first, second: names, that in the earlier layer first if both tell theirs, which says no
+            more than where they are; of directed pairs the source and the target.
         score: as selected.
         kind: "reinforcing" (score > 0), "opposing" (< 0), "neutral" (0) or "undefined" (NaN).
-        source_layer, target_layer: as the names tell them, else None.
-        circuit: number of the circuit, 1 for that of the strongest edge; None for neutral and
+        first_layer, second_layer: as the names tell them, else None.
+        circuit: number of the circuit, 1 for that of the strongest pair; None for neutral and
             undefined pairs, which connect nothing.
     """
 
-    source: str
-    target: str
+    first: str
+    second: str
     score: float
     kind: str
-    source_layer: int | None
-    target_layer: int | None
+    first_layer: int | None
+    second_layer: int | None
     circuit: int | None
 
 
 class Circuits(list[CircuitEdge]):
-    """A list of edges, strongest first, that prints as a table (plain, and with `rich.print`).
+    """A list of pairs, strongest first, that prints as a table (plain, and with `rich.print`).
 
     Attributes:
-        groups: the names of each circuit, a connected component of the graph of the edges, in the
+        groups: the names of each circuit, a connected component of the graph of the pairs, in the
             order of the model; circuit c is `groups[c - 1]`.
+        directed: whether a pair leads from its first to its second, as `col_names` make it.
     """
 
-    def __init__(self, edges: Sequence[CircuitEdge] = (), groups: Sequence[tuple[str, ...]] = ()):
+    def __init__(
+        self,
+        edges: Sequence[CircuitEdge] = (),
+        groups: Sequence[tuple[str, ...]] = (),
+        directed: bool = False,
+    ):
         super().__init__(edges)
         self.groups = list(groups)
+        self.directed = directed
 
-    def _cells(self) -> list[tuple[str, ...]]:
-        head: tuple[str, ...] = ("source", "target", "score", "kind", "circuit")
-        return [head] + [
-            (e.source, e.target, f"{e.score:+.4g}", e.kind, str(e.circuit or "-")) for e in self
-        ]
+    def _table(self) -> Columns:
+        if self.directed:
+            title, ends = "edges from source to target", ("source", "target")
+        else:
+            title, ends = "pairs, alike (+) or opposed (-), without direction", ("first", "second")
+        rows = [(e.first, e.second, f"{e.score:+.4g}", e.kind, str(e.circuit or "-")) for e in self]
+        return Columns(title, (*ends, "score", "kind", "circuit"), rows, (0, 1, 3, 4), 2)
 
     def _lines(self) -> list[str]:
         groups = enumerate(self.groups, 1)
         return [f"circuit {number}: {', '.join(names)}" for number, names in groups]
 
     def __str__(self) -> str:
-        cells = self._cells()
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        rows = [
-            "  ".join(
-                cell.rjust(width) if column == 2 else cell.ljust(width)
-                for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-            ).rstrip()
-            for row in cells
-        ]
-        return "\n".join(rows + self._lines())
+        return "\n".join([str(self._table()), *self._lines()])
 
     def __rich__(self) -> RenderableType:
-        head, *rows = self._cells()
-        table = Table()
-        for name in head:
-            table.add_column(name, justify="right" if name == "score" else "left")
-        colours = {"reinforcing": "green", "opposing": "red"}
-        for row in rows:
-            # as Text, so that brackets in names are no markup
-            table.add_row(*(Text(cell, style=colours.get(cell, "")) for cell in row))
-        return Group(table, *(Text(line) for line in self._lines()))
+        return Group(self._table().__rich__(), *map(Text, self._lines()))
 
 
 def _layer(name: str) -> int | None:
@@ -122,16 +122,16 @@ def interpret_circuits(
     names: Sequence[str] | None = None,
     col_names: Sequence[str] | None = None,
 ) -> Circuits:
-    """Names the components of selected pairs and groups them into circuits.
+    """Names the components of selected pairs and groups those that are connected.
 
     Args:
         top: of select_top_k, which has names; or any Interactions, with names given here.
         names: of the rows; and of the columns without col_names.
         col_names: of the columns, for pairs with a direction (a writer's row, a reader's column):
-            the source is then the row, whatever the layers.
+            the first of a pair is then the row, whatever the layers.
 
     Returns:
-        Circuits: a list of CircuitEdge, strongest first, with `groups`.
+        Circuits: a list of CircuitEdge, strongest first, with `groups`; `directed` with col_names.
 
     Raises:
         TypeError, ValueError: without names, or with too few or too many.
@@ -157,11 +157,11 @@ def interpret_circuits(
     for row, col, score in zip(
         top.rows.tolist(), top.cols.tolist(), top.values.tolist(), strict=True
     ):
-        source, target = names[row], columns[col]
-        layers = _layer(source), _layer(target)
+        first, second = names[row], columns[col]
+        layers = _layer(first), _layer(second)
         if not directed and None not in layers and layers[1] < layers[0]:  # type: ignore[operator]
-            source, target = target, source
-        found.append((source, target, score))
+            first, second = second, first
+        found.append((first, second, score))
     circuit = _connected([(a, b) for a, b, score in found if score > 0 or score < 0])
     edges = [
         CircuitEdge(
@@ -175,4 +175,4 @@ def interpret_circuits(
     for name in order:
         if name in circuit:
             groups[circuit[name] - 1].append(name)
-    return Circuits(edges, [tuple(group) for group in groups])
+    return Circuits(edges, [tuple(group) for group in groups], directed)

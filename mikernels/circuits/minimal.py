@@ -166,9 +166,11 @@ def minimal_circuit(
         TypeError, ValueError: another tau; as `faithfulness_curve`.
 
     Example:
-        >>> found = minimal_circuit(
-        ...     model, task.inputs, task.counterfactual_inputs, task.target, circuit, tau=0.85)
-        >>> found.fraction, found.selection.names
+        >>> task = circuits.tasks.ioi(tokenizer, 4)
+        >>> question = task.inputs, task.counterfactual_inputs, task.target
+        >>> found = circuits.find_circuit(model, *question)
+        >>> print(circuits.minimal_circuit(model, *question, found, tau=0.85))
+        gim: ... of 190 edges (...) keep ... of logit difference of a pair per prompt, tau = 0.85...
     """
     (circuit,) = read_circuits(NAME, [circuit])
     if isinstance(tau, bool) or not isinstance(tau, int | float) or not 0 < tau <= 1:
@@ -265,7 +267,10 @@ def rank_models(
         TypeError, ValueError: for other arguments, before any model runs; as the functions above.
 
     Example:
-        >>> print(rank_models({"a": (model, tokenizer), "b": (other, other_tokenizer)}, tasks.ioi))
+        >>> task = circuits.tasks.ioi(tokenizer, 4)
+        >>> found = circuits.rank_models({"a": model}, task, method="eap")
+        >>> len(found.rows)
+        1
     """
     where = "rank_models"
     if not isinstance(models, Mapping) or not models:

@@ -323,7 +323,9 @@ def head_scores(
             whose layers differ in heads; whose attention is another than softmax(q k^T) v.
 
     Example:
-        >>> print(head_scores(model, tokenizer=tokenizer))
+        >>> found = circuits.head_scores(model, tokenizer=tokenizer)
+        >>> found.induction.shape  # of every layer's heads
+        torch.Size([3, 4])
     """
     model = original(model)
     decoder = find_decoder(model, NAME, FIX)
@@ -376,7 +378,8 @@ def attention_patterns(
         TypeError, ValueError: as `head_scores`; for heads that the model does not have.
 
     Example:
-        >>> found = attention_patterns(model, "A B C A B", ["L3.h7"], tokenizer=tokenizer)
+        >>> text = "Mary and John and Mary"
+        >>> found = circuits.attention_patterns(model, text, ["L1.h2"], tokenizer=tokenizer)
         >>> found.weights[0].shape
         torch.Size([1, 5, 5])
     """

@@ -415,12 +415,17 @@ def gim_probe(
             numbers; a callable that does not return one number per prompt.
 
     Example:
-        >>> probe = gim_probe(
-        ...     model, "When Mary and John went to the store, John gave a drink to",
-        ...     (" Mary", " John"), tokenizer=tokenizer,
+        >>> probe = circuits.gim_probe(
+        ...     model,
+        ...     "When Mary and John went to the store, John gave a drink to",
+        ...     (" Mary", " John"),
+        ...     tokenizer=tokenizer,
         ... )
         >>> print(probe)
-        >>> probe.to_html("probe.html")
+        logit difference 'Mary' - 'John': ... (1 prompt)
+            component    score  most at
+         1  ...
+        >>> page = probe.to_html("probe.html")
     """
     model = original(model)
     decoder = find_decoder(model, NAME, FIX)

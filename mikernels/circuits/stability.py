@@ -127,9 +127,14 @@ def stability(
             another k; scores that are not finite.
 
     Example:
-        >>> print(stability(circuit, 100))
-        >>> core = stability([find_circuit(model, task.inputs, task.counterfactual_inputs,
-        ...     task.target) for task in tasks.variations("ioi", tokenizer)], 100).consensus()
+        >>> def found(task):
+        ...     question = task.inputs, task.counterfactual_inputs, task.target
+        ...     return circuits.find_circuit(model, *question)
+        >>> alone = circuits.stability(found(circuits.tasks.ioi(tokenizer, 4)), 10)
+        >>> bool(0 <= alone.jaccard.value <= 1)
+        True
+        >>> tasks = circuits.tasks.variations("ioi", tokenizer, 4)
+        >>> core = circuits.stability([found(task) for task in tasks], 10).consensus()
     """
     if isinstance(circuits, Circuit):
         first, replicates = circuits, circuits.replicates

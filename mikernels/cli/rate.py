@@ -12,21 +12,35 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mikernels.cli.eval import load_any
-from mikernels.cli.train import ACTIVATIONS, Context, GGUFFile, Texts, _device, count, option
+from mikernels.cli.figures import Json, check_json, write_figures
+from mikernels.cli.inputs import (
+    Activations,
+    Context,
+    Field,
+    GGUFFile,
+    Inputs,
+    Layer,
+    Model,
+    Place,
+    Skip,
+    SkipFirst,
+    Texts,
+    Tokens,
+    activations_of,
+    read_inputs,
+)
+from mikernels.cli.judged import load_any
+from mikernels.cli.options import ACTIVATIONS, device_of, option
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from mikernels.activations import Rows
     from mikernels.nn import SAE
     from mikernels.rate.items import Plan
     from mikernels.rate.report import Report
     from mikernels.schema import RatedItems
 
 ITEMS, SESSION = "Items (made once; the same for all raters)", "Session"
-# a minute or two of SmolLM2-135M on a desktop processor
-TOKENS = 32_768
 
 
 def rate(
@@ -47,38 +61,17 @@ def rate(
     open_page: Annotated[
         bool, option("Open the page in your browser.", SESSION, "--open/--no-open")
     ] = True,
-    model: Annotated[
-        Path | None,
-        option("Local folder of the Hugging Face model or GGUF file.", ACTIVATIONS),
-    ] = None,
+    activations: Activations = None,
+    model: Model = None,
     gguf_file: GGUFFile = None,
-    layer: Annotated[
-        int | None,
-        option("Decoder layer, from 0.", ACTIVATIONS, show_default="what the run was trained on"),
-    ] = None,
+    layer: Layer = None,
+    site: Place = "residual",
     text: Texts = None,
+    field: Field = "text",
     context: Context = 256,
-    skip: Annotated[
-        int,
-        option(
-            "Tokens of the text passed over at the start: those trained on.",
-            ACTIVATIONS,
-            parser=lambda text: 0 if str(text) == "0" else count(text),
-            metavar="N",
-        ),
-    ] = 0,
-    tokens: Annotated[
-        int,
-        option("Tokens of the text to take excerpts from.", ACTIVATIONS, parser=count, metavar="N"),
-    ] = TOKENS,
-    activations: Annotated[
-        Path | None,
-        option(
-            "Instead: shards with token_ids, windows and metadata pieces, as the demo's.",
-            ACTIVATIONS,
-            show_default="those of a run of the demo",
-        ),
-    ] = None,
+    skip_first: SkipFirst = 1,
+    skip: Skip = 0,
+    tokens: Tokens = None,
     k: Annotated[
         float | None,
         option("Of a BatchTopK SAE from SAELens, which does not keep it.", ACTIVATIONS),
@@ -101,10 +94,12 @@ def rate(
     examples: Annotated[int, option("Texts of evidence.", ITEMS)] = 6,
     questions: Annotated[int, option("Texts to judge; half of them are right.", ITEMS)] = 10,
     seed: Annotated[int, option("Of all that is drawn.", ITEMS)] = 0,
+    json_file: Json = None,
 ) -> None:
     """Rate features or components by hand: see evidence, guess where they are active, judge them.
 
-    Serves a page on this machine alone. Some items are controls, whose evidence is wrong, and some
+    --layer and --site are those that the run was trained on, where it says so. Serves a page on
+    this machine alone. Some items are controls, whose evidence is wrong, and some
     come twice; nothing says which. Every answer is saved in RUN/rate/RATER.json, and an interrupted
     session goes on where it was. Other raters get the same items in another order.
 
@@ -128,8 +123,11 @@ def rate(
     if not run.exists():
         raise FileNotFoundError(f"rate: RUN must be a folder or a JSON file, got {run}")
     folder = run / rated.FOLDER if run.is_dir() else run.with_name(f"{run.stem}-{rated.FOLDER}")
+    if json_file is not None and not report:
+        raise ValueError("rate: --json must go with --report, got it alone; add --report")
+    check_json("rate", json_file)
     if report:
-        _report(folder, console)
+        write_figures("rate", json_file, _report(folder, console))
         return
     if importlib.util.find_spec("flask") is None:
         raise ModuleNotFoundError("rate: flask must be installed; `pip install 'mikernels[rate]'`")
@@ -155,9 +153,25 @@ def rate(
     if not path.exists():
         with owned(folder, "rate"):
             if run.is_dir():
-                sae = load_any(run, k).to(_device(device)).eval()
-                where = (model, gguf_file, layer, text, context, skip, tokens, activations)
-                made = _feature_items(run, sae, *_rows(run, sae, *where), plan, game)
+                sae = load_any(run, k, "rate").to(device_of("rate", device)).eval()
+                if not activations and model is None:
+                    activations = activations_of(run)
+                inputs = read_inputs(
+                    "rate",
+                    activations=activations,
+                    model=model,
+                    gguf_file=gguf_file,
+                    layers=None if layer is None else [layer],
+                    run=run,
+                    site=site,
+                    text=text,
+                    field=field,
+                    context=context,
+                    skip_first=skip_first,
+                    skip=skip,
+                    tokens=tokens,
+                )
+                made = _feature_items(run, sae, inputs, plan, game)
             else:
                 made = _component_items(run, plan, game)
             rated.save_items(folder, made)
@@ -190,102 +204,12 @@ def _serve(folder: Path, rater: str, port: int, open_page: bool, console: Consol
     console.print(f"\n{done} of {len(session.ratings.turns)} items rated; {say}", highlight=False)
 
 
-def _rows(
-    run: Path,
-    sae: SAE,
-    model: Path | None,
-    gguf_file: str | None,
-    layer: int | None,
-    text: list[Path] | None,
-    context: int,
-    skip: int,
-    tokens: int,
-    activations: Path | None,
-) -> tuple[Rows, dict[str, str], dict[str, Any]]:
-    """Activations with their tokens, the text of each token, and where they are from."""
-    from mikernels.evaluate.judged import check_width
-
-    if model is None:
-        folder = activations or _of_demo(run)
-        if folder is None:
-            raise ValueError(
-                f"rate: items of {run} must be made from --model FOLDER with --text FILE, or from "
-                f"--activations FOLDER, got neither"
-            )
-        from mikernels.activations.shards import load_rows
-
-        rows, metadata = load_rows(folder)
-        pieces = metadata.get("pieces")
-        if not isinstance(pieces, dict):
-            raise ValueError(
-                f"rate: {folder} must have the metadata pieces (the text of every token id), got "
-                f"{sorted(metadata)}; give --model and --text instead"
-            )
-        check_width("rate", sae, rows["activations"].shape[1], str(folder))
-        return rows, pieces, {"activations": str(folder)}
-    if activations is not None or not text:
-        raise ValueError("rate: --model needs --text FILE, and no --activations")
-    from mikernels.activations import ModelSource, TextFiles
-    from mikernels.activations.windows import begins_with_bos, token_windows
-    from mikernels.models.load import load_model
-
-    site = _site(run) if layer is None else layer
-    if site is None:
-        raise ValueError(f"rate: --layer must be given for {run}, which does not say it, got none")
-    texts = TextFiles(text)
-    network, tokenizer = load_model(model, gguf_file)
-    source = ModelSource(network.to(sae.w_enc.device), tokenizer, site, [], context=context)
-    check_width("rate", sae, source.d, f"{model} at {site}")
-    passed, wanted = (-(-number // context) for number in (skip, tokens))
-    windows = token_windows(tokenizer, texts, context, bos=begins_with_bos(tokenizer))
-    parts = list(source.read_windows(islice(windows, passed, passed + wanted)))
-    if not parts:
-        raise ValueError(f"rate: --text must hold more than --skip {skip:,} tokens, got fewer")
-    import torch
-
-    rows = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    ids = rows["token_ids"].unique().tolist()
-    pieces = {str(i): tokenizer.decode([i]) for i in ids}
-    where = {"model": str(model), "site": site, "text": [str(path) for path in text]}
-    return rows, pieces, {**where, "context": context, "skip": skip, "tokens": tokens}
-
-
-def _site(run: Path) -> Any:
-    """What the run was trained on, as ModelSource takes it; None where nothing says it."""
-    from mikernels.training.state.checkpoint import STATE, checkpoints, load_checkpoint
-
-    folder = run if (run / STATE).exists() else next(iter(reversed(checkpoints(run))), None)
-    if folder is None:
-        return None
-    return load_checkpoint(folder)[2].source.get("identity", {}).get("layer")
-
-
-def _of_demo(run: Path) -> Path | None:
-    """The shards that the demo trained a run on."""
-    from mikernels.files import read_json
-    from mikernels.schema import Spec, check
-
-    path = run / "run.json"
-    if not path.exists():
-        return None
-    fix = "give --activations"
-    raw = read_json(path, "rate", "the settings of a run of the demo", fix)
-    return Path(check(Spec, raw, "rate", path, fix).activations)
-
-
-def _feature_items(
-    run: Path,
-    sae: SAE,
-    rows: Rows,
-    pieces: dict[str, str],
-    source: dict[str, Any],
-    plan: Plan,
-    game: str,
-) -> RatedItems:
+def _feature_items(run: Path, sae: SAE, inputs: Inputs, plan: Plan, game: str) -> RatedItems:
     from mikernels.evaluate.firing import encode_all
     from mikernels.rate.features import FeatureMaterials
     from mikernels.rate.items import compose
 
+    rows, pieces, source = inputs.rows(sae)
     firing = encode_all(sae, rows["activations"].to(sae.w_enc.device).float())
     materials = FeatureMaterials(firing, rows, pieces, plan, game)
     found = list(islice(materials, plan.materials))
@@ -302,7 +226,7 @@ def _component_items(path: Path, plan: Plan, game: str) -> RatedItems:
     return compose("component", game, component_materials(evidence, plan), plan, source)
 
 
-def _report(folder: Path, console: Console) -> None:
+def _report(folder: Path, console: Console) -> dict[str, Any]:
     from mikernels.files import explained, finite, write_json
     from mikernels.rate.report import REPORT, read, report
 
@@ -312,6 +236,7 @@ def _report(folder: Path, console: Console) -> None:
     with explained("rate", "the report", path, "free space"):
         write_json(path, finite(found.to_dict()))
     print(f"wrote {path}")
+    return found.to_dict()
 
 
 def _print(console: Console, found: Report) -> None:

@@ -4,75 +4,53 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from mikernels.cli import train_runs
+from mikernels.cli.figures import Json, check_json, write_figures
+from mikernels.cli.inputs import (
+    Activations,
+    Context,
+    Field,
+    GGUFFile,
+    Inputs,
+    Layers,
+    Model,
+    Place,
+    SkipFirst,
+    Texts,
+    read_inputs,
+    sites_of,
+)
+from mikernels.cli.options import ACTIVATIONS, OUTPUT, count, device_of, option
 
 if TYPE_CHECKING:
     import torch
 
-    from mikernels.activations import Site, Source
+    from mikernels.activations import ModelSource
+    from mikernels.models.sites import AnySite
 
-ACTIVATIONS, SAE, TRAINING, OUTPUT = "Activations", "SAE", "Training", "Output"
-SUFFIXES = {"k": 10**3, "m": 10**6, "b": 10**9}
-
-
-def count(text: str | int) -> int:
-    """A whole number, or one with a suffix: 500k, 10M, 1.5B."""
-    digits, unit = str(text).strip().replace(",", "").replace("_", ""), 1
-    if digits[-1:].lower() in SUFFIXES:
-        digits, unit = digits[:-1], SUFFIXES[digits[-1].lower()]
-    try:
-        number = float(digits) * unit
-    except ValueError as error:
-        raise typer.BadParameter(f"expected a number such as 500k or 10M, got {text!r}") from error
-    if not number >= 1 or number % 1:
-        raise typer.BadParameter(f"expected a whole number of at least 1, got {text!r}")
-    return int(number)
-
-
-def option(help_text: str, panel: str, *names: str, **more):
-    return typer.Option(*names, help=help_text, rich_help_panel=panel, **more)
-
-
-# the same in every command that runs a model over text
-GGUFFile = Annotated[
-    str | None, option("The GGUF file's name, if the folder has several.", ACTIVATIONS)
-]
-Texts = Annotated[
-    list[Path] | None,
-    option("UTF-8 text file; may be repeated.", ACTIVATIONS, metavar="<path>"),
-]
-Context = Annotated[int, option("Tokens of a context window.", ACTIVATIONS)]
+SAE, TRAINING = "SAE", "Training"
 
 
 def train(
-    activations: Annotated[
-        Path | None,
-        option("Folder of safetensors shards, or one file, of \\[rows, d].", ACTIVATIONS),
-    ] = None,
-    model: Annotated[
-        Path | None,
-        option("Instead: local folder of a Hugging Face model or a GGUF file.", ACTIVATIONS),
-    ] = None,
+    activations: Activations = None,
+    model: Model = None,
     gguf_file: GGUFFile = None,
-    layer: Annotated[
-        list[int] | None,
+    layer: Layers = None,
+    site: Place = "residual",
+    sites: Annotated[
+        list[str] | None,
         option(
-            "Decoder layer, from 0; may be repeated: the activations of several are joined.",
+            "Instead of --layer: an SAE for each of these, from one pass of the model, e.g. "
+            "3.residual,7.residual,7.mlp_out.",
             ACTIVATIONS,
+            metavar="LAYER.SITE,...",
         ),
     ] = None,
-    site: Annotated[
-        str,
-        option(
-            "Of each layer: residual (the stream after it), mlp_in (what its MLP reads), mlp_out "
-            "or attn_out (what MLP or attention add).",
-            ACTIVATIONS,
-        ),
-    ] = "residual",
     target_site: Annotated[
         str | None,
         option("Reconstruct this site, not the input.", ACTIVATIONS, show_default="the input"),
@@ -82,30 +60,39 @@ def train(
         option("Of these layers; may be repeated.", ACTIVATIONS, show_default="--layer"),
     ] = None,
     text: Texts = None,
+    field: Field = "text",
     context: Context = 256,
-    skip_first: Annotated[
-        int, option("Positions of a window left out: attention sinks.", ACTIVATIONS)
-    ] = 1,
+    skip_first: SkipFirst = 1,
+    save_activations: Annotated[
+        Path | None,
+        option(
+            "Keep what the model makes in this folder, and train on that; if it holds the same "
+            "already, no model is run.",
+            ACTIVATIONS,
+        ),
+    ] = None,
     features: Annotated[
         int | None, option("F, the number of features.", SAE, show_default="expansion x d")
     ] = None,
     expansion: Annotated[int, option("F / d, if --features is not given.", SAE)] = 16,
     arch: Annotated[
-        str,
+        list[str] | None,
         option(
             "topk, batch_topk, jumprelu, matryoshka, lista_matryoshka, gated, relu, transcoder, "
-            "skip_transcoder, crosscoder or cross_layer_transcoder.",
+            "skip_transcoder, crosscoder or cross_layer_transcoder. Repeated: an SAE of each.",
             SAE,
+            show_default="topk",
         ),
-    ] = "topk",
+    ] = None,
     k: Annotated[
-        float,
+        list[float] | None,
         option(
             "Active features per token: of each with topk, else on average; jumprelu's target. "
-            "gated and relu have none.",
+            "gated and relu have none. Repeated: an SAE with each.",
             SAE,
+            show_default="32",
         ),
-    ] = 32,
+    ] = None,
     settings: Annotated[
         list[str] | None,
         option(
@@ -188,23 +175,35 @@ def train(
     ] = False,
     threads: Annotated[int | None, option("CPU threads.", TRAINING, show_default="torch's")] = None,
     seed: Annotated[int, option("Seed of weights and order.", TRAINING)] = 0,
-    out: Annotated[Path, option("Folder of metrics.jsonl and checkpoints.", OUTPUT)] = Path(
-        "out/train"
-    ),
+    out: Annotated[
+        Path,
+        option(
+            "Folder of metrics.jsonl and checkpoints; of several SAEs, the folder of these "
+            "folders, e.g. OUT/3.residual-k32.",
+            OUTPUT,
+        ),
+    ] = Path("out/train"),
     resume: Annotated[
         bool, option("Continue from the newest checkpoint in --out.", OUTPUT, "--resume")
     ] = False,
     checkpoint_every: Annotated[int, option("Steps between checkpoints.", OUTPUT)] = 1000,
     log_every: Annotated[int, option("Steps between metrics.", OUTPUT)] = 10,
+    log_to: Annotated[
+        list[str] | None,
+        option(
+            "tensorboard (files in --out) or wandb, beside metrics.jsonl; may be repeated.", OUTPUT
+        ),
+    ] = None,
     export_saelens: Annotated[
         Path | None, option("Also write the SAE for SAELens to this folder.", OUTPUT)
     ] = None,
+    json_file: Json = None,
 ) -> None:
     """Train an SAE or transcoder on your own activations, or on those of a local model over text.
 
-    Activations are shards of safetensors files with a tensor "activations" of \\[rows, d], and
-    perhaps "targets" to be reconstructed from them, as written by
-    mikernels.activations.write_shards, or any file with a single 2-D tensor.
+    Activations are .safetensors files with a tensor "activations" of \\[rows, d], and perhaps
+    "targets" to be reconstructed from them, as written by mikernels.activations.write_shards, or
+    with a single 2-D tensor; or .npy files of \\[rows, d].
 
     Examples:
 
@@ -212,29 +211,49 @@ def train(
 
         mikernels train --model ~/models/gpt2 --layer 6 --text corpus.txt --tokens 10M
 
+        mikernels train --model model.gguf --layer 6 --text pile.jsonl.gz --tokens 10M \\
+            --save-activations acts/
+
         mikernels train --activations acts/ --arch jumprelu --k 64 --set bandwidth=0.1
 
         mikernels train --model gpt2 --layer 6 --site mlp_in --target-site mlp_out --text a.txt \\
             --arch transcoder
 
-        mikernels train --activations acts/ --out out/sae --resume --export-saelens out/saelens
+        mikernels train --model gpt2 --sites 3.residual,7.residual,11.residual --text a.txt \\
+            --tokens 10M --out out/saes
+
+        mikernels train --activations acts/ --k 16 --k 32 --k 64 --out out/k --log-to tensorboard
+
+        mikernels train --activations acts/ --out out/sae --resume
     """
     import torch
 
     from mikernels.nn import ARCHITECTURES
     from mikernels.training import TrainConfig, Trainer
 
-    if arch not in ARCHITECTURES:
-        raise ValueError(f"train: --arch must be one of {sorted(ARCHITECTURES)}, got {arch!r}")
-    own = _own_settings(arch, k, settings or [])
+    check_json("train", json_file)
+    archs, ks = arch or ["topk"], k or [32.0]
+    each = train_runs.sites_given(sites)
+    asked = train_runs.members(each, archs, ks)
+    settings = settings or []
+    for one in asked:
+        _own_settings(one, settings)
+    if activations is None and not each:
+        train_runs.check_joined(layer, archs, site)
+    if each and (layer or target_layer or activations or site != "residual"):
+        raise ValueError(
+            "train: --sites must go with --model and without --layer, --site and --target-layer, "
+            "got one of them; name all places in --sites"
+        )
     if export_saelens is not None:
         from mikernels.integrations.saelens.form import ARCHITECTURES as THEIRS
 
-        if arch not in THEIRS:
+        if theirs_not := [one for one in archs if one not in THEIRS]:
             raise ValueError(
                 f"train: --export-saelens must go with an architecture that SAELens has, one of "
-                f"{sorted(THEIRS)}, got --arch {arch}; leave it out"
+                f"{sorted(THEIRS)}, got --arch {theirs_not[0]}; leave it out"
             )
+    train_runs.loggers(log_to)  # a missing package is found before a model loads
     if optimizer is not None and step == "fused":
         raise ValueError(
             f"train: --optimizer needs --step autograd or dense, got --optimizer {optimizer} with "
@@ -245,24 +264,35 @@ def train(
         if threads < 1:
             raise ValueError(f"train: --threads must be at least 1, got {threads}")
         torch.set_num_threads(threads)
-    target = _device(device)
-    source = _source(
-        activations,
-        model,
-        gguf_file,
-        _sites("--site", site, layer),
-        _targets(target_site, target_layer, site, layer),
-        text,
-        context,
-        skip_first,
-        batch_size,
-        seed,
-        target,
+    target = device_of("train", device)
+    if model is not None and (layer or each) and text and tokens is None:
+        raise ValueError("train: --tokens must be given with --model, e.g. --tokens 10M")
+    inputs = read_inputs(
+        "train",
+        activations=activations,
+        model=model,
+        gguf_file=gguf_file,
+        layers=layer,
+        site=site,
+        sites=each,
+        text=text,
+        field=field,
+        context=context,
+        skip_first=skip_first,
     )
+    if each and save_activations is not None:
+        raise ValueError(
+            f"train: --save-activations must go with one place, got --sites of {len(each)}; keep "
+            f"each in a folder of its own, by --layer and --site"
+        )
+    sources: list[Any] = []
+    if each:
+        sources += _model_sources(inputs, target_site, batch_size, seed, target)
+    else:
+        targets = _targets(target_site, target_layer, site, layer)
+        sources += [_source(inputs, targets, batch_size, seed, target, save_activations, tokens)]
     if tokens is None:
-        tokens = getattr(source, "n_rows", None)
-        if tokens is None:
-            raise ValueError("train: --tokens must be given with --model, e.g. --tokens 10M")
+        tokens = sources[0].n_rows
     config = TrainConfig(
         total_tokens=tokens,
         batch_size=batch_size,
@@ -283,58 +313,70 @@ def train(
         cuda_graph=cuda_graph,
         seed=seed,
     )
-    variant = ARCHITECTURES[arch]
-    names = {f.name for f in fields(variant.config_type)}
-    # what the source says, unless it is given
-    if "n_layers" in names:
-        own.setdefault("n_layers", getattr(source, "n_layers", 1))
-    if "d_out" in names:
-        own.setdefault("d_out", getattr(source, "d_out", source.d))
-    width = source.d // own.get("n_layers", 1)
-    own.setdefault("n_features", expansion * width if features is None else features)
-    given = {"k_aux": k_aux, "aux_coefficient": aux_coefficient, "dead_after": dead_after}
-    generator = torch.Generator().manual_seed(seed)
-    more = {"generator": generator, "encoder_scale": encoder_scale}
-    sae = variant(source.d, **{**given, "loss": loss, **own, **more}).to(target)  # type: ignore[call-arg, arg-type]
-    chosen = None
-    if make_optimizer is not None:
-        rate = config.peak_lr(sae.config.n_features)
-        chosen = make_optimizer(sae.parameters(), lr=rate)
-    trainer = Trainer(sae, source, config, optimizer=chosen, out_dir=out)
-    if resume:
-        print(f"resumed at step {trainer.resume():,} of {config.total_steps:,}")
-    print(
-        f"{sae.name}: d {source.d:,}, F {sae.config.n_features:,}, "
-        f"{sparsity(sae)}; {tokens:,} tokens to {out}\n"
-        f"lr {trainer.config.lr:.1e}, warm-up {config.warmup:,} and decay "
-        f"{config.decay_length:,} of {config.total_steps:,} steps"
-    )
-    history = trainer.run()
-    if history.rows:
-        last = history.rows[-1]
-        print(
-            f"step {last['step']:,}: FVU {last['fvu']:.4f}, L0 {last['l0']:.1f}, dead "
-            f"{last['dead_fraction']:.1%}; saved in {out}"
+    several = len(asked) > 1 or bool(each)
+
+    def trainer_of(one: train_runs.Member) -> Trainer:
+        variant, source = ARCHITECTURES[one.arch], sources[one.source]
+        own = _own_settings(one, settings)
+        names = {f.name for f in fields(variant.config_type)}
+        # what the source says, unless it is given
+        if "n_layers" in names:
+            own.setdefault("n_layers", getattr(source, "n_layers", max(1, len(inputs.sites))))
+        if "d_out" in names:
+            own.setdefault("d_out", getattr(source, "d_out", source.d))
+        width = source.d // own.get("n_layers", 1)
+        own.setdefault("n_features", expansion * width if features is None else features)
+        given = {"k_aux": k_aux, "aux_coefficient": aux_coefficient, "dead_after": dead_after}
+        generator = torch.Generator().manual_seed(seed)
+        more = {"generator": generator, "encoder_scale": encoder_scale}
+        sae = variant(source.d, **{**given, "loss": loss, **own, **more}).to(target)  # type: ignore[call-arg, arg-type]
+        chosen = None
+        if make_optimizer is not None:
+            rate = config.peak_lr(sae.config.n_features)
+            chosen = make_optimizer(sae.parameters(), lr=rate)
+        return Trainer(
+            sae,
+            source,
+            config,
+            optimizer=chosen,
+            out_dir=out / one.name if several else out,
+            log_to=train_runs.loggers(log_to),
         )
-    if export_saelens is not None:
+
+    trainers = {one.name: trainer_of(one) for one in asked}
+    failed = train_runs.run(trainers, resume, several)
+    for one in asked:
+        if export_saelens is None or one.name in failed.get("names", ()):
+            continue
         from mikernels.integrations.saelens import export_sae
 
-        hook = _hook_name(site, layer) if target_site is None and target_layer is None else None
-        export_sae(sae, export_saelens, model_name=model.name if model else None, hook_name=hook)
-        print(f"SAELens: sae_lens.SAE.load_from_disk({str(export_saelens)!r})")
+        folder = export_saelens / one.name
+        at = each[one.source : one.source + 1] or inputs.sites
+        export_sae(
+            trainers[one.name].sae,
+            folder,
+            model_name=Path(model).name if model else None,
+            hook_name=None if target_site or target_layer else _hook_name(at),
+        )
+        print(f"SAELens: sae_lens.SAE.load_from_disk({str(folder)!r})")
+    figures = {name: train_runs.figures(trainer) for name, trainer in trainers.items()}
+    for name, error in failed.get("names", {}).items():
+        figures[name]["error"] = str(error)
+    write_figures("train", json_file, {"runs": figures} if several else figures[""])
+    if failed:
+        raise failed["error"]
 
 
-def _own_settings(arch: str, k: float, given: list[str]) -> dict[str, Any]:
+def _own_settings(one: train_runs.Member, given: list[str]) -> dict[str, Any]:
     """Settings of an architecture by name: k where it has one, and `name=value` as JSON."""
     from mikernels.nn import ARCHITECTURES
 
+    arch, k = one.arch, one.k
     names = {f.name for f in fields(ARCHITECTURES[arch].config_type)}
     own: dict[str, Any] = {}
-    if "k" in names:
+    if name := train_runs.sparsity_setting(arch):
         whole = k.is_integer() and arch in ("topk", "cross_layer_transcoder")
-        own["k"] = int(k) if whole else k
-    elif "target_l0" in names:
-        own["target_l0"] = k
+        own[name] = int(k) if whole else k
     for setting in given:
         name, sign, text = setting.partition("=")
         if not sign or name not in names:
@@ -350,14 +392,6 @@ def _own_settings(arch: str, k: float, given: list[str]) -> dict[str, Any]:
     return own
 
 
-def sparsity(sae: Any) -> str:
-    """How many features are meant to be active, in words."""
-    if sae.k is not None:
-        return f"k {sae.k:g}"
-    target = getattr(sae.config, "target_l0", None)
-    return "L0 by its penalty" if target is None else f"target L0 {target:g}"
-
-
 def _optimizer_class(name: str) -> Any:
     import torch
 
@@ -370,94 +404,151 @@ def _optimizer_class(name: str) -> Any:
     return found
 
 
-def _device(name: str | None, where: str = "train") -> torch.device:
-    import torch
-
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"{where}: --device must be cpu, cuda or cuda:N, got {name!r}") from error
-    seen = torch.cuda.device_count()
-    if device.type == "cuda" and (device.index or 0) >= seen:
-        raise ValueError(
-            f"{where}: --device must be one that torch sees, got {name} of {seen} CUDA devices "
-            f"(torch {torch.__version__}); use --device cpu, or install a torch with CUDA"
-        )
-    return device
-
-
-def _sites(name: str, site: str, layers: list[int] | None) -> list[Site]:
-    """The same place of each layer."""
-    from mikernels.activations import Site
-    from mikernels.models.sites import PLACES
-
-    if site not in PLACES:
-        raise ValueError(f"train: {name} must be one of {', '.join(PLACES)}, got {site!r}")
-    return [Site(layer, site) for layer in layers or ()]
-
-
 def _targets(
     target_site: str | None, target_layers: list[int] | None, site: str, layers: list[int] | None
-) -> list[Site] | None:
+) -> list[AnySite] | None:
     """What is left out is as of the input; None where all is."""
     if target_site is None and not target_layers:
         return None
-    return _sites("--target-site", target_site or site, target_layers or layers)
+    return sites_of("train", "--target-site", target_site or site, target_layers or layers)
 
 
-def _hook_name(site: str, layers: list[int] | None) -> str | None:
+def _hook_name(sites: Sequence[AnySite]) -> str | None:
     """TransformerLens' name of one site; what an MLP reads has none (its norm is folded there)."""
+    from mikernels.activations import Site
+
     hooks = {"residual": "resid_post", "mlp_out": "mlp_out", "attn_out": "attn_out"}
-    if site not in hooks or layers is None or len(layers) != 1:
+    if len(sites) != 1 or not isinstance(sites[0], Site) or sites[0].place not in hooks:
         return None
-    return f"blocks.{layers[0]}.hook_{hooks[site]}"
+    return f"blocks.{sites[0].layer}.hook_{hooks[sites[0].place]}"
+
+
+def _model_sources(
+    inputs: Inputs, target_site: str | None, batch_size: int, seed: int, device: torch.device
+) -> list[ModelSource]:
+    """One for each site of --sites."""
+    from mikernels.activations import ModelSource, Site
+
+    targets: list[AnySite] | None = None
+    if target_site is not None:
+        layers = [site.layer for site in inputs.sites if isinstance(site, Site)]
+        if len(layers) < len(inputs.sites):
+            raise ValueError(
+                "train: --target-site must go with --sites of numbered layers, got a module's name"
+            )
+        targets = list(sites_of("train", "--target-site", target_site, layers))
+    local = inputs.local()
+    with local.reading():
+        tokenizer, network = local.tokenizer(), local.model()
+    assert inputs.texts is not None
+    return ModelSource.each(
+        network.to(device),
+        tokenizer,
+        inputs.sites,
+        inputs.texts,
+        batch_size,
+        seed,
+        targets=targets,
+        context=inputs.context,
+        skip_first=inputs.skip_first,
+    )
 
 
 def _source(
-    activations: Path | None,
-    model: Path | None,
-    gguf_file: str | None,
-    sites: list[Site],
-    targets: list[Site] | None,
-    text: list[Path] | None,
-    context: int,
-    skip_first: int,
+    inputs: Inputs,
+    targets: list[AnySite] | None,
     batch_size: int,
     seed: int,
     device: torch.device,
-) -> Source:
-    if (activations is None) == (model is None):
-        raise ValueError(
-            "train: give either --activations FOLDER, or --model FOLDER with --layer and --text"
-        )
-    if activations is not None:
-        from mikernels.activations import ShardSource
+    save: Path | None,
+    tokens: int | None,
+) -> Any:
+    from mikernels.activations import ShardSource
 
-        if targets is not None:
-            raise ValueError(
-                f"train: --target-site and --target-layer must go with --model, got them with "
-                f"--activations {activations}, whose shards hold their targets or none; leave "
-                f"them out"
-            )
-        return ShardSource(activations, batch_size, seed)
-    if not sites or not text:
-        raise ValueError("train: --model needs --layer NUMBER and --text FILE")
-    from mikernels.activations import ModelSource, TextFiles
-    from mikernels.models.load import load_model
+    if inputs.activations:
+        for given, name in ((targets, "--target-site and --target-layer"),
+                            (save, "--save-activations")):  # fmt: skip
+            if given is not None:
+                raise ValueError(
+                    f"train: {name} must go with --model, got it with --activations "
+                    f"{inputs.label}, whose shards are as they are; leave it out"
+                )
+        return ShardSource(inputs.activations, batch_size, seed)
+    if save is None:
+        return _model_source(inputs, targets, batch_size, seed, device)
+    assert tokens is not None
+    _save(save, inputs, targets, device, tokens)
+    return ShardSource(save, batch_size, seed)
 
-    assert model is not None
-    texts = TextFiles(text)  # a missing file is found before the model loads
-    network, tokenizer = load_model(model, gguf_file)
+
+def _model_source(
+    inputs: Inputs,
+    targets: list[AnySite] | None,
+    batch_size: int | None,
+    seed: int,
+    device: torch.device,
+) -> ModelSource:
+    from mikernels.activations import ModelSource
+
+    local = inputs.local()
+    with local.reading():
+        tokenizer, network = local.tokenizer(), local.model()
+    assert inputs.texts is not None
     return ModelSource(
         network.to(device),
         tokenizer,
-        sites,
-        texts,
+        inputs.sites,
+        inputs.texts,
         batch_size,
         seed,
         target=targets,
-        context=context,
-        skip_first=skip_first,
+        context=inputs.context,
+        skip_first=inputs.skip_first,
     )
+
+
+def _save(
+    folder: Path,
+    inputs: Inputs,
+    targets: list[AnySite] | None,
+    device: torch.device,
+    rows: int,
+) -> None:
+    """Activations of the model in the folder, made unless they are there."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from mikernels.activations.saved import is_saved, save_activations
+
+    assert inputs.texts is not None
+    origin = {
+        "sites": [str(site) for site in inputs.sites],
+        "target_sites": [str(site) for site in targets or ()],
+        "field": inputs.texts.field,
+        "context": inputs.context,
+        "skip_first": inputs.skip_first,
+    }
+    files = {"model": inputs.local().files(), "texts": inputs.texts.files()}
+    if is_saved(folder, origin, files, rows):
+        print(f"activations: read from {folder}, which holds these")
+        return
+    source = _model_source(inputs, targets, None, 0, device)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed:,} of {task.total:,} rows"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task("activations", total=rows)
+        held = save_activations(
+            folder,
+            source,
+            rows,
+            origin,
+            files,
+            most=inputs.texts.most_tokens(),
+            on_progress=lambda done: progress.update(task, completed=done),
+        )
+        progress.update(task, completed=held, total=held)
+    print(f"activations: {held:,} rows in {folder}")

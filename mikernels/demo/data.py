@@ -19,6 +19,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mikernels.activations import ModelSource, Rows, write_shards
 from mikernels.activations.shards import INDEX, remove_shards
+from mikernels.activations.windows import text_of
 from mikernels.models.load import load_model
 
 CONTEXT = 256
@@ -79,7 +80,7 @@ def smollm2_shards(out: Path, layer: int, tokens: int, seed: int, console: Conso
     used = {token for window in source.token_windows() for token in window.tolist()}
     metadata: dict[str, Any] = {
         "title": f"SmolLM2-135M, residual stream after layer {layer}",
-        "pieces": {str(token): tokenizer.decode([token]) for token in sorted(used)},
+        "pieces": {str(token): text_of(tokenizer, token) for token in sorted(used)},
     }
     columns = (
         TextColumn("{task.description}"),

@@ -1,15 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which features to show, and the inputs that activate them most."""
+"""Which features to show."""
 
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
 
 import torch
 
-from mikernels.activations import Rows
-from mikernels.evaluate.firing import BEFORE, Excerpts, Firing
+from mikernels.evaluate.excerpts import BEFORE
+from mikernels.evaluate.firing import Firing
 
 
 def choose_features(
@@ -55,39 +54,3 @@ def choose_features(
         if len(chosen) == n:
             break
     return chosen
-
-
-def token_card(
-    firing: Firing, feature: int, rows: Rows, pieces: dict[str, str], n: int = 6
-) -> dict[str, Any]:
-    """A feature's strongest tokens in context, for the report.
-
-    Returns a dict of plain values: number, density, maximum, histogram (20 bins of the activations
-    above 0), tokens ((text, share of the activation mass) of the most activating token types) and
-    examples, each a list of (text, value, is_peak).
-    """
-    where, values = firing.of(feature)
-    strength = firing.strength(feature)
-    excerpts = Excerpts(rows, pieces)
-    examples: list[list[tuple[str, float, bool]]] = [
-        [
-            (text, float(strength[r]), r == row)
-            for text, r in zip(excerpts.texts(inside), inside, strict=True)
-        ]
-        for row, inside in excerpts.strongest(where.tolist(), n, set())
-    ]
-    mass: Counter[str] = Counter()
-    for token, value in zip(rows["token_ids"][where].tolist(), values.tolist(), strict=True):
-        mass[pieces.get(str(token), "\ufffd")] += value
-    total = float(values.sum())
-    maximum = float(values[0])
-    histogram = torch.histc(values.float(), bins=20, min=0, max=maximum).tolist()
-    return {
-        "number": feature,
-        "density": float(firing.counts[feature]) / firing.n_rows,
-        "count": int(firing.counts[feature]),
-        "maximum": maximum,
-        "histogram": histogram,
-        "tokens": [(text, value / total) for text, value in mass.most_common(6)],
-        "examples": examples,
-    }

@@ -12,7 +12,17 @@ import torch
 from matplotlib.ticker import FuncFormatter
 
 from mikernels.demo.compare import NAMES
-from mikernels.demo.drawing import INK, OURS, STYLE, THEIRS, WIDE, plt, svg
+from mikernels.report.drawing import (
+    INK,
+    OURS,
+    STYLE,
+    THEIRS,
+    WIDE,
+    percent,
+    plt,
+    sparse_minor,
+    svg,
+)
 
 PARTS = {
     "encode": THEIRS,
@@ -73,12 +83,6 @@ def loss_curves(
         return svg(figure)
 
 
-def sparse_minor(value: float, _: int) -> str:
-    """Only 2 and 5 between the powers of ten of a logarithmic axis."""
-    digit = f"{value:e}"[0]
-    return f"{value:g}" if digit in "25" else ""
-
-
 def step_parts(bars: dict[str, dict[str, float]], width: float = WIDE) -> str:
     """Stacked horizontal bars: milliseconds of a step by part, one bar a run."""
     with plt.rc_context(STYLE):
@@ -137,9 +141,3 @@ def density_histogram(
         note = f"{len(counts) - silent:,} of {len(counts):,} features are active"
         axes.set_title(note, loc="right", fontsize="medium")
         return svg(figure)
-
-
-def percent(power: float, _: int) -> str:
-    """`power` of ten as a share, for an axis of logarithms."""
-    share = 100 * 10.0**power
-    return f"{share:.0f} %" if share >= 10 else f"{share:.2g} %"

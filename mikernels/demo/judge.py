@@ -37,6 +37,11 @@ class Outcome:
     step_ms: float
     peak_extra_bytes: int | None
 
+    def figures(self) -> dict[str, Any]:
+        """As numbers."""
+        names = ("fvu", "l0", "dead_fraction", "step_ms", "peak_extra_bytes")
+        return {name: getattr(self, name) for name in names}
+
     def cells(self) -> tuple[str, ...]:
         """As text, under COLUMNS."""
         return (

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +13,23 @@ import torch
 from mikernels.activations import Rows
 from mikernels.demo import figures, report
 from mikernels.demo.compare import NAMES, step_ms
-from mikernels.demo.drawing import both, image
-from mikernels.demo.examples import choose_features, token_card
+from mikernels.demo.data import held_out
+from mikernels.demo.examples import choose_features
 from mikernels.demo.judge import Outcome
 from mikernels.demo.options import DemoOptions
 from mikernels.demo.variant_pages import side_by_side
+from mikernels.evaluate import measure_reconstruction
 from mikernels.evaluate.firing import Firing, encode_all
 from mikernels.info import collect
 from mikernels.nn import SAE
+from mikernels.report import CollectedFeatures, FeatureView, collect_features, write_report
+from mikernels.report.drawing import both, image
+from mikernels.report.folder import PAGE
 
 SIDE = 28
+# of a card on this page; the folder of all features has more
+EXAMPLES = 6
+FEATURES = "features"
 
 
 def build(
@@ -36,13 +44,19 @@ def build(
     out: Path,
 ) -> Path:
     """Write `out / report.html`, with the variants if there are outcomes, and return its path."""
-    firing = encode_all(sae, rows["activations"].float())
     by_digit = options.data == "mnist"
+    cards, views = [], []
     labels = rows["labels"] if by_digit else rows["token_ids"]
     if by_digit:
+        firing = encode_all(sae, rows["activations"].float())
         chosen = choose_features(firing, labels, per_label=2, shares=(1e-2, 1e-1))
+        cards = [_digit_card(sae, firing, feature, rows) for feature in chosen]
     else:
+        collected = collect_features(sae, [rows], metadata["pieces"])
+        firing = collected.firing
         chosen = choose_features(firing, labels, rows["positions"])
+        views = [_short(collected.view(feature)) for feature in chosen]
+        _write_all(options, sae, rows, metadata, collected, results, out)
     last = results["fused"]["rows"][-1]
     unit = "digits" if by_digit else "tokens"
     features = sae.config.n_features
@@ -95,12 +109,9 @@ def build(
             f"A feature that is active on one row in a thousand is specific; one that is active on "
             f"a tenth of them says little. Counted over all {firing.n_rows:,} {unit}."
         ),
-        "cards": [
-            _digit_card(sae, firing, feature, rows)
-            if by_digit
-            else token_card(firing, feature, rows, metadata["pieces"])
-            for feature in chosen
-        ],
+        "cards": cards,
+        "views": views,
+        "folder": None if by_digit else f"{FEATURES}/{PAGE}",
         "dictionary": _dictionary(sae, firing) if by_digit else [],
         "command": _command(options),
         "facts": _facts(options, options.config.peak_lr(features)),
@@ -109,6 +120,33 @@ def build(
     path = out / "report.html"
     report.write(path, values)
     return path
+
+
+def _short(view: FeatureView) -> FeatureView:
+    """What fits on a page beside others."""
+    return replace(view, examples=view.examples[:EXAMPLES], samples=[], similar=view.similar[:4])
+
+
+def _write_all(
+    options: DemoOptions,
+    sae: SAE,
+    rows: Rows,
+    metadata: dict[str, Any],
+    collected: CollectedFeatures,
+    results: dict[str, dict[str, Any]],
+    out: Path,
+) -> None:
+    """The report of all features, beside the page."""
+    held = held_out(rows, options.seed)
+    write_report(
+        collected,
+        out / FEATURES,
+        title=f"Features of {metadata['title']}",
+        reconstruction=measure_reconstruction(sae, rows["activations"][held].float()),
+        metrics=results["fused"]["rows"],
+        known=dict(_facts(options, options.config.peak_lr(sae.config.n_features))),
+        command=_command(options),
+    )
 
 
 def _lede(
@@ -140,9 +178,9 @@ def _features_text(by_digit: bool, n: int) -> dict[str, str]:
         "features_note": (
             "Chosen without looking at the text: neither rare nor ubiquitous, strongly activated, "
             "and about different tokens. Shading is the activation, the underlined token the "
-            "strongest of its excerpt; hover for the value. Percentages are shares of a feature's "
-            "total activation by token; the small histogram shows its activations from zero to the "
-            "largest."
+            "strongest of its excerpt; point at it for the value. Percentages are shares of a "
+            "feature's total activation by token; the histogram shows its activations from zero to "
+            "the largest. Names lead to the folder of all features, beside this page."
         ),
     }
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +34,17 @@ from mikernels.training.state.checkpoint import own_folders, remove_checkpoints
 from mikernels.training.trainer import METRICS
 
 SPEC, RESULT = "run.json", "run.result.json"
+# the columns of the first table
+SUMMARY = ("what", "plain", "fused", "ratio")
 
 
-def run_demo(options: DemoOptions, out: Path, console: Console) -> bool:
-    """Do it all under `out / options.data`; returns whether the losses agree.
+def run_demo(options: DemoOptions, out: Path, console: Console) -> dict[str, Any]:
+    """Do it all under `out / options.data`.
+
+    Returns:
+        What was printed, JSON-able: agree (whether the losses do), steps, message; summary, of each
+        row its what, plain, fused and ratio; variants, of each fvu, l0, dead_fraction, step_ms and
+        peak_extra_bytes; options, seconds and report, the page's path.
 
     Raises:
         ValueError, ModuleNotFoundError: for options or packages that do not fit, before training.
@@ -57,12 +65,12 @@ def run_demo(options: DemoOptions, out: Path, console: Console) -> bool:
     with explained("demo", "a report", out, "choose another --out"):
         out.mkdir(parents=True, exist_ok=True)
     with owned(out, "demo") as mine:
-        agree = _run(options, out, console, started)
+        found = _run(options, out, console, started)
         mine.check()
-    return agree
+    return found
 
 
-def _run(options: DemoOptions, out: Path, console: Console, started: float) -> bool:
+def _run(options: DemoOptions, out: Path, console: Console, started: float) -> dict[str, Any]:
     if options.data == "smollm2":
         folder = smollm2_shards(out, options.layer, options.tokens, options.seed, console)
     else:
@@ -108,7 +116,14 @@ def _run(options: DemoOptions, out: Path, console: Console, started: float) -> b
         report = build(options, sae, rows, metadata, results, summary, comparison, outcomes, out)
     seconds = time.perf_counter() - started
     console.print(f"report: [link=file://{report.resolve()}]{report}[/]  ({seconds:.0f} s in all)")
-    return comparison["agree"]
+    return {
+        **comparison,
+        "summary": [dict(zip(SUMMARY, row, strict=True)) for row in summary],
+        "variants": {outcome.variant.folder: outcome.figures() for outcome in outcomes},
+        "options": asdict(options),
+        "seconds": seconds,
+        "report": str(report),
+    }
 
 
 def _spec(

@@ -8,7 +8,8 @@ import math
 import torch
 from matplotlib.ticker import FixedLocator, FuncFormatter
 
-from mikernels.demo.drawing import (
+from mikernels.demo.judge import Outcome
+from mikernels.report.drawing import (
     AMBER,
     GREEN,
     OURS,
@@ -16,11 +17,11 @@ from mikernels.demo.drawing import (
     TEAL,
     VIOLET,
     WIDE,
+    percent,
     plt,
+    sparse_minor,
     svg,
 )
-from mikernels.demo.figures import percent, sparse_minor
-from mikernels.demo.judge import Outcome
 
 COLOURS = {
     "topk": OURS,

@@ -7,10 +7,10 @@ from typing import Any
 
 from markupsafe import Markup
 
-from mikernels.demo.drawing import VARIABLES, both
 from mikernels.demo.judge import COLUMNS, Outcome
 from mikernels.demo.options import DemoOptions
 from mikernels.demo.variant_figures import COLOURS, TOP, density_multiples, learning_curves
+from mikernels.report.drawing import VARIABLES, both
 
 COUNTS = ("No", "One", "Two", "Three", "Four", "Five", "Six")
 

@@ -74,7 +74,7 @@ def train(spec: dict[str, Any]) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(spec["seed"])
     variant: Any = ARCHITECTURES[spec["architecture"]]
     sae = variant(x.shape[1], generator=generator, **spec["sae"])
-    source = TensorSource(x, config.batch_size, spec["seed"])
+    source = TensorSource(x, seed=spec["seed"])
     # matmul's own buffers and thread stacks are there before the peak starts
     sae.w_enc.detach() @ x[0]
     before = resident_bytes("VmRSS")

@@ -19,6 +19,7 @@ def random_like(sae: Judged, rows: torch.Tensor, mean: torch.Tensor, seed: int =
     with the k that `sae` has on `rows` on average.
 
     Args:
+        sae: of `mikernels.nn`, or of another library, see `as_judged`.
         rows: `[n, d]` activations, some thousands.
         mean: `[d]`, of the activations.
         seed: of its features.

@@ -37,6 +37,8 @@ from mikernels.models.hooks import check_uncompiled
 from mikernels.ops.pairs.positional_dot import positional_dot
 from mikernels.ops.select.mass_threshold import mass_threshold
 
+__all__ = ["PruneResult", "fast_scores", "find_threshold", "prune_graph"]
+
 # the method of a context that scores, in the TransformerLens and in the nnsight backend
 METHODS = ("_compute_score_hook", "compute_score")
 

@@ -38,6 +38,8 @@ from mikernels.integrations.handle import Handle
 from mikernels.models.hooks import check_uncompiled
 from mikernels.ops.pairs.edges import edge_scores
 
+__all__ = ["fast_eap", "make_hooks_and_matrices", "make_node_hooks_and_matrices"]
+
 NAME = "make_hooks_and_matrices"
 LAYERS = ("embed", "pos_embed", "attn", "mlp")
 PARAMETERS = ("model", "graph", "batch_size", "n_pos", "scores")

@@ -30,6 +30,8 @@ import torch
 from mikernels.models.decoder import find_decoder
 from mikernels.models.rules import RuleReport, rules
 
+__all__ = ["GIM", "explain"]
+
 FIX = "use another method for it"
 
 

@@ -28,6 +28,8 @@ from mikernels.integrations.handle import Handle
 from mikernels.models.hooks import check_uncompiled
 from mikernels.rebind import rebound
 
+__all__ = ["fast_heads"]
+
 # the operands of (z * w).sum(-2), as the library writes them: heads' results, split inputs
 ROWS = frozenset(
     f"batch pos head_index {d} -> batch pos head_index {d} 1" for d in ("d_head", "d_model")

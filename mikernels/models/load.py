@@ -110,6 +110,24 @@ def _check_whole(folder: Path, model: torch.nn.Module, missing: Iterable[str]) -
             )
 
 
+def _is_gguf(path: Path) -> bool:
+    return path.suffix.lower() == ".gguf" and path.is_file()
+
+
+def _split(file: Path, gguf_file: str | None) -> tuple[Path, str]:
+    """Folder and name of a GGUF file given as such."""
+    if not _is_gguf(file):
+        raise ValueError(
+            f"load_model: folder must be a model folder or a .gguf file, got the file {file}; give "
+            f"the folder that it lies in"
+        )
+    if gguf_file not in (None, file.name):
+        raise ValueError(
+            f"load_model: gguf_file must be left out for the file {file}, got {gguf_file!r}"
+        )
+    return file.parent, file.name
+
+
 class LocalModel:
     """A model's folder: what is in it is loaded piece by piece, the cheap ones first.
 
@@ -117,9 +135,12 @@ class LocalModel:
     pickled weights only tensors are read (`weights_only`).
 
     Args:
-        folder: of `config.json`, weights and tokeniser files; or of a GGUF file.
+        folder: of `config.json`, weights and tokeniser files; or of a GGUF file; or such a file.
         gguf_file: the GGUF file's name in the folder; None finds the only one if there is no
             `config.json`.
+
+    Attributes:
+        folder, gguf_file: where it is; None without one. name: what to call it.
 
     Raises:
         FileNotFoundError: no such folder or file.
@@ -129,13 +150,16 @@ class LocalModel:
     """
 
     def __init__(self, folder: str | Path, gguf_file: str | None = None):
-        self.folder = folder = Path(folder)
+        folder = Path(folder)
+        if folder.is_file():
+            folder, gguf_file = _split(folder, gguf_file)
         if not folder.is_dir():
             raise FileNotFoundError(
-                f"load_model: folder must be an existing model folder, got {folder}; download the "
-                f"model there first"
+                f"load_model: folder must be an existing model folder or .gguf file, got {folder}, "
+                f"and nothing is fetched; download the model first, e.g. `hf download ID "
+                f"--local-dir FOLDER`"
             )
-        ggufs = sorted(path.name for path in folder.glob("*.gguf"))
+        ggufs = sorted(path.name for path in folder.iterdir() if _is_gguf(path))
         if gguf_file is None and not (folder / "config.json").exists():
             if len(ggufs) != 1:
                 raise FileNotFoundError(
@@ -147,6 +171,8 @@ class LocalModel:
             raise FileNotFoundError(
                 f"load_model: gguf_file must be one of {ggufs} in {folder}, got {gguf_file!r}"
             )
+        self.folder, self.gguf_file = folder, gguf_file
+        self.name = folder.resolve().name if gguf_file is None else Path(gguf_file).stem
         for package in ("transformers", "gguf", "accelerate")[: 3 if gguf_file else 1]:
             if importlib.util.find_spec(package) is None:
                 raise ModuleNotFoundError(
@@ -157,6 +183,13 @@ class LocalModel:
         if gguf_file is not None:
             self._options["gguf_file"] = gguf_file
         _check_no_kernels(folder)
+
+    def files(self) -> list[Path]:
+        """The files that decide weights, configuration and tokeniser."""
+        if self.gguf_file is not None:
+            return [self.folder / self.gguf_file]
+        read = (".json", ".safetensors", ".bin", ".model", ".txt", ".jinja")
+        return sorted(p for p in self.folder.iterdir() if p.suffix in read and p.is_file())
 
     @contextmanager
     def reading(self) -> Iterator[None]:

@@ -16,7 +16,7 @@ is arithmetic: what the block returns is what it got plus attn_out plus mlp_out,
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -227,15 +227,18 @@ class Recorder:
             )
         return found
 
-    def record(self, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Token ids `[w, t]` -> site: activations `[w, t, d]`.
+    def record(
+        self, tokens: torch.Tensor, names: Collection[str] | None = None
+    ) -> dict[str, torch.Tensor]:
+        """Token ids `[w, t]` -> site: activations `[w, t, d]`, of all sites or of those named.
 
         Raises:
             ValueError: a site of another shape.
         """
-        found = self._pass(tokens, self._taps)
+        taps = {n: tap for n, tap in self._taps.items() if names is None or n in names}
+        found = self._pass(tokens, taps)
         recorded = {}
-        for name in self._taps:
+        for name in taps:
             x = found[name]
             if name in self._placed and x.dim() == 2 and len(x) == tokens.numel():
                 x = x.view(*tokens.shape, -1)  # OPT computes so, with all windows in one

@@ -65,8 +65,9 @@ class BatchTopKSAE(SAE):
         TypeError, ValueError: for settings outside those of SAE, by name.
 
     Example:
-        >>> sae = BatchTopKSAE(768, 24_576, 32)
-        >>> sae.select(torch.randn(100, 768)).l0().sum()  # at most 3200
+        >>> sae = BatchTopKSAE(64, 512, 8)
+        >>> bool(sae.select(torch.randn(100, 64)).l0().sum() <= 800)
+        True
     """
 
     architecture: ClassVar[str] = "batch_topk"

@@ -84,8 +84,10 @@ class CrossLayerTranscoder(SAE):
             Trainer for a batch without a target.
 
     Example:
-        >>> clt = CrossLayerTranscoder(12 * 768, 8192, 16, n_layers=12)
-        >>> clt(Batch(mlp_inputs, mlp_outputs)).fvu
+        >>> clt = CrossLayerTranscoder(3 * 64, 512, 8, n_layers=3)
+        >>> mlp_inputs, mlp_outputs = torch.randn(2, 10, 3 * 64)
+        >>> clt(Batch(mlp_inputs, mlp_outputs)).reconstruction.shape
+        torch.Size([10, 192])
     """
 
     architecture: ClassVar[str] = "cross_layer_transcoder"

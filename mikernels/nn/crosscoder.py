@@ -85,8 +85,9 @@ class Crosscoder(BatchTopKSAE):
         TypeError, ValueError: for settings outside those of SAE, by name.
 
     Example:
-        >>> crosscoder = Crosscoder(3 * 768, 24_576, 32, n_layers=3)
-        >>> crosscoder.layer_norms()[:5]  # where features live
+        >>> crosscoder = Crosscoder(3 * 64, 512, 8, n_layers=3)
+        >>> crosscoder.layer_norms().shape  # where features live
+        torch.Size([512, 3])
     """
 
     architecture: ClassVar[str] = "crosscoder"

@@ -67,8 +67,9 @@ class GatedSAE(SAE):
         TypeError, ValueError: for settings outside those of SAE, by name.
 
     Example:
-        >>> sae = GatedSAE(768, 24_576, l1_coefficient=2.0)
-        >>> sae.encode(torch.randn(100, 768)).l0()
+        >>> sae = GatedSAE(64, 512, l1_coefficient=2.0)
+        >>> sae.encode(torch.randn(100, 64)).l0().shape
+        torch.Size([100])
     """
 
     architecture: ClassVar[str] = "gated"

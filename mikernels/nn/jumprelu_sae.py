@@ -98,8 +98,9 @@ class JumpReLUSAE(SAE):
         TypeError, ValueError: for settings outside those of SAE, by name.
 
     Example:
-        >>> sae = JumpReLUSAE(768, 24_576, target_l0=32)
-        >>> sae.encode(torch.randn(100, 768)).l0()
+        >>> sae = JumpReLUSAE(64, 512, target_l0=32)
+        >>> sae.encode(torch.randn(100, 64)).l0().shape
+        torch.Size([100])
     """
 
     architecture: ClassVar[str] = "jumprelu"

@@ -68,8 +68,9 @@ class LISTAMatryoshkaSAE(MatryoshkaSAE):
         TypeError, ValueError: for settings outside those of SAE, by name.
 
     Example:
-        >>> sae = LISTAMatryoshkaSAE(768, 4096, 25, widths=[128, 512, 2048, 4096])
-        >>> sae.select(torch.randn(100, 768)).l0().sum()
+        >>> sae = LISTAMatryoshkaSAE(64, 512, 8, widths=[64, 256, 512])
+        >>> sae.select(torch.randn(100, 64)).n_features
+        512
     """
 
     architecture: ClassVar[str] = "lista_matryoshka"

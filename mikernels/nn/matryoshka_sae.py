@@ -100,8 +100,9 @@ class MatryoshkaSAE(BatchTopKSAE):
         TypeError, ValueError: for settings outside those of SAE, by name.
 
     Example:
-        >>> sae = MatryoshkaSAE(768, 24_576, 32, widths=[1536, 3072, 6144, 12_288, 24_576])
-        >>> [y.shape for y in sae.decode_levels(sae.select(torch.randn(100, 768)))]
+        >>> sae = MatryoshkaSAE(64, 512, 8, widths=[32, 64, 128, 256, 512])
+        >>> [y.shape for y in sae.decode_levels(sae.select(torch.randn(100, 64)))][0]
+        torch.Size([100, 64])
     """
 
     architecture: ClassVar[str] = "matryoshka"

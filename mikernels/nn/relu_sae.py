@@ -59,8 +59,9 @@ class ReLUSAE(SAE):
         TypeError, ValueError: for settings outside those of SAE, by name.
 
     Example:
-        >>> sae = ReLUSAE(768, 24_576, l1_coefficient=2.0)
-        >>> sae.select(torch.randn(100, 768)).l0().float().mean()
+        >>> sae = ReLUSAE(64, 512, l1_coefficient=2.0)
+        >>> sae.encode(torch.randn(100, 64)).is_ragged
+        True
     """
 
     architecture: ClassVar[str] = "relu"

@@ -246,6 +246,8 @@ class SAE(nn.Module):
         """0-dim: what pre-activations and activations cost, a mean over tokens, in the mse's unit.
 
         Args:
+            h, values: pre-activations and activations, of slots `[S]` or all `[n, F]`.
+            entries: which feature each of them is of.
             norms: `[F]` of the decoder rows; None where training keeps them at 1.
         """
         return h.new_zeros(())
@@ -560,6 +562,8 @@ class SAE(nn.Module):
         Args:
             batch: `[n, d]` in the accumulation dtype.
             k: as for `slots`. dead: indices of AuxK's features, or None.
+            share: of the step's tokens that are in the batch.
+            work: buffers that live through the run, and the clocks of its parts.
             slots: those of the batch, if they are known.
         """
         with work.part("encode"):
@@ -736,6 +740,7 @@ class SAE(nn.Module):
         """What a new SAE takes from the first micro-batch of a run.
 
         Args:
+            batch: `[n, d]`, in the unit that training uses.
             init_b_dec: start b_dec at the geometric median of the target, if it is all 0.
         """
         if init_b_dec and self.b_dec.requires_grad and not self.b_dec.any():

@@ -46,8 +46,9 @@ class TopKSAE(SAE):
         TypeError, ValueError: for settings outside those of SAE, by name.
 
     Example:
-        >>> sae = TopKSAE(768, 24_576, 32)
-        >>> sae.encode(torch.randn(8, 768)).l0()
+        >>> sae = TopKSAE(64, 512, 8)
+        >>> sae.encode(torch.randn(3, 64)).l0()
+        tensor([8, 8, 8])
     """
 
     architecture: ClassVar[str] = "topk"

@@ -63,8 +63,10 @@ class Transcoder(BatchTopKSAE):
             Trainer for a batch without a target.
 
     Example:
-        >>> transcoder = Transcoder(768, 24_576, 32)
-        >>> transcoder(Batch(mlp_in, mlp_out)).fvu
+        >>> transcoder = Transcoder(64, 512, 8)
+        >>> mlp_in, mlp_out = torch.randn(2, 100, 64)
+        >>> transcoder(Batch(mlp_in, mlp_out)).reconstruction.shape
+        torch.Size([100, 64])
     """
 
     architecture: ClassVar[str] = "transcoder"
@@ -100,8 +102,9 @@ class SkipTranscoder(Transcoder):
         TypeError, ValueError: as in Transcoder.
 
     Example:
-        >>> transcoder = SkipTranscoder(768, 24_576, 32)
-        >>> transcoder(Batch(mlp_in, mlp_out)).reconstruction
+        >>> transcoder = SkipTranscoder(64, 512, 8)
+        >>> transcoder.w_skip.shape
+        torch.Size([64, 64])
     """
 
     architecture: ClassVar[str] = "skip_transcoder"

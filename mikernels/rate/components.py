@@ -28,7 +28,9 @@ def save_evidence(found: Probe | TokenAttribution, path: str | Path) -> None:
         OSError: it cannot be written.
 
     Example:
-        >>> save_evidence(gim_probe(model, prompts, targets, tokenizer=tokenizer), "probe.json")
+        >>> task = circuits.tasks.ioi(tokenizer, 30)
+        >>> probe = circuits.gim_probe(model, task.inputs, task.target, tokenizer=tokenizer)
+        >>> save_evidence(probe, "probe.json")
     """
     path = Path(path)
     if isinstance(found, Probe):

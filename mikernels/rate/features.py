@@ -9,12 +9,14 @@ by how they look.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
+import numpy as np
 import torch
 
 from mikernels.activations import Rows
-from mikernels.evaluate.firing import Excerpts, Firing
+from mikernels.evaluate.excerpts import Excerpts, Shown
+from mikernels.evaluate.firing import Firing, Slots
 from mikernels.rate.items import Material, Plan, misplaced, wrong_scores
 from mikernels.schema import Passage, Question
 
@@ -55,7 +57,7 @@ class FeatureMaterials:
         generator = torch.Generator().manual_seed(plan.seed)
         for_questions = windows[torch.randperm(len(windows), generator=generator)[::2]]
         self._tested = torch.isin(rows["windows"], for_questions)
-        self._halves = [half.nonzero()[:, 0].tolist() for half in (~self._tested, self._tested)]
+        self._halves = [half.nonzero()[:, 0].numpy() for half in (~self._tested, self._tested)]
         self.drawn = 0
 
     def __iter__(self) -> Iterator[Material]:
@@ -70,37 +72,33 @@ class FeatureMaterials:
     def of(self, feature: int) -> Material | None:
         """None where its excerpts are too few."""
         rng = random.Random(f"{self._plan.seed}:{feature}")
-        where, _ = self._firing.of(feature)
-        strength = self._firing.strength(feature).tolist()
-        tested = self._tested[where]
-        seen: set[tuple[str, ...]] = set()
-        best = self._excerpts.strongest(where[~tested].tolist(), self._plan.examples, seen)
-        # an excerpt of its own strength: the strongest row in it is the one that it is around
-        peaks = [
-            row
-            for row in where[tested].tolist()
-            if strength[row] == max(strength[r] for r in self._excerpts.around(row))
-        ]
-        active = self._excerpts.strongest(peaks, len(peaks), seen)
+        slots = self._firing.slots(feature, feature + 1)
+        # each the strongest row of its excerpt
+        peaks = slots.rows[self._excerpts.ranked(slots)].astype(np.int64)
+        tested = self._tested.numpy()[peaks]
+        shown = Shown()
+        best = shown.take(self._excerpts.candidates(peaks[~tested]), self._plan.examples)
+        active = shown.take(self._excerpts.candidates(peaks[tested]), len(peaks))
         fuzzing = self._game == "fuzzing"
         wanted = self._plan.questions if fuzzing else self._plan.questions // 2
         if len(best) < self._plan.examples or len(active) < wanted:
             return None
-        silent = self._silent(strength, rng, 0, self._plan.examples, seen)
-        others = [] if fuzzing else self._silent(strength, rng, 1, wanted, seen)
+        silent = self._silent(slots, rng, 0, self._plan.examples, shown)
+        others = [] if fuzzing else self._silent(slots, rng, 1, wanted, shown)
         if silent is None or others is None:
             return None
-        evidence = [self._passage(inside, strength) for _, inside in best]
+        strength = self._firing.strength(feature)
+        evidence = [self._passage(row, strength) for row in best]
         placebo = [
             Passage(
-                tokens=self._excerpts.texts(inside),
-                scores=misplaced(shown.scores, len(inside), (), rng),
+                tokens=self._excerpts.texts(self._excerpts.around(row)),
+                scores=misplaced(one.scores, len(self._excerpts.around(row)), (), rng),
             )
-            for shown, inside in zip(evidence, silent, strict=True)
+            for one, row in zip(evidence, silent, strict=True)
         ]
         questions = []
         for place in _of_each_band(len(active), wanted, rng):
-            passage = self._passage(active[place][1], strength)
+            passage = self._passage(active[place], strength)
             questions.append(
                 Question(**passage.model_dump(), right=True, quarter=4 * place // len(active))
             )
@@ -108,30 +106,28 @@ class FeatureMaterials:
             # one of each two neighbours in strength
             for first in range(0, wanted, 2):
                 number = first + rng.randrange(2)
-                shown = questions[number]
-                scores = wrong_scores(shown.scores, rng)
-                questions[number] = Question(tokens=shown.tokens, scores=scores, right=False)
-        for inside in others:
-            passage = self._passage(inside, strength)
+                one = questions[number]
+                scores = wrong_scores(one.scores, rng)
+                questions[number] = Question(tokens=one.tokens, scores=scores, right=False)
+        for row in others:
+            passage = self._passage(row, strength)
             questions.append(Question(**passage.model_dump(), right=False))
         return Material(f"feature {feature}", evidence, placebo, questions)
 
-    def _passage(self, inside: Sequence[int], strength: Sequence[float]) -> Passage:
-        return Passage(tokens=self._excerpts.texts(inside), scores=[strength[r] for r in inside])
+    def _passage(self, row: int, strength: torch.Tensor) -> Passage:
+        inside = self._excerpts.around(row)
+        scores = strength[inside.start : inside.stop].tolist()
+        return Passage(tokens=self._excerpts.texts(inside), scores=scores)
 
     def _silent(
-        self,
-        strength: Sequence[float],
-        rng: random.Random,
-        half: int,
-        n: int,
-        seen: set[tuple[str, ...]],
-    ) -> list[list[int]] | None:
-        """Random excerpts without an activation; None where such are hard to find."""
-        drawn = (rng.choice(self._halves[half]) for _ in range(TRIES * n))
-        quiet = (r for r in drawn if not any(strength[i] for i in self._excerpts.around(r)))
-        found = self._excerpts.strongest(quiet, n, seen)
-        return [inside for _, inside in found] if len(found) == n else None
+        self, slots: Slots, rng: random.Random, half: int, n: int, shown: Shown
+    ) -> list[int] | None:
+        """Rows of random excerpts without an activation; None where such are hard to find."""
+        drawn = np.array(rng.choices(self._halves[half], k=TRIES * n), np.int64)
+        low, high = self._excerpts.bounds(drawn)
+        active = np.searchsorted(slots.rows, high) - np.searchsorted(slots.rows, low)
+        found = shown.take(self._excerpts.candidates(drawn[active == 0]), n)
+        return found if len(found) == n else None
 
 
 def _of_each_band(n: int, bands: int, rng: random.Random) -> list[int]:

@@ -9,17 +9,22 @@ from typing import Any, Protocol
 import torch
 
 from mikernels._dispatch import accumulate_dtype
+from mikernels.activations.sources import SourceExhausted
 from mikernels.nn import SAE
 from mikernels.values.batch import Batch, as_batch
 
 
 class BatchSource(Protocol):
-    """Where batches come from; `mikernels.activations` has three."""
+    """Where batches come from; `mikernels.activations` has four.
+
+    One with a `batch_size` of None is asked for `next_batch(n)`.
+    """
 
     d: int
 
     def next_batch(self) -> torch.Tensor | Batch:
-        """`[batch, d]` floating, or a Batch of them; raises StopIteration when there is no more."""
+        """`[batch, d]` floating, or a Batch of them; raises StopIteration or SourceExhausted when
+        there is no more."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
@@ -29,10 +34,13 @@ class BatchSource(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
-def take_batches(source: BatchSource, count: int, first: int, sae: SAE) -> list[Batch] | None:
+def take_batches(
+    source: BatchSource, count: int, first: int, sae: SAE, size: int
+) -> list[Batch] | None:
     """The next `count` batches on the SAE's device, in float32 (float64 for a float64 SAE).
 
     Args:
+        size: rows of a batch, for a source that leaves it open.
         first: number of the first of them in the run, from 1, for messages.
 
     Returns:
@@ -43,10 +51,11 @@ def take_batches(source: BatchSource, count: int, first: int, sae: SAE) -> list[
             and for a source that ends within the first step.
     """
     batches = []
+    asked = (size,) if getattr(source, "batch_size", size) is None else ()
     for number in range(first, first + count):
         try:
-            batch = as_batch(source.next_batch())
-        except StopIteration as error:
+            batch = as_batch(source.next_batch(*asked))
+        except (StopIteration, SourceExhausted) as error:
             if first == 1:
                 raise ValueError(
                     f"Trainer: the source must give at least the {count} batches of one step, got "

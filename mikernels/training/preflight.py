@@ -7,7 +7,7 @@ import errno
 import inspect
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,11 +55,11 @@ def check_fit(sae: SAE, source: BatchSource, config: TrainConfig) -> None:
             f"Trainer: source.d_out must be the SAE's d_out = {sae.config.d_out}, got {d_out}; "
             f"make the SAE for the width of these targets, or the source with others"
         )
-    size = getattr(source, "batch_size", config.batch_size)
-    if size != config.batch_size:
+    size = getattr(source, "batch_size", None)
+    if size not in (None, config.batch_size):
         raise ValueError(
             f"Trainer: source.batch_size must be config.batch_size = {config.batch_size}, got "
-            f"{size}; make the source with that batch size"
+            f"{size}; say it once, in TrainConfig, and leave it out of the source"
         )
     if config.cuda_graph and sae.shaped:
         raise ValueError(
@@ -217,7 +217,7 @@ def prepare_out_dir(out_dir: Path, sae: SAE, config: TrainConfig, reached: int |
     if former and reached is None:
         raise FileExistsError(
             f"Trainer: out_dir must be without checkpoints for a new run, got {former[-1]}; call "
-            f"resume() to continue it or choose another out_dir"
+            f"resume() (--resume) to continue it or choose another out_dir (--out)"
         )
     if reached is not None and (not former or former[-1].name != f"checkpoint-{reached}"):
         raise FileExistsError(
@@ -235,16 +235,36 @@ def prepare_out_dir(out_dir: Path, sae: SAE, config: TrainConfig, reached: int |
         if not bool(p.isfinite().all()):
             raise FloatingPointError(f"Trainer: {name} must be finite, got NaN or inf; load others")
     _try_names(out_dir, config.total_steps)
+    check_space([(out_dir, space_needed(out_dir, sae, config))])
+
+
+def space_needed(out_dir: Path, sae: SAE, config: TrainConfig) -> int:
+    """Bytes that checkpoints will take beyond what they take now, at most."""
     # weights and two fp32 moments each, and one more while the next is written
     each = sum(p.numel() * (p.element_size() + 8) for p in sae.parameters())
-    needed = each * max(1, config.keep_checkpoints + 1 - len(former))
-    free = shutil.disk_usage(out_dir).free
-    if free < needed:
-        raise OSError(
-            errno.ENOSPC,
-            f"Trainer: out_dir {out_dir} must have {needed / 1e6:,.0f} MB free for checkpoints, "
-            f"got {free / 1e6:,.0f} MB; free space or lower keep_checkpoints",
-        )
+    return each * max(1, config.keep_checkpoints + 1 - len(checkpoints(out_dir)))
+
+
+def check_space(needed: Sequence[tuple[Path, int]]) -> None:
+    """The disks have room for what is needed in folders, which may be still to be made.
+
+    Raises:
+        OSError: a disk is too full.
+    """
+    disks: dict[int, tuple[Path, int]] = {}
+    for folder, size in needed:
+        there = next(p for p in (folder, *folder.parents) if p.exists())
+        first, so_far = disks.get(there.stat().st_dev, (folder, 0))
+        disks[there.stat().st_dev] = first, so_far + size
+    for folder, size in disks.values():
+        there = next(p for p in (folder, *folder.parents) if p.exists())
+        free = shutil.disk_usage(there).free
+        if free < size:
+            raise OSError(
+                errno.ENOSPC,
+                f"Trainer: out_dir {folder} must have {size / 1e6:,.0f} MB free for checkpoints, "
+                f"got {free / 1e6:,.0f} MB; free space or lower keep_checkpoints",
+            )
 
 
 def _try_names(out_dir: Path, last: int) -> None:

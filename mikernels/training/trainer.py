@@ -4,15 +4,16 @@
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from mikernels._autocast import in_own_dtype
+from mikernels.activations.streams import as_source
 from mikernels.files import explained
 from mikernels.nn import SAE
 from mikernels.nn.batch_topk_sae import THRESHOLD_RATE
@@ -20,7 +21,14 @@ from mikernels.nn.sae import DEAD_AFTER
 from mikernels.owning import owned
 from mikernels.training.batches import BatchSource, power_of_two_scale, take_batches
 from mikernels.training.config import TrainConfig
-from mikernels.training.interrupts import Interrupts
+from mikernels.training.loggers.protocol import (
+    Loggers,
+    MetricsLogger,
+    RunInfo,
+    checked,
+    loggers,
+)
+from mikernels.training.loop import drive
 from mikernels.training.optimizer import set_rate
 from mikernels.training.preflight import (
     check_fit,
@@ -28,16 +36,29 @@ from mikernels.training.preflight import (
     check_state,
     prepare_out_dir,
 )
-from mikernels.training.progress import Reporter
+from mikernels.training.progress import Board, Reporter
 from mikernels.training.state.checkpoint import checkpoints, save_checkpoint
-from mikernels.training.state.metrics import Clock, History, JsonLines, Means
-from mikernels.training.state.snapshot import OPEN, restore, take_snapshot
+from mikernels.training.state.metrics import Clock, History, JsonLines, Means, Pace
+from mikernels.training.state.snapshot import OPEN, Read, put_back, read_run, take_snapshot
 from mikernels.training.steps.autograd import AutogradStep, dense_forward, sparse_forward
 from mikernels.training.steps.fused import FusedStep
 from mikernels.training.steps.graph import GraphedStep
 from mikernels.values.batch import Batch
 
 METRICS = "metrics.jsonl"
+HOW_TO_RESUME = "make the same Trainer and call resume() before run()"
+
+
+def _once(source: Any) -> TrainConfig:
+    """The settings of a run over every row once."""
+    rows = getattr(source, "n_rows", None)
+    if rows is None:
+        raise ValueError(
+            f"Trainer: config must be given for a {type(source).__name__}, which does not say how "
+            f"many rows it has, got none; pass TrainConfig(total_tokens=...)"
+        )
+    size = getattr(source, "batch_size", None)
+    return TrainConfig(rows) if size is None else TrainConfig(rows, size)
 
 
 class Trainer:
@@ -45,11 +66,15 @@ class Trainer:
 
     Args:
         sae: trained in place, on its device.
-        source: gives batches `[batch_size, d]`.
-        config: the run's settings.
+        source: gives batches; or activations `[n, d]` in memory, the path of shards, or any stream
+            of tensors, such as a DataLoader (`mikernels.activations.IterableSource`).
+        config: the run's settings; None: the defaults, for every row of the source once.
         step: replaces `config.step`: "fused", "autograd" or "dense".
         optimizer: of the SAE's parameters; None is the step's own Adam. Its lr is set each step.
         out_dir: for `metrics.jsonl` and `checkpoint-<step>/`; None writes nothing.
+        log_to: where rows of metrics go beside `metrics.jsonl`: a TensorBoardLogger, a
+            WandbLogger, or any MetricsLogger. One that fails is left out with a warning, and the
+            run goes on.
         quiet: no progress on the console.
 
     Attributes:
@@ -63,24 +88,31 @@ class Trainer:
     def __init__(
         self,
         sae: SAE,
-        source: BatchSource,
-        config: TrainConfig,
+        source: BatchSource | torch.Tensor | str | Path | Iterable[Any],
+        config: TrainConfig | None = None,
         *,
         step: str | None = None,
         optimizer: torch.optim.Optimizer | None = None,
         out_dir: str | Path | None = None,
+        log_to: Sequence[MetricsLogger] = (),
         quiet: bool = False,
     ):
+        batches: BatchSource = as_source(source, 0 if config is None else config.seed)
+        if config is None:
+            config = _once(batches)
         if step is not None:
             config = TrainConfig.from_dict({**config.to_dict(), "step": step})
-        check_fit(sae, source, config)
+        check_fit(sae, batches, config)
+        if hasattr(batches, "expect"):
+            batches.expect(config.total_steps * config.tokens_per_step)
         if optimizer is not None:
             check_optimizer(sae, optimizer, config)
         # what was left open here, a resumed run takes from its checkpoint
         self.open = {"lr": config.lr is None}
         self.open |= {name: getattr(sae.config, name, 0) is None for name in OPEN}
         config = replace(config, lr=config.peak_lr(sae.config.n_features))
-        self.sae, self.source, self.config, self.quiet = sae, source, config, quiet
+        self.sae, self.source, self.config, self.quiet = sae, batches, config, quiet
+        self.log_to = checked(log_to)
         # where it is now: the process may go to another folder before it writes
         self.out_dir = None if out_dir is None else Path(out_dir).absolute()
         self._update: FusedStep | GraphedStep | AutogradStep
@@ -103,11 +135,16 @@ class Trainer:
         self.step = self.tokens = 0
         self.means = Means()
         self._clock = Clock(self.history.parts)
+        self._pace = Pace(sae.w_enc.device)
         self._saved = -1
         self._state_checked = False
 
     def resume(self, folder: str | Path | None = None) -> int:
         """Continue a former run: the next steps compute what an uninterrupted run would have.
+
+        With another `total_tokens` than the former run's, its rest has the schedule of that length
+        from where it is, which a message says: a run that was longer from the start computes other
+        steps.
 
         Args:
             folder: a checkpoint; None is the newest in out_dir.
@@ -117,14 +154,23 @@ class Trainer:
 
         Raises:
             FileNotFoundError, ValueError: there is no checkpoint, or it is truncated, foreign or of
-                another run; the message names the file. Nothing has been changed then.
+                another run, or has come to the end of this one; the message names the file. Nothing
+                has been changed then.
             BlockingIOError: another process writes to out_dir.
         """
+        read, own = self.read_checkpoint(folder)
+        if read.step == self.config.total_steps:
+            raise ended(self.config, read)
+        self.continue_from(read, own)
+        return self.step
+
+    def read_checkpoint(self, folder: str | Path | None = None) -> tuple[Read, bool]:
+        """The checkpoint that `resume` would continue, and whether it is of out_dir; see there."""
         mine = [] if self.out_dir is None else checkpoints(self.out_dir)
         if folder is None and not mine:
             raise FileNotFoundError(
-                f"resume: out_dir must hold a checkpoint-<step> folder, got {self.out_dir} "
-                f"without one; leave resume out to start a new run"
+                f"resume: out_dir (--out) must hold a checkpoint-<step> folder, got {self.out_dir} "
+                f"without one{_runs_within(self.out_dir)}; leave resume out to start a new run"
             )
         folder = mine[-1] if folder is None else Path(folder)
         if mine and mine[-1].resolve() != folder.resolve():
@@ -134,16 +180,35 @@ class Trainer:
             )
         # nobody deletes it meanwhile, and no run that still goes on is resumed
         with owned(self.out_dir, "resume") if self.out_dir and mine else nullcontext():
-            restore(self, folder)
-        self._saved = self.step if mine else -1
-        return self.step
+            return read_run(self, folder), bool(mine)
 
-    def run(self) -> History:
+    def continue_from(self, read: Read, own: bool) -> None:
+        """What `read_checkpoint` gave becomes the state of this fresh Trainer."""
+        put_back(self, read)
+        self._saved = self.step if own else -1
+        was, now = read.former, self.config
+        if was.total_tokens != now.total_tokens and self.step < now.total_steps:
+            with Board() as board:
+                board.note(
+                    f"resume: total_tokens was {was.total_tokens:,} and is {now.total_tokens:,}: "
+                    f"from step {self.step:,} on the schedule is that of {now.total_steps:,} steps "
+                    f"(lr {now.lr_at(self.step):.1e}, "
+                    + (
+                        f"where it would have been {was.lr_at(self.step):.1e})"
+                        if self.step < was.total_steps
+                        else f"after {was.lr_at(was.total_steps - 1):.1e} at the former end)"
+                    )
+                )
+
+    def run(self, how_to_resume: str = HOW_TO_RESUME) -> History:
         """Train to `config.total_tokens`, or until the source ends, and return what was measured.
 
         Micro-batches left over for less than a step at the end of a source are not trained on.
         Ctrl-C and SIGTERM finish the step, write a checkpoint and then raise KeyboardInterrupt or
         SystemExit.
+
+        Args:
+            how_to_resume: what the message of an interrupt says is to be done to continue.
 
         Raises:
             FileExistsError: out_dir holds checkpoints and `resume` was not called.
@@ -152,49 +217,69 @@ class Trainer:
             BlockingIOError: another process writes to out_dir.
             OSError: out_dir cannot be written, or was deleted meanwhile.
         """
-        with self._open() as lines:
-            self._loop(lines)
+        drive({self.config.step: self}, lambda: self._how_to_resume(how_to_resume))
         return self.history
 
-    def _loop(self, lines: JsonLines | None) -> None:
+    @property
+    def planned(self) -> int:
+        """Tokens that the steps so far were to take: several trainers take turns by it."""
+        return self.step * self.config.tokens_per_step
+
+    def steps(self, report: Reporter, name: str) -> Generator[None, bool, None]:
+        """The run, as a generator that waits before each step; sent True, it saves and ends.
+
+        What can be refused is refused before it waits for the first time.
+        """
         total = self.config.total_steps
-        if self.step == 0:
-            torch.manual_seed(self.config.seed)
-        report = Reporter(total, self.step, quiet=self.quiet, title=self.config.step)
-        # the counter of a loaded SAE may be anywhere; reading it each step would stall a GPU
-        self._oldest = int(self.sae.tokens_since_fired.max()) - self.tokens
-        self._mark()
-        with Interrupts() as interrupts, report, self._scaled():
-            while self.step < total:
-                if not self._train_step():
-                    report.note(
-                        f"Trainer: the source ended after {self.tokens:,} of "
-                        f"{self.config.total_tokens:,} tokens"
-                    )
-                    break
-                report.step(self.step)
-                if self.step % self.config.log_every == 0 or self.step == total:
-                    self._log(report, lines)
-                if lines is not None and not self._state_checked:
-                    # an optimiser's state is there from the first step on
-                    check_state(self.sae, self.optimizer, *take_snapshot(self))
-                    self._state_checked = True
-                if interrupts.pending:
-                    self._save(lines)
-                    report.note(self._how_to_resume())
-                    interrupts.stop()
-                elif self.step % self.config.checkpoint_every == 0:
-                    self._save(lines)
-            if self.means.tokens:
-                self._log(report, lines)
-            self._save(lines)
+        with self._open() as lines, loggers(self.log_to, self._about(name)) as log:
+            if self.step == 0:
+                torch.manual_seed(self.config.seed)
+            # the counter of a loaded SAE may be anywhere; reading it each step would stall a GPU
+            self._oldest = int(self.sae.tokens_since_fired.max()) - self.tokens
+            with self._scaled(), self._telling(report):
+                stopped = yield
+                self._mark()
+                while self.step < total and not stopped:
+                    if not self._train_step():
+                        report.note(
+                            f"Trainer: the source ended after {self.tokens:,} of "
+                            f"{self.config.total_tokens:,} tokens"
+                        )
+                        break
+                    report.step(self.step)
+                    if self.step % self.config.log_every == 0 or self.step == total:
+                        self._log(report, lines, log)
+                    if lines is not None and not self._state_checked:
+                        # an optimiser's state is there from the first step on
+                        check_state(self.sae, self.optimizer, *take_snapshot(self))
+                        self._state_checked = True
+                    if self.step % self.config.checkpoint_every == 0:
+                        self._save(lines)
+                    with self._pace.away():
+                        stopped = yield
+                if self.means.tokens and not stopped:
+                    self._log(report, lines, log)
+                self._save(lines)
+
+    def _about(self, name: str) -> RunInfo:
+        sae = {"architecture": self.sae.architecture, **asdict(self.sae.config)}
+        return RunInfo(
+            name=name if self.out_dir is None else self.out_dir.name,
+            out_dir=self.out_dir,
+            step=self.step,
+            settings={"sae": sae, "config": self.config.to_dict()},
+        )
 
     def _train_step(self) -> bool:
         count = self.config.accumulation
-        batches = take_batches(self.source, count, self.step * count + 1, self.sae)
+        with self._pace.waiting():
+            batches = take_batches(
+                self.source, count, self.step * count + 1, self.sae, self.config.batch_size
+            )
         if batches is None:
             return False
-        self._step_on(batches)
+        with self._pace.training():
+            self._step_on(batches)
         self.step += 1
         self.tokens += sum(map(len, batches))
         return True
@@ -269,12 +354,27 @@ class Trainer:
                 folder.check()
                 lines.check()
 
-    def _mark(self) -> None:
-        self._since = (time.perf_counter(), self._clock.total(), self.step, self.tokens)
+    @contextmanager
+    def _telling(self, report: Reporter) -> Iterator[None]:
+        """A source that reads a model says how far it is, unless it tells somebody already."""
+        source: Any = self.source
+        if getattr(source, "on_progress", self) is not None:
+            yield
+            return
+        source.on_progress = report.collecting
+        try:
+            yield
+        finally:
+            source.on_progress = None
 
-    def _log(self, report: Reporter, lines: JsonLines | None) -> None:
-        wall, busy, step, tokens = self._since
+    def _mark(self) -> None:
+        self._pace.mark()
+        self._since = (self._clock.total(), self.step, self.tokens)
+
+    def _log(self, report: Reporter, lines: JsonLines | None, log: Loggers) -> None:
+        busy, step, tokens = self._since
         means = self._finite_means()
+        training, waiting = self._pace.read()
         row = {
             "step": self.step,
             "tokens": self.tokens,
@@ -282,13 +382,15 @@ class Trainer:
             "dead_fraction": self.sae.dead().double().mean().item(),
             "lr": self.config.lr_at(self.step - 1),
             "k": self.config.k_at(self.step - 1, self.sae.k),
-            "tokens_per_second": (self.tokens - tokens) / (time.perf_counter() - wall),
+            "tokens_per_second": (self.tokens - tokens) / training,
+            "waiting_seconds": waiting,
             "step_ms": 1e3 * (self._clock.total() - busy) / max(1, self.step - step),
         }
         self.history.rows.append(row)
         report.log(row)
         if lines is not None:
             lines.write(row)
+        log.write(row)
         self.means = Means()
         self._mark()
 
@@ -330,10 +432,36 @@ class Trainer:
             )
         self._saved = self.step
 
-    def _how_to_resume(self) -> str:
+    def _how_to_resume(self, how: str) -> str:
+        if self.step == self.config.total_steps:
+            return f"Trainer: interrupted after step {self.step:,}, the last one; nothing is left"
         if self.out_dir is None:
-            return f"Trainer: interrupted after step {self.step}; nothing is saved without out_dir"
+            return (
+                f"Trainer: interrupted after step {self.step:,}; nothing is saved without out_dir"
+            )
         return (
-            f"Trainer: interrupted after step {self.step}, saved {checkpoints(self.out_dir)[-1]}; "
-            f"make the same Trainer and call resume() before run() to continue"
+            f"Trainer: interrupted after step {self.step:,}, saved "
+            f"{checkpoints(self.out_dir)[-1]}; {how} to continue"
         )
+
+
+def ended(config: TrainConfig, read: Read) -> ValueError:
+    """There is nothing left to resume."""
+    return ValueError(
+        f"resume: total_tokens (--tokens) must be above {config.tokens_per_step * read.step:,}, "
+        f"where {read.path.parent} has come to, to train on, got {config.total_tokens:,}; raise "
+        f"it, or read the trained SAE with load_sae"
+    )
+
+
+def _runs_within(folder: Path | None) -> str:
+    """For somebody who means a group of runs, or one of them."""
+    within = [] if folder is None or not folder.is_dir() else sorted(folder.iterdir())
+    names = [path.name for path in within if path.is_dir() and checkpoints(path)]
+    if not names:
+        return ""
+    shown = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
+    return (
+        f" but with the runs {shown} in it (resume them as they were begun, together, or one of "
+        f"them by its own folder)"
+    )

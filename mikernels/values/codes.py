@@ -11,7 +11,6 @@ import torch
 
 from mikernels._indices import check_indices, check_size
 from mikernels._ragged import check_row_offsets, tokens_of
-from mikernels.ops.sae.gradients import by_feature_op
 
 T = TypeVar("T")
 
@@ -309,6 +308,8 @@ class SparseCodes:
         `order[offsets[f]:offsets[f + 1]]`. Computed once and kept until the indices change."""
 
         def sort() -> tuple[torch.Tensor, torch.Tensor]:
+            from mikernels.ops.sae.gradients import by_feature_op
+
             return by_feature_op(self.indices.reshape(-1), self.n_features)
 
         return self._kept("_by_feature", self.indices, sort)

@@ -93,6 +93,16 @@ def test_shard_source_reads_low_precision_and_extra_tensors(tmp_path):
     assert read_index(tmp_path)["metadata"] == {"layer": 3}
 
 
+def test_shard_source_reads_in_the_order_of_the_files(tmp_path):
+    source = ShardSource(shards(tmp_path, 1000), 10)
+    parts = list(source.read(300))
+    assert [len(part["activations"]) for part in parts] == [300, 84, 300, 84, 232]
+    x = torch.cat([part["activations"] for part in parts])
+    assert torch.equal(x, numbered(1000))
+    with pytest.raises(ValueError, match="ShardSource: rows must be at least 1, got 0"):
+        next(source.read(0))
+
+
 def test_shard_source_takes_one_file_whatever_its_tensor_is_called(tmp_path):
     save_file({"resid": numbered(30), "mean": torch.zeros(D)}, tmp_path / "x.safetensors")
     source = ShardSource(tmp_path / "x.safetensors", 30)

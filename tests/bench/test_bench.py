@@ -108,6 +108,10 @@ def test_bench_plot_from_json_alone(measured: Path, tmp_path: Path, suffix: str)
         assert invoke("plot", measured, "--out", out) == (0, f"wrote {out} ")
         pictures.append(out.read_bytes())
     assert pictures[0] == pictures[1]
+    code, _ = invoke("plot", measured, "--op", "adam", "--out", out)
+    assert code == 0 and len(out.read_bytes()) < len(pictures[0])
+    code, output = invoke("plot", measured, "--op", "none", "--out", out)
+    assert code == 2 and "--op must be of" in output
     if suffix == ".svg":
         text = pictures[0].decode()
         assert "encode, fwd, smoke" in text and "eager" in text

@@ -189,8 +189,9 @@ def test_circuits_are_the_connected_components():
     pairs = [(3.0, 0, 1), (-2.0, 3, 4), (1.5, 2, 5), (-1.0, 1, 2), (0.0, 4, 5), (math.nan, 5, 6)]
     found = interpret_circuits(top(*pairs))
     assert isinstance(found, list) and len(found) == 6
-    # the source is in the earlier layer where both are known
-    assert [(e.source, e.target) for e in found[:3]] == [
+    assert not found.directed
+    # that in the earlier layer comes first where both are known
+    assert [(e.first, e.second) for e in found[:3]] == [
         ("L0.h1", "L2.mlp"),
         ("a1.h7", "blocks.3.attn"),
         ("[x]", "m4"),
@@ -200,14 +201,15 @@ def test_circuits_are_the_connected_components():
     ]  # fmt: skip
     assert [e.circuit for e in found] == [1, 2, 1, 1, None, None]
     assert found.groups == [("L2.mlp", "L0.h1", "[x]", "m4"), ("blocks.3.attn", "a1.h7")]
-    layers = {e.source: e.source_layer for e in found} | {e.target: e.target_layer for e in found}
+    layers = {e.first: e.first_layer for e in found} | {e.second: e.second_layer for e in found}
     assert layers == dict(zip(NAMES, (2, 0, None, 3, 1, 4, 11), strict=True))
 
 
 def test_circuits_print():
     found = interpret_circuits(top((3.0, 0, 1), (-0.25, 3, 2)))
     assert str(found).splitlines() == [
-        "source         target  score  kind         circuit",
+        "pairs, alike (+) or opposed (-), without direction",
+        "first          second  score  kind         circuit",
         "L0.h1          L2.mlp     +3  reinforcing  1",
         "blocks.3.attn  [x]     -0.25  opposing     2",
         "circuit 1: L2.mlp, L0.h1",
@@ -216,14 +218,20 @@ def test_circuits_print():
     console = rich.console.Console(file=io.StringIO(), width=80)
     console.print(found)
     shown = console.file.getvalue()
-    for text in ("-0.25", "opposing", "circuit 2: [x], blocks.3.attn"):
+    for text in ("without direction", "-0.25", "opposing", "circuit 2: [x], blocks.3.attn"):
         assert text in shown
     assert shown.count("[x]") == 2
     nothing = Interactions(torch.ones(0), *torch.zeros(2, 0, dtype=torch.int64), (0, 0))
-    assert str(interpret_circuits(nothing, ())).startswith("source")
+    assert str(interpret_circuits(nothing, ())).splitlines()[1:] == [
+        "first  second  score  kind  circuit"
+    ]
 
 
 def test_circuits_of_directed_pairs():
     edges = Interactions(torch.ones(1), torch.tensor([1]), torch.tensor([0]), (2, 1))
-    (edge,) = interpret_circuits(edges, ["L0.mlp", "L5.mlp"], ["L3.attn"])
-    assert (edge.source, edge.target) == ("L5.mlp", "L3.attn")
+    found = interpret_circuits(edges, ["L0.mlp", "L5.mlp"], ["L3.attn"])
+    assert found.directed and (found[0].first, found[0].second) == ("L5.mlp", "L3.attn")
+    assert str(found).splitlines()[:2] == [
+        "edges from source to target",
+        "source  target   score  kind         circuit",
+    ]

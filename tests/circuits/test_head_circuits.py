@@ -114,7 +114,6 @@ def test_circuits_of_heads_are_the_products_of_their_weights(kind, monkeypatch):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_features_tokens_are_those_of_the_whole_product(kind, monkeypatch):
     monkeypatch.setattr(room, "ROWS", 7)
-    monkeypatch.setattr(room, "CHUNK", 28)
     model = model_of(kind)
     *_, u, _, _, _, _, _, _, final = (None, *weights(kind, model, 0, 0)[1:])
     sae = filled(TopKSAE(D, F, 5, dtype=torch.float64), 1)

@@ -100,8 +100,8 @@ def test_ranking_intervals_and_interactions():
     chosen = {c.name for c in probe.components}
     assert len(probe.interactions) == 4
     for edge in probe.interactions:
-        assert {edge.source, edge.target} <= chosen
-        i, j = (probe.names.index(name) for name in (edge.source, edge.target))
+        assert {edge.first, edge.second} <= chosen
+        i, j = (probe.names.index(name) for name in (edge.first, edge.second))
         assert edge.score == pytest.approx(pairs.scores[i, j].item(), abs=1e-6)
     heads = probe.head_matrix()
     assert heads.shape == (3, 4) and heads[1, 2] == pytest.approx(means[5 + 2].item(), abs=1e-6)

@@ -91,10 +91,10 @@ def test_circuits_of_smollm2(smollm2):
     assert found.batches == 3 and found.scores.shape == (300, 300)
     assert found.scores.isfinite().all()
     circuits = interpret_circuits(select_top_k(found, 12))
-    assert len(circuits) == 12 and len(str(circuits).splitlines()) == 13 + len(circuits.groups)
+    assert len(circuits) == 12 and len(str(circuits).splitlines()) == 14 + len(circuits.groups)
     for edge in circuits:
-        assert 0 <= edge.source_layer <= edge.target_layer < 30
-        assert edge.source != edge.target and 0.3 < abs(edge.score) <= 1
+        assert 0 <= edge.first_layer <= edge.second_layer < 30
+        assert edge.first != edge.second and 0.3 < abs(edge.score) <= 1
     assert [p.requires_grad for p in model.parameters()] == flags
     assert all(p.grad is None for p in model.parameters())
 

@@ -6,19 +6,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from decoder_cases import words_tokenizer
+from decoder_cases import TASK_WORDS, task_words, words_tokenizer
 
 from mikernels.circuits import tasks
-
-TEXTS = (tasks.NAMES, tasks.SURNAMES, tasks.PLACES, tasks.THINGS, tasks.EVENTS, tasks.YEARS)
-TEXTS = (*TEXTS, *tasks.IOI, *tasks.FULL_NAMES, *tasks.OTHER_YEARS, *tasks.SENTENCES)
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return words_tokenizer(
-        sorted(set(re.findall(r"[A-Za-z]+|[,.]|\d", " ".join(TEXTS)))) + [*"0123456789"]
-    )
+    return task_words()
 
 
 def words_of(task, row, side="prompts"):
@@ -102,7 +97,7 @@ def test_repeated_name(tokenizer):
 
 
 def test_paraphrases_say_the_same_in_one_wording_each(tokenizer):
-    known = {w for text in TEXTS[:5] for w in text.split()} | {*"0123456789"}
+    known = {w for text in TASK_WORDS[:5] for w in text.split()} | {*"0123456789"}
     for name, wordings in tasks.WORDINGS.items():
         found = tasks.variations(name, tokenizer, 12, seed=3)
         assert [task.name for task in found] == [name] * len(wordings) and len(wordings) > 3
@@ -118,7 +113,7 @@ def test_paraphrases_say_the_same_in_one_wording_each(tokenizer):
 
 
 def test_perturbed_prompts_are_the_same_after_a_sentence(tokenizer):
-    known = {w for text in TEXTS[:5] for w in text.split()}
+    known = {w for text in TASK_WORDS[:5] for w in text.split()}
     for name, make in tasks.TASKS.items():
         plain = make(tokenizer, 12, 3)
         found = tasks.variations(name, tokenizer, 12, 3, kind="perturbed")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which features are shown, and the inputs that activate them most."""
+"""Where features fire, and which of them are shown."""
 
 import math
 
@@ -7,7 +7,7 @@ import pytest
 import torch
 from demo_cases import token_data
 
-from mikernels.demo.examples import choose_features, token_card
+from mikernels.demo.examples import choose_features
 from mikernels.evaluate import variance_unexplained
 from mikernels.evaluate.firing import encode_all
 
@@ -30,7 +30,7 @@ def test_rows_that_are_not_finite_are_refused(value):
     sae, rows, _ = token_data()
     x = rows["activations"].clone()
     x[[3, 500], 4] = value
-    with pytest.raises(ValueError, match="x must give finite codes, got NaN or inf in 2 of 600"):
+    with pytest.raises(ValueError, match="NaN or inf in 2 of the 600 rows"):
         encode_all(sae, x)
     with pytest.raises(ValueError, match="variance_unexplained: x must be finite"):
         variance_unexplained(sae, x)
@@ -51,15 +51,3 @@ def test_choose_features_keeps_to_the_shares_and_one_label_each():
     assert len(choose_features(firing, one, shares=(0.01, 0.5))) == 1
     start = torch.zeros_like(one)
     assert choose_features(firing, one, start, shares=(0.01, 0.5)) == []
-
-
-def test_token_card_shows_the_strongest_tokens_within_their_window():
-    sae, rows, pieces = token_data()
-    firing = encode_all(sae, rows["activations"])
-    card = token_card(firing, 3, rows, pieces)
-    peaks = [[token for token in example if token[2]] for example in card["examples"]]
-    assert all(len(peak) == 1 and peak[0][0] == pieces["3"] for peak in peaks)
-    assert peaks[0][0][1] == pytest.approx(card["maximum"])
-    assert all(len(example) <= 23 for example in card["examples"])
-    assert card["tokens"] == [(pieces["3"], pytest.approx(1.0))]
-    assert sum(card["histogram"]) == card["count"]

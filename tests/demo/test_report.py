@@ -1,29 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
 """The page: self-contained, escaped, in the page's colours."""
 
+import json
+import re
+
 import jinja2
 import pytest
 from demo_cases import check_self_contained, report_values, token_data
 from full_disk import largest_file
 
 from mikernels.demo import report
-from mikernels.demo.drawing import VARIABLES
-from mikernels.demo.examples import token_card
-from mikernels.evaluate.firing import encode_all
+from mikernels.report import collect_features
+from mikernels.report.drawing import VARIABLES
 
 
 def test_report_is_self_contained_and_escapes_tokens(tmp_path):
     sae, rows, pieces = token_data()
-    firing = encode_all(sae, rows["activations"])
-    values = report_values([token_card(firing, f, rows, pieces) for f in (3, 5)])
+    features = collect_features(sae, [rows], pieces)
+    values = report_values([], views=[features.view(f) for f in (3, 5)])
     report.write(tmp_path / "report.html", values)
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     check_self_contained(page)
-    assert "&lt;3&amp;&gt;" in page
     assert "<3&>" not in page
     assert "T &lt;1&gt;" in page
-    assert page.count("<svg") == 3 * 2 + 2
-    assert page.count('class="peak"') == sum(len(card["examples"]) for card in values["cards"])
+    assert page.count("<svg") == 3 * 2
+    drawn = json.loads(
+        re.search(r'<script type="application/json" id="drawn">(.*)</script>', page)[1]
+    )
+    assert " <3&>\n" in drawn["words"] and [f["number"] for f in drawn["features"]] == [3, 5]
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
 
 

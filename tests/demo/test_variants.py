@@ -12,13 +12,13 @@ from demo_cases import check_self_contained, history, report_values, table_rows,
 from oracle import randn
 
 from mikernels.demo import report
-from mikernels.demo.drawing import VARIABLES
 from mikernels.demo.judge import COLUMNS, Outcome, judge, variants_table
 from mikernels.demo.options import DemoOptions
 from mikernels.demo.variant_figures import COLOURS, apart, density_multiples, learning_curves
 from mikernels.demo.variant_pages import side_by_side
 from mikernels.demo.variants import OTHERS, TOPK, VARIANTS, sae_settings
 from mikernels.nn import ARCHITECTURES
+from mikernels.report.drawing import VARIABLES
 
 
 def outcomes():

@@ -126,7 +126,7 @@ def test_skip_and_tokens_are_whole_windows(command, place, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), "give either --activations FOLDER, or --model FOLDER"),
+        ((), "give either --activations PATH, or --model PATH"),
         (("--activations", "{acts}", "--model", "{model}"), "give either --activations"),
         (("--model", "{model}"), "--model needs --layer NUMBER and --text FILE"),
         (("--activations", "{acts}", "--skip", "1k"), "must hold rows after --skip 1,000, got"),

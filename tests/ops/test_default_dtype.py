@@ -147,7 +147,7 @@ def run(dtype: torch.dtype, folder, weights=None, **settings) -> list[object]:
         state = trainer.optimizer.state_dict()["state"]
         for entries in state.values():
             del entries["step"]  # torch's Adam keeps it in a dtype of its own choice
-    timings = ("step_ms", "tokens_per_second")
+    timings = ("step_ms", "tokens_per_second", "waiting_seconds")
     numbers = [[v for name, v in row.items() if name not in timings] for row in rows]
     models = [m.state_dict() for m in (sae, loaded, exported)]
     return [numbers, [models, list(out), state]]

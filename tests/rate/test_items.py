@@ -4,6 +4,7 @@
 import random
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 from decoder_cases import IDS, tiny
@@ -11,7 +12,8 @@ from rate_cases import WINDOW, number, truth, world
 
 from mikernels.circuits import gim_probe
 from mikernels.circuits.attribution import attribute
-from mikernels.evaluate.firing import Excerpts, encode_all
+from mikernels.evaluate.excerpts import Excerpts, Shown
+from mikernels.evaluate.firing import encode_all
 from mikernels.nn import BatchTopKSAE, JumpReLUSAE
 from mikernels.rate import save_evidence
 from mikernels.rate.components import component_materials, load_evidence
@@ -48,10 +50,16 @@ def test_a_phrase_is_shown_once():
     ids = torch.tensor([1, 2, 3, 4, 5, 9] * 20)
     rows = {"token_ids": ids, "windows": torch.arange(120) // 60}
     excerpts = Excerpts(rows, {str(i): f"w{i}" for i in range(10)})
-    seen = set()
-    assert [row for row, _ in excerpts.strongest([4, 34, 64], 9, seen)] == [4]
-    # the start of a window has nothing before it
-    assert [row for row, _ in excerpts.strongest([94, 60], 9, seen)] == [60]
+    shown = Shown()
+    assert shown.take(excerpts.candidates(np.array([4, 34, 100])), 9) == [4]
+    # the start of a window has nothing before it; beside 100 stands what was shown before
+    assert shown.take(excerpts.candidates(np.array([101, 60, 28])), 9) == [60]
+
+
+def test_a_window_in_two_places_is_refused():
+    rows = {"token_ids": torch.arange(6), "windows": torch.tensor([4, 4, 5, 5, 4, 4])}
+    with pytest.raises(ValueError, match="excerpts: rows must be .* got window 4 in several"):
+        Excerpts(rows, {})
 
 
 def test_questions_of_the_detection_game_are_half_active(known):

@@ -61,7 +61,7 @@ def test_features_of_a_run_over_text(command, tmp_path):
     assert code == 0, err
     assert command.opened == ["http://127.0.0.1:0/x/"] and "5 items to rate as ada" in out
     items = load_items(run / "rate")
-    assert items.source["site"] == 1 and items.source["skip"] == 1600
+    assert items.source["site"] == "1.residual" and items.source["skip"] == 1600
     # the text, without the first position of a window, and what the SAE makes of it there
     sae = load_sae(next(run.glob("checkpoint-*"))).eval()
     ids = torch.tensor([ord(c) - 96 for c in letters])[1600:].split(16)
@@ -72,7 +72,7 @@ def test_features_of_a_run_over_text(command, tmp_path):
     codes = codes.view(*read.shape, -1)
     for item in items.items:
         for question in item.questions:
-            tokens = torch.tensor([ord(token) - 96 for token in question.tokens])
+            tokens = torch.tensor([ord(token.strip()) - 96 for token in question.tokens])
             found = (read.unfold(1, len(tokens), 1) == tokens).all(-1).nonzero()
             mine = [codes[w, at : at + len(tokens), int(item.name.split()[1])] for w, at in found]
             assert any(
@@ -129,7 +129,7 @@ def test_components_of_a_probe(command, tmp_path):
     "arguments, message",
     [
         (("absent",), "RUN must be a folder or a JSON file"),
-        (("run",), "must be made from --model FOLDER with --text FILE, or from --activations"),
+        (("run",), "give either --activations PATH, or --model PATH"),
         (("run", "--model", "m"), "--model needs --text FILE"),
         (("run", "--game", "chess"), "--game must be detection or fuzzing for features"),
         (("run", "--rater", "items"), "--rater must be 1 to 40 letters"),

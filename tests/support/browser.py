@@ -45,14 +45,19 @@ class Tab:
     errors: list = field(default_factory=list)
     asked: list = field(default_factory=list)
 
-    def check(self):
-        """No errors, nothing from elsewhere, and no scrolling to the side."""
+    def check(self, folder=None):
+        """No errors, nothing from elsewhere, and no scrolling to the side.
+
+        Args:
+            folder: whose files the page may ask for; None: itself alone.
+        """
         assert not self.errors, self.errors
         own = urlsplit(self.asked[0])
         for address in map(urlsplit, self.asked):
             assert address.scheme in ("data", "blob") or address[:2] == own[:2], address.geturl()
         if own.scheme == "file":
-            assert [a for a in self.asked if a.startswith("file:")] == self.asked[:1]
+            files = [a for a in self.asked[1:] if a.startswith("file:")]
+            assert all(folder and a.startswith(folder.as_uri() + "/") for a in files), files
         wide = self.page.evaluate("document.documentElement.scrollWidth")
         assert wide <= self.page.viewport_size["width"], self.page.evaluate(WIDE)
 

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tiny random decoders, token ids and padded batches for them, and tokenisers."""
 
+import re
+
 import pytest
 import torch
 
-from mikernels.circuits import gradient_components
+from mikernels.circuits import gradient_components, tasks
 
 KINDS = ("llama", "gpt2", "gpt_neox")
 SHAPE = {"vocab_size": 50, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 3}
@@ -66,6 +68,8 @@ HARD = {
     "gemma3_text": MIXED,
     "olmo2": {},
 }
+# what the generated tasks choose from
+TASK_WORDS = (tasks.NAMES, tasks.SURNAMES, tasks.PLACES, tasks.THINGS, tasks.EVENTS, tasks.YEARS)
 ROWS = ([3, 14, 15, 9], [6, 5, 35, 8, 9, 7], [11, 2])
 
 
@@ -76,7 +80,7 @@ def tiny(kind, dtype=torch.float64, **options):
     if kind in ("llama", "gemma2", "olmo2", "granite"):
         options = {"num_key_value_heads": 2, "head_dim": 6, **options}
     config = transformers.AutoConfig.for_model(
-        kind, num_attention_heads=4, **SHAPE, **TOKENS, **options
+        kind, num_attention_heads=4, **{**SHAPE, **TOKENS, **options}
     )
     model = transformers.AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
@@ -149,6 +153,13 @@ def words_tokenizer(words, **special):
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=raw, unk_token="<s>", clean_up_tokenization_spaces=False, **special
     )
+
+
+def task_words():
+    """One that knows the words of the generated tasks."""
+    texts = (*TASK_WORDS, *tasks.IOI, *tasks.FULL_NAMES, *tasks.OTHER_YEARS, *tasks.SENTENCES)
+    known = sorted(set(re.findall(r"[A-Za-z]+|[,.]|\d", " ".join(texts))))
+    return words_tokenizer([*known, *"0123456789"])
 
 
 def letters():

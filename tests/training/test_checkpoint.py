@@ -59,7 +59,7 @@ def make(out_dir: Path | None, *, k: int = K, seed: int = 0, optimizer=None, **s
 def rows(out_dir: Path) -> list[dict]:
     """Without the timings."""
     lines = [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
-    timings = ("step_ms", "tokens_per_second")
+    timings = ("step_ms", "tokens_per_second", "waiting_seconds")
     return [{name: v for name, v in row.items() if name not in timings} for row in lines]
 
 
@@ -422,8 +422,14 @@ def everything(trainer: Trainer) -> list:
         trainer.source.state_dict(),
         optimizer["param_groups"],
     ]
-    values = {name: t.tolist() if isinstance(t, torch.Tensor) else t for name, t in tensors.items()}
-    return copy.deepcopy([values, plain])
+    # as bytes, twenty times faster than as lists of numbers
+    values = {
+        name: t.detach().reshape(-1).view(torch.uint8).numpy().tobytes()
+        if isinstance(t, torch.Tensor)
+        else t
+        for name, t in tensors.items()
+    }
+    return [values, copy.deepcopy(plain)]
 
 
 def fields(value, at: tuple = ()) -> Iterator[tuple]:

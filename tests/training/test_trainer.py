@@ -23,7 +23,7 @@ from mikernels.activations import TensorSource
 from mikernels.nn import TopKSAE
 from mikernels.optim import RowAdam
 from mikernels.training import TrainConfig, Trainer
-from mikernels.training.progress import Reporter
+from mikernels.training.progress import Board
 from mikernels.training.state.metrics import PARTS, Clock, History, Means
 from mikernels.training.steps.autograd import AutogradStep, dense_forward, sparse_forward
 from mikernels.training.steps.fused import FusedStep, Scratch
@@ -707,7 +707,7 @@ def test_rows_are_means_of_their_interval_and_parts_add_up() -> None:
     assert set(tens.parts) == set(PARTS) and all(tens.parts[name] > 0 for name in PARTS)
     total = sum(row["step_ms"] for row in tens.rows) * 10
     assert 1e3 * sum(tens.parts.values()) == pytest.approx(total)
-    # everything counts for tokens/s, the source too
+    # everything counts for tokens/s but the source
     busy = sum(BATCH * 10 / row["tokens_per_second"] for row in tens.rows)
     assert busy > sum(tens.parts.values())
     assert each.rows[0]["dead_fraction"] == 0
@@ -847,7 +847,8 @@ def test_the_console_shows_a_bar_or_lines_or_nothing() -> None:
     ):
         text = io.StringIO()
         console = Console(file=text, force_terminal=terminal, width=120)
-        with Reporter(5, 0, quiet=quiet, title="fused", console=console) as report:
+        with Board(console) as board:
+            report = board.reporter(5, 0, "fused", quiet=quiet)
             report.step(1)
             report.log(row)
         shown = text.getvalue()

@@ -137,10 +137,14 @@ def ablate(
         RuntimeWarning: when the model did not run in the block.
 
     Example:
-        >>> with ablate(model, ["L9.h6", "L9.h9"], "mean", reference=prompts, tokenizer=tokenizer):
-        ...     logits = model(**inputs).logits
-        >>> others = [name for name in selection.graph.writers if name not in selection.names]
-        >>> with ablate(model, others, "counterfactual", counterfactual=task.counterfactual_inputs):
+        >>> task = circuits.tasks.ioi(tokenizer, 4)
+        >>> other = task.counterfactual_inputs
+        >>> with circuits.ablate(model, ["L1.h2", "L2.mlp"], "mean", reference=other):
+        ...     logits = model(**task.inputs).logits
+        >>> found = circuits.find_circuit(model, task.inputs, other, task.target, level="node")
+        >>> kept = found.select(5).names
+        >>> rest = [name for name in found.graph.writers if name not in kept]
+        >>> with circuits.ablate(model, rest, "counterfactual", counterfactual=other):
         ...     logits = model(**task.inputs).logits  # of the circuit alone
     """
     ablation = make_ablation(

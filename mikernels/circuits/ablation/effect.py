@@ -169,8 +169,16 @@ def ablation_effect(
             `gim_probe`; for counterfactuals, or prompts to resample from, that are not aligned.
 
     Example:
-        >>> print(ablation_effect(model, task.inputs, task.target, ["L9.h6", "L9.h9"], "mean",
-        ...                       reference=task.counterfactual_inputs))
+        >>> task = circuits.tasks.ioi(tokenizer, 4)
+        >>> names, other = ["L1.h2", "L2.mlp"], task.counterfactual_inputs
+        >>> print(circuits.ablation_effect(
+        ...     model, task.inputs, task.target, names, "mean", reference=other
+        ... ))
+        logit difference of a pair per prompt: ... (mean of 4 prompts); mean ablation
+        without   number     lost       95 % interval
+        L1.h2    ...
+        L2.mlp   ...
+        all 2    ...
     """
     decoder = find_decoder(original(model), NAME, FIX)
     at = read_saes(NAME, decoder, saes)

@@ -136,9 +136,11 @@ def comprehensiveness(
     finds what matters.
 
     Args:
+        model, prompts, metric, kind: as for `ablation_effect`.
         ranking: names of components, best first, as `[c.name for c in probe.ranking]`.
         fractions: of their number, ascending.
-        others: as for `ablation_effect`.
+        reference, counterfactual, positions, per_position, saes: as for `ablation_effect`.
+        tokenizer, seed, batch: likewise.
 
     Raises:
         TypeError, ValueError, RuntimeError: as `ablation_effect`; other fractions.
@@ -146,10 +148,14 @@ def comprehensiveness(
     Source: DeYoung et al., arXiv 1911.03429.
 
     Example:
-        >>> probe = gim_probe(model, task.inputs, task.target)
-        >>> names = [c.name for c in probe.ranking]
-        >>> print(comprehensiveness(model, task.inputs, task.target, names, "mean",
-        ...                         reference=task.counterfactual_inputs))
+        >>> task = circuits.tasks.ioi(tokenizer, 4)
+        >>> probe = circuits.gim_probe(model, task.inputs, task.target)
+        >>> names = [component.name for component in probe.ranking]
+        >>> print(circuits.comprehensiveness(model, task.inputs, task.target, names, "zero"))
+        comprehensiveness of logit difference of a pair per prompt: ... at first; zero ablation
+        fraction  ablated   number     lost       95 % interval
+        0.01            1  ...
+        mean      ...
     """
     options = {
         "reference": reference, "counterfactual": counterfactual, "positions": positions,
@@ -184,8 +190,13 @@ def sufficiency(
     Args, errors, source: as for `comprehensiveness`.
 
     Example:
-        >>> print(sufficiency(model, task.inputs, task.target, names, "mean",
-        ...                   reference=task.counterfactual_inputs).score)
+        >>> task = circuits.tasks.ioi(tokenizer, 4)
+        >>> names = ["L0.mlp", "L1.h2", "L2.h0"]
+        >>> found = circuits.sufficiency(
+        ...     model, task.inputs, task.target, names, "mean", reference=task.counterfactual_inputs
+        ... )
+        >>> found.score.low < found.score.value < found.score.high
+        True
     """
     options = {
         "reference": reference, "counterfactual": counterfactual, "positions": positions,

@@ -341,8 +341,8 @@ def feature_circuit(
         metric: what is asked of the model, as target_behavior of `gim_probe`. None: the logit of
             the token that it predicts for the prompt, also of the counterfactual.
         method: "atp": the gradient at the prompt, one forward and backward pass; "ig": its mean on
-            the way from the counterfactual's activation, `steps` passes for each site
-            (`mikernels.circuits.features.line`).
+            the way from the counterfactual's activation (`mikernels.circuits.features.line`).
+        steps: passes for each site, of "ig".
         rules: of the backward pass, as for `gim_probe`; None: the model's own gradients.
         tokenizer: for texts, and to name tokens.
         k: features in the ranking.
@@ -357,12 +357,14 @@ def feature_circuit(
             features, bias and error do not add up to the activation.
 
     Example:
-        >>> circuit = feature_circuit(
-        ...     model, {"14.mlp_out": transcoder, "20.residual": sae},
-        ...     "The capital of France is", "The capital of Italy is", (" Paris", " Rome"),
-        ...     tokenizer=tokenizer,
+        >>> text = "When Mary and John went to the store, John gave a drink to"
+        >>> other = "When Mary and John went to the store, Anna gave a drink to"
+        >>> names = (" Mary", " John")
+        >>> found = circuits.feature_circuit(
+        ...     model, {"1.residual": sae}, text, other, names, tokenizer=tokenizer, k=5
         ... )
-        >>> print(circuit)
+        >>> len(found.ranking)
+        5
     """
     if method not in METHODS:
         raise ValueError(f"{NAME}: method must be one of {METHODS}, got {method!r}")

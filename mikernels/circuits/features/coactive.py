@@ -360,9 +360,10 @@ def coactivation(
         TypeError, ValueError: for other codes, of several widths or not finite; another measure.
 
     Example:
-        >>> found = coactivation(sae.encode(activations), by="jaccard", k=100, least=10)
-        >>> print(found)
-        >>> found.components(features=found.groups[0]).explained
+        >>> codes = sae.encode(torch.randn(1000, 24))
+        >>> found = circuits.coactivation(codes, by="jaccard", k=100, least=10)
+        >>> found.n_tokens, len(found.pairs)
+        (1000, 100)
     """
     for name, value in (("k", k), ("least", least)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:

@@ -317,11 +317,18 @@ def feature_graph(
         TypeError, ValueError: as `feature_circuit`; and for an SAE of several sites.
 
     Example:
-        >>> graph = feature_graph(
-        ...     model, {"4.residual": sae, "8.residual": other}, prompts, counterfactuals, answers,
+        >>> text = "When Mary and John went to the store, John gave a drink to"
+        >>> other = "When Mary and John went to the store, Anna gave a drink to"
+        >>> graph = circuits.feature_graph(
+        ...     model,
+        ...     {"0.residual": sae, "1.residual": sae},
+        ...     text,
+        ...     other,
+        ...     (" Mary", " John"),
         ...     tokenizer=tokenizer,
         ... )
-        >>> print(graph)
+        >>> len(graph.circuit.ranking), graph.edges[0].target
+        (10, 'answer')
     """
     if paths not in PATHS:
         raise ValueError(f"{NAME}: paths must be one of {PATHS}, got {paths!r}")

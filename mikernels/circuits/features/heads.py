@@ -249,7 +249,9 @@ def ov_circuit(
         TypeError, ValueError: for another head or side; a model whose arithmetic is another.
 
     Example:
-        >>> print(ov_circuit(model, "L16.h5", tokenizer=tokenizer))
+        >>> found = circuits.ov_circuit(model, "L1.h2", k=5, tokenizer=tokenizer)
+        >>> len(found.to_rows())
+        5
     """
     where = "ov_circuit"
     check_selection(where, k, by, None)
@@ -290,7 +292,10 @@ def qk_circuit(
             which are then no product of what is read.
 
     Example:
-        >>> print(qk_circuit(model, "L16.h5", keys=[" Mary", " John"], tokenizer=tokenizer))
+        >>> names = [" Mary", " John"]
+        >>> found = circuits.qk_circuit(model, "L1.h2", keys=names, k=5, tokenizer=tokenizer)
+        >>> len(found.to_rows())
+        5
     """
     where = "qk_circuit"
     check_selection(where, k, by, None)

@@ -138,7 +138,9 @@ def logit_lens(
             another way than by a norm and a matrix.
 
     Example:
-        >>> print(logit_lens(model, sae, [12, 345], tokenizer=tokenizer))
+        >>> found = circuits.logit_lens(model, sae, [12, 34], k=3, tokenizer=tokenizer)
+        >>> found.promoted.shape
+        torch.Size([2, 3])
     """
     decoder = find_decoder(original(model), NAME, FIX)
     decoder.check_eval()

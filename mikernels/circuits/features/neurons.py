@@ -52,8 +52,10 @@ def neuron_activations(
         TypeError, ValueError: as `gim_probe`; for another layer, or an MLP of another form.
 
     Example:
-        >>> neurons = neuron_activations(model, texts, 14, tokenizer=tokenizer)
-        >>> print(coactivation(neurons, by="correlation"))
+        >>> text = "When Mary and John went to the store, John gave a drink to"
+        >>> neurons = circuits.neuron_activations(model, text, 1, tokenizer=tokenizer)
+        >>> neurons.shape
+        torch.Size([14, 40])
     """
     decoder = find_decoder(original(model), NAME, FIX)
     decoder.check_eval()

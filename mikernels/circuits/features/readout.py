@@ -32,10 +32,11 @@ from mikernels.models.norms import form_of
 from mikernels.models.parts import Decoder, first_tensor
 from mikernels.models.readers import TOKENS, Norm
 from mikernels.models.watch import Watch
+from mikernels.ops.sae.encode import topk_encode
 from mikernels.ops.select.row_topk import row_topk
 
-# logits at a time, and rows of a matrix that are taken to a wider dtype at a time
-CHUNK, ROWS = 1 << 24, 1 << 13
+# rows of a matrix that are taken to a wider dtype at a time
+ROWS = 1 << 14
 
 
 def through(norm: Norm | None, rows: torch.Tensor) -> torch.Tensor:
@@ -78,23 +79,19 @@ class Readout:
             s and token ids, `[n, k]`, strongest first, ties by id; never `[n, V]`.
         """
         rows = self.folded(directions) * sign
-        found = []
-        for part in rows.split(max(1, CHUNK // ROWS)):
-            values = part.new_empty(len(part), 0)
-            ids = torch.empty(len(part), 0, dtype=torch.int64, device=part.device)
-            for begin in range(0, len(self.w_u), ROWS):
-                w = self.w_u[begin : begin + ROWS].to(part.dtype)
-                own = torch.arange(begin, begin + len(w), device=ids.device).expand(len(part), -1)
-                # earlier ids come first, so that ties stay in their order
-                values, ids = torch.cat([values, part @ w.T], 1), torch.cat([ids, own], 1)
-                values, best = row_topk(values, min(k, values.shape[1]), sorted=True)
-                ids = ids.gather(1, best)
-            mean = part @ self.centre.to(part.dtype)
-            found.append(((values - mean[:, None]) * sign, ids))
-        if not found:
-            return rows.new_empty(0, k), torch.empty(0, k, dtype=torch.int64)
-        values, ids = (torch.cat(column) for column in zip(*found, strict=True))
-        return values, ids
+        values = rows.new_empty(len(rows), 0)
+        ids = torch.empty(len(rows), 0, dtype=torch.int64, device=rows.device)
+        begin = 0
+        for w in self.w_u.split(ROWS):
+            codes = topk_encode(rows, w.to(rows.dtype), k=min(k, len(w)), relu=False)
+            # earlier ids come first, so that ties stay in their order
+            values = torch.cat([values, codes.values], 1)
+            ids = torch.cat([ids, codes.indices + begin], 1)
+            begin += len(w)
+            values, best = row_topk(values, min(k, values.shape[1]), sorted=True)
+            ids = ids.gather(1, best)
+        mean = rows @ self.centre.to(rows.dtype)
+        return (values - mean[:, None]) * sign, ids
 
 
 def _matrix(decoder: Decoder) -> torch.Tensor:

@@ -69,8 +69,9 @@ def virtual_edges(
         TypeError, ValueError: as `feature_graph`; where no site comes before another.
 
     Example:
-        >>> for edge in virtual_edges(model, {"4.mlp_out": early, "9.mlp_out": late}, k=5):
-        ...     print(edge)
+        >>> edges = circuits.virtual_edges(model, {"0.mlp_out": sae, "1.residual": sae}, k=5)
+        >>> len(edges)
+        5
     """
     check_selection(NAME, k, by, None)
     decoder = find_decoder(original(model), NAME, FIX)

@@ -134,8 +134,10 @@ def write_report(
         OSError: it cannot be written.
 
     Example:
-        >>> found = [find_circuit(model, clean, corrupted, pairs, m) for m in ("gim", "eap")]
-        >>> write_report(found, "circuits.html")
+        >>> task = circuits.tasks.ioi(tokenizer, 4)
+        >>> question = task.inputs, task.counterfactual_inputs, task.target
+        >>> found = [circuits.find_circuit(model, *question, method) for method in ("gim", "eap")]
+        >>> page = circuits.write_report(found, "circuits.html")
     """
     if not circuits:
         raise ValueError(f"{NAME}: circuits must be one at least, got none")

@@ -121,15 +121,19 @@ def grid(names: Sequence[str], tokens: Sequence[str], scores: torch.Tensor) -> P
 
 
 def circuits(found: Circuits) -> Part:
-    """Interactions, and the circuits that they make."""
-    edges = [
-        {"source": e.source, "target": e.target, "score": f"{e.score:+.3f}", "kind": e.kind,
+    """Interactions, which have no direction, and the groups that they connect."""
+    pairs = [
+        {"first": e.first, "second": e.second, "score": f"{e.score:+.3f}", "kind": e.kind,
          "circuit": e.circuit or "-", **_shade(e.score, 1.0)}
         for e in found
     ]  # fmt: skip
     groups = [", ".join(names) for names in found.groups]
-    note = "Cosines of activation times gradient, over prompts, positions and coordinates."
-    return part("circuits", "Which of them act together", note, edges=edges, groups=groups)
+    note = (
+        "Cosines of activation times gradient, over prompts, positions and coordinates: + where "
+        "both add to the answer at the same ones, - where one takes away what the other adds. A "
+        "pair has no direction: whether one reads what the other writes is another question."
+    )
+    return part("circuits", "Which of them act together", note, pairs=pairs, groups=groups)
 
 
 def table(title: str, note: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> Part:

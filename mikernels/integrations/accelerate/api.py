@@ -81,8 +81,8 @@ def accelerate(obj: Any, *, correct: bool = False, optimizer: bool = False) -> R
             It is changed in place; no class and no module is.
         correct: use the right gradient where the library's is known to be wrong. sparsify's encoder
             drops the gradient of AuxK and multi-top-k, and passes one through activations of 0.
-        optimizer: also run the trainer's Adam in one pass over rows (see `mikernels.RowAdam`), on
-            its own state; equal to rounding.
+        optimizer: also run the trainer's Adam in one pass over rows (`mikernels.optim.RowAdam`),
+            on its own state; equal to rounding.
 
     Returns:
         The report: `calls`, `dense`, `codes(x)`, `restore()`; a context manager.

@@ -111,9 +111,16 @@ def rules(
 
     Source: GIM, Edin et al., arXiv 2505.17630, without its model conversion; see PRESETS.
 
-        >>> with rules(model, "gim") as report:
-        ...     model(input_ids).logits[0, -1, target].backward()
+    Example:
+        >>> input_ids = tokenizer("Mary and John", return_tensors="pt")["input_ids"]
+        >>> with circuits.rules(model, "gim") as report:
+        ...     model(input_ids).logits[0, -1, 3].backward()
         >>> print(report)
+        rule     value   acted on  of  change of the gradient
+        norm     frozen         7   7  ...
+        softmax  2.0            3   3  ...
+        query    0.25           3   3                    75 %
+        ...
     """
     asked = {
         "norm": norm, "softmax": softmax, "query": query, "key": key, "value": value,

@@ -51,6 +51,12 @@ def block_norms(a: torch.Tensor, b: torch.Tensor, *, impl: str | None = None) ->
 
     Raises:
         TypeError, ValueError: for dtypes, devices or shapes other than the above.
+
+    Example:
+        >>> a, b = torch.randn(3, 8, 4), torch.randn(5, 4, 8)
+        >>> norms = mk.block_norms(a, b)
+        >>> norms.shape, torch.allclose(norms[2, 1], (a[2] @ b[1]).norm())
+        (torch.Size([3, 5]), True)
     """
     name = "block_norms"
     check_floating(name, a=a, b=b)

@@ -82,6 +82,13 @@ def edge_scores_heads(
 
     Raises:
         TypeError, ValueError: for dtypes, devices or shapes other than the above.
+
+    Example:
+        >>> dz, w_o, grad = torch.randn(2, 5, 3, 4), torch.randn(3, 4, 8), torch.randn(2, 5, 6, 8)
+        >>> outputs = torch.einsum("bphe,hed->bphd", dz, w_o)
+        >>> scores = mk.edge_scores_heads(dz, w_o, grad)
+        >>> torch.allclose(scores, mk.edge_scores(outputs, grad), atol=1e-4)
+        True
     """
     name = "edge_scores_heads"
     check_floating(name, dz=dz, w_o=w_o, grad=grad)

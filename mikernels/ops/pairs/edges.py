@@ -147,6 +147,12 @@ def edge_scores(
 
     Raises:
         TypeError, ValueError: for dtypes, devices or shapes other than the above.
+
+    Example:
+        >>> delta, grad = torch.randn(2, 5, 3, 8), torch.randn(2, 5, 4, 8)
+        >>> scores = mk.edge_scores(delta, grad, prefix=2)
+        >>> scores.shape, scores[2].tolist()  # writer 2 comes after all readers
+        (torch.Size([3, 4]), [0.0, 0.0, 0.0, 0.0])
     """
     name = "edge_scores"
     check_floating(name, delta=delta, grad=grad)
@@ -251,6 +257,13 @@ def edge_mix(
 
     Raises:
         TypeError, ValueError: for dtypes, devices or shapes other than the above.
+
+    Example:
+        >>> base, delta = torch.zeros(1, 1, 2), torch.tensor([[[[1.0, 0.0], [0.0, 1.0]]]])
+        >>> mask = torch.tensor([[1.0, 0.0], [0.0, 0.5]])  # writer 0 to reader 0, half of 1 to 1
+        >>> mk.edge_mix(base, delta, mask)
+        tensor([[[[1.0000, 0.0000],
+                  [0.0000, 0.5000]]]])
     """
     name = "edge_mix"
     check_floating(name, delta=delta, base=base, mask=mask)

@@ -34,7 +34,8 @@ def edge_topk(
     """The k strongest edges of `edge_scores(delta, grad, prefix=prefix)`, without the scores.
 
     Args:
-        delta: `[B, P, W, d]`; grad: `[B, P, R, d]`, as for `edge_scores`.
+        delta: `[B, P, W, d]`, as for `edge_scores`.
+        grad: `[B, P, R, d]`, likewise.
         k, by, min_value, impl: as for `pairwise_topk`.
         prefix: writers that come before a reader: an int, or int64 `[R]`; None is all.
 
@@ -43,6 +44,11 @@ def edge_topk(
 
     Raises:
         TypeError, ValueError: for dtypes, devices, shapes or k other than the above.
+
+    Example:
+        >>> found = mk.edge_topk(torch.randn(2, 5, 30, 8), torch.randn(2, 5, 40, 8), k=7)
+        >>> found.values.shape, found.rows.shape
+        (torch.Size([7]), torch.Size([7]))
     """
     name = "edge_topk"
     check_floating(name, delta=delta, grad=grad)
@@ -80,9 +86,11 @@ def feature_edges(
     of its own position.
 
     Args:
-        w_dec: `[n, d]` what upstream features write; w_enc: `[m, d]` what downstream ones read.
+        w_dec: `[n, d]` what upstream features write.
+        w_enc: `[m, d]` what downstream ones read.
         k, by, min_value, impl: as for `pairwise_topk`.
-        row_scale: `[n]`, e.g. activations; col_scale: `[m]`; dtype of w_dec.
+        row_scale: `[n]`, e.g. activations; dtype of w_dec.
+        col_scale: `[m]`, likewise.
         row_layer, col_layer: `[n]` and `[m]` int64; None allows every pair.
         row_position, col_position: `[n]` and `[m]` int64; None ignores positions.
 
@@ -91,6 +99,12 @@ def feature_edges(
 
     Raises:
         TypeError, ValueError: for dtypes, devices, shapes or k other than the above.
+
+    Example:
+        >>> w_dec, w_enc = torch.eye(3), torch.eye(3)[[2, 0, 1]]
+        >>> found = mk.feature_edges(w_dec, w_enc, k=9, min_value=0.5)
+        >>> list(zip(found.rows.tolist(), found.cols.tolist()))
+        [(0, 1), (1, 2), (2, 0)]
     """
     name = "feature_edges"
     check_floating(name, w_dec=w_dec, w_enc=w_enc, row_scale=row_scale, col_scale=col_scale)
@@ -160,7 +174,8 @@ def qk_interactions(
     before the query if positions are given.
 
     Args:
-        q_features: `[n, d]` directions in the residual stream; k_features: `[m, d]`, same dtype.
+        q_features: `[n, d]` directions in the residual stream.
+        k_features: `[m, d]`, same dtype.
         w_q, w_k: `[H, d, d_head]`; with grouped keys, w_k may have a divisor of H heads.
         k, by, min_value, impl: as for `pairwise_topk`.
         q_scale, k_scale: `[n]` and `[m]`, e.g. activations over the norm's scale.
@@ -173,6 +188,12 @@ def qk_interactions(
 
     Raises:
         TypeError, ValueError: for dtypes, devices, shapes or k other than the above.
+
+    Example:
+        >>> queries, keys, w_q, w_k = torch.randn(6, 8), torch.randn(9, 8), *torch.randn(2, 4, 8, 2)
+        >>> found = mk.qk_interactions(queries, keys, w_q, w_k, k=5)
+        >>> len(found), found[0].values.shape  # of each of four heads
+        (4, torch.Size([5]))
     """
     name = "qk_interactions"
     check_floating(

@@ -122,6 +122,12 @@ def grad_gram(
 
     Raises:
         TypeError, ValueError: for dtypes, devices or shapes other than the above.
+
+    Example:
+        >>> acts, grads = torch.randn(5, 7, 8), torch.randn(5, 7, 3)
+        >>> per_sample = torch.einsum("nti,nto->noi", acts, grads).flatten(1)
+        >>> torch.allclose(mk.grad_gram(acts, grads), per_sample @ per_sample.T, atol=1e-3)
+        True
     """
     left = _layers("acts", acts), _layers("grads", grads)
     _check_pairs(*left, "acts and grads")

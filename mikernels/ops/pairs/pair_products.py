@@ -166,6 +166,13 @@ def pairwise_products(
 
     Raises:
         TypeError, ValueError: for dtypes, devices or shapes other than the above.
+
+    Example:
+        >>> total = torch.zeros(4, 4)
+        >>> for batch in torch.ones(3, 4, 8):
+        ...     total = mk.pairwise_products(batch, out=total)
+        >>> total[0]
+        tensor([24., 24., 24., 24.])
     """
     name = "pairwise_products"
     check_floating(name, a=a, b=b, weight=weight)

@@ -205,6 +205,12 @@ def pairwise_topk(
 
     Raises:
         TypeError, ValueError: for dtypes, devices, shapes or k other than the above.
+
+    Example:
+        >>> a = torch.tensor([[1.0, 0.0], [0.0, 1.0], [2.0, 1.0]])
+        >>> found = mk.pairwise_topk(a, k=2, upper=True)
+        >>> found.rows, found.cols, found.values
+        (tensor([0, 1]), tensor([2, 2]), tensor([2., 1.]))
     """
     name = "pairwise_topk"
     check_floating(name, a=a, b=b)

@@ -89,8 +89,14 @@ def positional_dot(
         Not differentiable.
 
     Raises:
-        TypeError, ValueError: for dtypes, devices or shapes other than the above.
-        On a GPU a position outside 0..P-1 is an assertion on the device.
+        TypeError, ValueError: for dtypes, devices or shapes other than the above. On a GPU a
+            position outside 0..P-1 is an assertion on the device.
+
+    Example:
+        >>> grads, vectors = torch.randn(2, 5, 8), torch.randn(3, 8)
+        >>> rows = mk.positional_dot(grads, vectors, torch.tensor([4, 0, 4]))
+        >>> rows.shape, torch.allclose(rows[1, 0], grads[0, 0] @ vectors[1])
+        (torch.Size([3, 2]), True)
     """
     name = "positional_dot"
     check_floating(name, grads=grads, vectors=vectors, scale=scale)

@@ -45,6 +45,13 @@ def second_moment(
 
     Raises:
         TypeError, ValueError: for dtypes, devices or shapes other than the above.
+
+    Example:
+        >>> total, tokens = torch.zeros(8, 8, dtype=torch.float64), 0
+        >>> for x in torch.randn(3, 100, 8):
+        ...     total, tokens = mk.second_moment(x, out=total), tokens + len(x)
+        >>> (total / tokens).shape
+        torch.Size([8, 8])
     """
     name = "second_moment"
     check_floating(name, x=x)

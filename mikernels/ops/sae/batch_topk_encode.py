@@ -140,6 +140,12 @@ def batch_topk_encode(
 
     Raises:
         TypeError, ValueError: for dtypes, devices, shapes or k other than the above.
+
+    Example:
+        >>> x, w_enc = torch.randn(4, 16), torch.randn(64, 16)
+        >>> codes, threshold = mk.batch_topk_encode(x, w_enc, k=2.5)
+        >>> len(codes.values), bool((codes.values >= threshold).all())
+        (10, True)
     """
     n_features, _ = check_operands("batch_topk_encode", x, w_enc, b_enc, b_dec, scale)
     if isinstance(k, bool) or not isinstance(k, int | float | torch.SymInt | torch.SymFloat):

@@ -229,6 +229,11 @@ def sparse_decode(
 
     Raises:
         TypeError, ValueError: for dtypes, devices or shapes other than the above.
+
+    Example:
+        >>> codes = mk.SparseCodes(torch.tensor([[2.0, 1.0]]), torch.tensor([[0, 2]]), n_features=3)
+        >>> mk.sparse_decode(codes, torch.tensor([[1.0, 0.0], [5.0, 5.0], [0.0, 1.0]]))
+        tensor([[2., 1.]])
     """
     check_floating("sparse_decode", w_dec=w_dec, values=codes.values, b_dec=b_dec)
     if w_dec.dim() != 2:

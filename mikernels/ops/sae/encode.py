@@ -12,16 +12,18 @@ rounded rows (per-row scale; bf16 for AMX, int16 elsewhere, int8 for the coarse 
     |<x, w> - <x^, w^>| = |<x - x^, w> + <x^, w - w^>| <= |x - x^| |w| + |x^| |w - w^|      (1)
 
 by Cauchy-Schwarz, with the *computed* norms of the rounding errors, rounded up. On top of (1) come
+
   - accumulation: none for int16 (row norms stay below 2^15, so every partial sum is exact in
     int32, again by Cauchy-Schwarz) nor for bytes (numbers up to 127, rows up to 2^15 long); at
     most 2 d u |x^| |w^| for AMX's fp32 sums of bf16 products, where u = 2^-24 and rows are scaled
     to norms in 1..2, so that flushed denormals vanish beside it;
   - before rounding to bytes, columns of x are divided and those of w multiplied by c_j, the root
-    of the ratio of their sizes in a sample, which leaves <x, w> but for 3 u |x| |w| of the
-    products' rounding: a row is as fine as its largest number allows, and real activations have
+    of the ratio of their sizes in a sample, which leaves `<x, w>` but for 3 u |x| |w| of
+    the products' rounding: a row is as fine as its largest number allows, and real activations have
     columns far larger than the others;
   - the fp32 evaluation of `(s^ c + b_enc) scale` and of the bound itself: with the 3 u above less
     than 16 u on every term.
+
 Let e[n, f] be the sum of these. Then s - e and s + e bracket the true score, so with tau[n] the
 k-th largest lower bound seen so far, a feature whose upper bound is below tau[n] has k features
 above it and cannot be selected. Nor can one whose upper bound only equals tau: features come in
@@ -239,6 +241,12 @@ def topk_encode(
 
     Raises:
         TypeError, ValueError: for dtypes, devices, shapes or k other than the above.
+
+    Example:
+        >>> x, w_enc = torch.randn(4, 16), torch.randn(64, 16)
+        >>> codes = mk.topk_encode(x, w_enc, k=3)
+        >>> codes.values.shape, codes.n_features
+        (torch.Size([4, 3]), 64)
     """
     n_features, d = check_operands("topk_encode", x, w_enc, b_enc, b_dec, scale)
     check_k("topk_encode", k, n_features, "rows of w_enc")

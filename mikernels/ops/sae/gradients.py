@@ -83,6 +83,11 @@ def by_feature(indices: torch.Tensor, n_features: int) -> tuple[torch.Tensor, to
 
     Raises:
         TypeError, ValueError: for a dtype, shape or index other than the above.
+
+    Example:
+        >>> offsets, order = mk.by_feature(torch.tensor([2, 0, 2, 1]), 3)
+        >>> order[offsets[2] : offsets[3]]  # where feature 2 is
+        tensor([0, 2])
     """
     check_size("by_feature", "n_features", n_features)
     if indices.dim() != 1:

@@ -111,6 +111,11 @@ def groupmax_encode(
 
     Raises:
         TypeError, ValueError: for dtypes, devices, shapes or k other than the above.
+
+    Example:
+        >>> codes = mk.groupmax_encode(torch.randn(4, 16), torch.randn(64, 16), k=4)
+        >>> bool((codes.indices // 16 == torch.arange(4)).all())  # one of each 16
+        True
     """
     n_features, d = check_operands("groupmax_encode", x, w_enc, b_enc, b_dec, scale)
     check_k("groupmax_encode", k, n_features, "rows of w_enc")

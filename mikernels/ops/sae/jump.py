@@ -199,6 +199,11 @@ def jump(
 
     Raises:
         TypeError, ValueError: for arguments other than the above.
+
+    Example:
+        >>> h = torch.tensor([0.2, 0.6, -1.0])
+        >>> mk.jump(h, 0.5, bandwidth=0.1)
+        tensor([0.0000, 0.6000, 0.0000])
     """
     h, threshold = _operands("jump", h, threshold)
     check_forms("jump", bandwidth, input_gradient, threshold_gradient)
@@ -225,6 +230,13 @@ def step_above(
 
     Raises:
         TypeError, ValueError: for arguments other than the above.
+
+    Example:
+        >>> h, threshold = torch.tensor([0.2, 0.6]), torch.tensor([0.5, 0.5], requires_grad=True)
+        >>> l0 = mk.step_above(h, threshold, bandwidth=0.4).sum()
+        >>> l0.backward()
+        >>> l0.item(), threshold.grad.tolist()  # 0.6 alone lies within 0.2 of its threshold
+        (1.0, [-0.0, -2.5])
     """
     h, threshold = _operands("step_above", h, threshold)
     check_bandwidth("step_above", bandwidth)

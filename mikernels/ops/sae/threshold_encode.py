@@ -231,6 +231,13 @@ def threshold_encode(
     Raises:
         TypeError, ValueError: for dtypes, devices, shapes, thresholds or forms other than the
             above.
+
+    Example:
+        >>> x, w_enc = torch.randn(4, 16), torch.randn(64, 16)
+        >>> codes = mk.threshold_encode(x, w_enc, threshold=1.5)
+        >>> h = x @ w_enc.T
+        >>> torch.allclose(codes.to_dense(), h * (h > 1.5), atol=1e-5)
+        True
     """
     op = "threshold_encode"
     n_features, _ = check_operands(op, x, w_enc, b_enc, b_dec, None)

@@ -62,6 +62,11 @@ def mass_threshold(
 
     Raises:
         TypeError, ValueError: for a dtype, a fraction or, on the CPU, entries other than the above.
+
+    Example:
+        >>> x = torch.tensor([5.0, 1.0, 3.0, 1.0])
+        >>> x >= mk.mass_threshold(x, 0.8)  # 5 + 3 of 10
+        tensor([ True, False,  True, False])
     """
     name = "mass_threshold"
     check_floating(name, x=x)

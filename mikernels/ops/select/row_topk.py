@@ -73,6 +73,11 @@ def row_topk(
 
     Raises:
         TypeError, ValueError: for a dtype or k outside the above.
+
+    Example:
+        >>> values, indices = mk.row_topk(torch.tensor([[1.0, 3.0, 3.0, 2.0]]), 2)
+        >>> values, indices
+        (tensor([[3., 3.]]), tensor([[1, 2]]))
     """
     check_floating("row_topk", scores=scores)
     if scores.dim() < 1:

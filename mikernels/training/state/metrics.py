@@ -14,6 +14,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import torch
+
 from mikernels.files import explained, finite, irregular, parse_json, write_all, write_atomic
 from mikernels.nn.losses import weighted
 from mikernels.values.batch import Batch
@@ -32,7 +34,8 @@ class History:
             means over the tokens since the row before; loss, mse and aux_loss are of the scaled
             activations, scale^2 times those of the source's; sparsity is what codes cost there.
             dead_fraction, lr, k: now. step_ms: mean time of a step without its source.
-            tokens_per_second: of everything, source and checkpoints included.
+            waiting_seconds: for activations, since the row before. tokens_per_second: of the rest
+            of that time, checkpoints included.
         scale: what activations were multiplied by (`TrainConfig.scale_activations`).
         parts: seconds of the steps in all, by part: encode, decode, gradients, optimizer, other.
             Host clocks: on an asynchronous device they measure the launches.
@@ -67,6 +70,56 @@ class Clock:
 
     def total(self) -> float:
         return sum(self.parts.values())
+
+
+class Pace:
+    """Wall time since a mark, apart for training and for waiting on the source.
+
+    A GPU computes while the host waits: there training takes at least as long as the device was
+    busy with steps, by its own clock.
+    """
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self.mark()
+
+    def mark(self) -> None:
+        self._start, self._waited = time.perf_counter(), 0.0
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - start
+
+    @contextmanager
+    def away(self) -> Iterator[None]:
+        """The turns of other runs, which are not this one's time."""
+        start = time.perf_counter()
+        yield
+        self._start += time.perf_counter() - start
+
+    @contextmanager
+    def training(self) -> Iterator[None]:
+        if self._device.type != "cuda":
+            yield
+            return
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        stream = torch.cuda.current_stream(self._device)
+        start.record(stream)
+        yield
+        end.record(stream)
+        self._events.append((start, end))
+
+    def read(self) -> tuple[float, float]:
+        """Seconds of training and of waiting; synchronises a GPU."""
+        for _, end in self._events:
+            end.synchronize()
+        busy = sum(start.elapsed_time(end) for start, end in self._events) / 1e3
+        wall = time.perf_counter() - self._start
+        training = min(wall, max(wall - self._waited, busy))
+        return training, wall - training
 
 
 class Means:
@@ -119,7 +172,10 @@ class JsonLines:
         self.path = path
         self.kept: list[dict[str, Any]] = []
         if os.path.lexists(path):
-            self.kept = [row for row in _complete_rows(path) if row["step"] <= last_step]
+            fix = "move the file away to resume without its history"
+            self.kept = [
+                row for row in complete_rows(path, "Trainer", fix) if row["step"] <= last_step
+            ]
             with self._explained():
                 write_atomic(path, "".join(json.dumps(row) + "\n" for row in self.kept))
         with self._explained():
@@ -192,12 +248,12 @@ class JsonLines:
         return explained("Trainer", "metrics", self.path, fix)
 
 
-def _complete_rows(path: Path) -> Iterator[dict[str, Any]]:
+def complete_rows(path: Path, where: str, fix: str) -> Iterator[dict[str, Any]]:
+    """The lines of a `metrics.jsonl`, without one that a kill cut short."""
     from mikernels.schema import Row, check
 
-    fix = "move the file away to resume without its history"
     if kind := irregular(os.lstat(path).st_mode):
-        raise ValueError(f"Trainer: {path} must be a file of JSON lines, got {kind}; {fix}")
+        raise ValueError(f"{where}: {path} must be a file of JSON lines, got {kind}; {fix}")
     whole = path.read_bytes()
     # what follows the last line's end was cut short by a kill
     lines = whole.split(b"\n")[:-1]
@@ -206,8 +262,8 @@ def _complete_rows(path: Path) -> Iterator[dict[str, Any]]:
             row = parse_json(line)
         except ValueError as error:
             raise ValueError(
-                f"Trainer: {path} must hold one JSON object a line, got line {number}: "
+                f"{where}: {path} must hold one JSON object a line, got line {number}: "
                 f"{line[:60].decode(errors='backslashreplace')!r} ({error}); {fix}"
             ) from error
-        check(Row, row, "Trainer", f"{path} line {number}", fix)
+        check(Row, row, where, f"{path} line {number}", fix)
         yield row

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import math
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from mikernels.nn import SAE
+from mikernels.nn import SAE, SAEConfig
 from mikernels.training.batches import BatchSource
 from mikernels.training.config import TrainConfig
 from mikernels.training.state.checkpoint import (
@@ -75,13 +75,35 @@ def take_snapshot(trainer: Run) -> tuple[dict[str, torch.Tensor], dict[str, Any]
     return tensors, state
 
 
-def restore(trainer: Run, folder: Path) -> None:
-    """Put a checkpoint's state into a fresh trainer; it is all checked before any of it is used.
+@dataclass(frozen=True)
+class Read:
+    """A checkpoint that fits a trainer.
+
+    Attributes:
+        step: that it reached. former: the settings under which it was written.
+    """
+
+    path: Path
+    state: State
+    config: TrainConfig
+    sae_config: SAEConfig
+    former: TrainConfig
+    weights: dict[str, torch.Tensor]
+    optimizer: dict[str, Any]
+    generator: torch.Tensor
+    means: Sums
+
+    @property
+    def step(self) -> int:
+        return self.state.step
+
+
+def read_run(trainer: Run, folder: Path) -> Read:
+    """A checkpoint, checked against a fresh trainer, of which nothing is changed.
 
     Raises:
         FileNotFoundError, ValueError: naming the file that is missing, truncated, foreign, or of
-            another SAE, configuration, optimiser or source, and what differs. The trainer, its SAE,
-            optimiser and source, and torch's generator are as before.
+            another SAE, configuration or optimiser, and what differs.
     """
     from mikernels.schema import check
 
@@ -142,13 +164,24 @@ def restore(trainer: Run, folder: Path) -> None:
     except (ValueError, TypeError) as error:
         raise ValueError(f"resume: {path}: {error}; {fix}") from error
     check_weights(folder, weights, trainer.sae.config, str(trainer.sae.w_dec.dtype))
-    _load_source_and_optimizer(trainer, path, state, optimizer)
-    trainer.sae.load_state_dict(weights)
-    torch.set_rng_state(generator)
+    return Read(path, state, mine, my_sae, config, weights, optimizer, generator, means)
+
+
+def put_back(trainer: Run, read: Read) -> None:
+    """Give a fresh trainer the state of a checkpoint that fits it.
+
+    Raises:
+        ValueError: the source or the optimiser refuses its part. The trainer, its SAE, optimiser
+            and source, and torch's generator are as before.
+    """
+    state = read.state
+    _load_source_and_optimizer(trainer, read.path, state, read.optimizer)
+    trainer.sae.load_state_dict(read.weights)
+    torch.set_rng_state(read.generator)
     trainer.step, trainer.tokens = state.step, state.tokens
-    trainer.config, trainer.sae.config = mine, my_sae
+    trainer.config, trainer.sae.config = read.config, read.sae_config
     trainer.history.scale = state.scale
-    trainer.means = Means(means.sums, means.tokens)
+    trainer.means = Means(read.means.sums, read.means.tokens)
     trainer.history.parts.update(state.parts)
 
 
@@ -179,7 +212,7 @@ def _check_counters(
     if state.step > trainer.config.total_steps:
         raise ValueError(
             f"resume: total_tokens must be at least {state.tokens:,} (as far as {path} has come), "
-            f"got {trainer.config.total_tokens:,}; raise it, or use load_sae"
+            f"got {trainer.config.total_tokens:,}; raise it (--tokens), or use load_sae"
         )
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the report's pictures are drawn: SVG that takes the page's colours, PNG data URIs for images.
+"""How pictures of pages are drawn: SVG that takes the page's colours, PNG data URIs for images.
 
 A picture of curves is drawn twice, for a page and for a phone, and the page's style shows one of
 them: text in one drawing for both would be too small on the phone.
@@ -36,8 +36,7 @@ VARIABLES = {
     TEAL: "teal",
 }
 # inches, so that letters are of the page's size in a column of a page and on a phone
-WIDE, NARROW = 8.6, 3.7
-SIZES = {"wide": WIDE, "narrow": NARROW}
+WIDE, HALF, NARROW = 8.6, 5.6, 3.7
 STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "mikernels",
@@ -58,10 +57,23 @@ STYLE: Any = {
 }
 
 
-def both(draw: Callable[[float], str]) -> Markup:
+def both(draw: Callable[[float], str], wide: float = WIDE) -> Markup:
     """What `draw` makes of a width in inches, for a page and for a phone."""
-    parts = (f'<div class="at-{name}">{draw(width)}</div>' for name, width in SIZES.items())
+    sizes = {"wide": wide, "narrow": NARROW}
+    parts = (f'<div class="at-{name}">{draw(width)}</div>' for name, width in sizes.items())
     return Markup("".join(parts))
+
+
+def sparse_minor(value: float, _: int) -> str:
+    """Only 2 and 5 between the powers of ten of a logarithmic axis."""
+    digit = f"{value:e}"[0]
+    return f"{value:g}" if digit in "25" else ""
+
+
+def percent(power: float, _: int) -> str:
+    """`power` of ten as a share, for an axis of logarithms."""
+    share = 100 * 10.0**power
+    return f"{share:.0f} %" if share >= 10 else f"{share:.2g} %"
 
 
 def svg(figure: Figure) -> str:

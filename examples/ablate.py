@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Take parts of a model away, and see what it loses.
+
+Heads, MLPs, neurons and positions are taken away by name, in whatever calls the model, and replaced
+by their mean over other prompts, by zero, or by what they are on a counterfactual.
+"""
+
+from options import options
+from smollm2 import smollm2
+
+from mikernels import circuits
+
+o = options(__doc__, prompts=24)
+
+# %% Prompts whose answer is one of two names, and the same without a repeated name
+model, tokenizer = smollm2()
+task = circuits.tasks.ioi(tokenizer, o.prompts)
+other = {"reference": task.counterfactual_inputs}
+
+
+# %% In your own code: a `with` block, in which all calls of the model are without them
+def difference() -> float:
+    logits = model(**task.inputs).logits[:, -1]
+    right, wrong = ([ids[0] for ids in side] for side in (task.correct, task.wrong))
+    rows = range(len(task))
+    return (logits[rows, right] - logits[rows, wrong]).mean().item()
+
+
+print(f"logit difference of the model as it is: {difference():.3f}")
+with circuits.ablate(model, ["L23.h3", "L29.h1"], "mean", **other):
+    print(f"without L23.h3 and L29.h1: {difference():.3f}")
+with circuits.ablate(model, "L0.mlp", "zero"):
+    print(f"with zeros for the first MLP: {difference():.3f}")
+print(f"afterwards: {difference():.3f}", end="\n\n")
+
+# %% As a table, with intervals over prompts: alone, by groups, and all together
+heads = ["L23.h3", "L29.h1", "L24.h4", "L20.h0"]
+parts = {head: head for head in heads} | {"the four heads": heads, "block 12": "L12.*"}
+print(circuits.ablation_effect(model, task.inputs, task.target, parts, "mean", **other), "\n")
+
+# %% And of a ranking: what is lost without the best so many, and what is left with them alone
+probe = circuits.gim_probe(
+    model, task.inputs, task.target, counterfactual=task.counterfactual_inputs
+)
+names = [component.name for component in probe.ranking]
+for measure in (circuits.comprehensiveness, circuits.sufficiency):
+    print(measure(model, task.inputs, task.target, names, "mean", **other), "\n")
