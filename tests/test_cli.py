@@ -48,8 +48,12 @@ def acts(tmp_path):
 SMALL = ("--expansion", 2, "--k", 3, "--batch-size", 50, "--log-every", 1, "--lr", 0.01)
 
 
+def rows_of(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
 def losses(out):
-    return [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [row["loss"] for row in rows_of(out)]
 
 
 def test_version(command):
@@ -226,6 +230,9 @@ def test_train_reads_a_model_at_the_sites_asked_for(
     assert len(losses(tmp_path / "run")) == 6
     assert load_sae(tmp_path / "run" / "checkpoint-6").config.d == d
     (source,) = made
+    # of 1,040 tokens: 22 windows have the 300 rows that are trained on, and a sixteenth more
+    assert source.read_tokens == 22 * 16
+    assert all(row["waiting_seconds"] >= 0 for row in rows_of(tmp_path / "run"))
     layers = [value for name, value in zip(sites, sites[1:], strict=False) if name == "--layer"]
     place = "mlp_in" if "--site" in sites else "residual"
     assert source.sites == tuple(f"{layer}.{place}" for layer in layers)

@@ -10,10 +10,11 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 from mikernels.files import LARGEST_JSON
 
+T = TypeVar("T")
 BLOCK = 1 << 20
 LINES = (".jsonl", ".ndjson")
 TABLES = (".parquet", ".arrow")
@@ -144,29 +145,36 @@ def _open(path: Path) -> BinaryIO:
     return gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb")  # type: ignore[return-value]
 
 
-def _unpacking(path: Path, error: Exception) -> ValueError:
-    return ValueError(f"{WHERE}: {path} must be a complete gzip file, got {error}; fetch it again")
+def _read(path: Path, read: Callable[[int], T], size: int) -> T:
+    """`read(size)`, with the file's name in what it raises.
 
-
-def _plain(path: Path) -> Iterator[str]:
+    Around a single call: a generator that is dropped half-way, at the end of the interpreter, finds
+    no names of modules to catch.
+    """
     try:
-        with _open(path) as raw, io.TextIOWrapper(raw, encoding="utf-8-sig") as file:
-            # a line that does not end is cut, not held in memory
-            while text := file.read(BLOCK):
-                text += file.readline(BLOCK)
-                if "\0" in text:
-                    raise ValueError(
-                        f"{WHERE}: {path} must be UTF-8 text, got a NUL byte, as binary files and "
-                        f"UTF-16 have; convert it"
-                    )
-                yield text
+        return read(size)
     except UnicodeDecodeError as error:
         raise ValueError(
             f"{WHERE}: {path} must be UTF-8 text, got {_encoding(path) or error}; convert it, e.g. "
             f"with iconv"
         ) from error
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise _unpacking(path, error) from error
+        raise ValueError(
+            f"{WHERE}: {path} must be a complete gzip file, got {error}; fetch it again"
+        ) from error
+
+
+def _plain(path: Path) -> Iterator[str]:
+    with _open(path) as raw, io.TextIOWrapper(raw, encoding="utf-8-sig") as file:
+        # a line that does not end is cut, not held in memory
+        while text := _read(path, file.read, BLOCK):
+            text += _read(path, file.readline, BLOCK)
+            if "\0" in text:
+                raise ValueError(
+                    f"{WHERE}: {path} must be UTF-8 text, got a NUL byte, as binary files and "
+                    f"UTF-16 have; convert it"
+                )
+            yield text
 
 
 def _encoding(path: Path) -> str:
@@ -177,21 +185,18 @@ def _encoding(path: Path) -> str:
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """Lines that are not blank, with their numbers."""
-    try:
-        with _open(path) as file:
-            number = 0
-            while line := file.readline(LARGEST_JSON + 1):
-                number += 1
-                if len(line) > LARGEST_JSON:
-                    raise ValueError(
-                        f"{WHERE}: {path} line {number} must be of at most {LARGEST_JSON:,} bytes, "
-                        f"got more; write a record a line"
-                    )
-                line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
-                if not line.isspace():
-                    yield number, line
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise _unpacking(path, error) from error
+    with _open(path) as file:
+        number = 0
+        while line := _read(path, file.readline, LARGEST_JSON + 1):
+            number += 1
+            if len(line) > LARGEST_JSON:
+                raise ValueError(
+                    f"{WHERE}: {path} line {number} must be of at most {LARGEST_JSON:,} bytes, got "
+                    f"more; write a record a line"
+                )
+            line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+            if not line.isspace():
+                yield number, line
 
 
 def _first_line_is_object(path: Path) -> bool:
@@ -205,9 +210,10 @@ def _first_line_is_object(path: Path) -> bool:
 def _records(path: Path, field: str) -> Iterator[str]:
     for number, line in _lines(path):
         try:
-            yield text_of(_object(line), field)
+            text = text_of(_object(line), field)
         except ValueError as error:
             raise ValueError(f"{WHERE}: {path} line {number} must be {error}") from error
+        yield text
 
 
 def _object(line: bytes) -> dict[str, Any]:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
+
 from mikernels.cli.figures import Json, check_json, write_figures
 from mikernels.cli.inputs import (
     Activations,
@@ -60,6 +62,7 @@ PAGES, NEURONPEDIA = "Pages", "Neuronpedia"
 
 
 def report(
+    ctx: typer.Context,
     run: Trained,
     activations: Activations = None,
     model: Model = None,
@@ -205,7 +208,7 @@ def report(
         spliced=read.loss,
         metrics=rows_of_training,
         known=_known(run, sae, read.origin),
-        command=_command(),
+        command=_command(ctx),
     )
     if neuronpedia is not None and pedia is not None:
         from mikernels.report.neuronpedia import export
@@ -323,15 +326,13 @@ def _read(
     sae: SAE, inputs: Inputs, batch_size: int, seed: int, spliced: bool, console: Console
 ) -> _Reading:
     from mikernels.evaluate.reconstruction import ReconstructionSums
-    from mikernels.nn import CrossLayerTranscoder, Transcoder
 
-    maps = isinstance(sae, Transcoder | CrossLayerTranscoder)
     if inputs.activations:
         text = inputs.pieces()
         shards = inputs.shards()
         total = sum(shard.rows for shard in shards) - inputs.skip
         total = total if inputs.tokens is None else min(total, inputs.tokens)
-        known = not maps or all(shard.d_target is not None for shard in shards)
+        known = not sae.needs_target or all(shard.d_target is not None for shard in shards)
         measured = ReconstructionSums(NAME) if known else None
         rows = _measured(sae, inputs.saved(sae, batch_size), measured, batch_size)
         return _Reading(rows, total, text, {"activations": inputs.label}, measured)
@@ -351,9 +352,9 @@ def _read(
         target=inputs.targets or None,
     )
     loss = None
-    if spliced and not maps and residual_layer(inputs) is not None:
+    if spliced and not sae.needs_target and residual_layer(inputs) is not None:
         loss = splice(sae, network, tokenizer, windows, inputs, seed, console)
-    known = loss is None and (not maps or bool(inputs.targets))
+    known = loss is None and (not sae.needs_target or bool(inputs.targets))
     measured = ReconstructionSums(NAME) if known else None
     assert inputs.texts is not None
     origin = {
@@ -472,18 +473,15 @@ def _said(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def _command() -> str:
+def _command(ctx: typer.Context) -> str:
     """What was typed, with the options that were given."""
-    import click
-    from click.core import ParameterSource
-
-    context = click.get_current_context()
     words = ["mikernels", NAME]
-    for parameter in context.command.params:
+    for parameter in ctx.command.params:
         name = parameter.name or ""
-        if context.get_parameter_source(name) != ParameterSource.COMMANDLINE:
+        source = ctx.get_parameter_source(name)
+        if source is None or source.name != "COMMANDLINE":
             continue
-        value = context.params[name]
+        value = ctx.params[name]
         if parameter.param_type_name == "argument":
             words.append(str(value))
         elif isinstance(value, bool):

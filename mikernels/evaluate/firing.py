@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where features fire: their activations in one pass over the tokens, kept by feature.
 
-Codes are sorted by feature a run at a time (2^23 activations, some 0.4 GB while they are sorted),
+Codes are sorted by feature a run at a time (2^23 activations, some 0.3 GB while they are sorted),
 and a run costs 8 bytes an activation from then on: 256 MB for a million tokens of 32, whatever F
 is. In memory, or in a file that has no name, of which memory holds what is being read, and which is
 gone with the object, or with the process, however it ends. Nothing is of the size tokens x F.
@@ -125,7 +125,10 @@ class _Runs:
     def __init__(self, where: str, scratch: Path | None):
         self._where, self._scratch = where, scratch
         self._n_features: int | None = None
-        self._held: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+        # rows, values and features of a run, in one piece of memory: what is kept of every batch by
+        # itself takes room that the next activations then do not fit into (here and in columns of
+        # the text, 1.5 GB after 600,000 tokens of width 576 where this way takes 0.7)
+        self._held: tuple[torch.Tensor, ...] = ()
         self._n_held = self.n_rows = 0
         self.runs: list[Slots] = []
 
@@ -149,16 +152,20 @@ class _Runs:
         # codes of one SAE have one size
         self._n_features = codes.n_features
         kept = (values > 0).nonzero()[:, 0]
-        rows = (tokens[kept] + self.n_rows).to(torch.int32)
-        self._held.append((rows.cpu(), values[kept].cpu(), indices[kept].cpu()))
-        self._n_held += len(kept)
-        self.n_rows += n
-        if self._n_held >= RUN:
+        if self._n_held and self._n_held + len(kept) > RUN:
             self._sort()
+        if not self._held or len(self._held[0]) < len(kept):
+            size, dtypes = max(RUN, len(kept)), (torch.int32, torch.float32, torch.int64)
+            self._held = tuple(torch.empty(size, dtype=dtype) for dtype in dtypes)
+        end = self._n_held + len(kept)
+        for column, found in zip(self._held, (tokens + self.n_rows, values, indices), strict=True):
+            column[self._n_held : end] = found[kept]
+        self._n_held = end
+        self.n_rows += n
 
     def _sort(self) -> None:
-        rows, values, indices = (torch.cat(parts) for parts in zip(*self._held, strict=True))
-        self._held, self._n_held = [], 0
+        rows, values, indices = (column[: self._n_held] for column in self._held)
+        self._n_held = 0
         offsets, order = by_feature_op(indices, self._n_features)
         kept = self._keep(rows[order].numpy(), values[order].numpy())
         self.runs.append(Slots(0, offsets.numpy(), *kept))

@@ -2,7 +2,7 @@
 """What is known of every feature, from one pass over the tokens.
 
     features = collect_features(sae, source.read(), tokenizer, model=model)
-    for view in features.views(0, features.n_features): ...
+    views = features.views(0, features.n_features)
 
 The pass keeps the activations by feature (`mikernels.evaluate.firing`: 8 bytes each, in memory or
 on disk), and of the text 28 bytes a token. Everything else is made from these when a view is asked
@@ -32,6 +32,8 @@ from mikernels.report.directions import NAME, Scored, Similar, Spoken
 from mikernels.report.shares import Shares, shares_of
 from mikernels.report.views import BINS, Example, FeatureView
 
+# rows of a column that are held together
+BLOCK = 1 << 20
 # features whose decoder rows are compared at a time, and tokens of a feature's list
 DIRECTIONS, TOKENS = 1024, 6
 # of a feature's range of activations, of which all but the highest are sampled
@@ -39,6 +41,32 @@ QUARTERS = 4
 NEEDED = ("activations", "token_ids", "windows")
 # of the rows that a view shows, if they have them
 PLACES = ("positions", "documents")
+
+
+class _Column:
+    """A column of all rows, from parts of it.
+
+    In large blocks: a small tensor kept from every batch takes a piece of the room that the batch's
+    activations leave, which the next ones then do not fit into.
+    """
+
+    def __init__(self, first: torch.Tensor):
+        self._full: list[torch.Tensor] = []
+        self._block = torch.empty(BLOCK, dtype=first.dtype)
+        self._n = 0
+
+    def add(self, part: torch.Tensor) -> None:
+        for piece in part.split(BLOCK):
+            now = min(len(piece), BLOCK - self._n)
+            self._block[self._n : self._n + now] = piece[:now]
+            self._n += now
+            if self._n == BLOCK:
+                self._full.append(self._block)
+                self._block, self._n = torch.empty_like(self._block), len(piece) - now
+                self._block[: self._n] = piece[now:]
+
+    def whole(self) -> torch.Tensor:
+        return torch.cat([*self._full, self._block[: self._n]])
 
 
 class CollectedFeatures:
@@ -243,9 +271,11 @@ def collect_features(
         OSError: scratch cannot be written to.
 
     Example:
-        >>> source = ModelSource(model, tokenizer, 14, TextFiles(["a.txt"]))
+        >>> from mikernels.report import collect_features
+        >>> source = ModelSource(model, tokenizer, 1, ["The war lasted from 1732 to 17"] * 9)
         >>> features = collect_features(sae, source.read(), tokenizer, model=model)
-        >>> features.view(12).examples[0].tokens
+        >>> busiest = features.view(int(features.counts.argmax()))
+        >>> text, promoted = "".join(busiest.examples[0].tokens), busiest.promoted[0]
     """
     for name, number, least in (
         ("examples", examples, 1),
@@ -262,9 +292,9 @@ def collect_features(
         raise ValueError(f"{NAME}: scratch must be an existing folder, got {folder}")
     # what can be refused is refused before the pass
     spoken = None if model is None else Spoken(sae, model, promoted, piece)
-    held: dict[str, list[torch.Tensor]] = {}
+    held: dict[str, _Column] = {}
     firing = firing_of(sae, _activations(sae, rows, held), scratch=folder, batch=batch, where=NAME)
-    columns = {name: torch.cat(parts) for name, parts in held.items()}
+    columns = {name: column.whole() for name, column in held.items()}
     ids = columns["token_ids"].unique().tolist()
     return CollectedFeatures(
         firing,
@@ -289,7 +319,7 @@ def _piece_of(text: Any) -> Callable[[int], str]:
 
 
 def _activations(
-    sae: SAE, rows: Iterable[Rows], held: dict[str, list[torch.Tensor]]
+    sae: SAE, rows: Iterable[Rows], held: dict[str, _Column]
 ) -> Iterator[torch.Tensor]:
     """The activations of each part; what else is needed of it is put into `held`."""
     if isinstance(rows, Mapping | torch.Tensor):
@@ -309,14 +339,14 @@ def _activations(
         if not names:
             check_width(NAME, sae, x.shape[1], "the activations")
             names = (*NEEDED[1:], *(name for name in PLACES if name in part))
-            held.update({name: [] for name in names})
+            held.update({name: _Column(part[name]) for name in names})
         for name in names:
             if part[name].shape != x.shape[:1] or part[name].is_floating_point():
                 raise ValueError(
                     f"{NAME}: {name} must be whole numbers [{len(x)}] like the activations, got "
                     f"{part[name].dtype} {[*part[name].shape]}"
                 )
-            held[name].append(part[name].cpu())
+            held[name].add(part[name])
         # rows that were shuffled are seen here, before all of them are encoded
         starts_of(part["windows"].cpu().numpy())
         yield x.float()

@@ -100,8 +100,13 @@ def export(features: Features, folder: str | Path, source: Source, *, batch: int
         OSError: a file cannot be written. Then, and when it is interrupted, nothing is left.
 
     Example:
-        >>> source = neuronpedia.Source("smollm2-135m", 14, "res-4k", creator_id="...", ...)
-        >>> neuronpedia.export(features, "export", source)
+        >>> from mikernels.report import collect_features, neuronpedia
+        >>> rows = ModelSource(model, tokenizer, 1, ["The war lasted from 1732 to 17"] * 9).read()
+        >>> features = collect_features(sae, rows, tokenizer, model=model)
+        >>> who = dict(creator_id="id", creator="A. Uthor", release="saes", title="SAEs")
+        >>> where = neuronpedia.Source("a-model", 1, "res-96", description="96 features", **who)
+        >>> neuronpedia.export(features, "exports", where).as_posix()
+        'exports/a-model/1-res-96'
     """
     if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
         raise ValueError(f"{NAME}: batch must be at least 1, got {batch!r}")

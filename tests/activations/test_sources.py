@@ -504,6 +504,26 @@ def test_model_source_resumes_exactly():
     check_resume(lambda: model_source(model, texts=iter(TEXTS)), 9, (5,))
 
 
+def test_model_source_collects_no_more_than_is_trained_on():
+    model = tiny("llama")
+    short, long = (model_source(model, buffer_rows=10_000) for _ in "ab")
+    told = []
+    short.on_progress = lambda *tokens: told.append(tokens)
+    short.expect(80)
+    short.next_batch()
+    # 80 rows and a sixteenth more are three windows of 31, in one pass
+    assert short.read_tokens == 96 and told == [(0, 96), (96, 96)]
+    # a longer run goes on with blocks of that size, to the same rows; a smaller buffer does not
+    long.expect(5000)
+    long.load_state_dict(json.loads(json.dumps(short.state_dict())))
+    for _ in range(4):
+        assert torch.equal(long.next_batch(), short.next_batch())
+    small = model_source(model, buffer_rows=32)
+    with pytest.raises(ValueError, match="got windows_per_block 3, expected 1; resume"):
+        small.load_state_dict(short.state_dict())
+    assert small.state_dict()["identity"]["windows_per_block"] == 1
+
+
 def test_model_source_says_when_an_iterator_has_ended():
     source = model_source(texts=iter(TEXTS))
     with pytest.raises(SourceExhausted, match="has ended"):

@@ -239,7 +239,8 @@ def test_smollm2_end_to_end(command, tmp_path):
     text = tmp_path / "unseen.txt"
     text.write_text("\n".join(documents[-10:]), encoding="utf-8")
     code, out, err = command(
-        *(tmp_path / "run", "--model", smollm2_folder(), "--layer", 14, "--text", text),
+        *(tmp_path / "run", "--model", next(smollm2_folder().glob("*.gguf"))),
+        *("--layer", 14, "--text", text),
         *("--context", 64, "--tokens", 1024, "--json", tmp_path / "e.json"),
     )
     assert code == 0, err

@@ -72,6 +72,7 @@ def test_features_of_a_run_over_text(command, tmp_path):
     codes = codes.view(*read.shape, -1)
     for item in items.items:
         for question in item.questions:
+            # words have a space before them
             tokens = torch.tensor([ord(token.strip()) - 96 for token in question.tokens])
             found = (read.unfold(1, len(tokens), 1) == tokens).all(-1).nonzero()
             mine = [codes[w, at : at + len(tokens), int(item.name.split()[1])] for w, at in found]

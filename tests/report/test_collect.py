@@ -12,6 +12,7 @@ from variants import LAYERS, VARIANTS, D, F
 from mikernels.circuits import logit_lens
 from mikernels.evaluate import firing as firing_room
 from mikernels.evaluate.excerpts import AFTER, BEFORE, PHRASE
+from mikernels.report import collect as collect_room
 from mikernels.report import collect_features
 from mikernels.values.codes import SparseCodes
 
@@ -136,6 +137,7 @@ def test_views_are_what_the_dense_activations_say(kind, tmp_path, monkeypatch):
     # in other parts, in runs that are sorted one by one on the disk, and few features at a time
     monkeypatch.setattr(firing_room, "RUN", 700)
     monkeypatch.setattr(firing_room, "FEATURES", 13)
+    monkeypatch.setattr(collect_room, "BLOCK", 300)
     again = collect_features(sae, cut(rows, 501), pieces, scratch=tmp_path, **wanted)
     assert len(again.firing._runs) > 3 and not any(tmp_path.iterdir())
     assert list(again.views(0, total + 5)) == views

@@ -8,23 +8,14 @@ from itertools import islice
 
 import numpy as np
 import pytest
-from feature_cases import HOSTILE, MadeUp
 from full_disk import largest_file
+from made_features import HOSTILE, MadeUp, read
 
 from mikernels.report import write_report
 from mikernels.report.chunks import PER_CHUNK, TOPS, Words, plain
 from mikernels.report.folder import is_report
 
 MADE = MadeUp(300)
-
-
-def read(folder, name):
-    """What a file of data hands over."""
-    text = (folder / "data" / f"{name}.js").read_bytes().decode("ascii")
-    start, end = f'reportData("{name}",', ");\n"
-    assert text.startswith(start) and text.endswith(end) and text.count("\n") == 1
-    assert "<" not in text
-    return json.loads(text[len(start) : -len(end)])
 
 
 def unpacked(text, kind):

@@ -6,7 +6,7 @@ import re
 import pytest
 from browser import browser, needs_chromium
 from demo_cases import report_values
-from feature_cases import HOSTILE, MadeUp
+from made_features import HOSTILE, MadeUp
 
 from mikernels.demo import report
 from mikernels.report import write_report

@@ -1,72 +1,87 @@
-"""Made-up features: every kind of text that a token can be, dead ones, rare ones and dense ones."""
-
-import random
-from dataclasses import dataclass
+# SPDX-License-Identifier: Apache-2.0
+"""Small SAEs for the tiny decoders, and the activations and gradients at their sites by hand."""
 
 import torch
+from decoder_cases import parts
 
-from mikernels.report import Example, FeatureView
+from mikernels.nn import BatchTopKSAE, GatedSAE, JumpReLUSAE, SkipTranscoder, TopKSAE
 
-# what would break a page, a script or a line of text; the last ones are words
-HOSTILE = [
-    "<b>&amp;'\"`", "</script>", "<!--<script>", "\u2028", "\u2029", "\ud800", "\x00", "\x1b[31m",
-    "\n\n", "\t", "   ", "", "\u202eabc", "\u00a0", "\u05e9\u05dc\u05d5\u05dd", "${x}", "\\u003c",
-]  # fmt: skip
-WORDS = [
-    "", "the", "of", "self", "import", "return", "def", "None", "Paris", "token", "value", "class",
-    "function", "list", "string",
-]  # fmt: skip
+OTHER = torch.tensor([[3, 14, 21, 9, 2], [6, 5, 35, 30, 9]])
+PAIR = (7, 11)
+D, F = 24, 40
 
 
-@dataclass
-class MadeUp:
-    """As `Features`: F of them, of which one in eight is dead."""
+def filled(sae, seed):
+    """An SAE with random parameters in double precision, about half of whose features are active
+    where they may."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in sae.parameters():
+            p.copy_(0.3 * torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p))
+        if isinstance(sae, JumpReLUSAE):
+            sae.threshold.abs_()
+        for name, buffer in sae.named_buffers():
+            if name.endswith("_scale"):
+                buffer.copy_(torch.exp2(torch.arange(len(buffer)) - 1.0))
+    return sae
 
-    n_features: int
-    n_rows: int = 30_000
-    examples: int = 6
 
-    def __post_init__(self):
-        draw = random.Random(0)
-        self.counts = torch.zeros(self.n_features, dtype=torch.int64)
-        for f in range(self.n_features):
-            if f % 8 != 7:
-                self.counts[f] = max(1, int(self.n_rows * 10 ** draw.uniform(-5, 0)))
-        alive = self.counts > 0
-        self.maxima = torch.where(alive, 1 + self.counts.float().rsqrt() * 30, 0)
-        self.labels = [self._word(f, 0) if n else "" for f, n in enumerate(self.counts.tolist())]
+def dictionaries():
+    double = {"dtype": torch.float64}
+    # the second reads what the first writes
+    return {
+        "0.mlp_in": filled(JumpReLUSAE(D, F, target_l0=5, **double), 3),
+        "0.mlp_out": filled(SkipTranscoder(D, F, 4, **double), 0),
+        "0.residual": filled(TopKSAE(D, F, 5, **double), 1),
+        "1.attn_out": filled(BatchTopKSAE(D, F, 5, **double), 2),
+        2: filled(GatedSAE(D, F, **double), 4),
+    }
 
-    def _word(self, f, i):
-        return (
-            HOSTILE[f] if i == 0 and f < len(HOSTILE) else f" {WORDS[(f + i) % len(WORDS)]}{f % 97}"
-        )
 
-    def _example(self, f, i, value):
-        tokens = [WORDS[(f * 7 + i * 3 + j) % len(WORDS)] + " " for j in range(23)]
-        if f < len(HOSTILE):
-            tokens[3:8] = [HOSTILE[(f + i + j) % len(HOSTILE)] for j in range(5)]
-        tokens[14] = self._word(f, 0)
-        scores = [0.0] * 23
-        scores[12], scores[13], scores[14] = value / 5, value / 2, value
-        return Example(tokens, scores, 14, value, f * 50 + i, f, 14, None)
+def at_sites(model, ids, pair=PAIR):
+    """By hand: every site's activation and gradient, and the numbers of the prompts."""
+    blocks = next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList))
+    found, handles = {}, []
 
-    def view(self, feature):
-        if not 0 <= feature < self.n_features:
-            raise IndexError(feature)
-        count, top = int(self.counts[feature]), float(self.maxima[feature])
-        f, n = feature, self.examples
-        alive = range(8 if count else 0)
-        other = [(f + step) % self.n_features for step in (1, 5, 9)]
-        return FeatureView(
-            number=f, label=self.labels[f], count=count, n_rows=self.n_rows, maximum=top,
-            mean=top / 3, histogram=[max(0, count // (i + 1)) for i in range(20)] if count else [],
-            tokens=[(self._word(f, i), 0.5 / (i + 1)) for i in alive[:6]],
-            examples=[self._example(f, i, top * (1 - i / 50)) for i in alive[:n]],
-            samples=[self._example(f, n + i, top * (0.9 - i / 10)) for i in alive],
-            promoted=[(f" up{f % 89}x{i}", 2.5 / (i + 1)) for i in range(10)],
-            suppressed=[(f" down{i}", -1.5 / (i + 1)) for i in range(10)],
-            similar=[(g, 0.9 - 0.1 * i) for i, g in enumerate(other) if g != f],
-        )  # fmt: skip
+    def keep(name):
+        def hook(module, args, output):
+            found[name] = output[0] if isinstance(output, tuple) else output
 
-    def views(self, start, stop):
-        return map(self.view, range(start, min(stop, self.n_features)))
+        return hook
+
+    def first(module, args, output):
+        return output.detach().requires_grad_()
+
+    handles.append(model.get_input_embeddings().register_forward_hook(first))
+    for layer, block in enumerate(blocks):
+        attention, _, mlp = parts(model, layer)
+        wrote = (attention, mlp)
+        if hasattr(block, "post_feedforward_layernorm"):
+            wrote = (block.post_attention_layernorm, block.post_feedforward_layernorm)
+        at = dict(zip(("attn_out", "mlp_out"), wrote, strict=True))
+        handles += [m.register_forward_hook(keep(f"{layer}.{n}")) for n, m in at.items()]
+        handles.append(block.register_forward_hook(keep(f"{layer}.residual")))
+        see = keep(f"{layer}.mlp_in")
+        handles.append(mlp.register_forward_pre_hook(lambda m, args, see=see: see(m, (), args[0])))
+    for p in model.parameters():
+        p.requires_grad_(False)
+    logits = model(ids).logits[:, -1]
+    values = logits[:, pair[0]] - logits[:, pair[1]]
+    grads = torch.autograd.grad(values.sum(), list(found.values()))
+    for handle in handles:
+        handle.remove()
+    for p in model.parameters():
+        p.requires_grad_(True)
+    found = {name: x.detach() for name, x in found.items()}
+    return found, dict(zip(found, grads, strict=True)), values.detach()
+
+
+def dense(scores):
+    """`[B, P, F]` of a site's scores in coordinate form."""
+    total = torch.zeros(*scores.error.shape, scores.n_features, dtype=torch.float64)
+    at = scores.prompts, scores.positions, scores.features
+    return total.index_put(at, scores.scores.double(), accumulate=True)
+
+
+def close(a, b):
+    torch.testing.assert_close(a.double(), b.double(), rtol=1e-9, atol=1e-11)
