@@ -29,8 +29,9 @@ from mikernels._memory import check_writes
 from mikernels._operands import FLOATS as FLOATS
 from mikernels._operands import Operands
 from mikernels._operands import accumulate_dtype as accumulate_dtype
+from mikernels._ops import add_op_namespace_prefix, ops
 
-LIBRARY = torch.library.Library("mikernels", "DEF")
+LIBRARY = torch.library.Library(add_op_namespace_prefix("").removesuffix("::"), "DEF")
 IMPLS = ("cpp", "triton", "cuda", "reference")
 OPS: dict[str, Op] = {}
 # what is left of a call's dispatch keys behind the guard
@@ -91,7 +92,7 @@ class Op:
         self.name = schema.split("(", 1)[0]
         self.schema = schema
         LIBRARY.define(schema)
-        self.default = getattr(torch.ops.mikernels, self.name).default
+        self.default = getattr(ops, self.name).default
         arguments = self.default._schema.arguments
         self._names = tuple(a.name for a in arguments)
         self.written = tuple(
@@ -108,13 +109,13 @@ class Op:
             LIBRARY.impl(self.name, self._checked(cpu), "CPU")
         # asked here, because torch.compile cannot trace the question
         self._has_cpp = torch._C._dispatch_has_kernel_for_dispatch_key(
-            f"mikernels::{self.name}", "CPU"
+            add_op_namespace_prefix(self.name), "CPU"
         )
         self._dense = dense
         self._fake = fake
         # late: what `traced` is may change
         torch.library.register_fake(
-            f"mikernels::{self.name}", lambda *args: self.traced(*args), lib=LIBRARY
+            add_op_namespace_prefix(self.name), lambda *args: self.traced(*args), lib=LIBRARY
         )
         if self.written:
             for overload in (self.default, self._cuda_op, self._triton_op):
@@ -143,7 +144,7 @@ class Op:
         def guarded(keys: torch._C.DispatchKeySet, *args: Any) -> Any:
             return self._guarded(lambda *a: overload.redispatch(keys & _BACKENDS, *a), args)
 
-        name = overload._schema.name.removeprefix("mikernels::")
+        name = overload._schema.name.removeprefix(add_op_namespace_prefix(""))
         LIBRARY.impl(name, guarded, "BackendSelect", with_keyset=True)
 
     def _guarded(self, run: Callable[..., Any], args: tuple[Any, ...]) -> Any:
@@ -159,7 +160,7 @@ class Op:
     ) -> tuple[torch._ops.OpOverload | None, torch._ops.OpOverload | None]:
         """Registers what runs on a GPU; the operators that CUDA C++ and Triton have by name."""
         launched = self._triton is not None and not _triton.missing()
-        built = hasattr(torch.ops.mikernels, f"{self.name}_cuda")
+        built = hasattr(ops, f"{self.name}_cuda")
         if launched or built:
             LIBRARY.impl(self.name, self._on_device, "CUDA")
         if launched and built:
@@ -168,8 +169,8 @@ class Op:
 
         def named(suffix: str) -> torch._ops.OpOverload:
             name = f"{self.name}_{suffix}"
-            torch.library.register_fake(f"mikernels::{name}", fake, lib=LIBRARY)
-            return getattr(torch.ops.mikernels, name).default
+            torch.library.register_fake(add_op_namespace_prefix(name), fake, lib=LIBRARY)
+            return getattr(ops, name).default
 
         return named("cuda") if built else None, named("triton") if launched and built else None
 

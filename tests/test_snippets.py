@@ -27,6 +27,7 @@ MARK = re.compile(r"<!-- not run: (.*?) -->\s*$")
 NOT_RUN = {
     "the reader's own script, as examples/ has it",
     "needs EAP-IG, which is not on PyPI",
+    "needs a kernel of the Hub",
 }
 # of a page: as written -> as run
 SMALL = {
