@@ -13,7 +13,7 @@ SOURCES = pyproject.toml setup.py $(shell find csrc -name '*.cpp' -o -name '*.h'
 PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/pytest -rs -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-mnist test test-releases docs bench bench-peers format clean
+.PHONY: help setup demo demo-mnist test test-releases docs bench bench-peers wheel hub format clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -50,6 +50,13 @@ bench: $(VENV)/.installed ## measure the operators against eager torch and torch
 
 bench-peers: $(PEERS)/.installed ## measure against the public libraries too, in .venv-peers
 	$(PEERS)/bin/mikernels bench $(or $(ARGS),all)
+
+wheel: $(VENV)/.release ## build the sdist and the wheel of a release into dist, and audit them
+	$(VENV)/bin/python release/wheel.py
+
+hub: $(VENV)/.installed ## write the operators as a Hugging Face kernel to out/hub
+	rm -rf out/hub
+	$(VENV)/bin/python release/hub.py out/hub
 
 format: $(VENV)/.installed ## format and fix what can be fixed
 	$(VENV)/bin/ruff check --fix .
@@ -98,6 +105,11 @@ $(VENV)/.circuits: $(VENV)/.saelens requirements/circuits.txt
 # the real dictionary_learning and sparsify, for the tests of accelerate
 $(VENV)/.integrations: $(VENV)/.saelens requirements/integrations.txt
 	$(call PIP,$(VENV)) --no-deps -r requirements/integrations.txt
+	@touch $@
+
+# what audits a release
+$(VENV)/.release: $(VENV)/.installed requirements/release.txt
+	$(call PIP,$(VENV)) -r requirements/release.txt
 	@touch $@
 
 # the oldest Triton that is supported, beside the newest: kernels must compile on both

@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Builds `mikernels._C` against the torch that is already installed, or ships pure Python.
 
-MIKERNELS_EXT: auto (default: build, with CUDA where nvcc is; fall back to the CPU alone, then to
-pure Python, with a warning), cuda (build with CUDA or fail), cpu (build without CUDA or fail),
-0 (never build). MIKERNELS_ARCHS: GPU architectures. See CONTRIBUTING.md for the rest.
+What is built is within the stable ABIs of torch (2.10) and Python (3.10): one binary for all later
+ones. MIKERNELS_EXT: auto (default: build, with CUDA where nvcc is; fall back to the CPU alone, then
+to pure Python, with a warning), cuda (build with CUDA or fail), cpu (build without CUDA or fail),
+0 (never build). MIKERNELS_ARCHS: GPU architectures. MIKERNELS_NAMESPACE: that of the operators.
+See CONTRIBUTING.md for the rest.
 """
 
+import base64
+import hashlib
 import json
 import os
 import platform
@@ -14,36 +18,63 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import zipfile
 from pathlib import Path
 
 from setuptools import setup
+from setuptools.command.editable_wheel import editable_wheel
 
 ROOT = Path(__file__).resolve().parent
 EXT = os.environ.get("MIKERNELS_EXT", "auto")
+NAMESPACE = os.environ.get("MIKERNELS_NAMESPACE", "mikernels")
 FACTS = ROOT / "mikernels" / "_build.json"
 # A100, H100 and H200, B200, and what comes after them. Never those of the machine that builds: it
 # may have no GPU, and wheels travel
 ARCHS = "8.0;9.0;10.0+PTX"
+# free-threaded Python has no limited API yet
+LIMITED = not sysconfig.get_config_var("Py_GIL_DISABLED")
+
+
+def packages():
+    """Where the torch may be that is built against, the likeliest first: any from 2.10 on will do,
+    since the binary is the same.
+
+    pip builds in an environment of its own with the target's `sysconfig`. uv does not, and puts its
+    own into VIRTUAL_ENV; but PATH still names the one that is activated, else uv means `.venv`.
+    """
+    yield sysconfig.get_path("purelib")
+    places = [os.environ.get("VIRTUAL_ENV"), os.environ.get("CONDA_PREFIX")]
+    places += [Path(entry).parent for entry in os.environ.get("PATH", "").split(os.pathsep)]
+    for start in (Path(os.environ.get("PWD", ROOT)), ROOT):
+        places += [folder / ".venv" for folder in (start, *start.parents)]
+    for place in filter(None, (*places, sys.base_prefix)):
+        yield sysconfig.get_path("purelib", vars={"base": str(place)})
 
 
 def installed_torch():
     """The torch of the environment that is installed into, even from an isolated build."""
-    # appended, so that the build requirements of the isolated environment still come first
-    sys.path.append(sysconfig.get_paths()["purelib"])
+    for folder in packages():
+        if Path(folder, "torch/__init__.py").exists():
+            # appended, so that the build requirements of the isolated environment still come first
+            sys.path.append(folder)
+            break
     try:
         import torch
     except ImportError as error:
-        return None, f"torch is not importable at build time ({error})"
+        return None, f"torch was not found by the build ({error}); first `pip install torch`"
     version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
     if version < (2, 10):
-        return None, f"torch {torch.__version__} is older than 2.10"
+        return None, f"torch {torch.__version__} is older than 2.10; `pip install -U torch`"
     return torch, ""
 
 
 def compiler():
     name = os.environ.get("CXX", "c++")
     if shutil.which(name) is None:
-        return None, f"no C++ compiler ({name!r} is not on PATH)"
+        return None, f"no C++ compiler ({name!r} is not on PATH; Debian, Ubuntu: apt install g++)"
+    headers = [sysconfig.get_path("include"), sysconfig.get_path("platinclude")]
+    if not any(Path(folder, "Python.h").exists() for folder in headers):
+        return None, f"no Python.h in {headers[0]} (Debian, Ubuntu: apt install python3-dev)"
     return name, ""
 
 
@@ -127,7 +158,9 @@ def cuda(torch, cpp_extension, flags):
 
 def extension():
     """Keyword arguments for setup(), and the facts that `mikernels info` prints."""
-    facts = {"extension": False, "reason": "", "mikernels_ext": EXT}
+    facts = {"extension": False, "reason": "", "mikernels_ext": EXT, "namespace": NAMESPACE}
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", NAMESPACE):
+        raise SystemExit(f"MIKERNELS_NAMESPACE: expected a name like mikernels, got {NAMESPACE!r}")
     if EXT == "0":
         facts["reason"] = "built with MIKERNELS_EXT=0"
         return {}, facts
@@ -142,7 +175,6 @@ def extension():
         print(f"mikernels: pure Python install: {facts['reason']}", file=sys.stderr)
         return {}, facts
 
-    import pybind11
     from torch.utils import cpp_extension
 
     flags = ["-O3", "-std=c++20", "-fvisibility=hidden", "-fopenmp-simd", "-DNDEBUG", "-Wall"]
@@ -151,13 +183,15 @@ def extension():
     flags += ["-Wno-unknown-pragmas", "-Wno-psabi"]
     # 2.10, the oldest torch whose stable ABI has parallel_for
     flags += ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY"]
+    # Python's own flags ask for debug information, ten times the code in size
+    flags += [f"-DMIK_NAMESPACE={NAMESPACE}", "-g0"]
     flags += os.environ.get("CXXFLAGS", "").split()
     sources = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").glob("**/*.cpp"))
     added, facts["cuda"] = cuda(torch, cpp_extension, flags)
     module = cpp_extension.CppExtension(
         "mikernels._C",
         sources + added.get("sources", []),
-        include_dirs=[str(ROOT / "csrc"), pybind11.get_include()],
+        include_dirs=[str(ROOT / "csrc")],
         depends=sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").glob("**/*.h")),
         extra_compile_args={"cxx": flags, "nvcc": added.get("nvcc", [])},
         library_dirs=[*added.get("library_dirs", [])],
@@ -165,6 +199,7 @@ def extension():
         # where torch has CUDA, libtorch brings the library in which csrc/cuda/device.h finds the
         # stream; nothing else is wanted of libtorch, and many linkers would drop it
         extra_link_args=["-Wl,--no-as-needed", "-ltorch"] if added else [],
+        py_limited_api=LIMITED,
     )
     facts |= {
         "extension": True,
@@ -196,6 +231,12 @@ def extension():
             self.record(extension=False, reason=reason)
             self.extensions = []
 
+        def copy_extensions_to_source(self):
+            # one whose name holds a version of Python, as older sources built, is imported first
+            for built in (ROOT / "mikernels").glob("_C.*.so"):
+                built.unlink()
+            super().copy_extensions_to_source()
+
         def forget_stale_objects(self):
             # where torch has no CUDA, it does not tell ninja which headers a .cu includes
             newest = max(header.stat().st_mtime for header in (ROOT / "csrc").glob("**/*.h"))
@@ -211,7 +252,72 @@ def extension():
                 if (folder / "mikernels").is_dir():
                     write(folder / "mikernels" / FACTS.name, facts)
 
-    return {"ext_modules": [module], "cmdclass": {"build_ext": Build}}, facts
+    arguments = {"ext_modules": [module], "cmdclass": {"build_ext": Build}}
+    if LIMITED:
+        arguments["options"] = {"bdist_wheel": {"py_limited_api": "cp310"}}
+    return arguments, facts
+
+
+class Editable(editable_wheel):
+    """An editable install that type checkers see too.
+
+    Because `kernels` and `bench` lie beside `mikernels`, setuptools installs an import hook, which
+    no type checker runs: they look in the folders of sys.path. So a folder with a link to
+    `mikernels`, and nothing else, is put there.
+    """
+
+    def run(self):
+        super().run()
+        folder = ROOT / "build/editable"
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / "mikernels").exists():
+            try:
+                (folder / "mikernels").symlink_to(ROOT / "mikernels", target_is_directory=True)
+            except OSError as error:
+                print(f"mikernels: no types for this editable install: {error}", file=sys.stderr)
+                return
+        for wheel in Path(self.dist_dir).glob("mikernels-*.whl"):
+            # in this order: what is in sys.path is asked for at once
+            pth = f"import _mikernels_editable\n{folder}\n"
+            hook = HOOK.format(folder=str(folder), package=str(ROOT / "mikernels/__init__.py"))
+            add_to_wheel(wheel, {"mikernels.pth": pth, "_mikernels_editable.py": hook})
+
+
+# Python itself imports from the checkout, not through the link: tracebacks and breakpoints then
+# name the files that are edited
+HOOK = """\
+import sys
+from importlib.util import spec_from_file_location
+
+
+class Finder:
+    @staticmethod
+    def find_spec(name, target=None):
+        return spec_from_file_location(name, {package!r}) if name == "mikernels" else None
+
+
+def hook(path):
+    if path != {folder!r}:
+        raise ImportError
+    return Finder
+
+
+sys.path_hooks.insert(0, hook)
+"""
+
+
+def add_to_wheel(wheel, added):
+    """More files, in a wheel and in its list of them."""
+    with zipfile.ZipFile(wheel) as packed:
+        files = {name: packed.read(name) for name in packed.namelist()}
+    (record,) = (name for name in files if name.endswith(".dist-info/RECORD"))
+    for name, text in added.items():
+        files[name] = text.encode()
+        digest = base64.urlsafe_b64encode(hashlib.sha256(files[name]).digest()).decode()
+        files[record] += f"{name},sha256={digest.rstrip('=')},{len(files[name])}\n".encode()
+    with zipfile.ZipFile(wheel, "w", zipfile.ZIP_DEFLATED) as packed:
+        for name, content in files.items():
+            packed.writestr(name, content)
 
 
 def write(path, facts):
@@ -219,5 +325,6 @@ def write(path, facts):
 
 
 arguments, facts = extension()
+arguments.setdefault("cmdclass", {})["editable_wheel"] = Editable
 write(FACTS, facts)
 setup(**arguments)

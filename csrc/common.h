@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Torch glue: checks, dtype dispatch, parallel loops. The only file that knows torch's warts.
+// Torch glue: registration, checks, dtype dispatch, parallel loops. The only file that knows
+// torch's warts.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -17,6 +18,16 @@
 #include <stdexcept>
 #include <string>
 #include <tuple>
+
+// The operators' namespace is a parameter of the build (setup.py, build.toml), so that several
+// builds live in one process. Two steps, for the macro to be expanded.
+#ifndef MIK_NAMESPACE
+#error "MIK_NAMESPACE: expected the operators' namespace, such as -DMIK_NAMESPACE=mikernels"
+#endif
+#define MIK_DEFINE_IN(NAMESPACE, m) STABLE_TORCH_LIBRARY_FRAGMENT(NAMESPACE, m)
+#define MIK_REGISTER_IN(NAMESPACE, KEY, m) STABLE_TORCH_LIBRARY_IMPL(NAMESPACE, KEY, m)
+#define MIK_DEFINE(m) MIK_DEFINE_IN(MIK_NAMESPACE, m)
+#define MIK_REGISTER(KEY, m) MIK_REGISTER_IN(MIK_NAMESPACE, KEY, m)
 
 namespace mik {
 

@@ -12,10 +12,10 @@ from mikernels import circuits
 
 o = options(__doc__, prompts=24)
 
-# %% Prompts whose answer is one of two names, and the same without a repeated name
+# %% Prompts whose answer is one of two names, and others for the mean at each position
 model, tokenizer = smollm2()
 task = circuits.tasks.ioi(tokenizer, o.prompts)
-other = {"reference": task.counterfactual_inputs}
+other = {"reference": task.counterfactual_inputs, "per_position": True}
 
 
 # %% In your own code: a `with` block, in which all calls of the model are without them
@@ -36,12 +36,13 @@ print(f"afterwards: {difference():.3f}", end="\n\n")
 # %% As a table, with intervals over prompts: alone, by groups, and all together
 heads = ["L23.h3", "L29.h1", "L24.h4", "L20.h0"]
 parts = {head: head for head in heads} | {"the four heads": heads, "block 12": "L12.*"}
-print(circuits.ablation_effect(model, task.inputs, task.target, parts, "mean", **other), "\n")
+effect = circuits.ablation_effect(model, task.inputs, task.target, parts, "mean", **other)
+print(effect, end="\n\n")
 
-# %% And of a ranking: what is lost without the best so many, and what is left with them alone
+# %% And of a ranking of heads: what is lost without the first so many, and with them alone
 probe = circuits.gim_probe(
     model, task.inputs, task.target, counterfactual=task.counterfactual_inputs
 )
-names = [component.name for component in probe.ranking]
+names = [component.name for component in probe.ranking if component.head is not None]
 for measure in (circuits.comprehensiveness, circuits.sufficiency):
-    print(measure(model, task.inputs, task.target, names, "mean", **other), "\n")
+    print(measure(model, task.inputs, task.target, names, "mean", **other), end="\n\n")

@@ -66,11 +66,11 @@ def shared(units: np.ndarray) -> np.ndarray:
 
 
 print(f"{effect.label}: {effect.clean.mean():.3f}, mean of {o.prompts} prompts; {o.kind} ablation")
-print(f"{'':<34}{'Pearson':<20}{'Spearman':<20}of the first 10")
+print(f"{'':<36}{'Pearson':<20}{'Spearman':<20}of the first 10")
 for rules in ("gim", "plain"):
     for name, scores in (("gim_probe", probed), ("sums of gradient_components", summed)):
         units = np.concatenate([scores(rules), lost], 1).astype(float)
-        row = f"{name + ', ' + rules:<34}"
+        row = f"{name + ', ' + rules:<36}"
         for measure, digits in ((pearson, 2), (spearman, 2), (shared, 0)):
             value, *ends = (f"{x:.{digits}f}" for x in bootstrap(measure, units))
             row += f"{value} [{', '.join(ends)}]".ljust(20)

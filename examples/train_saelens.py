@@ -15,7 +15,7 @@ from smollm2 import BATCH, K, batches, tell
 
 import mikernels
 
-o = options(__doc__, steps=60, tokens=30_000, features=9_216, plain=False)
+o = options(__doc__, steps=60, tokens=16_384, features=9_216, plain=False)
 
 # %% Activations of norm about sqrt(d), without end
 data = batches(o.tokens)

@@ -33,6 +33,7 @@ __all__ = [
     "grad_gram",
     "groupmax_encode",
     "jump",
+    "log",
     "mass_threshold",
     "pairwise_products",
     "pairwise_topk",

@@ -1,13 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the build recorded, read without torch: `mikernels info` must run where torch does not."""
+"""What the build recorded, and how to build again, read without torch: `mikernels info` must run
+where torch does not.
+"""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
 from mikernels.files import read_json
 
+# environments made by uv have no pip. Not by find_spec: setuptools then takes this for a run of pip
+_PIP = any(Path(folder, "pip/__init__.py").exists() for folder in sys.path)
+REINSTALL = f"{'pip' if _PIP else 'uv pip'} install --force-reinstall --no-deps ."
+# `cpu` rather than `auto`: what cannot be built then fails, with the compiler's message
+REMEDY = f"MIKERNELS_EXT=cpu {REINSTALL}"
 TORCH = "pip install 'torch>=2.10' (which build: pytorch.org), then `mikernels info`"
 
 

@@ -151,3 +151,15 @@ class Dense:
     def wins(self, args: Sequence[Any]) -> bool:
         w, k = self.sizes(*args)
         return not sparse_wins(self.key, w.device, w.dtype, w.shape[1], w.shape[0], k)
+
+    def reason(self, args: Sequence[Any]) -> str:
+        """What `wins` compares, in words."""
+        w, k = self.sizes(*args)
+        least = _tables.threshold(self.key, w.device, w.dtype, w.shape[1])
+        ratio = w.shape[0] / k if k else math.inf
+        name = str(w.dtype).removeprefix("torch.")
+        side = "below" if self.wins(args) else "not below"
+        return (
+            f"F / k = {ratio:.4g} is {side} the crossover {least:.4g} ({self.key}, {name}, "
+            f"d {w.shape[1]})"
+        )

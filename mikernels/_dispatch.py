@@ -29,8 +29,9 @@ from mikernels._memory import check_writes
 from mikernels._operands import FLOATS as FLOATS
 from mikernels._operands import Operands
 from mikernels._operands import accumulate_dtype as accumulate_dtype
+from mikernels._ops import add_op_namespace_prefix, ops
 
-LIBRARY = torch.library.Library("mikernels", "DEF")
+LIBRARY = torch.library.Library(add_op_namespace_prefix("").removesuffix("::"), "DEF")
 IMPLS = ("cpp", "triton", "cuda", "reference")
 OPS: dict[str, Op] = {}
 # what is left of a call's dispatch keys behind the guard
@@ -91,7 +92,7 @@ class Op:
         self.name = schema.split("(", 1)[0]
         self.schema = schema
         LIBRARY.define(schema)
-        self.default = getattr(torch.ops.mikernels, self.name).default
+        self.default = getattr(ops, self.name).default
         arguments = self.default._schema.arguments
         self._names = tuple(a.name for a in arguments)
         self.written = tuple(
@@ -108,10 +109,14 @@ class Op:
             LIBRARY.impl(self.name, self._checked(cpu), "CPU")
         # asked here, because torch.compile cannot trace the question
         self._has_cpp = torch._C._dispatch_has_kernel_for_dispatch_key(
-            f"mikernels::{self.name}", "CPU"
+            add_op_namespace_prefix(self.name), "CPU"
         )
         self._dense = dense
-        torch.library.register_fake(f"mikernels::{self.name}", fake, lib=LIBRARY)
+        self._fake = fake
+        # late: what `traced` is may change
+        torch.library.register_fake(
+            add_op_namespace_prefix(self.name), lambda *args: self.traced(*args), lib=LIBRARY
+        )
         if self.written:
             for overload in (self.default, self._cuda_op, self._triton_op):
                 if overload is not None:
@@ -139,7 +144,7 @@ class Op:
         def guarded(keys: torch._C.DispatchKeySet, *args: Any) -> Any:
             return self._guarded(lambda *a: overload.redispatch(keys & _BACKENDS, *a), args)
 
-        name = overload._schema.name.removeprefix("mikernels::")
+        name = overload._schema.name.removeprefix(add_op_namespace_prefix(""))
         LIBRARY.impl(name, guarded, "BackendSelect", with_keyset=True)
 
     def _guarded(self, run: Callable[..., Any], args: tuple[Any, ...]) -> Any:
@@ -155,7 +160,7 @@ class Op:
     ) -> tuple[torch._ops.OpOverload | None, torch._ops.OpOverload | None]:
         """Registers what runs on a GPU; the operators that CUDA C++ and Triton have by name."""
         launched = self._triton is not None and not _triton.missing()
-        built = hasattr(torch.ops.mikernels, f"{self.name}_cuda")
+        built = hasattr(ops, f"{self.name}_cuda")
         if launched or built:
             LIBRARY.impl(self.name, self._on_device, "CUDA")
         if launched and built:
@@ -164,22 +169,29 @@ class Op:
 
         def named(suffix: str) -> torch._ops.OpOverload:
             name = f"{self.name}_{suffix}"
-            torch.library.register_fake(f"mikernels::{name}", fake, lib=LIBRARY)
-            return getattr(torch.ops.mikernels, name).default
+            torch.library.register_fake(add_op_namespace_prefix(name), fake, lib=LIBRARY)
+            return getattr(ops, name).default
 
         return named("cuda") if built else None, named("triton") if launched and built else None
 
-    def _on_device(self, *args: Any) -> Any:
+    def _owner_on_gpu(self, args: tuple[Any, ...]) -> str:
         device = _triton.first_tensor(args).device
         if (
             self._cuda_op is not None
             and not _triton.holds_fp64(args)
             and not _ext.cuda_unsupported(device)
         ):
+            return "cuda"
+        return "triton" if self._triton is not None and _triton.takes(args) else "reference"
+
+    def _on_device(self, *args: Any) -> Any:
+        name = self._owner_on_gpu(args)
+        if name == "cuda":
+            assert self._cuda_op is not None
             return self._cuda_op(*args)
-        if self._triton is not None and _triton.takes(args):
+        if name == "triton":
             return self._by_triton(*args)
-        with torch.cuda.device(device):
+        with torch.cuda.device(_triton.first_tensor(args).device):
             return self.reference(*args)
 
     def _by_triton(self, *args: Any) -> Any:
@@ -214,6 +226,54 @@ class Op:
         if name == "triton" and self._triton_op is not None:
             return self._triton_op(*args)
         return self.default(*args)
+
+    def traced(self, *args: Any) -> Any:
+        """What torch.compile, torch.export and fake tensors see of a call."""
+        return self._fake(*args)
+
+    def owner(self, args: tuple[Any, ...]) -> tuple[str, str]:
+        """The implementation that `default` leads to, and why."""
+        device = _triton.first_tensor(args).device
+        if device.type == "cpu":
+            if self._has_cpp:
+                return "cpp", "CPU tensors"
+            return "reference", f"no C++ for CPU tensors: {self.state('cpp')}"
+        if device.type != "cuda":
+            return "reference", f"nothing else takes {device.type} tensors"
+        name = self._owner_on_gpu(args) if self._cuda_op or self._triton else "reference"
+        if name == "cuda":
+            return name, "CUDA tensors"
+        if _triton.holds_fp64(args):
+            return name, "float64, which only the reference takes on a GPU"
+        reason = f"no CUDA C++: {_ext.cuda_unsupported(device) if self._cuda_op else 'not built'}"
+        if not self._cuda:
+            reason = "CUDA tensors, and no CUDA C++ is written"
+        if name == "reference":
+            why = _triton.unsupported(device) if self._triton else "not written"
+            reason = f"{reason}; no Triton: {why}"
+        return name, reason
+
+    def choice(self, args: tuple[Any, ...], impl: str | None, dense: bool) -> tuple[str, str]:
+        """What a call runs, "dense" or an implementation's name, and why: for people to read."""
+        name = impl or os.environ.get("MIKERNELS_IMPL") or "auto"
+        if name != "auto":
+            return name, f"impl={name!r}" if impl else f"MIKERNELS_IMPL={name}"
+        if self._dense is None or not dense:
+            name, why = self.owner(args)
+        elif self._dense.wins(args):
+            name, why = "dense", self._dense.reason(args)
+        else:
+            name, why = self.owner(args)
+            why = f"{why}; {self._dense.reason(args)}"
+        return name, f"auto: {why}"
+
+    def run_as(self, name: str, args: tuple[Any, ...]) -> Any:
+        """Run what `choice` named, or raise."""
+        if name != "dense":
+            return self(*args, impl=name)
+        if self._dense is None:
+            raise ValueError(f"{self.name}: impl must have a dense alternative here, got none")
+        return self._dense.run(*args)
 
     def resolve(self, impl: str | None, device: torch.device) -> str:
         """`impl`, else MIKERNELS_IMPL, else "auto"; a named one is available there or this raises.

@@ -2,6 +2,7 @@
 """The operators and values of `mikernels.__all__`; importing them registers every operator."""
 
 from mikernels._ext import cpu_level, force_level, supported_levels
+from mikernels.calls.log import log
 from mikernels.ops.attention.attention_gradients import attention_gradients
 from mikernels.ops.pairs.block_norms import block_norms
 from mikernels.ops.pairs.edge_heads import edge_scores_heads
@@ -41,6 +42,7 @@ __all__ = [
     "grad_gram",
     "groupmax_encode",
     "jump",
+    "log",
     "mass_threshold",
     "pairwise_products",
     "pairwise_topk",

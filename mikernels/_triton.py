@@ -64,7 +64,7 @@ def launcher(path: str) -> Callable[..., Any]:
 
     @functools.cache
     def load() -> Callable[..., Any]:
-        return getattr(importlib.import_module(f"mikernels.kernels.{module}"), function)
+        return getattr(importlib.import_module(f".kernels.{module}", __package__), function)
 
     return lambda *args: load()(*args)
 

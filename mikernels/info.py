@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 
-from mikernels._built import TORCH, build_facts
+from mikernels._built import REMEDY, TORCH, build_facts
 from mikernels._version import __version__
 from mikernels.machine import cpu_flags, cpu_name
 
@@ -28,7 +28,6 @@ PACKAGES = ("torch", "triton", "numpy", "safetensors", "transformers", "sae-lens
 # backend -> operators whose kernels compile and have not been run on a GPU
 NOT_RUN = {"cuda": ("by_feature", "mass_threshold")}
 UNITS = {"gflops": "GFLOP/s", "gops": "GOP/s", "gbs": "GB/s"}
-REMEDY = "MIKERNELS_EXT=cpu pip install --force-reinstall --no-deps ."
 
 
 def _version(package: str) -> str | None:
@@ -97,7 +96,7 @@ def collect(peaks: bool = False) -> dict[str, Any]:
             "extension": {"loaded": _ext.C is not None, "reason": _ext.MISSING},
             "operators": {name: _states(op) for name, op in sorted(OPS.items())},
         }
-        measured = _ext.C.measure_peaks() if peaks and _ext.C is not None else None
+        measured = _ext.measure_peaks() if peaks else None
     if peaks:
         facts["peaks"] = measured
     return facts

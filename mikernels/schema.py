@@ -29,6 +29,7 @@ Count = Annotated[int, Field(ge=0, le=2**53)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Hash = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Text = Annotated[str, Field(min_length=1)]
+FLOAT = r"^(nan|-?inf|-?0x[01]\.[0-9a-f]+p[+-][0-9]+)$"
 
 
 class Strict(BaseModel):
@@ -285,6 +286,55 @@ class RatedItems(Strict):
         if twice or not set(self.repeats) <= set(ids):
             raise ValueError(f"ids that differ, and repeats among them, got {ids}, {self.repeats}")
         return self
+
+
+class SavedTensor(Strict):
+    """How a tensor of a saved call lay in memory; at: its byte in a piece that several share."""
+
+    held: Text
+    at: Count | None
+    shape: list[Count]
+    strides: list[Count]
+    dtype: Text
+    aligned: Annotated[int, Field(ge=0, lt=64)]
+    device: Literal["cpu", "cuda"]
+
+
+class SavedValue(Strict):
+    name: Text
+    tensor: SavedTensor | None = None
+    # as float.hex() writes it, NaN and infinity included
+    float_: str | None = Field(None, alias="float", pattern=FLOAT)
+    value: bool | int | str | None = None
+
+
+class CallMachine(Strict):
+    """What the bits of a result may hang on."""
+
+    mikernels: Text
+    torch: Text
+    cpu: str
+    level: str | None
+    threads: Annotated[int, Field(ge=1, le=2**16)]
+    matmul_precision: Literal["highest", "high", "medium"]
+    deterministic: bool
+    gpu: str | None
+
+
+class SavedCall(Strict):
+    """In the metadata of a call saved by `mikernels.log`."""
+
+    format: Literal["mikernels-call"]
+    version: Literal[1]
+    operator: Text
+    schema_: Text = Field(alias="schema")
+    implementation: Text
+    reason: str
+    machine: CallMachine
+    arguments: list[SavedValue]
+    results: list[SavedValue] | None
+    error: str | None
+    sha256: dict[str, Hash]
 
 
 Answers = list[bool | None]

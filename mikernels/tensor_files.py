@@ -95,7 +95,9 @@ def dump_tensors(
 
 def bytes_of(t: torch.Tensor) -> memoryview:
     """A tensor's elements as they lie in a file; a copy only where it is not so in memory."""
-    flat = t.detach().cpu().contiguous().reshape(-1)
+    whole = t.detach().cpu().contiguous()
+    # a single entry may have any stride, and a view of bytes needs 1
+    flat = whole.as_strided((whole.numel(),), (1,))
     return flat.view(torch.uint8).numpy().data
 
 

@@ -282,11 +282,15 @@ def test_train_several_sites_and_settings_interrupted_and_resumed(
     assert code == 2 and "total_tokens (--tokens) must be above 300" in err and "got 300" in err
     code, _, err = command(*alone, "--out", tmp_path / "runs")
     assert code == 2 and f"with the runs {', '.join(names)} in it" in err
+    judged = ("--model", model, "--text", text, "--layer", 0, "--context", 16)
+    code, _, err = command("eval", tmp_path / "runs", *judged)
+    assert code == 2 and f"which holds the runs {', '.join(names)}: give one of these" in err
     code, _, err = command(*common, "--layer", 0, "--layer", 1, "--out", tmp_path / "run")
     assert code == 2 and "for an SAE for each layer give --sites 0.residual,1.residual" in err
 
 
 def test_train_sweeps_over_activations_and_logs(command, acts, tmp_path, monkeypatch):
+    pytest.importorskip("tensorboard")
     sweep = ("train", "--activations", acts, *SMALL, "--arch", "topk", "--arch", "relu", "--k", 5)
     code, out, err = command(*sweep, "--out", tmp_path / "runs", "--log-to", "tensorboard")
     assert code == 0, err

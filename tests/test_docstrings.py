@@ -2,7 +2,8 @@
 """Examples in docstrings run as written, and every public operator has one.
 
 They are about a user's model and tokeniser, for which tiny ones stand in here; what else they start
-from is NAMES, as the pages of the reference say.
+from is NAMES, as the pages of the reference say. `# doctest: +SKIP` is for what no stand-in can be
+given: a user's files of text or activations, a run of some minutes, a package that is not here.
 """
 
 import ast

@@ -31,6 +31,7 @@ SMALL = {
     "train_tensor": "--tokens 12288 --features 64",
     "train_text": "--tokens 3000 --features 128 --steps 8",
     "evaluate": "--tokens 1024",
+    "look": "--tokens 1024",
     "export": "--tokens 300",
     "operators": "--tokens 64 --features 512",
     "which_heads": "--prompts 4",
@@ -43,10 +44,10 @@ NNSIGHT = "class LanguageModel:\n    pass\n"
 
 
 def lines(text: str) -> set[str]:
-    """Without what another run may print otherwise: numbers, names of components, of what is
-    opposed, and the width of columns."""
-    text = re.sub(r"\bL\d+\.(h\d+|mlp|attn)|\binput\b|\blogits\b", "NAME", text)
-    text = re.sub(r"(h|kv)\d+\.[qkv]\b", "NAME", text)
+    """Without what another run may print otherwise: numbers, quoted tokens, names of components,
+    what is opposed, and the width of columns."""
+    text = re.sub(r"\bL\d+\.(h\d+|kv\d+|mlp|attn)(\.[qkv])?|\binput\b|\blogits\b", "NAME", text)
+    text = re.sub(r"'(?:[^'\\\n]|\\.)*'|\"(?:[^\"\\\n]|\\.)*\"", "TEXT", text)
     text = re.sub(r"^circuit \d+: .*$", "circuit", text, flags=re.M)
     text = re.sub(r"\b(reinforcing|opposing)\b", "KIND", text)
     text = re.sub(r"[-+]?(\d[\d,]*)?\.?\d+(e[-+]?\d+)?\b|\bnan\b", "0", text)

@@ -15,11 +15,15 @@ from pathlib import Path
 
 import pytest
 
+import mikernels
+
 pytestmark = pytest.mark.install
 
 ROOT = Path(__file__).resolve().parents[1]
 HERE = ("PYTHONPATH", "MIKERNELS_EXT", "MIKERNELS_ARCHS", "MIKERNELS_IMPL", "CXX", "CXXFLAGS")
-HERE += ("TORCH_CUDA_ARCH_LIST", "CUDA_HOME", "CUDA_PATH")
+HERE += ("TORCH_CUDA_ARCH_LIST", "CUDA_HOME", "CUDA_PATH", "MIKERNELS_NAMESPACE", "VIRTUAL_ENV")
+# of the wheel that is built here; elsewhere the tests run what has the usual one
+NAMESPACE = "mikernels_elsewhere"
 
 
 def run(*command: object, cwd: Path, **environment: str) -> str:
@@ -91,7 +95,7 @@ def names_in(folder: Path, pattern: str) -> set[str]:
 
 
 def test_sdist_holds_the_sources_and_nothing_built(source):
-    for folder in ("csrc", "kernels", "bench", "mikernels", "tests"):
+    for folder in ("csrc", "kernels", "bench", "mikernels", "tests", "release", "examples"):
         for suffix in ("py", "cpp", "h", "cu"):
             here, packed = (names_in(tree, f"{folder}/**/*.{suffix}") for tree in (ROOT, source))
             assert here - names_in(ROOT, "bench/results/**/*") == packed, folder
@@ -131,15 +135,19 @@ def test_isolated_wheel_has_the_extension_without_cuda_if_need_be(
 ):
     # -O0: what is built is of interest here, not how fast it runs
     flags = {"MIKERNELS_EXT": "auto", "CXXFLAGS": "-O0 -w", "CUDA_HOME": broken_toolkit}
+    flags["MIKERNELS_NAMESPACE"] = NAMESPACE
     environment.pip("wheel", "-w", tmp_path, source, cwd=tmp_path, **flags)
     wheel = next(tmp_path.glob("*.whl"))
     names = zipfile.ZipFile(wheel).namelist()
+    # one wheel for every Python from 3.10 on
+    release, _, rest = wheel.name.partition("-cp310-abi3-linux_")
+    assert rest, wheel.name
     tops = {name.split("/")[0] for name in names}
-    assert tops == {"mikernels", wheel.name.split("-py")[0].split("-cp")[0] + ".dist-info"}
+    assert tops == {"mikernels", f"{release}.dist-info"}
     assert "mikernels/kernels/__init__.py" in names
     assert {f"mikernels/{name}" for name in names_in(ROOT, "bench/**/*.py")} <= set(names)
     assert {"mikernels/py.typed", "mikernels/_build.json"} <= set(names)
-    assert any(name.startswith("mikernels/_C.") for name in names)
+    assert [name for name in names if name.startswith("mikernels/_C.")] == ["mikernels/_C.abi3.so"]
     packages = {path.parent for path in (source / "mikernels").rglob("*.py")}
     packages |= {
         source / "mikernels" / path.parent.relative_to(source)
@@ -164,6 +172,46 @@ def test_isolated_wheel_has_the_extension_without_cuda_if_need_be(
         )
         == "None None None"
     )
+    check_symbols(environment)
+    check_namespace(environment, source, tmp_path / "kernel")
+
+
+def check_symbols(environment: Environment) -> None:
+    """What manylinux_2_28 and the limited API allow: `make wheel` audits it all."""
+    path = environment.check("from mikernels import _ext; print(_ext.C.__file__)")
+    binary = Path(path).read_bytes()
+    versions = {tuple(map(int, v)) for v in re.findall(rb"\0GLIBC_(\d+)\.(\d+)", binary)}
+    assert versions and max(versions) <= (2, 28)
+    # the one function of Python's that is called, and the one that Python calls
+    names = set(re.findall(rb"\0(Py[A-Z_]\w+)(?=\0)", binary))
+    assert names == {b"PyModule_Create2", b"PyInit__C"}
+
+
+def check_namespace(environment: Environment, source: Path, kernel: Path) -> None:
+    """Operators are where the build was told; and run there beside the usual ones."""
+    found = environment.check(
+        "import mikernels.ops, torch\n"
+        "names = torch._C._dispatch_get_all_op_names()\n"
+        "print({n.split('::')[0] for n in names if n.endswith(('::encode', '::cpu_level'))})"
+    )
+    assert found == str({NAMESPACE})
+    assert environment.info()["build"]["namespace"] == NAMESPACE
+    run(sys.executable, source / "release/hub.py", kernel, cwd=source)
+    package = kernel / "torch-ext/mikernels"
+    built = environment.check("from mikernels import _ext; print(_ext.C.__file__)")
+    (package / "_C.py").unlink()
+    shutil.copy(built, package)
+    # Hugging Face's builder writes this, and names the extension as the namespace
+    (package / "_ops.py").write_text(
+        f"import torch\nfrom . import _C\nops = torch.ops.{NAMESPACE}\n"
+        f"def add_op_namespace_prefix(name): return f'{NAMESPACE}::{{name}}'\n"
+    )
+    driver = ROOT / "tests/support/hub_driver.py"
+    printed = run(sys.executable, driver, package, cwd=kernel).splitlines()[0]
+    level = mikernels.supported_levels()[-1] if mikernels.supported_levels() else None
+    spaces, runs_at, brought = json.loads(printed)
+    assert (spaces, brought) == (["mikernels", NAMESPACE], [])
+    assert runs_at is not None and level in (None, runs_at)
 
 
 WORKS = """
@@ -216,7 +264,7 @@ def test_build_that_cannot_give_what_was_asked_for_fails(
         run(environment.python, "setup.py", "--version", cwd=source, **variables)
 
 
-def test_editable_install_imports_from_the_tree(source, environment):
+def test_editable_install_imports_from_the_tree_and_has_types(source, environment, tmp_path):
     environment.pip(*QUICK, "-e", source, cwd=source, MIKERNELS_EXT="0")
     where = environment.check(
         "import mikernels, mikernels.kernels, mikernels.bench\n"
@@ -225,6 +273,48 @@ def test_editable_install_imports_from_the_tree(source, environment):
     folders = ("mikernels", "kernels", "bench")
     assert where.split() == [str(source / folder / "__init__.py") for folder in folders]
     assert environment.check(WORKS) == "torch.Size([3, 5]) ()"
+    # type checkers run no import hooks
+    user = tmp_path / "user.py"
+    user.write_text("import mikernels\n\nmikernels.topk_encode\n")
+    mypy = "-m", "mypy", "--follow-imports=skip", "--cache-dir", tmp_path / "cache"
+    run(environment.python, *mypy, user, cwd=tmp_path)
+
+
+@pytest.mark.parametrize("place", ["PATH", "PWD", "nowhere"])
+def test_an_isolated_build_finds_the_torch_of_the_environment(source, environment, tmp_path, place):
+    """uv's tells it neither by sysconfig nor by VIRTUAL_ENV, but leaves PATH and PWD."""
+    isolated = tmp_path / "isolated"
+    venv.create(isolated, with_pip=False)
+    found = run(isolated / "bin/python", "-c", "import sys; print(sys.path[-1])", cwd=tmp_path)
+    for name in ("setuptools", "_distutils_hack"):
+        (Path(found.strip()) / name).symlink_to(Path(sysconfig.get_path("purelib")) / name)
+    (tmp_path / ".venv").symlink_to(environment.folder)
+    paths = [str(isolated / "bin"), str(environment.folder / "bin"), os.environ["PATH"]]
+    variables = {
+        "VIRTUAL_ENV": str(isolated),
+        "PATH": os.pathsep.join(p for p in paths if place == "PATH" or p != paths[1]),
+        "PWD": str(tmp_path if place == "PWD" else isolated),
+    }
+    command = isolated / "bin/python", "setup.py", "--version"
+    if place == "nowhere":
+        (tmp_path / ".venv").unlink()
+        # the environment of the tests may be activated
+        variables["PATH"] = "/usr/bin:/bin"
+        with pytest.raises(AssertionError, match="torch was not found by the build .* first `pip"):
+            run(*command, cwd=source, MIKERNELS_EXT="cpu", **variables)
+    else:
+        run(*command, cwd=source, MIKERNELS_EXT="cpu", **variables)
+        assert json.loads((source / "mikernels/_build.json").read_text())["extension"]
+
+
+def test_the_metadata_say_who_where_and_under_which_terms(source, environment):
+    environment.pip(*QUICK, source, cwd=source, MIKERNELS_EXT="0")
+    script = "import importlib.metadata as m, json; print(json.dumps(m.metadata('mikernels').json))"
+    told = json.loads(environment.check(script))
+    assert told["license_expression"] == "Apache-2.0" and told["author"]
+    labels = {entry.split(",")[0] for entry in told["project_url"]}
+    assert {"Repository", "Documentation", "Issues", "Changelog"} <= labels
+    assert told["keywords"] and "Typing :: Typed" in told["classifier"]
 
 
 def test_import_is_quick_quiet_and_light():

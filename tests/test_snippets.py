@@ -27,6 +27,7 @@ MARK = re.compile(r"<!-- not run: (.*?) -->\s*$")
 NOT_RUN = {
     "the reader's own script, as examples/ has it",
     "needs EAP-IG, which is not on PyPI",
+    "needs a kernel of the Hub",
 }
 # of a page: as written -> as run
 SMALL = {
@@ -39,7 +40,15 @@ SMALL = {
         "32_768": "2_048",
     },
     "docs/circuits.md": {"ioi(tokenizer, 100)": "ioi(tokenizer, 4)", "4_608": "128"},
-    "docs/operators.md": {},
+    "docs/report.md": {"20_000": "2_000", "4_608": "128"},
+    "docs/training.md": {
+        "100_000": "4_096",
+        "24_576": "512",
+        "10_000_000": "4_096",
+        "50_000": "2_000",
+        "1_000_000": "4_096",
+        "9_216": "256",
+    },
 }
 
 
@@ -69,9 +78,10 @@ WITH_PYTHON = [page for page in PAGES if any(why is None for *_, why in python(p
 def test_what_is_not_run_says_why() -> None:
     reasons = [why for page in PAGES for *_, why in blocks(page) if why is not None]
     assert set(reasons) == NOT_RUN
-    marks = sum(page.read_text(encoding="utf-8").count("not run:") for page in PAGES)
+    texts = [page.read_text(encoding="utf-8") for page in PAGES]
+    marks = sum(len(re.findall(r"(?<!`)<!-- *not run", text)) for text in texts)
     assert marks == len(reasons), "a mark stands right before its block"
-    assert SMALL.keys() == {name_of(page) for page in WITH_PYTHON}
+    assert SMALL.keys() <= {name_of(page) for page in WITH_PYTHON}
 
 
 @pytest.mark.parametrize("page", WITH_PYTHON, ids=name_of)
@@ -80,18 +90,18 @@ def test_python_runs_from_top_to_bottom(page, monkeypatch, tmp_path) -> None:
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     space: dict[str, object] = {"__name__": "__main__"}
-    used = set()
+    used, small = set(), SMALL.get(name_of(page), {})
     for line, body, why in python(page):
         if why is not None:
             continue
-        for written, run in SMALL[name_of(page)].items():
+        for written, run in small.items():
             if written in body:
                 used.add(written)
                 body = body.replace(written, run)
         # an error names the page and the line
         tree = ast.increment_lineno(ast.parse(body), line - 1)
         exec(compile(tree, str(page), "exec"), space)
-    assert used == SMALL[name_of(page)].keys(), "nothing is made smaller that is not there"
+    assert used == small.keys(), "nothing is made smaller that is not there"
 
 
 def commands() -> list[tuple[str, str]]:
@@ -119,7 +129,9 @@ def commands() -> list[tuple[str, str]]:
 
 def parse(call: str) -> str | None:
     """What typer says of a command or an option that there is not."""
-    words = shlex.split(re.split(r"[|>;&…]|\.\.\.", call)[0], comments=True)
+    # what is left to the reader stands for a value
+    call = re.sub(r"\.\.\.|…", "VALUE", call)
+    words = shlex.split(re.split(r"[|>;&]", call)[0], comments=True)
     group = COMMANDS
     if words[:1] == ["bench"]:
         # as the command itself does: `bench encode` is `bench run encode`

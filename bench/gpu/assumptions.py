@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 import mikernels
+from mikernels._dispatch import OPS
 
 from ..harness.spec import GPU_SHAPES
 from . import gpu
@@ -203,7 +204,7 @@ def _gradients(ground: Ground) -> None:
         dy, x = (ground.normal(n, s.d, dtype=fp32) for _ in range(2))
         w, dw, de = (ground.normal(f, s.d, dtype=fp32) for _ in range(3))
         values, db = ground.normal(n, s.k, dtype=fp32), ground.normal(f, dtype=fp32)
-        op = torch.ops.mikernels.sae_gradients_
+        op = OPS["sae_gradients_"].default
         seconds = ground.device.median(
             lambda: op(values, indices, *slots, None, dy, x, w, None, None, dw, de, db, False)
         )

@@ -138,20 +138,10 @@ def parts(python: str = sys.executable) -> list[Part]:
 
 
 def build_env() -> dict[str, str]:
-    """One architecture compiles quickest; torch brings pybind11's headers where pip did not."""
-    env = {}
+    """One architecture compiles quickest."""
     if "MIKERNELS_ARCHS" not in os.environ and (found := capability()):
-        env["MIKERNELS_ARCHS"] = found
-    if importlib.util.find_spec("pybind11") is None:
-        shim = RECORDS / "shim"
-        shim.mkdir(parents=True, exist_ok=True)
-        (shim / "pybind11.py").write_text(
-            "import importlib.util, pathlib\n\n\ndef get_include():\n"
-            "    origin = importlib.util.find_spec('torch').origin\n"
-            "    return str(pathlib.Path(origin).parent / 'include')\n"
-        )
-        env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(shim), os.environ.get("PYTHONPATH")]))
-    return env
+        return {"MIKERNELS_ARCHS": found}
+    return {}
 
 
 @functools.cache

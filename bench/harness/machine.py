@@ -85,8 +85,8 @@ def peaks(device: Cpu | None = None) -> dict[str, dict[str, float | None]]:
 
 
 def _peaks(all_threads: bool) -> dict[str, float | None]:
-    if _ext.C is not None:
-        measured = _ext.C.measure_peaks(all_threads)
+    measured = _ext.measure_peaks(all_threads)
+    if measured is not None:
         return {name: value or None for name, value in measured.items()}
     threads = torch.get_num_threads()
     torch.set_num_threads(threads if all_threads else 1)

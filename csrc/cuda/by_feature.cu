@@ -45,13 +45,11 @@ std::tuple<Tensor, Tensor> by_feature_cuda(Tensor indices, int64_t n_features) {
   return {offsets, order};
 }
 
-STABLE_TORCH_LIBRARY_FRAGMENT(mikernels, m) {
+MIK_DEFINE(m) {
   m.def("by_feature_cuda(Tensor indices, SymInt n_features) -> (Tensor offsets, Tensor order)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(mikernels, CUDA, m) {
-  m.impl("by_feature_cuda", TORCH_BOX(&by_feature_cuda));
-}
+MIK_REGISTER(CUDA, m) { m.impl("by_feature_cuda", TORCH_BOX(&by_feature_cuda)); }
 
 }  // namespace
 }  // namespace mik::cuda

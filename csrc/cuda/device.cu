@@ -21,11 +21,9 @@ bool cuda_runs(int64_t device) {
   return runs;
 }
 
-STABLE_TORCH_LIBRARY_FRAGMENT(mikernels, m) { m.def("cuda_runs(int device) -> bool"); }
+MIK_DEFINE(m) { m.def("cuda_runs(int device) -> bool"); }
 
-STABLE_TORCH_LIBRARY_IMPL(mikernels, CompositeExplicitAutograd, m) {
-  m.impl("cuda_runs", TORCH_BOX(&cuda_runs));
-}
+MIK_REGISTER(CompositeExplicitAutograd, m) { m.impl("cuda_runs", TORCH_BOX(&cuda_runs)); }
 
 }  // namespace
 }  // namespace mik::cuda

@@ -55,13 +55,9 @@ Tensor mass_threshold_cuda(Tensor x, double frac, bool absolute) {
   return out;
 }
 
-STABLE_TORCH_LIBRARY_FRAGMENT(mikernels, m) {
-  m.def("mass_threshold_cuda(Tensor x, float frac, bool absolute) -> Tensor");
-}
+MIK_DEFINE(m) { m.def("mass_threshold_cuda(Tensor x, float frac, bool absolute) -> Tensor"); }
 
-STABLE_TORCH_LIBRARY_IMPL(mikernels, CUDA, m) {
-  m.impl("mass_threshold_cuda", TORCH_BOX(&mass_threshold_cuda));
-}
+MIK_REGISTER(CUDA, m) { m.impl("mass_threshold_cuda", TORCH_BOX(&mass_threshold_cuda)); }
 
 }  // namespace
 }  // namespace mik::cuda

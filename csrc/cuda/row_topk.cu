@@ -81,14 +81,14 @@ void row_topk_into_cuda(Tensor scores, int64_t k, Tensor values, Tensor indices,
   select(scores, k, false, values, indices, base);
 }
 
-STABLE_TORCH_LIBRARY_FRAGMENT(mikernels, m) {
+MIK_DEFINE(m) {
   m.def("row_topk_cuda(Tensor scores, SymInt k, bool sorted) -> (Tensor values, Tensor indices)");
   m.def(
       "row_topk_into_cuda(Tensor scores, SymInt k, Tensor(a!) values, Tensor(b!) indices, "
       "int base) -> ()");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(mikernels, CUDA, m) {
+MIK_REGISTER(CUDA, m) {
   m.impl("row_topk_cuda", TORCH_BOX(&row_topk_cuda));
   m.impl("row_topk_into_cuda", TORCH_BOX(&row_topk_into_cuda));
 }

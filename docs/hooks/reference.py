@@ -25,8 +25,12 @@ def source(module: str) -> Path:
     return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
 
 
-def exported(tree: ast.Module) -> list[str]:
-    for node in tree.body:
+def parsed(module: str) -> ast.Module:
+    return ast.parse(source(module).read_text(encoding="utf-8"))
+
+
+def exported(module: str) -> list[str]:
+    for node in parsed(module).body:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
             return ast.literal_eval(node.value)
     return []
@@ -39,28 +43,28 @@ def public_modules() -> Iterator[str]:
             module = f"{folder}/{path.stem}".replace("/", ".")
             if path.stem.startswith("_") or module in INTERNAL or not source(module).is_file():
                 continue
-            if exported(ast.parse(source(module).read_text(encoding="utf-8"))):
+            if exported(module):
                 yield module
 
 
-def defining(module: str, tree: ast.Module, name: str) -> str:
+def defining(module: str, name: str) -> str:
     """The module that defines a name which `module` exports, through any number of packages."""
-    for node in ast.walk(tree):
+    for node in ast.walk(parsed(module)):
         if isinstance(node, ast.ImportFrom) and node.module:
             for alias in node.names:
+                if alias.name == "*" and name in exported(node.module):
+                    return defining(node.module, name)
                 if (alias.asname or alias.name) == name:
                     if source(f"{node.module}.{alias.name}").is_file():
                         return f"{node.module}.{alias.name}"
-                    inner = ast.parse(source(node.module).read_text(encoding="utf-8"))
-                    return defining(node.module, inner, alias.name)
+                    return defining(node.module, alias.name)
     return module
 
 
 def page(module: str, shown: set[tuple[str, str]]) -> str:
-    tree = ast.parse(source(module).read_text(encoding="utf-8"))
     groups: dict[str, list[str]] = {}
-    for name in exported(tree):
-        home = defining(module, tree, name)
+    for name in exported(module):
+        home = defining(module, name)
         if name != "__version__" and (home, name) not in shown:
             shown.add((home, name))
             groups.setdefault(home, []).append(name)
@@ -73,8 +77,7 @@ def page(module: str, shown: set[tuple[str, str]]) -> str:
             lines += [f"## {', '.join(names)}", "", f"::: {home}", docstring, ""]
         for name in names:
             if f"{module}.{name}" == home:
-                inner = exported(ast.parse(source(home).read_text(encoding="utf-8")))
-                lines += [line for n in inner for line in (f"::: {home}.{n}", "")]
+                lines += [line for n in exported(home) for line in (f"::: {home}.{n}", "")]
             else:
                 lines += [f"::: {module}.{name}", ""]
     return "\n".join(lines) if groups else ""

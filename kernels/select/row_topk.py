@@ -19,6 +19,7 @@ from collections.abc import Mapping
 import torch
 import triton.language as tl
 
+from ..._ops import ops
 from ..common.launch import ceil_div, kernel, power_of_two
 from ..common.offline import Case
 from . import order
@@ -147,8 +148,7 @@ def grouped_shape(n: int, k: int) -> Mapping[str, int] | None:
 @functools.cache
 def _in_cuda(index: int) -> bool:
     """Whether the extension has CUDA C++'s selection, with code for this device."""
-    operators = torch.ops.mikernels
-    return hasattr(operators, "row_topk_into_cuda") and operators.cuda_runs(index)
+    return hasattr(ops, "row_topk_into_cuda") and ops.cuda_runs(index)
 
 
 def select_into(
@@ -160,7 +160,7 @@ def select_into(
     built (G1, H200: 0.153 ms in fp32, Triton's 0.208; and less to do on the host), else by Triton.
     """
     if scores.is_cuda and _in_cuda(scores.device.index):
-        torch.ops.mikernels.row_topk_into_cuda(scores, k, values, indices, base)
+        ops.row_topk_into_cuda(scores, k, values, indices, base)
     else:
         _select_by_triton(scores, k, values, indices, base)
 

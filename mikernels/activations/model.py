@@ -203,7 +203,9 @@ class ModelSource(Source):
             TypeError, ValueError, ...: as for a ModelSource; no layer, or not a target for each.
 
         Example:
-            >>> sources = ModelSource.each(model, tokenizer, [3, 7, "7.mlp_out"], texts)
+            >>> places = [0, 2, "2.mlp_out"]
+            >>> [source.d for source in ModelSource.each(model, tokenizer, places, ["a text"])]
+            [24, 24, 24]
         """
         layers = list(layers)
         if not layers or (targets is not None and len(targets) != len(layers)):

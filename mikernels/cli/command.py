@@ -18,7 +18,9 @@ from mikernels.cli.accelerate import accelerate
 from mikernels.cli.circuits import circuits
 from mikernels.cli.eval import evaluate
 from mikernels.cli.figures import Json, check_json, write_figures
+from mikernels.cli.plan import plan
 from mikernels.cli.rate import rate
+from mikernels.cli.replay import replay
 from mikernels.cli.report import report
 from mikernels.cli.train import train
 
@@ -152,11 +154,13 @@ def demo(
 
 
 app.command()(train)
+app.command()(plan)
 app.command("eval")(evaluate)
 app.command()(rate)
 app.command()(report)
 app.command()(circuits)
 app.command()(accelerate)
+app.command()(replay)
 
 
 @app.command(

@@ -49,7 +49,7 @@ def load_any(folder: Path, k: float | None = None, where: str = "eval") -> SAE:
     from mikernels.integrations import saelens
     from mikernels.integrations.saelens.form import CONFIG
     from mikernels.training import load_sae
-    from mikernels.training.state.checkpoint import STATE, checkpoints
+    from mikernels.training.state.checkpoint import STATE, checkpoints, runs_within
 
     if (folder / CONFIG).exists():
         return saelens.load_sae(folder, k=k)
@@ -61,9 +61,11 @@ def load_any(folder: Path, k: float | None = None, where: str = "eval") -> SAE:
         return load_sae(folder)
     if found := checkpoints(folder):
         return load_sae(found[-1])
+    names = runs_within(folder)
+    held = f", which holds the runs {', '.join(names)}: give one of these" if names else ""
     raise FileNotFoundError(
         f"{where}: SAE must be a folder with a checkpoint ({STATE}), checkpoint-<step> folders or "
-        f"an SAE of SAELens ({CONFIG}), got {folder}"
+        f"an SAE of SAELens ({CONFIG}), got {folder}{held}"
     )
 
 

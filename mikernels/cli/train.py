@@ -26,6 +26,7 @@ from mikernels.cli.inputs import (
     sites_of,
 )
 from mikernels.cli.options import ACTIVATIONS, OUTPUT, count, device_of, option
+from mikernels.cli.planned import Planned
 
 if TYPE_CHECKING:
     import torch
@@ -198,6 +199,9 @@ def train(
         Path | None, option("Also write the SAE for SAELens to this folder.", OUTPUT)
     ] = None,
     json_file: Json = None,
+    plan: Annotated[
+        bool, option("Say what the run would take, as `mikernels plan` does.", OUTPUT, "--plan")
+    ] = False,
 ) -> None:
     """Train an SAE or transcoder on your own activations, or on those of a local model over text.
 
@@ -265,8 +269,6 @@ def train(
             raise ValueError(f"train: --threads must be at least 1, got {threads}")
         torch.set_num_threads(threads)
     target = device_of("train", device)
-    if model is not None and (layer or each) and text and tokens is None:
-        raise ValueError("train: --tokens must be given with --model, e.g. --tokens 10M")
     inputs = read_inputs(
         "train",
         activations=activations,
@@ -280,6 +282,8 @@ def train(
         context=context,
         skip_first=skip_first,
     )
+    if inputs.model is not None and tokens is None:
+        raise ValueError("train: --tokens must be given with --model, e.g. --tokens 10M")
     if each and save_activations is not None:
         raise ValueError(
             f"train: --save-activations must go with one place, got --sites of {len(each)}; keep "
@@ -314,6 +318,11 @@ def train(
         seed=seed,
     )
     several = len(asked) > 1 or bool(each)
+    if plan and several:
+        raise ValueError(
+            f"plan: the run must be of one SAE, got {len(asked)}; plan each by itself: memory and "
+            f"times add up, but for the activations, which are read once"
+        )
 
     def trainer_of(one: train_runs.Member) -> Trainer:
         variant, source = ARCHITECTURES[one.arch], sources[one.source]
@@ -330,6 +339,10 @@ def train(
         generator = torch.Generator().manual_seed(seed)
         more = {"generator": generator, "encoder_scale": encoder_scale}
         sae = variant(source.d, **{**given, "loss": loss, **own, **more}).to(target)  # type: ignore[call-arg, arg-type]
+        if plan:
+            (plan if isinstance(plan, Planned) else Planned()).show(
+                sae, source, config, make_optimizer, out, json_file
+            )
         chosen = None
         if make_optimizer is not None:
             rate = config.peak_lr(sae.config.n_features)

@@ -20,28 +20,9 @@ from mikernels.activations import TensorSource
 from mikernels.activations.shards import load_rows
 from mikernels.demo.data import held_out
 from mikernels.files import explained, finite, read_json, write_json
+from mikernels.machine import reset_peak, resident_bytes
 from mikernels.nn import ARCHITECTURES
 from mikernels.training import TrainConfig, Trainer
-
-STATUS = Path("/proc/self/status")
-CLEAR_REFS = Path("/proc/self/clear_refs")
-
-
-def resident_bytes(field: str) -> int | None:
-    """VmRSS or VmHWM (its peak) of this process; None where there is no /proc."""
-    if not STATUS.exists():
-        return None
-    lines = [line for line in STATUS.read_text().splitlines() if line.startswith(f"{field}:")]
-    return int(lines[0].split()[1]) * 1024 if lines else None
-
-
-def reset_peak() -> bool:
-    """Start VmHWM again at the present resident set; False where the kernel does not let us."""
-    try:
-        CLEAR_REFS.write_text("5")
-    except OSError:
-        return False
-    return True
 
 
 def read_spec(path: Path) -> dict[str, Any]:

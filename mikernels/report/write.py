@@ -58,8 +58,8 @@ def write_report(
         FileExistsError: the folder holds something else. OSError: it cannot be written.
 
     Example:
-        >>> features = collect_features(sae, batches, pieces)
-        >>> write_report(features, "out/report")
+        >>> features = collect_features(sae, batches, pieces)  # doctest: +SKIP
+        >>> write_report(features, "out/report")  # doctest: +SKIP
     """
     folder = Path(folder)
     chosen = _chosen(numbers, features.n_features)

@@ -4,6 +4,7 @@
 from mikernels.training.config import TrainConfig
 from mikernels.training.group import TrainerGroup, TrainingFailed
 from mikernels.training.loggers import MetricsLogger, RunInfo, TensorBoardLogger, WandbLogger
+from mikernels.training.planning import Plan, plan
 from mikernels.training.state.checkpoint import load_sae
 from mikernels.training.state.metrics import History
 from mikernels.training.trainer import Trainer
@@ -11,6 +12,7 @@ from mikernels.training.trainer import Trainer
 __all__ = [
     "History",
     "MetricsLogger",
+    "Plan",
     "RunInfo",
     "TensorBoardLogger",
     "TrainConfig",
@@ -19,4 +21,5 @@ __all__ = [
     "TrainingFailed",
     "WandbLogger",
     "load_sae",
+    "plan",
 ]

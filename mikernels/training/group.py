@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from mikernels.activations.streams import IterableSource
 from mikernels.tensor_files import overlap
@@ -61,12 +61,15 @@ class TrainerGroup:
             one weight or out_dir, or with one source and several batch sizes.
 
     Example:
-        >>> source = ShardSource("activations/", 4096)
-        >>> group = TrainerGroup({
-        ...     f"k{k}": Trainer(TopKSAE(768, 24576, k), source, config, out_dir=f"out/k{k}")
-        ...     for k in (16, 32, 64)
-        ... })
-        >>> histories = group.run()
+        >>> source = TensorSource(torch.randn(256, 8))
+        >>> config = TrainConfig(total_tokens=256, batch_size=64)
+        >>> trainers = {
+        ...     f"k{k}": Trainer(TopKSAE(8, 32, k), source, config, out_dir=f"out/k{k}", quiet=True)
+        ...     for k in (2, 4)
+        ... }
+        >>> histories = TrainerGroup(trainers).run()
+        >>> [history.column("k") for history in histories.values()]
+        [[2], [4]]
     """
 
     def __init__(self, trainers: Mapping[str, Trainer]):
@@ -156,7 +159,10 @@ class TrainerGroup:
         ]
         check_space(places)
         errors = drive(
-            self.trainers, lambda: self._how_to_resume(how), self._generators, self._ended
+            self.trainers,
+            lambda failed: self._how_to_resume(how, failed),
+            self._generators,
+            self._ended,
         )
         if errors:
             first = next(iter(errors.values()))
@@ -168,8 +174,9 @@ class TrainerGroup:
         if isinstance(source, View):
             source.leave()
 
-    def _how_to_resume(self, how: str) -> str:
-        at = ", ".join(f"{name} at step {t.step:,}" for name, t in self.trainers.items())
+    def _how_to_resume(self, how: str, failed: Collection[str]) -> str:
+        saved = {name: t for name, t in self.trainers.items() if name not in failed}
+        at = ", ".join(f"{name} at step {t.step:,}" for name, t in saved.items())
         if all(t.out_dir is None for t in self.trainers.values()):
             return f"TrainerGroup: interrupted, {at}; nothing is saved without out_dir"
         return f"TrainerGroup: interrupted and saved, {at}; {how} to continue"

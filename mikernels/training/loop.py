@@ -8,8 +8,8 @@ step; then all are saved.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Protocol
 
 import torch
@@ -55,14 +55,14 @@ class Generators:
 
 def drive(
     trainers: Mapping[str, Driven],
-    advice: Callable[[], str],
+    advice: Callable[[Collection[str]], str],
     generators: Generators | None = None,
     ended: Callable[[str], None] = lambda name: None,
 ) -> dict[str, Exception]:
     """Run trainers to their ends.
 
     Args:
-        advice: what to say once all are saved after an interrupt.
+        advice: what to say once all are saved after an interrupt, but for those that failed.
         generators: those of a group. Of a group, an error ends the trainer that it comes from, not
             the others. None: of one trainer, whose errors are raised.
         ended: called with the name of each trainer that takes no more steps.
@@ -98,10 +98,12 @@ def drive(
                 del running[name]
                 ended(name)
 
-        try:
+        with ExitStack() as opened:
             for name, trainer in trainers.items():
                 with nullcontext() if generators is None else generators.of(name):
                     running[name] = trainer.steps(reports[name], name)
+                    # what has not ended by then lets go of its folder; of no effect else
+                    opened.callback(running[name].close)
                     next(running[name])
             with Interrupts() as interrupts:
                 while running:
@@ -113,9 +115,6 @@ def drive(
                 if interrupts.pending is not None:
                     for name in list(running):
                         go(name, True)
-                    board.note(advice())
+                    board.note(advice(errors))
                     interrupts.stop()
-        finally:
-            for steps in running.values():
-                steps.close()
     return errors

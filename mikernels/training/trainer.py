@@ -37,7 +37,7 @@ from mikernels.training.preflight import (
     prepare_out_dir,
 )
 from mikernels.training.progress import Board, Reporter
-from mikernels.training.state.checkpoint import checkpoints, save_checkpoint
+from mikernels.training.state.checkpoint import checkpoints, runs_within, save_checkpoint
 from mikernels.training.state.metrics import Clock, History, JsonLines, Means, Pace
 from mikernels.training.state.snapshot import OPEN, Read, put_back, read_run, take_snapshot
 from mikernels.training.steps.autograd import AutogradStep, dense_forward, sparse_forward
@@ -168,9 +168,16 @@ class Trainer:
         """The checkpoint that `resume` would continue, and whether it is of out_dir; see there."""
         mine = [] if self.out_dir is None else checkpoints(self.out_dir)
         if folder is None and not mine:
+            names = [] if self.out_dir is None else runs_within(self.out_dir)
+            within = ""
+            if names:
+                within = (
+                    f" but with the runs {', '.join(names)} in it (resume them as they were begun, "
+                    f"together, or one by its own folder)"
+                )
             raise FileNotFoundError(
                 f"resume: out_dir (--out) must hold a checkpoint-<step> folder, got {self.out_dir} "
-                f"without one{_runs_within(self.out_dir)}; leave resume out to start a new run"
+                f"without one{within}; leave resume out to start a new run"
             )
         folder = mine[-1] if folder is None else Path(folder)
         if mine and mine[-1].resolve() != folder.resolve():
@@ -217,7 +224,7 @@ class Trainer:
             BlockingIOError: another process writes to out_dir.
             OSError: out_dir cannot be written, or was deleted meanwhile.
         """
-        drive({self.config.step: self}, lambda: self._how_to_resume(how_to_resume))
+        drive({self.config.step: self}, lambda failed: self._how_to_resume(how_to_resume))
         return self.history
 
     @property
@@ -451,17 +458,4 @@ def ended(config: TrainConfig, read: Read) -> ValueError:
         f"resume: total_tokens (--tokens) must be above {config.tokens_per_step * read.step:,}, "
         f"where {read.path.parent} has come to, to train on, got {config.total_tokens:,}; raise "
         f"it, or read the trained SAE with load_sae"
-    )
-
-
-def _runs_within(folder: Path | None) -> str:
-    """For somebody who means a group of runs, or one of them."""
-    within = [] if folder is None or not folder.is_dir() else sorted(folder.iterdir())
-    names = [path.name for path in within if path.is_dir() and checkpoints(path)]
-    if not names:
-        return ""
-    shown = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
-    return (
-        f" but with the runs {shown} in it (resume them as they were begun, together, or one of "
-        f"them by its own folder)"
     )

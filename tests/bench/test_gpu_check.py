@@ -3,7 +3,6 @@
 
 import itertools
 import json
-import os
 import sys
 import tarfile
 from pathlib import Path
@@ -168,18 +167,6 @@ def test_the_real_parts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
         paths = [word for word in part.command if word.startswith("tests/")]
         assert all((gpu_check.ROOT / path).exists() for path in paths), paths
         assert bool(paths) == (part.name in ("tests", "cpu_tests"))
-
-
-def test_build_without_pybind11(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(gpu_check, "RECORDS", tmp_path)
-    monkeypatch.setattr(gpu_check, "capability", lambda: "")
-    monkeypatch.setattr(gpu_check.importlib.util, "find_spec", lambda name: None)
-    env = gpu_check.build_env()
-    monkeypatch.undo()
-    shim = Path(env["PYTHONPATH"].split(os.pathsep)[0]) / "pybind11.py"
-    namespace: dict = {}
-    exec(shim.read_text(), namespace)
-    assert (Path(namespace["get_include"]()) / "pybind11" / "pybind11.h").exists()
 
 
 @pytest.fixture

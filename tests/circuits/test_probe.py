@@ -221,6 +221,9 @@ def test_pages_are_self_contained_and_escape_tokens(tmp_path):
     page = probe.to_html()
     assert page.count("<title>L") == 12 and "95 % interval" in page
     assert "95 % interval" not in one.to_html() and "/-" not in page.replace("</", "")
+    # pairs have no direction
+    assert '<th colspan="2">pair</th>' in page and "A pair has no direction" in page
+    assert all(word not in page for word in ("<th>source", "<th>target", "→", "-&gt;"))
 
 
 def test_inputs_are_refused_before_the_model_runs():

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from mikernels import _ext
+from mikernels._ops import ops
 
 COARSE_LEVELS = "avxvnni", "avx512"
 
@@ -15,6 +15,6 @@ COARSE_LEVELS = "avxvnni", "avx512"
 def screened() -> Iterator[list[int]]:
     """The pairs screened inside: [in 8 bits first, in 16 though 8 were to be had]."""
     found: list[int] = []
-    before = _ext.C.screened_pairs()
+    before = ops.screened_pairs()
     yield found
-    found += [now - was for now, was in zip(_ext.C.screened_pairs(), before, strict=True)]
+    found += [now - was for now, was in zip(ops.screened_pairs(), before, strict=True)]

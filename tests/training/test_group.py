@@ -251,6 +251,13 @@ def test_groups_that_cannot_be_are_refused(tmp_path) -> None:
     for trainers, kind, message in refused_groups(tmp_path).values():
         with pytest.raises(kind, match=message):
             TrainerGroup(trainers)
+    stream = iter([randn(BATCH, D, seed=1)] * 3)
+    with pytest.raises(ValueError, match="trainers of one iterator must have one source"):
+        TrainerGroup({name: member(name, stream, None) for name in ("k2", "k5")})
+    source = TensorSource(randn(200, D, seed=1))
+    sizes = {f"{n}": member("k2", source, None, batch_size=n) for n in (16, 32)}
+    with pytest.raises(ValueError, match=r"must have one batch_size, got \[16, 32\]"):
+        TrainerGroup(sizes)
     made = group(None)
     with pytest.raises(ValueError, match="is in another group"):
         TrainerGroup(made.trainers)

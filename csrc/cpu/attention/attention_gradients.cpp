@@ -426,9 +426,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_gradients(
   return {dq, dk, dv, checks};
 }
 
-STABLE_TORCH_LIBRARY_IMPL(mikernels, CPU, m) {
-  m.impl("attention_gradients", TORCH_BOX(&attention_gradients));
-}
+MIK_REGISTER(CPU, m) { m.impl("attention_gradients", TORCH_BOX(&attention_gradients)); }
 
 }  // namespace
 }  // namespace mik

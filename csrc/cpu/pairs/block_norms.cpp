@@ -82,7 +82,7 @@ Tensor block_norms(Tensor a, Tensor b) {
   return out;
 }
 
-STABLE_TORCH_LIBRARY_IMPL(mikernels, CPU, m) { m.impl("block_norms", TORCH_BOX(&block_norms)); }
+MIK_REGISTER(CPU, m) { m.impl("block_norms", TORCH_BOX(&block_norms)); }
 
 }  // namespace
 }  // namespace mik

@@ -128,7 +128,7 @@ void edge_heads(Tensor dz, Tensor w_o, Tensor grad, OptionalTensor weights, Opti
   });
 }
 
-STABLE_TORCH_LIBRARY_IMPL(mikernels, CPU, m) { m.impl("edge_heads_", TORCH_BOX(&edge_heads)); }
+MIK_REGISTER(CPU, m) { m.impl("edge_heads_", TORCH_BOX(&edge_heads)); }
 
 }  // namespace
 }  // namespace mik

@@ -76,7 +76,7 @@ Tensor edge_mix(OptionalTensor base, Tensor delta, Tensor mask) {
   return out;
 }
 
-STABLE_TORCH_LIBRARY_IMPL(mikernels, CPU, m) { m.impl("edge_mix", TORCH_BOX(&edge_mix)); }
+MIK_REGISTER(CPU, m) { m.impl("edge_mix", TORCH_BOX(&edge_mix)); }
 
 }  // namespace
 }  // namespace mik

@@ -58,9 +58,7 @@ void gram_products(Tensor acts, Tensor grads, Tensor acts2, Tensor grads2, bool 
   });
 }
 
-STABLE_TORCH_LIBRARY_IMPL(mikernels, CPU, m) {
-  m.impl("gram_products_", TORCH_BOX(&gram_products));
-}
+MIK_REGISTER(CPU, m) { m.impl("gram_products_", TORCH_BOX(&gram_products)); }
 
 }  // namespace
 }  // namespace mik

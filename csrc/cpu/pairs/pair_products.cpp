@@ -47,9 +47,7 @@ void pair_products(Tensor a, Tensor b, OptionalTensor scale, OptionalTensor weig
   });
 }
 
-STABLE_TORCH_LIBRARY_IMPL(mikernels, CPU, m) {
-  m.impl("pair_products_", TORCH_BOX(&pair_products));
-}
+MIK_REGISTER(CPU, m) { m.impl("pair_products_", TORCH_BOX(&pair_products)); }
 
 }  // namespace
 }  // namespace mik

@@ -94,7 +94,7 @@ std::tuple<Tensor, Tensor, Tensor> pairwise_topk(Tensor a, Tensor b, OptionalTen
   return {values, rows, cols};
 }
 
-STABLE_TORCH_LIBRARY_IMPL(mikernels, CPU, m) { m.impl("pairwise_topk", TORCH_BOX(&pairwise_topk)); }
+MIK_REGISTER(CPU, m) { m.impl("pairwise_topk", TORCH_BOX(&pairwise_topk)); }
 
 }  // namespace
 }  // namespace mik

@@ -88,9 +88,7 @@ void positional_dot(Tensor grads, Tensor vectors, Tensor positions, OptionalTens
   MIK_DISPATCH_FLOATING(grads, [&] { run<scalar_t>(grads, vectors, groups, order, scale, out); });
 }
 
-STABLE_TORCH_LIBRARY_IMPL(mikernels, CPU, m) {
-  m.impl("positional_dot_", TORCH_BOX(&positional_dot));
-}
+MIK_REGISTER(CPU, m) { m.impl("positional_dot_", TORCH_BOX(&positional_dot)); }
 
 }  // namespace
 }  // namespace mik

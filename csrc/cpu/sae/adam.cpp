@@ -8,6 +8,12 @@
 
 #include <cmath>
 
+#if defined(__x86_64__) && defined(__GLIBC__)
+// glibc 2.29 renamed pow for its errno alone; under its old name it is the same function, and the
+// extension loads on glibc 2.28 too (manylinux_2_28)
+__asm__(".symver pow, pow@GLIBC_2.2.5");
+#endif
+
 #define MIK_BODY "cpu/sae/adam_body.h"
 #include "cpu/simd/each_level.h"
 
@@ -63,8 +69,8 @@ void adam_rows(Tensor param, Tensor grad, Tensor exp_avg, Tensor exp_avg_sq, Ten
     for (const Tensor* state : {&exp_avg, &exp_avg_sq})
       check(state->is_contiguous() && state->dim() == 2 && state->size(0) == param.size(0) &&
                 state->size(1) == param.size(1) &&
-                state->scalar_type() == (sizeof(A) == sizeof(double) ? ScalarType::Double
-                                                                     : ScalarType::Float),
+                state->scalar_type() ==
+                    (sizeof(A) == sizeof(double) ? ScalarType::Double : ScalarType::Float),
             "adam_rows_: exp_avg and exp_avg_sq must be contiguous, of the parameter's shape, in "
             "its accumulation dtype");
     const int64_t rows = param.size(0), d = param.size(1);
@@ -112,7 +118,7 @@ Tensor grad_sumsq(Tensor grad, Tensor param, bool project) {
   return out;
 }
 
-STABLE_TORCH_LIBRARY_IMPL(mikernels, CPU, m) {
+MIK_REGISTER(CPU, m) {
   m.impl("adam_rows_", TORCH_BOX(&adam_rows));
   m.impl("grad_sumsq", TORCH_BOX(&grad_sumsq));
 }

@@ -212,9 +212,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_topk_encode(Tensor x, Tensor w,
   return {values, indices, row_offsets, threshold};
 }
 
-STABLE_TORCH_LIBRARY_IMPL(mikernels, CPU, m) {
-  m.impl("batch_topk_encode", TORCH_BOX(&batch_topk_encode));
-}
+MIK_REGISTER(CPU, m) { m.impl("batch_topk_encode", TORCH_BOX(&batch_topk_encode)); }
 
 }  // namespace
 }  // namespace mik

@@ -18,17 +18,16 @@ Tensor decode(Tensor values, Tensor indices, OptionalTensor row_offsets, Tensor 
   Tensor y = empty(values, {n, d});
   MIK_DISPATCH_FLOATING(values, [&] {
     using A = accumulator_t<scalar_t>;
-    parallel_rows(
-        n, values.size(-1), values.numel(), row_offsets,
-        [&](auto owned, int64_t begin, int64_t end) {
-          const int64_t longest = longest_row(owned, begin, end);
-          std::unique_ptr<A[]> sum(new A[d]), weights(new A[longest]);
-          std::unique_ptr<const scalar_t*[]> rows(new const scalar_t*[longest]);
-          MIK_AT_LEVEL(decode_tokens<scalar_t, A, decltype(owned)>)(
-              begin, end, owned, d, data<scalar_t>(values), data<int64_t>(indices),
-              data<scalar_t>(w), w.stride(0), data_or_null<scalar_t>(bias),
-              mutable_data<scalar_t>(y), sum.get(), rows.get(), weights.get());
-        });
+    parallel_rows(n, values.size(-1), values.numel(), row_offsets,
+                  [&](auto owned, int64_t begin, int64_t end) {
+                    const int64_t longest = longest_row(owned, begin, end);
+                    std::unique_ptr<A[]> sum(new A[d]), weights(new A[longest]);
+                    std::unique_ptr<const scalar_t*[]> rows(new const scalar_t*[longest]);
+                    MIK_AT_LEVEL(decode_tokens<scalar_t, A, decltype(owned)>)(
+                        begin, end, owned, d, data<scalar_t>(values), data<int64_t>(indices),
+                        data<scalar_t>(w), w.stride(0), data_or_null<scalar_t>(bias),
+                        mutable_data<scalar_t>(y), sum.get(), rows.get(), weights.get());
+                  });
   });
   return y;
 }
@@ -42,23 +41,22 @@ std::tuple<Tensor, Tensor> decode_error(Tensor values, Tensor indices, OptionalT
   Tensor squares = empty(x, {n});
   MIK_DISPATCH_FLOATING(values, [&] {
     using A = accumulator_t<scalar_t>;
-    parallel_rows(
-        n, values.size(-1), values.numel(), row_offsets,
-        [&](auto owned, int64_t begin, int64_t end) {
-          const int64_t longest = longest_row(owned, begin, end);
-          std::unique_ptr<A[]> weights(new A[longest]);
-          std::unique_ptr<const scalar_t*[]> rows(new const scalar_t*[longest]);
-          MIK_AT_LEVEL(decode_errors<scalar_t, A, decltype(owned)>)(
-              begin, end, owned, d, data<scalar_t>(values), data<int64_t>(indices),
-              data<scalar_t>(w), w.stride(0), data_or_null<scalar_t>(bias), data<A>(x),
-              x.stride(0), mutable_data<A>(error), mutable_data<A>(squares), rows.get(),
-              weights.get());
-        });
+    parallel_rows(n, values.size(-1), values.numel(), row_offsets,
+                  [&](auto owned, int64_t begin, int64_t end) {
+                    const int64_t longest = longest_row(owned, begin, end);
+                    std::unique_ptr<A[]> weights(new A[longest]);
+                    std::unique_ptr<const scalar_t*[]> rows(new const scalar_t*[longest]);
+                    MIK_AT_LEVEL(decode_errors<scalar_t, A, decltype(owned)>)(
+                        begin, end, owned, d, data<scalar_t>(values), data<int64_t>(indices),
+                        data<scalar_t>(w), w.stride(0), data_or_null<scalar_t>(bias), data<A>(x),
+                        x.stride(0), mutable_data<A>(error), mutable_data<A>(squares), rows.get(),
+                        weights.get());
+                  });
   });
   return {error, squares};
 }
 
-STABLE_TORCH_LIBRARY_IMPL(mikernels, CPU, m) {
+MIK_REGISTER(CPU, m) {
   m.impl("decode", TORCH_BOX(&decode));
   m.impl("decode_error", TORCH_BOX(&decode_error));
 }

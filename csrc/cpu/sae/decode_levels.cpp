@@ -60,9 +60,7 @@ std::tuple<Tensor, Tensor, Tensor> decode_levels(Tensor values, Tensor indices,
   return {mixed, error, squares};
 }
 
-STABLE_TORCH_LIBRARY_IMPL(mikernels, CPU, m) {
-  m.impl("decode_levels", TORCH_BOX(&decode_levels));
-}
+MIK_REGISTER(CPU, m) { m.impl("decode_levels", TORCH_BOX(&decode_levels)); }
 
 }  // namespace
 }  // namespace mik

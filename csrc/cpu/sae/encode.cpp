@@ -68,7 +68,7 @@ std::tuple<Tensor, Tensor> encode(Tensor x, Tensor w, OptionalTensor b_enc, Opti
   return {values, indices};
 }
 
-STABLE_TORCH_LIBRARY_IMPL(mikernels, CPU, m) { m.impl("encode", TORCH_BOX(&encode)); }
+MIK_REGISTER(CPU, m) { m.impl("encode", TORCH_BOX(&encode)); }
 
 }  // namespace
 }  // namespace mik

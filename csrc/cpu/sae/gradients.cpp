@@ -134,8 +134,8 @@ void sae_gradients(Tensor values, Tensor indices, Tensor offsets, Tensor order,
   const int64_t d_out = w_dec.size(1), d_in = x.size(1), n_features = w_dec.size(0);
   check_levels("sae_gradients_", dy, levels, n_features);
   const int64_t axis = dy.dim() - 2, n = dy.size(axis);
-  check(x.size(0) == n && dy.size(axis + 1) == d_out &&
-            values.scalar_type() == dy.scalar_type() && x.scalar_type() == dy.scalar_type(),
+  check(x.size(0) == n && dy.size(axis + 1) == d_out && values.scalar_type() == dy.scalar_type() &&
+            x.scalar_type() == dy.scalar_type(),
         "sae_gradients_: expected values, dy [N, d_out] and x [N, d_in] of one dtype, w_dec "
         "[F, d_out]");
   check_tokens("sae_gradients_", values, tokens, n);
@@ -166,9 +166,9 @@ void sae_gradients(Tensor values, Tensor indices, Tensor offsets, Tensor order,
   check(offsets.numel() == n_features + 1, "sae_gradients_: offsets must be [F + 1]");
   const ScalarType w_type = w_dec.scalar_type();
   // a decoder that is not read may be of any floating dtype
-  const bool unread = d_pre.has_value() &&
-                      (w_type == ScalarType::Float || w_type == ScalarType::Double ||
-                       w_type == ScalarType::BFloat16 || w_type == ScalarType::Half);
+  const bool unread =
+      d_pre.has_value() && (w_type == ScalarType::Float || w_type == ScalarType::Double ||
+                            w_type == ScalarType::BFloat16 || w_type == ScalarType::Half);
   check_slots("sae_gradients_", offsets, order, values.numel());
   const auto run = [&]<class T, class W>(T*, W*) {
     SaeGradients<T, W> g{};
@@ -202,7 +202,7 @@ void sae_gradients(Tensor values, Tensor indices, Tensor offsets, Tensor order,
   });
 }
 
-STABLE_TORCH_LIBRARY_IMPL(mikernels, CPU, m) {
+MIK_REGISTER(CPU, m) {
   m.impl("by_feature", TORCH_BOX(&by_feature));
   m.impl("gather_dot", TORCH_BOX(&gather_dot));
   m.impl("feature_sum", TORCH_BOX(&feature_sum));

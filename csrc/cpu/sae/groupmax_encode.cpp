@@ -247,9 +247,7 @@ std::tuple<Tensor, Tensor> groupmax_encode(Tensor x, Tensor w, OptionalTensor b_
   return {values, indices};
 }
 
-STABLE_TORCH_LIBRARY_IMPL(mikernels, CPU, m) {
-  m.impl("groupmax_encode", TORCH_BOX(&groupmax_encode));
-}
+MIK_REGISTER(CPU, m) { m.impl("groupmax_encode", TORCH_BOX(&groupmax_encode)); }
 
 }  // namespace
 }  // namespace mik

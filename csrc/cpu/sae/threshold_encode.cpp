@@ -205,9 +205,7 @@ std::tuple<Tensor, Tensor, Tensor> threshold_encode(Tensor x, Tensor w, Optional
   return {values, indices, row_offsets};
 }
 
-STABLE_TORCH_LIBRARY_IMPL(mikernels, CPU, m) {
-  m.impl("threshold_encode", TORCH_BOX(&threshold_encode));
-}
+MIK_REGISTER(CPU, m) { m.impl("threshold_encode", TORCH_BOX(&threshold_encode)); }
 
 }  // namespace
 }  // namespace mik

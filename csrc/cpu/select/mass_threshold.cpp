@@ -119,9 +119,7 @@ Tensor mass_threshold(Tensor x, double frac, bool) {
   return out;
 }
 
-STABLE_TORCH_LIBRARY_IMPL(mikernels, CPU, m) {
-  m.impl("mass_threshold", TORCH_BOX(&mass_threshold));
-}
+MIK_REGISTER(CPU, m) { m.impl("mass_threshold", TORCH_BOX(&mass_threshold)); }
 
 }  // namespace
 }  // namespace mik

@@ -90,7 +90,7 @@ std::tuple<Tensor, Tensor> row_topk(Tensor scores, int64_t k, bool sorted) {
   return {values, indices};
 }
 
-STABLE_TORCH_LIBRARY_IMPL(mikernels, CPU, m) { m.impl("row_topk", TORCH_BOX(&row_topk)); }
+MIK_REGISTER(CPU, m) { m.impl("row_topk", TORCH_BOX(&row_topk)); }
 
 }  // namespace
 

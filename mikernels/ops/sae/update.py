@@ -80,8 +80,11 @@ def _compose(
 
 
 reference = _compose(sae_gradients_reference, weighted_row_sum_reference, adam.reference)
+# looked up at each call, since a call log replaces `default` while it is on
 _by_operators = _compose(
-    sae_gradients_op.default, weighted_row_sum_op.default, adam.adam_rows_op.default
+    lambda *args: sae_gradients_op.default(*args),
+    lambda *args: weighted_row_sum_op.default(*args),
+    lambda *args: adam.adam_rows_op.default(*args),
 )
 
 

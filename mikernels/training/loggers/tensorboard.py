@@ -24,7 +24,7 @@ class TensorBoardLogger:
             at a time.
 
     Example:
-        >>> Trainer(sae, source, config, out_dir="out/sae", log_to=[TensorBoardLogger()]).run()
+        Trainer(sae, source, config, out_dir="out/sae", log_to=[TensorBoardLogger()]).run()
     """
 
     def __init__(self, folder: str | Path | None = None):

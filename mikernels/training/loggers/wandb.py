@@ -29,7 +29,7 @@ class WandbLogger:
         ValueError: later, for one object with two runs at a time.
 
     Example:
-        >>> Trainer(sae, source, config, out_dir="out/sae", log_to=[WandbLogger(project="saes")])
+        Trainer(sae, source, config, out_dir="out/sae", log_to=[WandbLogger(project="saes")])
     """
 
     def __init__(self, **options: Any):

@@ -70,6 +70,13 @@ def checkpoints(out_dir: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.split("-")[1]))
 
 
+def runs_within(folder: Path) -> list[str]:
+    """The names of the folders in it that hold checkpoints: the runs of a group."""
+    if not folder.is_dir():
+        return []
+    return sorted(path.name for path in folder.iterdir() if _is_folder(path) and checkpoints(path))
+
+
 def save_checkpoint(
     out_dir: Path,
     step: int,
