@@ -28,6 +28,7 @@ from mikernels.evaluate import variance_unexplained
 from mikernels.files import explained, partial_of, read_json, write_json
 from mikernels.nn import ARCHITECTURES, SAE
 from mikernels.owning import LOCK, owned
+from mikernels.report.folder import is_report, remove_report
 from mikernels.schema import Result, check
 from mikernels.training import load_sae
 from mikernels.training.state.checkpoint import own_folders, remove_checkpoints
@@ -184,14 +185,17 @@ def clear_run(run_dir: Path) -> None:
     """
     files = [*(run_dir / name for name in (SPEC, RESULT, METRICS))]
     files += [partial_of(path) for path in files]
-    folders = own_folders(run_dir)
+    folders, report = own_folders(run_dir), run_dir / "report"
     for path in run_dir.iterdir():
         ours = path in folders or (path in files and path.is_file()) or path.name == LOCK
+        # of `mikernels report`
+        ours = ours or (path == report and is_report(report, "demo"))
         if run_dir.is_symlink() or not ours:
             raise FileExistsError(
                 f"demo: {run_dir} must hold a former demo's run and nothing else, got {path}; move "
                 f"it away or choose another --out"
             )
     remove_checkpoints(run_dir)
+    remove_report(report, "demo")
     for path in files:
         path.unlink(missing_ok=True)

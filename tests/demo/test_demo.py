@@ -8,6 +8,7 @@ import sys
 
 import pytest
 from demo_cases import check_self_contained, needs_mnist, table_rows
+from made_features import MadeUp
 from rich.console import Console
 
 from mikernels.activations.shards import load_rows
@@ -17,6 +18,7 @@ from mikernels.demo.options import DemoOptions
 from mikernels.demo.run import clear_run, run_demo
 from mikernels.demo.variants import OTHERS, TOPK, VARIANTS
 from mikernels.owning import owned
+from mikernels.report import write_report
 from mikernels.training import load_sae
 
 SMALL = dict(data="mnist", expansion=1, k=8, batch_size=200, steps=12, baseline_steps=4, lr=1e-3)
@@ -132,6 +134,7 @@ def test_a_run_is_cleared_of_what_a_demo_left_and_of_nothing_else(tmp_path):
     with pytest.raises(FileExistsError):
         clear_run(tmp_path / "run")
     (tmp_path / "run").unlink()
+    write_report(MadeUp(9), tmp_path / "report")
     clear_run(tmp_path)
     assert not list(tmp_path.iterdir())
 
