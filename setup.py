@@ -277,8 +277,8 @@ class Editable(editable_wheel):
                 print(f"mikernels: no types for this editable install: {error}", file=sys.stderr)
                 return
         for wheel in Path(self.dist_dir).glob("mikernels-*.whl"):
-            # in this order: what is in sys.path is asked for at once; not _*_editable, which readers
-            # of types (griffe) take for that of another build system
+            # in this order: what is in sys.path is asked for at once; not _*_editable, which griffe
+            # takes for that of another build system
             pth = f"import _mikernels_in_place\n{folder}\n"
             hook = HOOK.format(folder=str(folder), package=str(ROOT / "mikernels/__init__.py"))
             add_to_wheel(wheel, {"mikernels.pth": pth, "_mikernels_in_place.py": hook})
