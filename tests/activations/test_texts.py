@@ -20,12 +20,12 @@ def read(path, field="text"):
     ("name", "data", "field", "documents"),
     [
         ("crlf.txt", "\ufeffone\r\ntwo\r".encode(), "text", ["one\ntwo\n"]),
-        ("packed.txt.gz", gzip.compress(b"packed"), "text", ["packed"]),
+        ("packed.txt.gz", gzip.compress(b"packed", mtime=0), "text", ["packed"]),
         ("long.txt", b"x" * (3 << 20), "text", ["x" * (2 << 20), "x" * (1 << 20)]),
         ("a.jsonl", RECORDS + b"\r\n\n" + RECORDS.rstrip(), "text", ["aé", "aé"]),
         ("a.jsonl", b"\xef\xbb\xbf" + RECORDS, "meta.title", ["t"]),
         ("a.ndjson", RECORDS, "a.b", ["dot"]),
-        ("A.JSONL.GZ", gzip.compress(RECORDS), "text", ["aé"]),
+        ("A.JSONL.GZ", gzip.compress(RECORDS, mtime=0), "text", ["aé"]),
         ("lines.json", RECORDS * 2, "text", ["aé", "aé"]),
     ],
 )  # fmt: skip
@@ -41,10 +41,15 @@ def test_documents(tmp_path, name, data, field, documents):
         ("mark.txt", b"\xef\xbb\xbf", "text", "mark.txt must hold text, got an empty file"),
         ("blank.jsonl", b"\n\r\n", "text", "blank.jsonl must hold text, got an empty file"),
         ("empty.json", b"", "text", "empty.json must hold text, got an empty file"),
-        ("empty.txt.gz", gzip.compress(b""), "text", "must hold text, got an empty file"),
+        ("empty.txt.gz", gzip.compress(b"", mtime=0), "text", "must hold text, got an empty file"),
         ("wide.txt", "a".encode("utf-16"), "text", "must be UTF-8 text, got UTF-16, or a binary"),
         ("wide.txt", "a".encode("utf-16-le"), "text", "must be UTF-8 text, got a NUL byte"),
-        ("cut.txt.gz", gzip.compress(b"x" * 99)[:-9], "text", "must be a complete gzip file, got"),
+        (
+            "cut.txt.gz",
+            gzip.compress(b"x" * 99, mtime=0)[:-9],
+            "text",
+            "must be a complete gzip file, got",
+        ),
         ("not.jsonl.gz", RECORDS, "text", "must be a complete gzip file, got Not a gzipped"),
         ("one.json", b'[\n{"text": "a"}]', "text", "text or JSON lines, got one JSON document"),
         (
