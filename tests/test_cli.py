@@ -19,9 +19,12 @@ from mikernels import _ext, cli
 from mikernels._dispatch import OPS
 from mikernels.activations import ModelSource, write_shards
 from mikernels.cli.options import count
+from mikernels.evaluate import measure_reconstruction
+from mikernels.models.load import LocalModel
 from mikernels.nn import ARCHITECTURES
 from mikernels.training import Trainer, load_sae
 from mikernels.training.state.checkpoint import checkpoints
+from mikernels.values.batch import Batch
 
 
 @pytest.fixture
@@ -510,6 +513,59 @@ def test_count_reads_suffixes(text, number):
 def test_count_refuses_what_is_no_count(text):
     with pytest.raises(typer.BadParameter):
         count(text)
+
+
+@pytest.mark.parametrize("arch", ["topk", "transcoder"])
+def test_eval_compares_with_the_target_that_was_learned(command, tmp_path, arch):
+    torch.manual_seed(0)
+    x, y = torch.randn(2, 600, 8).unbind()
+    write_shards(tmp_path / "acts", [{"activations": x, "targets": y}])
+    write_shards(tmp_path / "bare", [x])
+    run, found = tmp_path / "run", tmp_path / "found.json"
+    acts = ("--activations", tmp_path / "acts")
+    code, _, err = command("train", *acts, "--arch", arch, "--out", run, *SMALL)
+    assert code == 0, err
+    code, _, err = command("eval", run, *acts, "--json", found)
+    assert code == 0, err
+    sae = load_sae(run / "checkpoint-12")
+    fvu = float(
+        (sae.decode(sae.encode(x)).detach() - y).square().sum() / (y - y.mean(0)).square().sum()
+    )
+    measured = json.loads(found.read_text())["reconstruction"]["fvu"]
+    assert measured == pytest.approx(fvu, rel=1e-5)
+    # of the same width, and so easily taken for what it should give
+    code, _, err = command("eval", run, "--activations", tmp_path / "bare")
+    assert code == 2
+    assert "has learned to give a target" in " ".join(err.split())
+
+
+@pytest.mark.parametrize("arch", ["topk", "transcoder"])
+def test_eval_reads_the_target_from_the_model(command, model, tmp_path, arch):
+    text, run, found = tmp_path / "text.txt", tmp_path / "run", tmp_path / "found.json"
+    text.write_text("a b c d e f g h i j k l m n o p q r s t u v w x y z " * 10)
+    at = ("--model", model, "--text", text, "--layer", 1, "--site", "mlp_in", "--context", 16)
+    code, _, err = command(
+        "train", *at, "--target-site", "mlp_out", "--arch", arch, "--tokens", 100, "--out", run,
+        *SMALL,
+    )  # fmt: skip
+    assert code == 0, err
+    code, _, err = command("eval", run, *at, "--no-spliced", "--json", found)
+    assert code == 0, err
+    network = LocalModel(model)
+    source = ModelSource(
+        network.model(), network.tokenizer(), "1.mlp_in", [text.read_text()], context=16,
+        target="1.mlp_out",
+    )  # fmt: skip
+    # whole windows, as eval has them
+    rows = [*source.read_windows([w for w in source.token_windows() if len(w) == 16])]
+    x, y = (torch.cat([part[name] for part in rows]).float() for name in ("activations", "targets"))
+    measured = measure_reconstruction(load_sae(run / "checkpoint-2"), Batch(x, y)).fvu
+    assert json.loads(found.read_text())["reconstruction"]["fvu"] == pytest.approx(measured)
+    # the reconstruction of an MLP's output has no place in the residual stream
+    residual = [word if word != "mlp_in" else "residual" for word in at]
+    code, _, err = command("eval", run, *residual)
+    assert code == 2
+    assert "has learned a target" in " ".join(err.split())
 
 
 @pytest.fixture(scope="module")

@@ -21,6 +21,7 @@ from mikernels.cli.inputs import (
     SkipFirst,
     Texts,
     Tokens,
+    learned_target,
     read_inputs,
 )
 from mikernels.cli.judged import (
@@ -30,6 +31,7 @@ from mikernels.cli.judged import (
     OfBatchTopK,
     Threads,
     Trained,
+    batch_of,
     load_any,
     print_reconstruction,
     print_spliced,
@@ -125,6 +127,7 @@ def evaluate(
             model=model,
             gguf_file=gguf_file,
             layers=None if layer is None else [layer],
+            run=sae if layer is not None or activations else None,
             site=site,
             text=text,
             field=field,
@@ -150,6 +153,12 @@ def evaluate(
     set_threads("eval", threads)
     target = device_of("eval", device)
     judged = load_any(sae, k).to(target).eval()
+    targeted = learned_target(sae, judged)
+    if targeted and model is not None and (spliced or probes):
+        raise ValueError(
+            "eval: the SAE must reconstruct what it reads for --spliced and --probes, got one that "
+            "has learned a target; add --no-spliced for the reconstruction alone"
+        )
     console = Console()
     console.print(
         f"{judged.name} of {sae}: d {judged.config.d:,}, F {judged.config.n_features:,}, "
@@ -169,7 +178,7 @@ def evaluate(
     elif inputs.activations:
         saved = inputs.saved(judged, batch_size)
         measured = measure_reconstruction(
-            judged, (rows["activations"].float() for rows in saved), batch_size
+            judged, (batch_of("eval", rows, targeted) for rows in saved), batch_size
         )
         found |= {"activations": inputs.label, "reconstruction": measured.to_dict()}
         print_reconstruction(console, measured)
@@ -185,7 +194,7 @@ def evaluate(
             print_reconstruction(console, loss.reconstruction, loss.random_reconstruction)
             print_spliced(console, loss)
         else:
-            measured = _by_model(judged, network, tokenizer, windows, inputs, batch_size)
+            measured = _by_model(judged, network, tokenizer, windows, inputs, batch_size, targeted)
             found["reconstruction"] = measured.to_dict()
             print_reconstruction(console, measured)
         if probes:
@@ -203,14 +212,21 @@ def _by_model(
     windows: list[torch.Tensor],
     inputs: Inputs,
     batch_size: int,
+    targeted: bool,
 ) -> Reconstruction:
     from mikernels.activations import ModelSource
     from mikernels.evaluate import measure_reconstruction
 
     source = ModelSource(
-        model, tokenizer, inputs.sites, [], context=inputs.context, skip_first=inputs.skip_first
+        model,
+        tokenizer,
+        inputs.sites,
+        [],
+        context=inputs.context,
+        skip_first=inputs.skip_first,
+        target=inputs.targets or None,
     )
-    rows = (found["activations"].float() for found in source.read_windows(windows))
+    rows = (batch_of("eval", found, targeted) for found in source.read_windows(windows))
     return measure_reconstruction(sae, rows, batch_size)
 
 

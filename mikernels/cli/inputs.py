@@ -395,15 +395,26 @@ def site_of(run: Path) -> list[AnySite]:
     return _listed(run, "layer")
 
 
+def learned_target(run: Path, sae: SAE) -> bool:
+    """Whether it reconstructs something else than its input: a transcoder, or an SAE of any
+    architecture that was trained on a source with targets."""
+    return sae.needs_target or "d_out" in _identity(run)
+
+
 def _listed(run: Path, name: str) -> list[AnySite]:
-    """Of what a run says of its source."""
+    found = _identity(run).get(name)
+    return found if isinstance(found, list) else [] if found is None else [found]
+
+
+def _identity(run: Path) -> dict[str, Any]:
+    """What a run says of its source; {} where nothing does."""
     from mikernels.training.state.checkpoint import STATE, checkpoints, load_checkpoint
 
     folder = run if (run / STATE).exists() else next(iter(reversed(checkpoints(run))), None)
     if folder is None:
-        return []
-    found = load_checkpoint(folder)[2].source.get("identity", {}).get(name)
-    return found if isinstance(found, list) else [] if found is None else [found]
+        return {}
+    found = load_checkpoint(folder)[2].source.get("identity", {})
+    return found if isinstance(found, dict) else {}
 
 
 def activations_of(run: Path) -> list[Path]:

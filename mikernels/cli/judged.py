@@ -15,10 +15,12 @@ if TYPE_CHECKING:
     import torch
     from rich.console import Console
 
+    from mikernels.activations import Rows
     from mikernels.evaluate import Reconstruction, Spliced
     from mikernels.models.load import LocalModel
     from mikernels.nn import SAE
     from mikernels.report.quality import TextTable
+    from mikernels.values.batch import Batch
 
 JUDGES = "Judges"
 Trained = Annotated[
@@ -96,6 +98,26 @@ def _check_sizes(sae: SAE, inputs: Inputs, local: LocalModel) -> None:
                 f"{inputs.where}: --layer must be in 0..{layers - 1} ({layers} decoder layers), "
                 f"got {site.layer}"
             )
+
+
+def batch_of(where: str, rows: Rows, targeted: bool) -> Batch:
+    """Rows with what their reconstructions are compared with.
+
+    Args:
+        targeted: that is their targets, not they themselves; see `learned_target`.
+
+    Raises:
+        ValueError: there are none.
+    """
+    from mikernels.values.batch import Batch
+
+    targets = rows.get("targets") if targeted else None
+    if targeted and targets is None:
+        raise ValueError(
+            f"{where}: the SAE has learned to give a target, and must be compared with it, got "
+            f"none; give the --model and site that it was trained on, or --activations with targets"
+        )
+    return Batch(rows["activations"].float(), None if targets is None else targets.float())
 
 
 def residual_layer(inputs: Inputs) -> int | str | None:

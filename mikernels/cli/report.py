@@ -28,6 +28,7 @@ from mikernels.cli.inputs import (
     Texts,
     Tokens,
     activations_of,
+    learned_target,
     read_inputs,
 )
 from mikernels.cli.judged import (
@@ -36,6 +37,7 @@ from mikernels.cli.judged import (
     OfBatchTopK,
     Threads,
     Trained,
+    batch_of,
     load_any,
     print_reconstruction,
     print_spliced,
@@ -184,7 +186,7 @@ def report(
         highlight=False,
         markup=False,
     )
-    read = _read(sae, inputs, batch_size, seed, spliced, console)
+    read = _read(sae, inputs, learned_target(run, sae), batch_size, seed, spliced, console)
     found: dict[str, Any] = {
         "sae": str(run),
         "architecture": sae.architecture,
@@ -324,7 +326,13 @@ class _Reading:
 
 
 def _read(
-    sae: SAE, inputs: Inputs, batch_size: int, seed: int, spliced: bool, console: Console
+    sae: SAE,
+    inputs: Inputs,
+    targeted: bool,
+    batch_size: int,
+    seed: int,
+    spliced: bool,
+    console: Console,
 ) -> _Reading:
     from mikernels.evaluate.reconstruction import ReconstructionSums
 
@@ -334,7 +342,7 @@ def _read(
         total = sum(shard.rows for shard in shards) - inputs.skip
         total = total if inputs.tokens is None else min(total, inputs.tokens)
         measured: ReconstructionSums | None = ReconstructionSums(NAME)
-        rows = _measured(sae, inputs.saved(sae, batch_size), measured, batch_size)
+        rows = _measured(sae, targeted, inputs.saved(sae, batch_size), measured, batch_size)
         return _Reading(rows, total, text, {"activations": inputs.label}, measured)
 
     from mikernels.activations import ModelSource
@@ -352,7 +360,7 @@ def _read(
         target=inputs.targets or None,
     )
     loss = None
-    if spliced and not sae.needs_target and residual_layer(inputs) is not None:
+    if spliced and not targeted and residual_layer(inputs) is not None:
         loss = splice(sae, network, tokenizer, windows, inputs, seed, console)
     measured = None if loss else ReconstructionSums(NAME)
     assert inputs.texts is not None
@@ -364,23 +372,22 @@ def _read(
         "skip": inputs.skip,
         "skip_first": inputs.skip_first,
     }
-    rows = _measured(sae, source.read_windows(windows), measured, batch_size)
+    rows = _measured(sae, targeted, source.read_windows(windows), measured, batch_size)
     total = sum(map(len, windows))
     return _Reading(rows, total, tokenizer, origin, measured, network, loss)
 
 
-def _measured(sae: SAE, rows: Iterable[Rows], sums: Any, batch_size: int) -> Iterator[Rows]:
+def _measured(
+    sae: SAE, targeted: bool, rows: Iterable[Rows], sums: Any, batch_size: int
+) -> Iterator[Rows]:
     """The same rows, whose reconstructions are counted on the way, where it is known of what."""
     import torch
 
     from mikernels.evaluate.judged import reconstructed
-    from mikernels.values.batch import Batch
 
     for part in rows:
-        targets = part.get("targets") if sae.needs_target else None
-        if sums is not None and (targets is not None or not sae.needs_target):
-            x = part["activations"].float()
-            batch = Batch(x, None if targets is None else targets.float())
+        if sums is not None and ("targets" in part or not targeted):
+            batch = batch_of(NAME, part, targeted)
             with torch.no_grad():
                 for one, codes, y in reconstructed(NAME, sae, batch, batch_size):
                     sums.add(one, codes, y)

@@ -133,6 +133,16 @@ def check_width(where: str, sae: Judged, d: int, what: str) -> None:
         )
 
 
+def check_target(where: str, sae: Judged, given: bool) -> None:
+    """ValueError for a transcoder that is to be compared with its own input."""
+    if getattr(sae, "needs_target", False) and not given:
+        name = getattr(sae, "name", type(sae).__name__)
+        raise ValueError(
+            f"{where}: a {name} must be compared with the target that it has learned, got none; "
+            f"give Batch(input, target)"
+        )
+
+
 def _at_home(sae: Judged, x: torch.Tensor) -> torch.Tensor:
     """x on the device and in the dtype of the SAE's parameters, where it is a module with some."""
     inner = _inner(sae)

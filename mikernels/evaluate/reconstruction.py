@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from mikernels.evaluate.judged import as_judged, check_width, reconstructed
+from mikernels.evaluate.judged import as_judged, check_target, check_width, reconstructed
 from mikernels.values.batch import Batch, as_batch
 from mikernels.values.codes import SparseCodes
 
@@ -239,6 +239,7 @@ def measure_reconstruction(
                     f"{where}: {name} must be floating [n, d], got {t.dtype} {list(t.shape)}"
                 )
         check_width(where, judged, batch.input.shape[1], "x")
+        check_target(where, judged, batch.target is not None)
         for part, codes, y in reconstructed(where, judged, batch, batch_size):
             sums.add(part, codes, y)
     return sums.result()
