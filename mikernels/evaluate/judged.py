@@ -139,7 +139,7 @@ def check_target(where: str, sae: Judged, given: bool) -> None:
         name = getattr(sae, "name", type(sae).__name__)
         raise ValueError(
             f"{where}: a {name} must be compared with the target that it has learned, got none; "
-            f"give Batch(input, target)"
+            f"give measure_reconstruction Batch(input, target)"
         )
 
 

@@ -35,7 +35,7 @@ import torch
 
 from mikernels._dispatch import accumulate_dtype
 from mikernels.activations.dropped import dropped
-from mikernels.evaluate.judged import Judged, as_judged, check_width, reconstructed
+from mikernels.evaluate.judged import Judged, as_judged, check_target, check_width, reconstructed
 from mikernels.evaluate.random_sae import random_like
 from mikernels.evaluate.reconstruction import Reconstruction, ReconstructionSums
 from mikernels.models.decoder import find_layer
@@ -253,6 +253,7 @@ def measure_spliced(
             not finite.
     """
     judged = as_judged(sae)
+    check_target(WHERE, judged, False)
     groups = _groups(_checked(windows, skip_first), windows_per_forward)
     module = find_layer(model, layer, WHERE)
     check_fires(WHERE, model, [module])

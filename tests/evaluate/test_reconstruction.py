@@ -6,8 +6,13 @@ import math
 import pytest
 import torch
 
-from mikernels.evaluate import as_judged, measure_reconstruction, variance_unexplained
-from mikernels.nn import BatchTopKSAE, TopKSAE
+from mikernels.evaluate import (
+    as_judged,
+    measure_reconstruction,
+    measure_spliced,
+    variance_unexplained,
+)
+from mikernels.nn import BatchTopKSAE, TopKSAE, Transcoder
 from mikernels.values import Batch, SparseCodes
 
 D, F, N = 6, 20, 700
@@ -220,3 +225,14 @@ def test_an_sae_of_saelens_is_judged_as_it_stands(normalize):
         right = (sae(x) - x).double().square().sum() / (x - x.mean(0)).double().square().sum()
     assert found.fvu == pytest.approx(float(right), rel=1e-5)
     assert found.l0 == pytest.approx(float((sae.encode(x) != 0).sum(-1).float().mean()), rel=1e-6)
+
+
+def test_a_transcoder_is_never_compared_with_its_own_input():
+    torch.manual_seed(0)
+    x, y = torch.randn(2, 40, 8).unbind()
+    sae = Transcoder(8, 16, 3)
+    assert measure_reconstruction(sae, Batch(x, y)).tokens == 40
+    with pytest.raises(ValueError, match="the target that it has learned"):
+        measure_reconstruction(sae, x)
+    with pytest.raises(ValueError, match="the target that it has learned"):
+        measure_spliced(torch.nn.Identity(), 0, [torch.zeros(4, dtype=torch.int64)], sae)
