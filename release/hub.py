@@ -20,8 +20,9 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-# what a kernel of the Hub may import; pydantic only where `mikernels tune` has written a table
-ALLOWED = {"torch", "triton", "pydantic", *sys.stdlib_module_names}
+# what a kernel of the Hub may import; pydantic and safetensors only when asked for: by a table that
+# `mikernels tune` has written, and by log("save")
+ALLOWED = {"torch", "triton", "pydantic", "safetensors", *sys.stdlib_module_names}
 # the CPU's flags of setup.py that results or speed depend on
 FLAGS = ("-O3", "-fvisibility=hidden", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math")
 DEFINES = ("-DMIK_NAMESPACE=TORCH_EXTENSION_NAME", "-DTORCH_STABLE_ONLY")
