@@ -20,8 +20,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-# what a kernel of the Hub may import; pydantic and safetensors only when asked for: by a table that
-# `mikernels tune` has written, and by log("save")
+# what a kernel of the Hub may import; pydantic only where `mikernels tune` has written a table, and
+# safetensors only at the level of the call log that saves calls
 ALLOWED = {"torch", "triton", "pydantic", "safetensors", *sys.stdlib_module_names}
 # the CPU's flags of setup.py that results or speed depend on
 FLAGS = ("-O3", "-fvisibility=hidden", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math")

@@ -410,7 +410,7 @@ def test_train_exports_for_saelens(command, acts, tmp_path):
         (("--model", "nowhere", "--layer", "0", "--text", "absent.txt"), "absent.txt must be"),
         (("--activations", "{acts}", "--site", "mlp"), "--site must be one of residual, mlp_in"),
         (("--activations", "{acts}", "--target-site", "mlp"), "--target-site must be one of"),
-        (("--activations", "{acts}", "--target-layer", "1"), "must go with --model, got them with"),
+        (("--activations", "{acts}", "--target-layer", "1"), "must go with --model, got it with"),
         (
             ("--model", "nowhere", "--layer", "0", "--text", "{text}"),
             "--model must be a folder, a .gguf",

@@ -147,7 +147,8 @@ def test_a_full_disk_is_found_before_the_model_runs(command, place, tmp_path, mo
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--model", "{model}", "--layer", 1, "--text", "{text}"), "--tokens must be given with"),
+        (("--model", "{model}", "--layer", 1, "--text", "{text}", "--field", "meta.body"),
+         "--tokens must be given with"),
         (("--model", "{model}", "--layer", 1), "--model needs --layer NUMBER and --text FILE"),
         (("--model", "{model}", "--layer", 1, "--text", "{text}", "--tokens", 9),
          "t.jsonl line 1 must be a record with the field 'text', got ['id', 'meta.body']"),

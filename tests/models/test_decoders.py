@@ -6,11 +6,11 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from decoder_cases import IDS, OPTIONS, Characters, check_rows, hooks_of, made, padded, tiny
+from decoder_cases import IDS, OPTIONS, check_rows, hooks_of, made, padded, tiny
 
-from mikernels.activations import ModelSource
 from mikernels.circuits import gradient_components
 from mikernels.models.decoder import decoder_layers, find_decoder
+from mikernels.models.sites import Recorder, Site
 from mikernels.models.watch import Watch
 
 
@@ -215,8 +215,7 @@ def test_activations_of_each_kind_are_its_hidden_states(name):
     hidden = model(IDS, output_hidden_states=True, use_cache=False).hidden_states
     final_norm = model.get_submodule(KINDS[name].ends[1])
     for layer in range(3):
-        source = ModelSource(model, Characters(), layer, ["text"], context=8)
-        (found,) = source._recorder.record(IDS).values()
+        (found,) = Recorder(model, [Site(layer)], "test").record(IDS).values()
         # after the last block transformers shows what the final norm made of it
         found = final_norm(found) if layer == 2 else found
         assert torch.equal(found, hidden[layer + 1])

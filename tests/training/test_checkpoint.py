@@ -47,6 +47,10 @@ def one_thread() -> Iterator[None]:
         yield
 
 
+# a run that has come to its end is not resumed
+LONGER = {"total_tokens": (STEPS + 1) * BATCH}
+
+
 def make(out_dir: Path | None, *, k: int = K, seed: int = 0, optimizer=None, **settings) -> Trainer:
     # other initial weights every time: what is resumed comes from the checkpoint
     sae = TopKSAE(D, F, k, dead_after=3 * BATCH, k_aux=5)
@@ -265,7 +269,7 @@ def test_a_new_run_refuses_the_folder_of_another(uninterrupted, tmp_path) -> Non
 )
 def test_a_checkpoint_of_another_run_is_refused(uninterrupted, settings, difference) -> None:
     whole, _ = uninterrupted
-    trainer = make(whole, **settings)
+    trainer = make(whole, **settings, **LONGER)
     before = {name: t.clone() for name, t in trainer.sae.state_dict().items()}
     with pytest.raises(ValueError, match=difference):
         trainer.resume()
@@ -397,11 +401,13 @@ def test_the_metrics_file_is_cut_to_the_resumed_step(uninterrupted) -> None:
     path = whole / "metrics.jsonl"
     complete = rows(whole)
     path.write_text(path.read_text() + '{"step": 15}\n{"step": 16, "los')
+    shutil.rmtree(whole / "checkpoint-14")
     again = make(whole)
     again.resume()
     assert len(again.run().rows) == len(complete)
     assert rows(whole) == complete
     path.write_text("not json\n" + path.read_text())
+    shutil.rmtree(whole / "checkpoint-14")
     broken = make(whole)
     broken.resume()
     with pytest.raises(ValueError, match="one JSON object a line, got line 1: 'not json'"):
@@ -479,7 +485,7 @@ def test_every_field_of_a_state_is_checked_before_any_is_used(mutation, settings
     path = tmp_path / "a" / "checkpoint-14" / "state.json"
     whole, value = path.read_text(), MUTATIONS[mutation]
     torch.manual_seed(3)
-    fresh = make(tmp_path / "a", **settings)
+    fresh = make(tmp_path / "a", **settings, **LONGER)
     before = everything(fresh)
     accepted = set()
     for place in fields(json.loads(whole)):
@@ -511,7 +517,7 @@ def test_every_field_of_a_state_is_checked_before_any_is_used(mutation, settings
             else:
                 assert again, f"{place} is covered by no checksum"
                 accepted.add(place)
-                fresh = make(tmp_path / "a", **settings)
+                fresh = make(tmp_path / "a", **settings, **LONGER)
                 fresh.sae.load_state_dict(trainer.sae.state_dict())
                 torch.manual_seed(3)
                 before = everything(fresh)
@@ -581,7 +587,7 @@ def test_settings_of_version_1_are_told_as_they_mean_today(uninterrupted) -> Non
     with pytest.warns(UserWarning), pytest.raises(ValueError, match=said):
         make(whole, **FIRST | {"decay": "linear"}).resume()
     with pytest.warns(UserWarning):
-        same = make(whole, **FIRST | {"decay": "linear", "decay_steps": STEPS - 5})
+        same = make(whole, **FIRST | LONGER | {"decay": "linear", "decay_steps": STEPS - 5})
         assert same.resume() == STEPS
 
 
@@ -650,7 +656,7 @@ def test_loading_leaves_torchs_generator_alone(uninterrupted) -> None:
 @pytest.mark.parametrize("failing", ["source", "optimizer"])
 def test_a_load_that_fails_half_way_is_taken_back(failing, uninterrupted) -> None:
     whole, _ = uninterrupted
-    trainer = make(whole)
+    trainer = make(whole, **LONGER)
     load, before = trainer.source.load_state_dict, everything(trainer)
 
     def half(state):
@@ -1006,8 +1012,8 @@ def test_resume_while_another_writes_is_refused(uninterrupted, tmp_path) -> None
     for folder in (None, link):
         refused = pytest.raises(BlockingIOError, match="beside another of process")
         with owned(whole, "another"), refused:
-            make(whole).resume(folder)
-        assert make(whole).resume(folder) == STEPS
+            make(whole, **LONGER).resume(folder)
+        assert make(whole, **LONGER).resume(folder) == STEPS
 
 
 def test_a_relative_folder_is_the_one_that_it_was(tmp_path, monkeypatch) -> None:
