@@ -19,6 +19,23 @@ REMEDY = f"MIKERNELS_EXT=cpu {REINSTALL}"
 TORCH = "pip install 'torch>=2.10' (which build: pytorch.org), then `mikernels info`"
 
 
+def torch_fault(error: BaseException) -> str:
+    """How torch failed to be imported, if that is what raised `error`; else ""."""
+    if isinstance(error, ImportError) and (error.name or "").split(".")[0] == "torch":
+        return str(error)
+    # a folder that an unfinished removal left: imported, and empty
+    torch = sys.modules.get("torch")
+    if isinstance(error, AttributeError) and torch and getattr(torch, "__file__", None) is None:
+        return f"{error}: {next(iter(torch.__path__))} is not all of it; remove it first"
+    trace = error.__traceback__
+    while trace is not None:
+        frame = trace.tb_frame
+        if frame.f_code.co_name == "<module>" and frame.f_globals.get("__name__") == "torch":
+            return f"{type(error).__name__}: {error}"
+        trace = trace.tb_next
+    return ""
+
+
 def build_facts() -> dict[str, Any]:
     """What setup.py recorded when it built (or did not build) the extension."""
     path = Path(__file__).with_name("_build.json")

@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 
-from mikernels._built import REMEDY, TORCH, build_facts
+from mikernels._built import REMEDY, TORCH, build_facts, torch_fault
 from mikernels._version import __version__
 from mikernels.machine import cpu_flags, cpu_name
 
@@ -76,8 +76,10 @@ def collect(peaks: bool = False) -> dict[str, Any]:
     }
     try:
         import torch
-    except (ImportError, OSError) as error:  # OSError: a library of torch's does not load
-        reason = f"torch cannot be imported: {error}"
+
+        torch.get_num_threads  # noqa: B018 - of an empty folder, too, there would be a module
+    except Exception as error:  # whatever torch's own import raises: OSError, RuntimeError, ...
+        reason = f"torch cannot be imported: {torch_fault(error) or error}"
         facts |= {"torch": reason, "threads": None, "cuda": None, "level": None}
         facts |= {"supported_levels": [], "operators": {}}
         facts["extension"] = {"loaded": False, "reason": reason}

@@ -66,7 +66,7 @@ def owned(folder: Path, where: str, name: str = LOCK) -> Iterator[Owned]:
         OSError: the folder is missing or cannot be written.
     """
     path = folder / name
-    lock = _locked(path, where)
+    lock, owner = _locked(path, where), os.getpid()
     try:
         inner = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:
@@ -77,7 +77,8 @@ def owned(folder: Path, where: str, name: str = LOCK) -> Iterator[Owned]:
         # while it is still locked: whoever opened it before sees that it has no name any more. A
         # name that cannot be removed is taken over; an error under way is the one that tells
         with suppress(OSError):
-            if _is(path, lock):
+            # a forked child that ends is not the owner, who still writes
+            if os.getpid() == owner and _is(path, lock):
                 path.unlink()
         os.close(lock)
 

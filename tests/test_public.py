@@ -42,6 +42,25 @@ def test_without_torch_info_runs_and_the_rest_says_what_to_do() -> None:
     assert "no torch" in info.stdout and "pip install 'torch>=2.10'" in info.stdout
     train = python(script, "train", "--activations", "x")
     assert train.returncode == 2 and "pip install 'torch>=2.10'" in train.stderr
+    # nor where it is there and does not load, or where half of it was removed
+    for broken in ("raise RuntimeError('no libtorch')", ""):
+        script = (
+            "import sys, types\n"
+            "from importlib.machinery import ModuleSpec\n"
+            "sys.meta_path.insert(0, found := types.SimpleNamespace())\n"
+            "found.exec_module = lambda module: exec(text, module.__dict__)\n"
+            "found.create_module = lambda spec: None\n"
+            "found.find_spec = lambda name, *_: name == 'torch' and spec or None\n"
+            f"spec, text = ModuleSpec('torch', found), {broken!r}\n"
+            "spec.submodule_search_locations = ['/left/torch']\n"
+            "from mikernels.cli import main; main()"
+        )
+        info = python(script, "info")
+        assert info.returncode == 0 and "no torch" in info.stdout, info.stderr
+        replay = python(script, "replay", "x")
+        assert replay.returncode == 2 and "pip install" in replay.stderr, replay.stderr
+        told = "no libtorch" if broken else "/left/torch is not all of it"
+        assert told in " ".join(replay.stderr.split())
     # help and completion do not wait for torch
     assert "torch" not in python("import mikernels.cli, sys; print(*sys.modules)").stdout.split()
 

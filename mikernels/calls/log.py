@@ -8,8 +8,11 @@ operator write lines. `setLevel` of the two tells us, so that nothing asks at ea
 
 from __future__ import annotations
 
+import atexit
 import logging
+import os
 import threading
+from collections import deque
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -49,25 +52,32 @@ class _Switch:
     """What holds: the setting of the last block that was entered, else the last one without."""
 
     def __init__(self) -> None:
-        self.base = self.before = self.now = Setting(_logger.level, shown=False)
+        self.now = Setting(_logger.level, shown=False)
+        # the last is the one that holds; those before it hold again if it becomes a block's. More
+        # than one may become one, in any order: 64 threads may be between `log` and its `with`
+        self.bases = deque([self.now], maxlen=64)
         self.blocks: list[Setting] = []
         self._on = False
         self._handler: logging.Handler | None = None
 
     def start(self, setting: Setting) -> None:
-        before = self.before, self.base
-        self.before, self.base = self.base, setting
+        before = self.bases.copy()
+        self.bases.append(setting)
         try:
             self.apply()
         except BaseException:
-            self.before, self.base = before
+            self.bases = before
             raise
 
     def enter(self, setting: Setting) -> None:
-        if self.base is setting:
-            self.base = self.before
+        if setting in self.bases:
+            self.bases.remove(setting)
         self.blocks.append(setting)
-        self.apply()
+        try:
+            self.apply()
+        except BaseException:
+            self.blocks.pop()
+            raise
 
     def leave(self, setting: Setting) -> None:
         # not always the last one: threads enter and leave blocks as they will
@@ -75,12 +85,18 @@ class _Switch:
         self.apply()
 
     def apply(self) -> None:
-        now = self.blocks[-1] if self.blocks else self.base
+        now = self.blocks[-1] if self.blocks else self.bases[-1]
         if now is not self.now:
-            if self.now.saver is not None:
-                self.now.saver.close()
-            if now.saver is not None:
-                now.saver.open()
+            former = self.now.saver
+            if former is not None:
+                former.close()
+            try:
+                if now.saver is not None:
+                    now.saver.open()
+            except BaseException:
+                if former is not None:
+                    former.open()
+                raise
             self.now = now
         logging.Logger.setLevel(_logger, now.level)
         self.refresh()
@@ -108,8 +124,14 @@ class _Switch:
             _logger.addHandler(self._handler)
         switch(Recorder(_logger, level <= logging.DEBUG, self.now.saver))
 
+    def end(self) -> None:
+        """Let go of the folder while the interpreter can still do so."""
+        if self.now.saver is not None:
+            self.now.saver.close()
+
 
 _switch = _Switch()
+atexit.register(_switch.end)
 
 
 def refresh() -> None:
@@ -181,6 +203,8 @@ def log(
         raise ValueError(
             f"log: folder must go with level 'save', got level {level!r} and folder {folder!r}"
         )
+    if folder is not None and not (folder and isinstance(folder, str | os.PathLike)):
+        raise TypeError(f"log: folder must be a path, got {folder!r}; name one, such as 'calls/'")
     for name, most in (("max_calls", max_calls), ("max_bytes", max_bytes)):
         if isinstance(most, bool) or not isinstance(most, int):
             raise TypeError(f"log: {name} must be an int, got {most!r}")

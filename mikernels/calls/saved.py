@@ -404,6 +404,8 @@ def load(path: str | Path) -> Call:
     Raises:
         FileNotFoundError, ValueError: naming the file and what is missing, foreign or changed.
     """
+    # what registers the operators: nobody may have asked for one before
+    from mikernels import ops as _registered  # noqa: F401
     from mikernels.schema import SavedCall, check, check_sealed
 
     path = Path(path)

@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from mikernels._built import TORCH
+from mikernels._built import TORCH, torch_fault
 from mikernels._version import __version__
 from mikernels.cli.accelerate import accelerate
 from mikernels.cli.circuits import circuits
@@ -206,13 +206,14 @@ def main() -> None:
     """Run the command; an error of the library is one message, and exit code 2 for bad input."""
     try:
         app()
-    except (*BAD_INPUT, OSError, RuntimeError, MemoryError) as error:
-        if "--debug" in sys.argv[1:2]:
+    except (*BAD_INPUT, OSError, RuntimeError, MemoryError, AttributeError) as error:
+        broken = torch_fault(error)
+        if "--debug" in sys.argv[1:2] or (isinstance(error, AttributeError) and not broken):
             raise
         message = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-        if isinstance(error, ImportError) and (error.name or "").split(".")[0] == "torch":
-            message = f"torch must be importable, got: {error}; {TORCH}"
+        if broken:
+            message = f"torch must be importable, got: {broken}; {TORCH}"
         console = Console(stderr=True)
         console.print(f"[bold red]error[/] {escape(message or type(error).__name__)}")
         console.print("[dim]`mikernels --debug ...` shows where[/]")
-        sys.exit(2 if isinstance(error, BAD_INPUT) else 1)
+        sys.exit(2 if broken or isinstance(error, BAD_INPUT) else 1)

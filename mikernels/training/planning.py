@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 import shutil
 import tempfile
 import time
@@ -123,6 +124,7 @@ def plan(
 
     Raises:
         TypeError, ValueError: as a Trainer's, before anything is trained; a share outside 0..1.
+        NotADirectoryError: out_dir, or what is above it, is a file.
 
     Example:
         >>> from mikernels.activations import TensorSource
@@ -155,6 +157,9 @@ def plan(
     try:
         with torch.random.fork_rng(devices=[]):
             found = _measure(copy.deepcopy(sae), source, config, out, optimizer, dead)
+    except KeyboardInterrupt:
+        # a Trainer's tells how to go on with a checkpoint, which is removed here
+        raise KeyboardInterrupt("plan: interrupted; nothing is left of it") from None
     finally:
         source.load_state_dict(position)
     return _summed(found, config, dead, resident, available, free)
@@ -482,7 +487,10 @@ def _unmeasured(
 
 def _existing(path: Path) -> Path:
     """The folder that is there already, on whose disk `path` will be."""
-    return next(folder for folder in (path, *path.parents) if folder.is_dir())
+    there = next(place for place in (path, *path.parents) if os.path.lexists(place))
+    if not there.is_dir():
+        raise NotADirectoryError(f"plan: out_dir must be a folder, got {there}; choose another")
+    return there
 
 
 @contextmanager

@@ -4,6 +4,7 @@
 import json
 import logging
 import re
+import shutil
 import sys
 import threading
 import warnings
@@ -23,6 +24,7 @@ from mikernels._dispatch import OPS, Op
 from mikernels.calls import log as switching
 from mikernels.calls.replay import replay
 from mikernels.calls.saved import load
+from mikernels.owning import owned
 
 built = pytest.mark.skipif(_ext.C is None, reason=_ext.MISSING)
 OPERATORS = logging.getLogger("mikernels.ops")
@@ -159,9 +161,11 @@ def test_off_is_off_after_blocks_errors_and_levels(lines, capsys):
     assert all(type(op) is Op and op.default is vars(op)["default"] for op in OPS.values())
 
 
-def test_lines_go_to_standard_error_where_nobody_else_takes_them(run_python):
+def test_lines_go_to_standard_error_where_nobody_else_takes_them(run_python, tmp_path):
     """And an import does not load what only a log that is on needs."""
-    script = """
+    with mikernels.log("save", tmp_path / "former"):
+        row_topk(randn(3, 9), 2)
+    script = f"""
         import sys, torch, mikernels
         mikernels.row_topk
         for name in ("pydantic", "safetensors", "mikernels.calls.recorded"):
@@ -172,8 +176,41 @@ def test_lines_go_to_standard_error_where_nobody_else_takes_them(run_python):
             mikernels.row_topk(x, 2)
         mikernels.row_topk(x, 2)
         sys.stderr = err
+        mikernels.log("save", {str(tmp_path / "own")!r})
     """
     assert run_python(script).count("mikernels: row_topk(scores=float32[3, 9], k=2") == 1
+    assert not list((tmp_path / "own").iterdir()), "let go of at the end"
+    # where nobody has asked for an operator before, as the command does
+    script = f"""
+        from mikernels.calls.replay import replay
+        print(replay({str(files(tmp_path / "former")[0])!r}).differences)
+    """
+    assert run_python(script) == "[]\n"
+
+
+def test_a_setting_that_fails_changes_nothing_and_ended_blocks_are_over(tmp_path):
+    (tmp_path / "file").touch()
+    gone = mikernels.log("save", tmp_path / "gone")
+    mikernels.log("save", tmp_path / "mine")
+    shutil.rmtree(tmp_path / "gone")
+    (tmp_path / "gone").touch()
+    for fails in (lambda: mikernels.log("save", tmp_path / "file"), gone.__enter__):
+        with pytest.raises(FileExistsError):
+            fails()
+        # still saved, by one who still owns the folder
+        row_topk(randn(3, 9), 2)
+        with pytest.raises(BlockingIOError), owned(tmp_path / "mine", "test"):
+            pass
+    assert len(files(tmp_path / "mine")) == 2
+    mikernels.log("off")
+    # as threads do: both are made before either is entered
+    first, second = mikernels.log("info"), mikernels.log("debug")
+    with first, second:
+        pass
+    assert all(type(op) is Op for op in OPS.values())
+    for folder in (3, "", b"calls"):
+        with pytest.raises(TypeError, match="log: folder must be a path"):
+            mikernels.log("save", folder)
 
 
 def test_threads_are_named_and_may_call_while_it_is_switched(lines):
@@ -283,6 +320,19 @@ def test_a_selection_among_near_scores_is_no_difference(tmp_path):
         OPS["encode"](x, w, None, None, None, 1, True, impl="reference")
     found = replay(files(tmp_path)[0])
     assert not found.differences
+
+
+def test_a_value_at_another_index_is_a_difference(tmp_path, monkeypatch):
+    """Also where bits need not be the same: at a level that is not here."""
+    op, scores = OPS["row_topk"], randn(3, 9)
+    values, indices = op(scores, 2, False)
+    indices[1] = indices[1].flip(0)
+    with monkeypatch.context() as patch, mikernels.log("save", tmp_path):
+        patch.setattr(op, "reference", lambda *args: (values, indices))
+        op(scores, 2, False, impl="reference")
+    monkeypatch.setattr("mikernels.calls.replay._judge_bits", lambda *args: False)
+    found = replay(files(tmp_path)[0])
+    assert len(found.differences) == 1, found
 
 
 def test_a_call_that_raised_raises_again(tmp_path):

@@ -29,6 +29,6 @@ assert torch.equal(ours.indices, its.indices) and torch.equal(ours.values, its.v
 assert type(ours) is not type(its)
 names = torch._C._dispatch_get_all_op_names()
 spaces = {name.split("::")[0] for name in names if name.endswith("::threshold_encode")}
-brought = {m.split(".")[0] for m in sys.modules} & {"pydantic", "scipy", "rich"}
+brought = {m.split(".")[0] for m in sys.modules} & {"pydantic", "safetensors", "scipy", "rich"}
 print(json.dumps([sorted(spaces), kernel.cpu_level(), sorted(brought)]))
 print(json.dumps(sorted(set(mikernels.__all__) ^ set(kernel.__all__))))

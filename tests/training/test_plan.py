@@ -117,6 +117,10 @@ def test_what_cannot_fit_is_not_tried(monkeypatch, tmp_path):
     monkeypatch.setattr(planning.shutil, "disk_usage", lambda path: _Free)
     found = plan(made(), source(), config, out_dir=tmp_path)
     assert found.warnings[0].startswith("disk: a checkpoint")
+    (tmp_path / "file").touch()
+    for out in (tmp_path / "file", tmp_path / "file/run"):
+        with pytest.raises(NotADirectoryError, match="plan: out_dir must be a folder, got .*file;"):
+            plan(made(), source(), config, out_dir=out)
     for share in (-0.1, 1.5, math.nan, "much", True):
         with pytest.raises(ValueError, match="plan: dead must be a share"):
             plan(made(), source(), config, dead=share)
@@ -124,6 +128,20 @@ def test_what_cannot_fit_is_not_tried(monkeypatch, tmp_path):
 
 class _Free:
     free = 9
+
+
+def test_an_interrupted_plan_offers_nothing_to_resume(tmp_path, monkeypatch):
+    class Stopped(TensorSource):
+        def next_batch(self):
+            if list(tmp_path.iterdir()):
+                raise KeyboardInterrupt
+            return super().next_batch()
+
+    stopped = Stopped(torch.randn(500, 16), 50)
+    before = stopped.state_dict()
+    with pytest.raises(KeyboardInterrupt, match="plan: interrupted; nothing is left of it"):
+        plan(made(), stopped, TrainConfig(1000, 50), out_dir=tmp_path / "run")
+    assert not list(tmp_path.iterdir()) and stopped.state_dict() == before
 
 
 @pytest.fixture
