@@ -549,8 +549,10 @@ def test_eval_reads_the_target_from_the_model(command, model, tmp_path, arch):
         *SMALL,
     )  # fmt: skip
     assert code == 0, err
-    code, _, err = command("eval", run, *at, "--no-spliced", "--json", found)
-    assert code == 0, err
+    # the layer alone: the site is the run's
+    alone = [word for word in at if word not in ("--site", "mlp_in")]
+    code, _, err = command("eval", run, *alone, "--no-spliced", "--json", found)
+    assert (code, err) == (0, "")
     network = LocalModel(model)
     source = ModelSource(
         network.model(), network.tokenizer(), "1.mlp_in", [text.read_text()], context=16,
@@ -564,7 +566,7 @@ def test_eval_reads_the_target_from_the_model(command, model, tmp_path, arch):
     # the reconstruction of an MLP's output has no place in the residual stream
     residual = [word if word != "mlp_in" else "residual" for word in at]
     code, _, err = command("eval", run, *residual)
-    assert code == 2
+    assert code == 2 and "was trained at 1.mlp_in, and is given 1.residual" in " ".join(err.split())
     assert "has learned a target" in " ".join(err.split())
 
 

@@ -16,7 +16,7 @@ from mikernels.cli.inputs import (
     Inputs,
     Layer,
     Model,
-    Place,
+    OwnPlace,
     Skip,
     SkipFirst,
     Texts,
@@ -56,7 +56,7 @@ def evaluate(
     model: Model = None,
     gguf_file: GGUFFile = None,
     layer: Layer = None,
-    site: Place = "residual",
+    site: OwnPlace = None,
     text: Texts = None,
     field: Field = "text",
     context: Context = 256,
@@ -110,6 +110,7 @@ def evaluate(
     """
     from rich.console import Console
 
+    from mikernels.activations import Site
     from mikernels.evaluate import measure_reconstruction
 
     inputs = None
@@ -142,11 +143,13 @@ def evaluate(
         if model is None:
             raise ValueError("eval: --probes needs --model, got none")
         check_installed("eval")
-    if model is not None and site != "residual" and (spliced or probes):
-        raise ValueError(
-            f"eval: --site must be residual for --spliced and --probes, got {site}; add "
-            f"--no-spliced for the reconstruction alone"
-        )
+    if inputs is not None and model is not None and (spliced or probes):
+        place = next((s.place for s in inputs.sites if isinstance(s, Site)), "residual")
+        if place != "residual":
+            raise ValueError(
+                f"eval: --site must be residual for --spliced and --probes, got {place}; add "
+                f"--no-spliced for the reconstruction alone"
+            )
     if batch_size < 1:
         raise ValueError(f"eval: --batch-size must be at least 1, got {batch_size}")
     check_json("eval", json_file)
@@ -184,7 +187,8 @@ def evaluate(
         print_reconstruction(console, measured)
     else:
         assert layer is not None and text is not None
-        settings = {"layer": layer, "site": site, "context": context, "skip_first": skip_first}
+        settings = {"layer": layer, "sites": [str(s) for s in inputs.sites]}
+        settings |= {"context": context, "skip_first": skip_first}
         network, tokenizer, windows = read_model(judged, inputs, spliced)
         network = network.to(target)
         found |= {"model": model, "text": [str(path) for path in text], **settings}

@@ -8,6 +8,7 @@ refuses what does not fit together before a model is read.
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -55,13 +56,13 @@ Layers = Annotated[
         ACTIVATIONS,
     ),
 ]
-Place = Annotated[
-    str,
-    option(
-        "Of each layer: residual (the stream after it), mlp_in (what its MLP reads), mlp_out "
-        "or attn_out (what MLP or attention add).",
-        ACTIVATIONS,
-    ),
+PLACE = (
+    "Of each layer: residual (the stream after it), mlp_in (what its MLP reads), mlp_out or "
+    "attn_out (what MLP or attention add)."
+)
+Place = Annotated[str, option(PLACE, ACTIVATIONS)]
+OwnPlace = Annotated[
+    str | None, option(PLACE, ACTIVATIONS, show_default="what the run was trained on, or residual")
 ]
 Texts = Annotated[
     list[Path] | None,
@@ -285,7 +286,7 @@ def read_inputs(
     gguf_file: str | None = None,
     layers: list[int] | None = None,
     run: Path | None = None,
-    site: str = "residual",
+    site: str | None = None,
     sites: Sequence[AnySite] = (),
     text: list[Path] | None = None,
     field: str = "text",
@@ -299,7 +300,9 @@ def read_inputs(
     Args:
         where: the command.
         sites: instead of layers and site.
-        run: what may say the site where --layer does not; --layer must be given without.
+        site: None is that of `run` at these layers, if it says so, or residual.
+        run: what may say the sites where --layer does not; --layer must be given without. That it
+            was trained at others is told.
         The rest: as the options.
 
     Raises:
@@ -310,7 +313,8 @@ def read_inputs(
             f"{where}: give either --activations PATH, or --model PATH with --layer NUMBER and "
             f"--text FILE"
         )
-    sites = list(sites) or sites_of(where, "--site", site, layers)
+    own = [] if run is None or model is None else site_of(run)
+    sites = list(sites) or sites_of(where, "--site", site or _place(own, layers), layers)
     if activations:
         given = {"--text": text, "--gguf-file": gguf_file}
         if left := [name for name, value in given.items() if value]:
@@ -319,12 +323,14 @@ def read_inputs(
         needed = "--text FILE" if run else "--layer NUMBER and --text FILE"
         raise ValueError(f"{where}: --model needs {needed}")
     elif not sites:
-        assert run is not None
-        sites = site_of(run)
+        sites = own
         if not sites:
             raise ValueError(
                 f"{where}: --layer must be given for {run}, which does not say it, got none"
             )
+    if own and sites and _names(own) != _names(sites):
+        say = f"{where}: {run} was trained at {_names(own)}, and is given {_names(sites)}"
+        print(say, file=sys.stderr)
     if context < 1 or not 0 <= skip_first < max(1, context - 1):
         raise ValueError(
             f"{where}: --skip-first must be in 0..{context - 2} (--context less two), got "
@@ -349,6 +355,23 @@ def read_inputs(
         skip,
         tokens,
     )
+
+
+def _place(own: list[AnySite], layers: list[int] | None) -> str:
+    """Where a run was trained, if that was at one place of these layers; else residual."""
+    from mikernels.activations import Site
+    from mikernels.models.sites import read_sites
+
+    found = [s for s in read_sites("run", "layer", own) if isinstance(s, Site)] if own else []
+    places = {s.place for s in found}
+    same = [s.layer for s in found] == list(layers or ()) and len(found) == len(own)
+    return places.pop() if same and len(places) == 1 else "residual"
+
+
+def _names(sites: list[AnySite]) -> str:
+    from mikernels.models.sites import read_sites
+
+    return ", ".join(map(str, read_sites("run", "layer", sites)))
 
 
 def sites_of(where: str, name: str, place: str, layers: list[int] | None) -> list[AnySite]:
