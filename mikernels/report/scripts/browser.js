@@ -103,6 +103,8 @@ function start(index) {
     const target = `#f${store.numbers[place]}`;
     if (location.hash === target) return;
     location.hash = target;
+    // at once: hashchange comes later, and keys may be faster
+    current = place;
   }
   function step(by) {
     const there = list.indexOf(current);
