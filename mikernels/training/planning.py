@@ -12,9 +12,8 @@ written beside the run's, for its bytes and its time, and removed. So
 
 How many features will be dead nobody knows before: `dead` is the share at the end that is assumed,
 reached evenly from 2 `dead_after` on, and `seconds_without_dead` is what the run takes with none.
-On this the time hangs most: of five runs of 10 to 50 s on two cores three were within 5 % where
-the share was known, one was 21 % too short with the default, and one 22 % too long by a cold first
-block of activations, since mended (docs/plan.md).
+On this the time hangs most: five runs of 10 to 50 s on two cores were within 9 % where the share
+was known, and one of them 21 % too short with the default (docs/plan.md).
 Steps of variants without a k take as long as they have active features, which change as they learn;
 then the plan holds for the beginning.
 """
