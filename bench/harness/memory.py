@@ -19,25 +19,23 @@ import multiprocessing
 from collections.abc import Callable
 from contextlib import nullcontext
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from mikernels import force_level
 from mikernels._ext import LEVELS
+from mikernels.machine import CLEAR_REFS, reset_peak, resident_bytes
 
 from .. import load
 from .spec import FAMILIES, Runner
 
 LIMIT_SECONDS = 300
-STATUS = Path("/proc/self/status")
-CLEAR = Path("/proc/self/clear_refs")
 
 
 def peak_extra(op: str, shape: str, mode: str, provider: str, threads: int) -> dict[str, Any]:
     """{"bytes": int} or {"reason": str} for a registered provider ("ours:avx2" forces a level)."""
-    if not CLEAR.exists():
+    if not CLEAR_REFS.exists():
         return {"reason": "needs Linux's /proc"}
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "mikernels.bench.harness.harness"])
@@ -77,15 +75,18 @@ def _child(pipe: Connection, op: str, shape: str, mode: str, name: str, threads:
 def extra_here(build: Callable[[], Runner]) -> int:
     """Steps 2 to 4 in this process, inputs in place: bytes above them at the peak of a call."""
     _trim()
-    base = _kilobytes("VmRSS")
+    base = resident_bytes("VmRSS")
     runner = build()
     _call(runner)
     if runner.before is not None:
         runner.before()
     _trim()
-    CLEAR.write_text("5")
+    cleared = reset_peak()
     runner.run()
-    return max(0, _kilobytes("VmHWM") - base) * 1024
+    peak = resident_bytes("VmHWM")
+    if not cleared or base is None or peak is None:
+        raise OSError("the kernel does not let a process reset its peak")
+    return max(0, peak - base)
 
 
 def _call(runner: Runner) -> None:
@@ -98,8 +99,3 @@ def _trim() -> None:
     libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):
         libc.malloc_trim(0)
-
-
-def _kilobytes(field: str) -> int:
-    line = next(line for line in STATUS.read_text().splitlines() if line.startswith(field))
-    return int(line.split()[1])

@@ -431,12 +431,12 @@ def _listed(run: Path, name: str) -> list[AnySite]:
 
 def _identity(run: Path) -> dict[str, Any]:
     """What a run says of its source; {} where nothing does."""
-    from mikernels.training.state.checkpoint import STATE, checkpoints, load_checkpoint
+    from mikernels.training.state.checkpoint import STATE, checkpoints, read_state
 
     folder = run if (run / STATE).exists() else next(iter(reversed(checkpoints(run))), None)
     if folder is None:
         return {}
-    found = load_checkpoint(folder)[2].source.get("identity", {})
+    found = read_state(folder).source.get("identity", {})
     return found if isinstance(found, dict) else {}
 
 

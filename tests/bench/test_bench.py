@@ -262,7 +262,7 @@ def test_bench_ratio_interval() -> None:
     assert stats.ratio(base, fast[:3])["ratio"] == 5.0
 
 
-@pytest.mark.skipif(not memory.CLEAR.exists(), reason="needs Linux's /proc")
+@pytest.mark.skipif(not memory.CLEAR_REFS.exists(), reason="needs Linux's /proc")
 def test_bench_memory_sees_temporaries_and_what_is_kept() -> None:
     megabytes = 48
 

@@ -194,6 +194,18 @@ def load_checkpoint(
         FileNotFoundError, ValueError: naming the file that is missing, truncated, foreign or
             changed, and the field.
     """
+    state = read_state(folder)
+    hashes = state.sha256
+    weights, training = (_read(folder / name, hashes.get(name)) for name in (WEIGHTS, TRAINING))
+    described = {key: describe(t) for key, t in training.items()}
+    check_equal(folder / TRAINING, described, state.tensors)
+    for key, t in training.items():
+        check_finite(folder / TRAINING, key, t)
+    return weights, training, state
+
+
+def read_state(folder: Path) -> State:
+    """What a checkpoint says of itself, without its tensors; see `load_checkpoint`."""
     from mikernels.schema import FirstState, State, check, check_sealed
 
     if not folder.is_dir():
@@ -219,7 +231,7 @@ def load_checkpoint(
             f"disk is not seen. A run that goes on weighs AuxK anew: with loss='mse' its auxiliary "
             f"loss is now in units of the mse, times the variance of the activations; to go on as "
             f"before, divide aux_coefficient by that in a run of its own from load_sae",
-            stacklevel=3,
+            stacklevel=4,
         )
     else:
         names = sorted([WEIGHTS, TRAINING, "self"])
@@ -233,12 +245,7 @@ def load_checkpoint(
         raise _unusable(path, f"with sae.architecture of {sorted(ARCHITECTURES)}", f"{kind!r}")
     form = ARCHITECTURES[kind].config_type
     check_names(path, "sae", state.sae, form, FORMER_SAE.get(version))
-    weights, training = (_read(folder / name, hashes.get(name)) for name in (WEIGHTS, TRAINING))
-    described = {key: describe(t) for key, t in training.items()}
-    check_equal(folder / TRAINING, described, state.tensors)
-    for key, t in training.items():
-        check_finite(folder / TRAINING, key, t)
-    return weights, training, state
+    return state
 
 
 def load_sae(folder: str | Path) -> SAE:
